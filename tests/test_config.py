@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import usage_dashboard as app
+
+
+def load(tmp_path, content, env=None, flags=None):
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return app.load_config(path, env or {}, flags)
+
+
+def test_example_file_holds_every_key_with_its_default():
+    example = json.loads((app.BASE_DIR / "config.example.json").read_text(encoding="utf-8"))
+    assert example == dataclasses.asdict(app.Config())
+    assert list(example) == [field.name for field in dataclasses.fields(app.Config)]
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
+    config, warnings = load(
+        tmp_path,
+        {"management_password": "from-file", "dashboard_port": 9000, "cliproxy_host": "10.0.0.5"},
+        env={"MANAGEMENT_PASSWORD": "second", "CLIPROXY_MANAGEMENT_PASSWORD": "first"},
+        flags={"dashboard_port": 9001, "dashboard_host": None},
+    )
+    assert (config.management_password, config.dashboard_port) == ("first", 9001)
+    assert (config.cliproxy_host, config.dashboard_host, warnings) == ("10.0.0.5", "0.0.0.0", [])
+
+
+def test_second_environment_name_and_other_key_name_are_taken(tmp_path):
+    assert load(tmp_path, {}, env={"MANAGEMENT_PASSWORD": "x"})[0].management_password == "x"
+    assert load(tmp_path, {"management_key": "y"})[0].management_password == "y"
+    assert load(tmp_path, {"management_key": "y"}, env={"MANAGEMENT_PASSWORD": ""})[0].management_password == "y"
+
+
+def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
+    with pytest.raises(app.ConfigError) as raised:
+        load(
+            tmp_path,
+            {
+                "cliproxy_port": "8317", "cliproxy_tls": "yes", "collect_mode": "push", "poll_interval_seconds": 0,
+                "cliproxy_host": "http://proxy", "dashboard_host": "localhost:8320", "retention_days": True,
+                "management_password": "hunter2\n", "queue_key": "",
+            },
+        )
+    message = str(raised.value)
+    for key in ("cliproxy_port", "cliproxy_tls", "collect_mode", "poll_interval_seconds", "cliproxy_host",
+                "dashboard_host", "retention_days", "management_password", "queue_key"):
+        assert f'"{key}"' in message
+    assert raised.value.exit_code == 2 and len(raised.value.faults) == 9
+    assert "hunter2" not in message
+
+
+def test_unknown_key_is_a_warning_with_the_nearest_name(tmp_path):
+    config, warnings = load(tmp_path, {"dashbord_port": 1, "zzz": 2})
+    assert config == app.Config()
+    assert 'did you mean "dashboard_port"?' in warnings[0]
+    assert '"zzz" is unknown' in warnings[1] and "did you mean" not in warnings[1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1,}', "nul"])
+def test_file_that_is_no_json_object_is_named(tmp_path, content):
+    with pytest.raises(app.ConfigError, match="config.json"):
+        load(tmp_path, content)
+
+
+def test_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"queue_key": "\xff"}')
+    with pytest.raises(app.ConfigError, match="UTF-8"):
+        app.load_config(tmp_path / "config.json", {})
+
+
+def test_named_file_must_exist(tmp_path):
+    with pytest.raises(app.ConfigError, match="does not exist"):
+        app.load_config(tmp_path / "none.json", {})
+
+
+def test_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"dashboard_port": 1234}')
+    assert app.load_config(tmp_path / "config.json", {})[0].dashboard_port == 1234
+
+
+def test_secrets_stay_out_of_the_printed_form(tmp_path):
+    config, _ = load(tmp_path, {"management_password": "hunter2", "dashboard_password": "hunter3"})
+    assert "hunter" not in repr(config)
