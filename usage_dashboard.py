@@ -343,3 +343,228 @@ def _nearest(key: str) -> str:
 
     close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
+
+# ------------------------------------------------------------------ resp
+
+
+class QueueFault(DashboardError):
+    """Report why the queue cannot be read; ``state`` is the collector state that tells it to people."""
+
+    http_status = 502
+    code = "queue_fault"
+    state = "unreachable"
+
+    def __init__(self, message: str, state: Optional[str] = None):
+        super().__init__(message)
+        if state is not None:
+            self.state = state
+
+
+class ConnectionClosed(QueueFault):
+    """Report the end of the stream; ``clean`` when it came between two replies."""
+
+    state = "closed"
+
+    def __init__(self, clean: bool):
+        super().__init__("the queue closed the connection" + ("" if clean else " in the middle of a reply"))
+        self.clean = clean
+
+
+class NotResp(QueueFault):
+    """Report bytes that are no RESP reply; an HTTP answer means a reverse proxy stands in front of the queue."""
+
+    state = "not_resp"
+
+
+class ErrorReply(str):
+    """Hold the text of a ``-…`` reply; it is a value, since one of many pipelined replies may be an error."""
+
+
+class Oversized(int):
+    """Stand for a bulk string over the cap: its length in bytes, its content read over and forgotten."""
+
+
+def encode_command(*words: Any) -> bytes:
+    """Write one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
+    parts = [b"*%d\r\n" % len(words)]
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode("utf-8")
+        parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
+    return b"".join(parts)
+
+
+class RespReader:
+    """Take RESP2 replies from a buffered binary stream, one at a time.
+
+    A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
+    Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
+    bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
+    """
+
+    def __init__(
+        self,
+        stream,
+        max_line: int = 64 * 1024,
+        max_bulk: int = 8 * 1024 * 1024,
+        max_skipped: int = 512 * 1024 * 1024,
+        max_items: int = 100_000,
+    ):
+        self._stream = stream
+        self._max_line, self._max_bulk, self._max_skipped, self._max_items = max_line, max_bulk, max_skipped, max_items
+
+    def read_reply(self, depth: int = 0) -> Any:
+        """Read one whole reply; the commonest kind, a bulk string, is looked at first."""
+        line = self._read_line(clean=depth == 0)
+        kind, rest = line[:1], line[1:]
+        if kind == b"$":
+            return self._read_bulk(_reply_number(rest))
+        if kind == b"+":
+            return rest.decode("utf-8", "replace")
+        if kind == b"-":
+            return ErrorReply(rest.decode("utf-8", "replace"))
+        if kind == b":":
+            return _reply_number(rest)
+        if kind == b"*":
+            return self._read_array(_reply_number(rest), depth)
+        what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
+        raise NotResp(f"the queue sent {what} instead of a RESP reply")
+
+    def _read_line(self, clean: bool) -> bytes:
+        line = self._stream.readline(self._max_line)
+        if not line.endswith(b"\r\n"):
+            if len(line) >= self._max_line:
+                raise NotResp("the queue sent a line that is too long for a RESP reply")
+            if line.endswith(b"\n"):
+                raise NotResp("the queue sent a line that does not end like a RESP reply")
+            raise ConnectionClosed(clean=clean and not line)
+        return line[:-2]
+
+    def _read_bulk(self, length: int) -> Any:
+        if length == -1:
+            return None
+        if not 0 <= length <= self._max_skipped:
+            raise NotResp(f"the queue announced a value of {length} bytes")
+        if length > self._max_bulk:
+            self._skip(length)
+            value: Any = Oversized(length)
+        else:
+            value = self._stream.read(length)
+            if len(value) < length:
+                raise ConnectionClosed(clean=False)
+        end = self._stream.read(2)
+        if len(end) < 2:
+            raise ConnectionClosed(clean=False)
+        if end != b"\r\n":
+            raise NotResp("the queue sent a value whose length does not fit")
+        return value
+
+    def _skip(self, length: int) -> None:
+        while length:
+            piece = self._stream.read(min(length, 64 * 1024))
+            if not piece:
+                raise ConnectionClosed(clean=False)
+            length -= len(piece)
+
+    def _read_array(self, count: int, depth: int) -> Optional[List[Any]]:
+        if count == -1:
+            return None
+        if not 0 <= count <= self._max_items or depth >= 4:
+            raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
+        return [self.read_reply(depth + 1) for _ in range(count)]
+
+
+def _reply_number(text: bytes) -> int:
+    if not re.match(rb"[+-]?\d{1,19}\Z", text):
+        raise NotResp("the queue sent a length or number that is none")
+    return int(text)
+
+
+def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
+    """Make a function that opens a connection; ``timeout_s`` bounds each wait for the other side.
+
+    TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
+    connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
+    """
+
+    def connect() -> socket.socket:
+        try:
+            plain = socket.create_connection((host, port), timeout=timeout_s)
+        except (OSError, UnicodeError) as error:
+            raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}") from error
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return _wrap_tls(plain, host, port) if tls else plain
+
+    return connect
+
+
+def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
+    import ssl
+
+    try:
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        plain.close()
+        raise QueueFault(
+            f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
+            "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem",
+            state="closed",
+        ) from error
+    except (OSError, ValueError) as error:
+        plain.close()
+        raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
+
+
+def os_reason(error: BaseException) -> str:
+    """Put an operating system's error in its own short words, without addresses or paths."""
+    if isinstance(error, socket.timeout):
+        return "no answer in time"
+    if isinstance(error, socket.gaierror):
+        return "the name is unknown"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+class RespClient:
+    """Speak RESP over one connection: commands out in one write, whole replies in."""
+
+    def __init__(self, connect: Callable[[], socket.socket]):
+        self._socket = connect()
+        self._stream = self._socket.makefile("rb", 256 * 1024)
+        self._reader = RespReader(self._stream)
+
+    def send(self, *commands: bytes) -> None:
+        """Send encoded commands in one write."""
+        try:
+            self._socket.sendall(b"".join(commands))
+        except OSError as error:
+            raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
+
+    def receive(self) -> Any:
+        """Read the next whole reply."""
+        try:
+            return self._reader.read_reply()
+        except socket.timeout as error:
+            raise QueueFault("the queue does not answer in time") from error
+        except ConnectionResetError as error:
+            raise ConnectionClosed(clean=False) from error
+        except (OSError, ValueError) as error:
+            raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
+
+    def call(self, *words: Any) -> Any:
+        """Send one command and read its reply."""
+        self.send(encode_command(*words))
+        return self.receive()
+
+    def close(self) -> None:
+        """Close the connection; what was not read of it is gone."""
+        for thing in (self._stream, self._socket):
+            try:
+                thing.close()
+            except OSError:
+                pass
+
+    def __enter__(self) -> RespClient:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
