@@ -568,3 +568,545 @@ class RespClient:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+# ------------------------------------------------------------------ events
+
+
+class Rejected(ValueError):
+    """Report why an event cannot be stored; the sentence holds no value of the event."""
+
+
+class Event(NamedTuple):
+    """Hold one upstream attempt as it will be stored; None is unknown, zero is measured.
+
+    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider.
+    """
+
+    timestamp: str
+    ts_epoch: float
+    auth_index: Optional[str]
+    source: str
+    model: str
+    input_tokens: Optional[int]
+    output_tokens: Optional[int]
+    reasoning_tokens: Optional[int]
+    total_tokens: Optional[int]
+    latency_ms: Optional[int]
+    failed: int
+    cached_tokens: Optional[int]
+    cache_write_tokens: Optional[int]
+    ttft_ms: Optional[int]
+    status_code: Optional[int]
+    error: Optional[str]
+    request_id: Optional[str]
+    provider: str
+    endpoint: str
+    auth_type: str
+    alias: str
+    reasoning_effort: str
+    service_tier: str
+    api_key: str
+    plan: str
+
+
+class Reject(NamedTuple):
+    """Hold an event that cannot be stored: why, how long it was, and what of it may be kept (masked JSON)."""
+
+    reason: str
+    length: int
+    event: Optional[str]
+
+
+class Parsed(NamedTuple):
+    """Hold what a batch became; the three counts add up to the number of values handed over."""
+
+    events: List[Event]
+    rejects: List[Reject]
+    ignored: int
+
+
+_MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
+# Exact up to here in every browser; no request of any model comes near.
+_LARGEST_NUMBER = 2**53 - 1
+_CLAUDE = frozenset(["claude"])
+_THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
+_CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
+
+
+def looks_like_mail(text: str) -> bool:
+    """Tell whether a source is an e-mail address, the only kind that may be stored as sent."""
+    return len(text) <= 254 and _MAIL.match(text) is not None
+
+
+def mask_key(text: str) -> str:
+    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would tell too much."""
+    if not text:
+        return ""
+    tag = short_tag(text)
+    return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
+
+
+def mask_mail(mail: str) -> str:
+    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+    name, at, domain = mail.partition("@")
+    return f"{name[:1]}***@{domain}" if at else "***"
+
+
+_masks: Dict[str, str] = {}
+
+
+def _mask_source(text: str) -> str:
+    """Mask a source once; the same few come with every event."""
+    masked = _masks.get(text)
+    if masked is None:
+        if len(_masks) > 4096:
+            _masks.clear()
+        masked = _masks[text] = text if looks_like_mail(text) else mask_key(text)
+    return masked
+
+
+def parse_events(raws: Sequence[Any]) -> Parsed:
+    """Parse what the queue handed over: JSON as bytes, objects that were JSON already, or Oversized.
+
+    One bad event never costs its neighbours: it becomes a Reject, with what may be kept of it.
+    """
+    parsed = Parsed([], [], 0)
+    ignored = 0
+    for raw, content in zip(raws, _decode_all(raws)):
+        try:
+            if isinstance(content, Rejected):
+                raise content
+            event = parse_event(content)
+        except Rejected as reason:
+            parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
+            continue
+        if event is None:
+            ignored += 1
+        else:
+            parsed.events.append(event)
+    return parsed._replace(ignored=ignored)
+
+
+def _decode_all(raws: Sequence[Any]) -> List[Any]:
+    """Decode a batch in one call, as one array with a zero between every two events.
+
+    The zeros prove that each event was one JSON value by itself; otherwise each is decoded alone.
+    """
+    try:
+        joined = _decode(b"[" + b",0,".join(raws) + b"]")
+        if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
+            return joined[::2]
+    except (TypeError, ValueError, RecursionError):
+        pass
+    return [_decode_one(raw) for raw in raws]
+
+
+def _decode_one(raw: Any) -> Any:
+    if isinstance(raw, Oversized):
+        return Rejected("it is larger than an event can be")
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        return _decode(raw)
+    except UnicodeDecodeError:
+        return Rejected("it is not UTF-8 text")
+    except RecursionError:
+        return Rejected("it is nested too deeply")
+    except ValueError:
+        return Rejected("it is not JSON")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_json_decoder = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _decode(raw: bytes) -> Any:
+    return _json_decoder.decode(raw.decode("utf-8"))
+
+
+def _length_of(raw: Any) -> int:
+    if isinstance(raw, Oversized):
+        return int(raw)
+    return len(raw if isinstance(raw, bytes) else json.dumps(raw))
+
+
+def parse_event(content: Any) -> Optional[Event]:
+    """Turn one decoded record into an Event; None for control messages and warm-ups, which are no usage.
+
+    Raises Rejected. Key and client address are masked or dropped here, at the edge.
+    """
+    if not isinstance(content, dict):
+        raise Rejected("it is not a JSON object")
+    if len(content) == 1 and set(content) in _CONTROL_KEYS:
+        return None
+    get = content.get
+    if get("generate") is False:
+        return None
+    try:
+        ts_epoch, timestamp = parse_time(get("timestamp"))
+    except TypeError:
+        raise Rejected("timestamp is missing or not a text") from None
+    except ValueError as error:
+        raise Rejected(f"timestamp is {error}") from None
+    provider = _text(get("provider"), "provider").lower()
+    status, reason = _failure(get("fail"))
+    failed = _failed_flag(get("failed"), status)
+    usage = _usage(content, provider)
+    return Event(
+        timestamp,
+        ts_epoch,
+        _auth_index(get("auth_index")),
+        _mask_source(_text(get("source"), "source", 512)),
+        _text(get("model"), "model") or "unknown",
+        *usage[:4],
+        _number(get("latency_ms"), "latency_ms"),
+        failed,
+        *usage[4:],
+        _number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
+        status,
+        reason if failed else None,
+        _text(get("request_id"), "request_id", 64) or None,
+        provider,
+        _text(get("endpoint"), "endpoint"),
+        _text(get("auth_type"), "auth_type", 32),
+        _text(get("alias"), "alias"),
+        _text(get("reasoning_effort"), "reasoning_effort", 32),
+        _text(get("service_tier"), "service_tier", 32),
+        mask_key(_text(get("api_key"), "api_key", 512)),
+        "" if failed else _plan_of(get("response_headers")),
+    )
+
+
+def _text(value: Any, name: str, limit: int = 200) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Rejected(f"{name} is not a text")
+    return _printable(value[:limit])
+
+
+def _printable(text: str) -> str:
+    """Replace what neither SQLite's shell nor a terminal takes: control characters and lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _number(value: Any, name: str) -> Optional[int]:
+    """Take a count; a negative one, which senders use for "not known", is unknown."""
+    if value is None or type(value) is int and 0 <= value <= _LARGEST_NUMBER:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return _number(int(value), name)
+    if type(value) is not int:
+        raise Rejected(f"{name} is not a whole number")
+    if value > _LARGEST_NUMBER:
+        raise Rejected(f"{name} is larger than 2^53")
+    return None
+
+
+def _auth_index(value: Any) -> Optional[str]:
+    if value is None or isinstance(value, str):
+        return None if value is None else _printable(value[:128])
+    if type(value) is int and abs(value) <= _LARGEST_NUMBER:
+        return str(value)
+    raise Rejected("auth_index is neither a text nor a whole number")
+
+
+def _failed_flag(value: Any, status: Optional[int]) -> int:
+    if value is None:
+        return int(status is not None and status >= 400)
+    if value in (True, False):
+        return int(value)
+    raise Rejected("failed is neither true nor false")
+
+
+def _plan_of(headers: Any) -> str:
+    """Read the plan from the reply headers of a Codex call; a failed call may carry another account's."""
+    values = headers.get("X-Codex-Plan-Type") if isinstance(headers, dict) else None
+    first = values[0] if isinstance(values, list) and values else None
+    return _printable(first[:32].strip().lower()) if isinstance(first, str) else ""
+
+
+_Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, cache write
+
+
+def _usage(content: Dict[str, Any], provider: str) -> _Usage:
+    """Bring the token counts to one meaning: input with cache, output with reasoning."""
+    breakdown = content.get("token_breakdown")
+    if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
+        try:
+            return _breakdown_usage(breakdown)
+        except (Rejected, KeyError, TypeError):
+            pass  # an incomplete breakdown is no reason to lose the plain counts
+    tokens = content.get("tokens")
+    if tokens is None:
+        return (None,) * 6
+    if not isinstance(tokens, dict):
+        raise Rejected("tokens is not an object")
+    counts = {name: _number(tokens.get(name), f"tokens.{name}") for name in _TOKEN_NAMES}
+    if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
+        return _claude_usage(counts)
+    return _inclusive_usage(counts, thoughts_apart=provider in _THOUGHTS_APART)
+
+
+_TOKEN_NAMES = (
+    "input_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+    "cached_tokens",
+    "total_tokens",
+    "cache_read_tokens",
+    "cache_creation_tokens",
+)
+
+
+def _breakdown_usage(breakdown: Dict[str, Any]) -> _Usage:
+    into, out = breakdown["input"], breakdown["output"]
+    return tuple(
+        _number(part[name], name)
+        for part, name in (
+            (into, "total_tokens"),
+            (out, "total_tokens"),
+            (out, "reasoning_tokens"),
+            (breakdown, "total_tokens"),
+            (into, "cache_read_tokens"),
+            (into, "cache_write_tokens"),
+        )
+    )
+
+
+def _sum(*numbers: Optional[int]) -> Optional[int]:
+    """Add what is known; unknown where nothing is."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
+
+
+def _claude_usage(counts: Dict[str, Optional[int]]) -> _Usage:
+    """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
+    sent_input, output, total = counts["input_tokens"], counts["output_tokens"], counts["total_tokens"]
+    written = counts["cache_creation_tokens"]
+    # Before v7.0.3 there is only cached_tokens; since then that repeats the writes where nothing was read.
+    read = counts["cached_tokens"] if counts["cache_read_tokens"] is None else counts["cache_read_tokens"]
+    whole_input = None if sent_input is None else _sum(sent_input, read, written)
+    if not total or total == _sum(sent_input, output):
+        total = _sum(whole_input, output)
+    return whole_input, output, counts["reasoning_tokens"], total, read, written
+
+
+def _inclusive_usage(counts: Dict[str, Optional[int]], thoughts_apart: bool) -> _Usage:
+    """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
+    output, reasoning = counts["output_tokens"], counts["reasoning_tokens"]
+    if thoughts_apart and output is not None:
+        output = _sum(output, reasoning)
+    total = counts["total_tokens"] or _sum(counts["input_tokens"], output)
+    # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
+    cached = counts["cache_read_tokens"] or counts["cached_tokens"]
+    return counts["input_tokens"], output, reasoning, total, cached, counts["cache_creation_tokens"]
+
+
+_SECRETS = re.compile(
+    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
+    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
+    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+)
+_OWN_PHRASES = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
+
+
+def without_secrets(text: str, limit: int = 160) -> str:
+    """Take mails, keys, long ids and addresses out of a sentence and shorten it."""
+    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+
+
+def _failure(fail: Any) -> Tuple[Optional[int], Optional[str]]:
+    """Give (HTTP status, short reason) of ``fail``; never its free body, which can echo a prompt."""
+    if fail is None:
+        return None, None
+    if not isinstance(fail, dict):
+        raise Rejected("fail is not an object")
+    status = _number(fail.get("status_code"), "fail.status_code") or None
+    return status, failure_reason(status, fail.get("body"))
+
+
+def failure_reason(status: Optional[int], body: Any) -> Optional[str]:
+    """Say shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
+
+    Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
+    """
+    code, message = _json_error(body)
+    if code or message:
+        said = ": ".join(part for part in (code, message) if part)
+        return without_secrets(said if status is None else f"{status} {said}")
+    return None if status is None else f"{status} {_status_phrase(status)}".strip()
+
+
+def _status_phrase(status: int) -> str:
+    from http import HTTPStatus
+
+    try:
+        return _OWN_PHRASES.get(status) or HTTPStatus(status).phrase
+    except ValueError:
+        return ""
+
+
+def _json_error(body: Any) -> Tuple[str, str]:
+    """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
+    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
+        return "", ""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    if isinstance(content, list) and content:
+        content = content[0]
+    if not isinstance(content, dict):
+        return "", ""
+    error = next((content[name] for name in ("error", "detail") if content.get(name)), content)
+    if not isinstance(error, dict):
+        return "", error if isinstance(error, str) else ""
+    words = [error.get(name) for name in ("code", "status", "type", "message")]
+    code, state, kind, message = (word if isinstance(word, str) else "" for word in words)
+    return code or kind or state, message
+
+
+_KEPT_OF_REJECT = (
+    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type model "
+    "alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+).split()
+
+
+def masked_json(content: Any) -> Optional[str]:
+    """Write what may be kept of a rejected event, by the masks of a good one; None where it was no object."""
+    if not isinstance(content, dict):
+        return None
+    kept: Dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
+    for name in ("source", "api_key"):
+        if isinstance(content.get(name), str):
+            kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
+    for name in ("tokens", "token_breakdown"):
+        if name in content:
+            kept[name] = _numbers_only(content[name])
+    if isinstance(content.get("fail"), dict):
+        kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
+    return json.dumps(kept, ensure_ascii=True)
+
+
+def _harmless(value: Any) -> Any:
+    """Keep a number or a short text without secrets; of anything else only its kind."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
+    return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
+
+
+def _numbers_only(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, dict) and depth < 3:
+        return {str(key)[:40]: _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
+    if isinstance(value, str):
+        return value if value in ("complete", "inconsistent", "unclassified") else "str"
+    return _harmless(value)
+
+
+class Identity(NamedTuple):
+    """Hold one (auth_index, source) pair that events came with; times are epoch seconds."""
+
+    id: int
+    auth_index: str
+    source: str
+    provider: str
+    plan: str
+    first_at: float
+    last_at: float
+
+
+@dataclass
+class Account:
+    """Hold one row of the accounts table: who it is, and which identities are counted for it."""
+
+    name: str
+    mail: str
+    source: str
+    auth_index: str
+    provider: str
+    plan: str
+    first_at: float
+    last_at: float
+    identity_ids: List[int]
+
+
+# A new login's first request may start before the old one's last stream ends.
+_LOGIN_OVERLAP_S = 900.0
+
+
+def resolve_accounts(identities: Iterable[Identity]) -> List[Account]:
+    """Group identities into accounts, named so that no two share a name.
+
+    An account is the last e-mail seen with an auth_index, else the source, else the index. An index that took
+    over from another of the same mail, provider and plan joins it; two that live at once are two accounts.
+    """
+    by_index: Dict[Tuple[str, str], List[Identity]] = {}
+    for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
+        key = (identity.auth_index, "" if identity.auth_index else identity.source)
+        by_index.setdefault(key, []).append(identity)
+    accounts: List[Account] = []
+    for group in by_index.values():
+        account = _account_of_index(group)
+        earlier = next((known for known in accounts if _takes_over(account, known)), None)
+        if earlier is None:
+            accounts.append(account)
+        else:
+            _join(earlier, account)
+    _name_apart(accounts)
+    return accounts
+
+
+def _account_of_index(group: Sequence[Identity]) -> Account:
+    newest_first = sorted(group, key=lambda one: one.last_at, reverse=True)
+    mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
+    newest = newest_first[0]
+    name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    return Account(
+        name,
+        mail,
+        mail or newest.source,
+        newest.auth_index,
+        newest.provider,
+        next((one.plan for one in newest_first if one.plan), ""),
+        min(one.first_at for one in group),
+        newest.last_at,
+        [one.id for one in group],
+    )
+
+
+def _takes_over(new: Account, old: Account) -> bool:
+    if not new.mail or new.mail != old.mail:
+        return False
+    if new.provider and old.provider and new.provider != old.provider:
+        return False
+    if not new.auth_index or not old.auth_index:
+        return True  # without an index there is nothing to tell them apart by
+    same_plan = new.plan == old.plan or not new.plan or not old.plan
+    return same_plan and old.last_at <= new.first_at + _LOGIN_OVERLAP_S
+
+
+def _join(old: Account, new: Account) -> None:
+    if new.last_at >= old.last_at:
+        old.auth_index, old.source = new.auth_index or old.auth_index, new.source
+        old.plan, old.provider = new.plan or old.plan, new.provider or old.provider
+    old.first_at, old.last_at = min(old.first_at, new.first_at), max(old.last_at, new.last_at)
+    old.identity_ids = old.identity_ids + new.identity_ids
+
+
+def _name_apart(accounts: Sequence[Account]) -> None:
+    """Tell accounts of one name apart by plan, else provider, else a short tag of the index."""
+    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
+        by_name: Dict[str, List[Account]] = {}
+        for account in accounts:
+            by_name.setdefault(account.name, []).append(account)
+        for twins in by_name.values():
+            marks = [mark(one) for one in twins]
+            if len(twins) > 1 and all(marks) and len(set(marks)) > 1:
+                for one, text in zip(twins, marks):
+                    one.name = f"{one.name} ({text})"

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import usage_dashboard as app
+
+SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
+WHEN = "2026-08-22T13:00:00Z"
+
+
+def record(**changes):
+    """Make the smallest event that is good, with changes; a change to None leaves the key out."""
+    base = {"timestamp": WHEN, "source": "an@example.com", "auth_index": "00000000000000ab", "model": "gpt-5.4",
+            "provider": "codex", "failed": False, "latency_ms": 10}
+    base.update(changes)
+    return {key: value for key, value in base.items() if value is not None}
+
+
+def parse_one(**changes) -> app.Event:
+    parsed = app.parse_events([json.dumps(record(**changes)).encode()])
+    assert parsed.rejects == [] and parsed.ignored == 0
+    return parsed.events[0]
+
+
+def reason_of(**changes) -> str:
+    parsed = app.parse_events([json.dumps(record(**changes)).encode()])
+    assert parsed.events == []
+    return parsed.rejects[0].reason
+
+
+# Derived by hand from the token rules: (UTC time, source, model, input, output, reasoning, cached, written, total).
+EXPECTED_SAMPLES = [
+    ("2026-05-03T01:14:22.048103Z", "dev.three@example.net", "gpt-5.3-codex", 15230, 812, 384, 14080, None, 16042),
+    ("2026-08-22T13:07:45.902130Z", "writer@example.com", "claude-sonnet-4-6", 50266, 1840, 0, 48210, 2044, 52106),
+    ("2026-05-28T18:03:04.000000Z", "dev.one@example.com", "gpt-5.4", 90122, 3021, 1990, 88000, 0, 93143),
+    ("2026-07-25T07:10:00.120034Z", "dev.one@example.com", "gpt-5.4", 0, 0, 0, 0, 0, 0),
+    ("2026-07-25T07:10:00.509117Z", "dev.two@example.org", "gpt-5.4", 4210, 950, 512, 2048, 0, 5160),
+    ("2026-08-22T13:00:00.000000Z", "AIz…0001 #8d9271", "gemini-3-pro-preview", 1000, 420, 120, 400, 0, 1420),
+    ("2026-08-22T12:15:02.731000Z", "sk-…1111 #4bdca8", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
+]
+
+
+def test_samples_of_several_releases_become_the_expected_events():
+    parsed = app.parse_events(SAMPLES)
+    got = [
+        (e.timestamp, e.source, e.model, e.input_tokens, e.output_tokens, e.reasoning_tokens, e.cached_tokens,
+         e.cache_write_tokens, e.total_tokens)
+        for e in parsed.events
+    ]
+    assert got == EXPECTED_SAMPLES
+    assert (parsed.rejects, parsed.ignored) == ([], 1)  # the warm-up with "generate": false
+
+
+def test_failed_sample_keeps_its_status_and_a_short_reason():
+    failed = app.parse_events(SAMPLES).events[3]
+    assert (failed.failed, failed.status_code, failed.ttft_ms, failed.latency_ms) == (1, 401, None, 388)
+    said = "401 token_expired: Provided authentication token is expired. Please try signing in again."
+    assert failed.error == said
+
+
+def test_nothing_secret_of_the_samples_is_kept():
+    kept = repr(app.parse_events(SAMPLES))
+    for secret in ("sk-client", "AIzaSy", "09f646457a1c", "172.18.0.1", "10.1.2.3", "__cf_bm", "claude-cli", "req_FAKE"):
+        assert any(secret in line.decode() for line in SAMPLES) and secret not in kept
+
+
+CLAUDE = {"input_tokens": 10, "output_tokens": 5, "reasoning_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("provider", "tokens", "expected"),  # (input, output, reasoning, total, cached, written)
+    [
+        ("codex", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, cached_tokens=80, total_tokens=130,
+                       cache_read_tokens=0), (100, 30, 12, 130, 80, None)),
+        ("openai-compat", dict(input_tokens=100, output_tokens=30, total_tokens=0), (100, 30, None, 130, None, None)),
+        ("codex", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
+         (100, 30, 12, 142, None, None)),
+        ("gemini", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=0),
+         (100, 42, 12, 142, None, None)),
+        ("antigravity", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
+         (100, 42, 12, 142, None, None)),
+        ("claude", dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=15),
+         (117, 5, 0, 122, 100, 7)),
+        ("claude", dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=122),
+         (117, 5, 0, 122, 100, 7)),
+        ("Claude", dict(CLAUDE, cache_read_tokens=0, cache_creation_tokens=7, cached_tokens=7, total_tokens=0),
+         (17, 5, 0, 22, 0, 7)),
+        ("claude", dict(CLAUDE, cached_tokens=100, total_tokens=15), (110, 5, 0, 115, 100, None)),
+        ("codex", dict(input_tokens=-1, output_tokens=5, total_tokens=5), (None, 5, None, 5, None, None)),
+        ("codex", {}, (None, None, None, None, None, None)),
+        ("codex", dict(input_tokens=2**53 - 1), (2**53 - 1, None, None, 2**53 - 1, None, None)),
+    ],
+)
+def test_tokens_have_one_meaning_for_every_provider(provider, tokens, expected):
+    event = parse_one(provider=provider, tokens=tokens)
+    assert (event.input_tokens, event.output_tokens, event.reasoning_tokens, event.total_tokens, event.cached_tokens,
+            event.cache_write_tokens) == expected
+
+
+def breakdown(**changes):
+    base = {"schema_version": 2, "quality": "complete", "total_tokens": 60,
+            "input": {"total_tokens": 40, "uncached_tokens": 10, "cache_read_tokens": 25, "cache_write_tokens": 5},
+            "output": {"total_tokens": 20, "non_reasoning_tokens": 12, "reasoning_tokens": 8}, "unclassified_tokens": 0}
+    base.update(changes)
+    return base
+
+
+PLAIN = {"input_tokens": 1, "output_tokens": 2, "reasoning_tokens": 0, "cached_tokens": 0, "total_tokens": 3}
+
+
+def test_complete_breakdown_wins_over_the_plain_counts():
+    event = parse_one(provider="claude", tokens=PLAIN, token_breakdown=breakdown())
+    assert (event.input_tokens, event.cached_tokens, event.cache_write_tokens) == (40, 25, 5)
+    assert (event.output_tokens, event.reasoning_tokens, event.total_tokens) == (20, 8, 60)
+
+
+@pytest.mark.parametrize("changes", [{"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}},
+                                     {"total_tokens": "60"}])
+def test_other_breakdowns_leave_the_plain_counts(changes):
+    event = parse_one(tokens=PLAIN, token_breakdown=breakdown(**changes))
+    assert (event.input_tokens, event.output_tokens, event.total_tokens) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"timestamp": None}, "timestamp is missing"), ({"timestamp": 5}, "timestamp is missing"),
+        ({"timestamp": "yesterday"}, "timestamp is not an RFC 3339 time"),
+        ({"timestamp": "1970-01-01T00:00:00Z"}, "timestamp is outside 2020 to 2100"),
+        ({"tokens": [1]}, "tokens is not an object"), ({"tokens": {"input_tokens": "12"}}, "tokens.input_tokens is not"),
+        ({"tokens": {"input_tokens": 1.5}}, "tokens.input_tokens is not"),
+        ({"tokens": {"total_tokens": True}}, "tokens.total_tokens is not"),
+        ({"tokens": {"total_tokens": 2**53}}, "tokens.total_tokens is larger"),
+        ({"latency_ms": "fast"}, "latency_ms is not"), ({"model": ["m"]}, "model is not a text"),
+        ({"failed": "no"}, "failed is neither"), ({"auth_index": {}}, "auth_index is neither"),
+        ({"fail": "x"}, "fail is not an object"), ({"source": 7}, "source is not a text"),
+    ],
+)
+def test_bad_field_is_named_in_the_reason(changes, reason):
+    assert reason in reason_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [(b"", "not JSON"), (b"{", "not JSON"), (b"[]", "not a JSON object"), (b"null", "not a JSON object"),
+     (b'"x"', "not a JSON object"), (b"\xff\xfe", "not UTF-8"), (b'{"a": NaN}', "not JSON"), (b"[" * 100000, "too deeply"),
+     (app.Oversized(9_000_000), "larger than an event")],
+)
+def test_value_that_is_no_event_is_parked_and_its_neighbours_kept(raw, reason):
+    parsed = app.parse_events([SAMPLES[0], raw, SAMPLES[2]])
+    assert [event.model for event in parsed.events] == ["gpt-5.3-codex", "gpt-5.4"]
+    assert len(parsed.rejects) == 1 and reason in parsed.rejects[0].reason
+    assert parsed.rejects[0].length == (9_000_000 if isinstance(raw, app.Oversized) else len(raw))
+
+
+def test_pieces_that_only_fit_together_are_not_taken_for_events():
+    whole = SAMPLES[0]
+    pieces = [whole + b"," + whole, whole[:40], whole[40:], SAMPLES[2]]
+    parsed = app.parse_events(pieces)
+    assert [event.model for event in parsed.events] == ["gpt-5.4"]
+    assert len(parsed.rejects) == 3
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_handed_over_is_always_stored_plus_rejected_plus_ignored(seed):
+    dice = random.Random(seed)
+    odd = [b"", b"{}", b"[1,0,2]", b'{"refresh":true}', b'{"support_refresh":true}', b"1,0,1", b'{"generate":false}', b"\x00"]
+    raws = [dice.choice(odd) if dice.random() < 0.3 else dice.choice(SAMPLES) for _ in range(dice.randrange(1, 60))]
+    parsed = app.parse_events(raws)
+    assert len(parsed.events) + len(parsed.rejects) + parsed.ignored == len(raws)
+    good = [raw for raw in raws if raw in SAMPLES and b'"generate":false' not in raw]
+    assert len(parsed.events) == len(good)
+
+
+def test_objects_that_were_json_already_are_taken_too():
+    assert app.parse_events([json.loads(SAMPLES[0])]).events == app.parse_events([SAMPLES[0]]).events
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [("an.nguyen@gmail.com", "an.nguyen@gmail.com"), ("", ""), ("short", "… #f9b0078b"[:8]),
+     ("sk-proj-0123456789abcdef", "sk-…cdef #"), ("not@mail", "… #"), ("a b@c.de", "… #")],
+)
+def test_source_that_may_be_a_key_is_masked(source, kept):
+    masked = parse_one(source=source).source
+    assert masked.startswith(kept) and (source == "" or "@" in kept or source not in masked)
+
+
+def test_mask_is_stable_and_tells_keys_apart():
+    assert app.mask_key("sk-aaaaaaaaaaaaaaaa-0001") == app.mask_key("sk-aaaaaaaaaaaaaaaa-0001")
+    assert app.mask_key("sk-aaaaaaaaaaaaaaaa-0001") != app.mask_key("sk-bbbbbbbbbbbbbbbb-0001")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (429, '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","resets_at":1}}',
+         "429 usage_limit_reached: The usage limit has been reached"),
+        (529, '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}', "529 overloaded_error: Overloaded"),
+        (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]', "429 RESOURCE_EXHAUSTED: Quota"),
+        (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
+        (401, '{"detail":"Unauthorized"}', "401 Unauthorized"),
+        (502, "<html>secret prompt</html>", "502 Bad Gateway"), (500, "context canceled: my prompt", "500 Internal Server Error"),
+        (499, "", "499 Client Closed Request"), (200, "", "200 stream broken off"), (999, None, "999"), (None, "x", None),
+        (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}', "400 key … of … at … is bad"),
+        (400, '{"error":{"message":"organization limit of skilled users"}}', "400 organization limit of skilled users"),
+    ],
+)
+def test_reason_of_a_failure_is_short_and_without_secrets(status, body, said):
+    assert app.failure_reason(status, body) == said
+
+
+def test_reason_of_a_failure_is_at_most_160_characters():
+    body = json.dumps({"error": {"code": "bad", "message": "word " * 500}})
+    assert len(app.failure_reason(400, body)) == 160
+
+
+def test_failed_without_fail_and_fail_without_failed_are_understood():
+    assert parse_one(failed=True).failed == 1
+    assert parse_one(failed=None, fail={"status_code": 503, "body": ""}).failed == 1
+    assert parse_one(failed=None).failed == 0
+
+
+def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
+    bad = record(timestamp="never", source="sk-upstream-secret-0001", api_key="sk-client-secret-0002", client_ip="10.1.2.3",
+                 tokens={"input_tokens": "sk-hidden-secret-0003"}, fail={"status_code": 400, "body": "my prompt"})
+    reject = app.parse_events([json.dumps(bad).encode()]).rejects[0]
+    kept = json.loads(reject.event)
+    assert kept["model"] == "gpt-5.4" and kept["source"].startswith("sk-…0001 #") and kept["fail"] == {"status_code": 400}
+    for secret in ("upstream", "secret", "hidden", "prompt", "10.1.2.3"):
+        assert secret not in reject.event
+
+
+def test_odd_letters_cannot_break_the_store_or_a_terminal():
+    event = parse_one(model="a\x00b\ud800c", alias="модель-快速-🚀")
+    assert event.model == "a\ufffdb\ufffdc" and event.alias == "модель-快速-🚀"
+
+
+def identity(number, index, source, *, plan="", first=0.0, last=100.0, provider="codex"):
+    return app.Identity(number, index, source, provider, plan, first, last)
+
+
+def names(*identities):
+    return {account.name: sorted(account.identity_ids) for account in app.resolve_accounts(identities)}
+
+
+def test_account_is_the_last_mail_seen_with_an_index():
+    assert names(identity(1, "aa", "old@x.com", last=10), identity(2, "aa", "new@x.com", first=10, last=20),
+                 identity(3, "aa", "sk-…1111 #4bdca8", first=20, last=30)) == {"new@x.com": [1, 2, 3]}
+
+
+def test_account_without_a_mail_is_the_source_else_the_index():
+    assert names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", "")) == {"AIz…0001 #8d9271": [1], "index bb": [2]}
+
+
+def test_two_live_indexes_of_one_mail_are_two_accounts_told_apart_by_plan_or_tag():
+    twins = names(identity(1, "aa", "a@x.com", plan="plus", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999))
+    assert twins == {"a@x.com (plus)": [1], "a@x.com (team)": [2]}
+    same_plan = names(identity(1, "aa", "a@x.com", plan="team", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999))
+    assert sorted(same_plan.values()) == [[1], [2]] and all(name.startswith("a@x.com (#") for name in same_plan)
+
+
+def test_index_that_changed_with_a_new_login_joins_the_old_one():
+    old = identity(1, "aa", "a@x.com", plan="plus", first=0, last=5000)
+    assert names(old, identity(2, "bb", "a@x.com", plan="plus", first=5100, last=9000)) == {"a@x.com": [1, 2]}
+    assert len(names(old, identity(2, "bb", "a@x.com", plan="team", first=5100, last=9000))) == 2
+    assert len(names(old, identity(2, "bb", "a@x.com", plan="plus", first=5100, provider="claude"))) == 2
+
+
+def test_one_mail_at_two_providers_is_two_accounts():
+    assert names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude")) == {
+        "a@x.com (codex)": [1], "a@x.com (claude)": [2]}
