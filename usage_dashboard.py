@@ -8,8 +8,6 @@ uses only those above it: base, config, resp, events, store, quota, collector, w
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import os
@@ -19,9 +17,18 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Iterable,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 __version__ = "3.0.0"
 
@@ -64,14 +71,15 @@ class Log:
 
 
 _RFC3339 = re.compile(
-    r"(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))\Z", re.ASCII
+    r"(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))\Z",
+    re.ASCII,
 )
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minute_cache: Dict[Tuple[str, str], int] = {}
+_minute_cache: dict[tuple[str, str], int] = {}
 
 
-def parse_time(text: str) -> Tuple[float, str]:
+def parse_time(text: str) -> tuple[float, str]:
     """Turn RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
 
     Takes 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
@@ -114,7 +122,7 @@ def _utc_second(epoch_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
 
 
-def utc_text(epoch_s: Optional[float]) -> Optional[str]:
+def utc_text(epoch_s: float | None) -> str | None:
     """Write epoch seconds as ISO UTC text to the second; None stays None."""
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
@@ -122,7 +130,9 @@ def utc_text(epoch_s: Optional[float]) -> Optional[str]:
 class Backoff:
     """Give waiting times that double from ``first_s`` to ``limit_s``, each shortened by up to a quarter at random."""
 
-    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, chance: Callable[[], float] = random.random):
+    def __init__(
+        self, first_s: float = 1.0, limit_s: float = 60.0, chance: Callable[[], float] = random.random
+    ):
         self.first_s, self.limit_s, self._chance = first_s, limit_s, chance
         self._next_s = first_s
 
@@ -158,7 +168,9 @@ class ConfigError(DashboardError):
 
     def __init__(self, faults: Sequence[str]):
         self.faults = list(faults)
-        super().__init__("The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+        super().__init__(
+            "The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults)
+        )
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -193,7 +205,7 @@ class Config:
         """Give the database file; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
-    def auth_dirs(self) -> List[Path]:
+    def auth_dirs(self) -> list[Path]:
         """Name the folders to look for account files in, the first that has any being the one to use."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
@@ -223,7 +235,9 @@ def _check_name(value: Any) -> str:
 def _check_host(value: Any) -> str:
     host = _check_name(value).strip()
     if "/" in host:
-        raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
+        raise ValueError(
+            'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
+        )
     if re.match(r"[^:\s]+:\d+\Z", host):
         raise ValueError("must be a host name or address alone; the port has a key of its own")
     if re.search(r"\s", host):
@@ -240,7 +254,11 @@ def _check_flag(value: Any) -> bool:
 def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         kind = "whole number" if whole else "number"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if whole else (int, float))
+            or not low <= value <= high
+        ):
             raise ValueError(f"must be a {kind} from {low} to {high}, without quotes")
         return value
 
@@ -253,7 +271,7 @@ def _check_mode(value: Any) -> str:
     return value
 
 
-_CHECKS: Dict[str, Callable[[Any], Any]] = {
+_CHECKS: dict[str, Callable[[Any], Any]] = {
     "cliproxy_host": _check_host,
     "cliproxy_port": _check_number(1, 65535),
     "cliproxy_tls": _check_flag,
@@ -274,23 +292,27 @@ _ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
 
 
 def load_config(
-    path: Optional[Path] = None, env: Optional[Mapping[str, str]] = None, flags: Optional[Mapping[str, Any]] = None
-) -> Tuple[Config, List[str]]:
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> tuple[Config, list[str]]:
     """Read defaults, file, environment and flags, in this order, and return the result with its warnings.
 
     ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
     Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
     """
-    faults: List[str] = []
-    warnings: List[str] = []
-    values: Dict[str, Any] = {}
+    faults: list[str] = []
+    warnings: list[str] = []
+    values: dict[str, Any] = {}
     shown = path if path is not None else BASE_DIR / "config.json"
     for key, value in _read_config_file(shown, path is not None, faults).items():
         _take_key(key, value, str(shown), values, faults, warnings)
     for name in _ENVIRONMENT:
         secret = (env if env is not None else os.environ).get(name, "")
         if secret:
-            _take_key("management_password", secret, f"the environment variable {name}", values, faults, warnings)
+            _take_key(
+                "management_password", secret, f"the environment variable {name}", values, faults, warnings
+            )
             break
     for key, value in (flags or {}).items():
         if value is not None:
@@ -300,7 +322,7 @@ def load_config(
     return Config(**values), warnings
 
 
-def _read_config_file(path: Path, required: bool, faults: List[str]) -> Dict[str, Any]:
+def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -324,14 +346,16 @@ def _read_config_file(path: Path, required: bool, faults: List[str]) -> Dict[str
 
 
 def _take_key(
-    key: str, value: Any, where: str, values: Dict[str, Any], faults: List[str], warnings: List[str]
+    key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]
 ) -> None:
     name = _OTHER_NAMES.get(key, key)
     if name not in _CHECKS:
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{_nearest(key)}')
         return
     if name != key and name in values and values[name] != value:
-        warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
+        warnings.append(
+            f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts'
+        )
     try:
         values[name] = _CHECKS[name](value)
     except ValueError as error:
@@ -344,6 +368,7 @@ def _nearest(key: str) -> str:
     close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 
+
 # ------------------------------------------------------------------ resp
 
 
@@ -354,7 +379,7 @@ class QueueFault(DashboardError):
     code = "queue_fault"
     state = "unreachable"
 
-    def __init__(self, message: str, state: Optional[str] = None):
+    def __init__(self, message: str, state: str | None = None):
         super().__init__(message)
         if state is not None:
             self.state = state
@@ -410,7 +435,12 @@ class RespReader:
         max_items: int = 100_000,
     ):
         self._stream = stream
-        self._max_line, self._max_bulk, self._max_skipped, self._max_items = max_line, max_bulk, max_skipped, max_items
+        self._max_line, self._max_bulk, self._max_skipped, self._max_items = (
+            max_line,
+            max_bulk,
+            max_skipped,
+            max_items,
+        )
 
     def read_reply(self, depth: int = 0) -> Any:
         """Read one whole reply; the commonest kind, a bulk string, is looked at first."""
@@ -465,7 +495,7 @@ class RespReader:
                 raise ConnectionClosed(clean=False)
             length -= len(piece)
 
-    def _read_array(self, count: int, depth: int) -> Optional[List[Any]]:
+    def _read_array(self, count: int, depth: int) -> list[Any] | None:
         if count == -1:
             return None
         if not 0 <= count <= self._max_items or depth >= 4:
@@ -479,7 +509,9 @@ def _reply_number(text: bytes) -> int:
     return int(text)
 
 
-def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
+def tcp_connector(
+    host: str, port: int, tls: bool = False, timeout_s: float = 10.0
+) -> Callable[[], socket.socket]:
     """Make a function that opens a connection; ``timeout_s`` bounds each wait for the other side.
 
     TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
@@ -512,7 +544,9 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
         ) from error
     except (OSError, ValueError) as error:
         plain.close()
-        raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
+        raise QueueFault(
+            f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed"
+        ) from error
 
 
 def os_reason(error: BaseException) -> str:
@@ -569,6 +603,7 @@ class RespClient:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+
 # ------------------------------------------------------------------ events
 
 
@@ -584,21 +619,21 @@ class Event(NamedTuple):
 
     timestamp: str
     ts_epoch: float
-    auth_index: Optional[str]
+    auth_index: str | None
     source: str
     model: str
-    input_tokens: Optional[int]
-    output_tokens: Optional[int]
-    reasoning_tokens: Optional[int]
-    total_tokens: Optional[int]
-    latency_ms: Optional[int]
+    input_tokens: int | None
+    output_tokens: int | None
+    reasoning_tokens: int | None
+    total_tokens: int | None
+    latency_ms: int | None
     failed: int
-    cached_tokens: Optional[int]
-    cache_write_tokens: Optional[int]
-    ttft_ms: Optional[int]
-    status_code: Optional[int]
-    error: Optional[str]
-    request_id: Optional[str]
+    cached_tokens: int | None
+    cache_write_tokens: int | None
+    ttft_ms: int | None
+    status_code: int | None
+    error: str | None
+    request_id: str | None
     provider: str
     endpoint: str
     auth_type: str
@@ -614,14 +649,14 @@ class Reject(NamedTuple):
 
     reason: str
     length: int
-    event: Optional[str]
+    event: str | None
 
 
 class Parsed(NamedTuple):
     """Hold what a batch became; the three counts add up to the number of values handed over."""
 
-    events: List[Event]
-    rejects: List[Reject]
+    events: list[Event]
+    rejects: list[Reject]
     ignored: int
 
 
@@ -652,7 +687,7 @@ def mask_mail(mail: str) -> str:
     return f"{name[:1]}***@{domain}" if at else "***"
 
 
-_masks: Dict[str, str] = {}
+_masks: dict[str, str] = {}
 
 
 def _mask_source(text: str) -> str:
@@ -687,7 +722,7 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
     return parsed._replace(ignored=ignored)
 
 
-def _decode_all(raws: Sequence[Any]) -> List[Any]:
+def _decode_all(raws: Sequence[Any]) -> list[Any]:
     """Decode a batch in one call, as one array with a zero between every two events.
 
     The zeros prove that each event was one JSON value by itself; otherwise each is decoded alone.
@@ -733,7 +768,7 @@ def _length_of(raw: Any) -> int:
     return len(raw if isinstance(raw, bytes) else json.dumps(raw))
 
 
-def parse_event(content: Any) -> Optional[Event]:
+def parse_event(content: Any) -> Event | None:
     """Turn one decoded record into an Event; None for control messages and warm-ups, which are no usage.
 
     Raises Rejected. Key and client address are masked or dropped here, at the edge.
@@ -793,7 +828,7 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def _number(value: Any, name: str) -> Optional[int]:
+def _number(value: Any, name: str) -> int | None:
     """Take a count; a negative one, which senders use for "not known", is unknown."""
     if value is None or type(value) is int and 0 <= value <= _LARGEST_NUMBER:
         return value
@@ -806,7 +841,7 @@ def _number(value: Any, name: str) -> Optional[int]:
     return None
 
 
-def _auth_index(value: Any) -> Optional[str]:
+def _auth_index(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return None if value is None else _printable(value[:128])
     if type(value) is int and abs(value) <= _LARGEST_NUMBER:
@@ -814,7 +849,7 @@ def _auth_index(value: Any) -> Optional[str]:
     raise Rejected("auth_index is neither a text nor a whole number")
 
 
-def _failed_flag(value: Any, status: Optional[int]) -> int:
+def _failed_flag(value: Any, status: int | None) -> int:
     if value is None:
         return int(status is not None and status >= 400)
     if value in (True, False):
@@ -832,10 +867,14 @@ def _plan_of(headers: Any) -> str:
 _Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, cache write
 
 
-def _usage(content: Dict[str, Any], provider: str) -> _Usage:
+def _usage(content: dict[str, Any], provider: str) -> _Usage:
     """Bring the token counts to one meaning: input with cache, output with reasoning."""
     breakdown = content.get("token_breakdown")
-    if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
+    if (
+        isinstance(breakdown, dict)
+        and breakdown.get("schema_version") == 2
+        and breakdown.get("quality") == "complete"
+    ):
         try:
             return _breakdown_usage(breakdown)
         except (Rejected, KeyError, TypeError):
@@ -862,7 +901,7 @@ _TOKEN_NAMES = (
 )
 
 
-def _breakdown_usage(breakdown: Dict[str, Any]) -> _Usage:
+def _breakdown_usage(breakdown: dict[str, Any]) -> _Usage:
     into, out = breakdown["input"], breakdown["output"]
     return tuple(
         _number(part[name], name)
@@ -877,13 +916,13 @@ def _breakdown_usage(breakdown: Dict[str, Any]) -> _Usage:
     )
 
 
-def _sum(*numbers: Optional[int]) -> Optional[int]:
+def _sum(*numbers: int | None) -> int | None:
     """Add what is known; unknown where nothing is."""
     known = [number for number in numbers if number is not None]
     return sum(known) if known else None
 
 
-def _claude_usage(counts: Dict[str, Optional[int]]) -> _Usage:
+def _claude_usage(counts: dict[str, int | None]) -> _Usage:
     """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
     sent_input, output, total = counts["input_tokens"], counts["output_tokens"], counts["total_tokens"]
     written = counts["cache_creation_tokens"]
@@ -895,7 +934,7 @@ def _claude_usage(counts: Dict[str, Optional[int]]) -> _Usage:
     return whole_input, output, counts["reasoning_tokens"], total, read, written
 
 
-def _inclusive_usage(counts: Dict[str, Optional[int]], thoughts_apart: bool) -> _Usage:
+def _inclusive_usage(counts: dict[str, int | None], thoughts_apart: bool) -> _Usage:
     """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
     output, reasoning = counts["output_tokens"], counts["reasoning_tokens"]
     if thoughts_apart and output is not None:
@@ -921,7 +960,7 @@ def without_secrets(text: str, limit: int = 160) -> str:
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
-def _failure(fail: Any) -> Tuple[Optional[int], Optional[str]]:
+def _failure(fail: Any) -> tuple[int | None, str | None]:
     """Give (HTTP status, short reason) of ``fail``; never its free body, which can echo a prompt."""
     if fail is None:
         return None, None
@@ -931,7 +970,7 @@ def _failure(fail: Any) -> Tuple[Optional[int], Optional[str]]:
     return status, failure_reason(status, fail.get("body"))
 
 
-def failure_reason(status: Optional[int], body: Any) -> Optional[str]:
+def failure_reason(status: int | None, body: Any) -> str | None:
     """Say shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
 
     Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
@@ -952,7 +991,7 @@ def _status_phrase(status: int) -> str:
         return ""
 
 
-def _json_error(body: Any) -> Tuple[str, str]:
+def _json_error(body: Any) -> tuple[str, str]:
     """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
     if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
         return "", ""
@@ -978,11 +1017,11 @@ _KEPT_OF_REJECT = (
 ).split()
 
 
-def masked_json(content: Any) -> Optional[str]:
+def masked_json(content: Any) -> str | None:
     """Write what may be kept of a rejected event, by the masks of a good one; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: Dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -1033,24 +1072,24 @@ class Account:
     plan: str
     first_at: float
     last_at: float
-    identity_ids: List[int]
+    identity_ids: list[int]
 
 
 # A new login's first request may start before the old one's last stream ends.
 _LOGIN_OVERLAP_S = 900.0
 
 
-def resolve_accounts(identities: Iterable[Identity]) -> List[Account]:
+def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     """Group identities into accounts, named so that no two share a name.
 
     An account is the last e-mail seen with an auth_index, else the source, else the index. An index that took
     over from another of the same mail, provider and plan joins it; two that live at once are two accounts.
     """
-    by_index: Dict[Tuple[str, str], List[Identity]] = {}
+    by_index: dict[tuple[str, str], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
         key = (identity.auth_index, "" if identity.auth_index else identity.source)
         by_index.setdefault(key, []).append(identity)
-    accounts: List[Account] = []
+    accounts: list[Account] = []
     for group in by_index.values():
         account = _account_of_index(group)
         earlier = next((known for known in accounts if _takes_over(account, known)), None)
@@ -1102,7 +1141,7 @@ def _join(old: Account, new: Account) -> None:
 def _name_apart(accounts: Sequence[Account]) -> None:
     """Tell accounts of one name apart by plan, else provider, else a short tag of the index."""
     for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
-        by_name: Dict[str, List[Account]] = {}
+        by_name: dict[str, list[Account]] = {}
         for account in accounts:
             by_name.setdefault(account.name, []).append(account)
         for twins in by_name.values():
@@ -1110,3 +1149,873 @@ def _name_apart(accounts: Sequence[Account]) -> None:
             if len(twins) > 1 and all(marks) and len(set(marks)) > 1:
                 for one, text in zip(twins, marks):
                     one.name = f"{one.name} ({text})"
+
+
+# ------------------------------------------------------------------ store
+
+
+class StoreError(DashboardError):
+    """Report why the database cannot be used; the file is never replaced or repaired by itself."""
+
+    code = "storage_error"
+
+
+BUCKET_S = (
+    900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
+)
+
+SUM_NAMES = (
+    "requests",
+    "failed",
+    "input_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+    "cached_tokens",
+    "total_tokens",
+)
+
+_ORIGINAL_COLUMNS = {
+    "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
+    "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER",
+    "quota_snapshots": "timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, allowed INTEGER, limit_reached INTEGER, "
+    "primary_used_percent INTEGER, primary_remaining_percent INTEGER, primary_reset_at TEXT, "
+    "secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, secondary_reset_at TEXT, "
+    "credits_balance TEXT, raw_json TEXT",
+}
+_OWN_COLUMNS = {
+    "events": "cached_tokens INTEGER, cache_write_tokens INTEGER, ttft_ms INTEGER, status_code INTEGER, error TEXT, "
+    "request_id TEXT, context_id INTEGER",
+    "quota_snapshots": "account_id_tag TEXT, source TEXT, windows TEXT",
+}
+_OWN_TABLES = (
+    "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    "CREATE TABLE models(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    # The auth_index as it was sent: in events its column's affinity makes numbers of some hex texts.
+    "CREATE TABLE identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+    "provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', first_at REAL NOT NULL, last_at REAL NOT NULL, "
+    "UNIQUE(auth_index, source))",
+    "CREATE TABLE contexts(id INTEGER PRIMARY KEY, identity_id INTEGER NOT NULL, provider TEXT NOT NULL, "
+    "endpoint TEXT NOT NULL, auth_type TEXT NOT NULL, alias TEXT NOT NULL, reasoning_effort TEXT NOT NULL, "
+    "service_tier TEXT NOT NULL, api_key TEXT NOT NULL, "
+    "UNIQUE(identity_id, provider, endpoint, auth_type, alias, reasoning_effort, service_tier, api_key))",
+    "CREATE TABLE usage_by_account(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, {sums}, "
+    "PRIMARY KEY(bucket, identity_id)) WITHOUT ROWID",
+    "CREATE TABLE usage_by_model(bucket INTEGER NOT NULL, model_id INTEGER NOT NULL, {sums}, "
+    "PRIMARY KEY(bucket, model_id)) WITHOUT ROWID",
+    "CREATE TABLE rejected_events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, reason TEXT, length INTEGER, "
+    "event TEXT)",
+    "CREATE TABLE outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL)",
+    "CREATE TABLE quota_accounts(email TEXT NOT NULL, account_id_tag TEXT NOT NULL, plan TEXT, state TEXT NOT NULL, "
+    "message TEXT, state_at REAL NOT NULL, snapshot_id INTEGER, PRIMARY KEY(email, account_id_tag)) WITHOUT ROWID",
+)
+
+
+def _columns_of(db, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def _add_columns(db, table: str, columns: str) -> None:
+    present = _columns_of(db, table)
+    for column in columns.split(", "):
+        if column.split()[0] not in present:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+
+
+def _step_original_tables(db) -> None:
+    for table, columns in _ORIGINAL_COLUMNS.items():
+        db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
+        _add_columns(db, table, columns)
+
+
+def _step_own_tables(db) -> None:
+    for table, columns in _OWN_COLUMNS.items():
+        _add_columns(db, table, columns)
+    sums = ", ".join(f"{name} INTEGER NOT NULL" for name in SUM_NAMES)
+    for statement in _OWN_TABLES:
+        db.execute(statement.format(sums=sums))
+    if not _has_time_index(db):
+        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
+    last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
+    if last_id is not None:
+        first_id = db.execute("SELECT MIN(id) FROM events").fetchone()[0]
+        db.executemany("INSERT INTO meta VALUES (?, ?)", [("adopt_next", first_id), ("adopt_last", last_id)])
+    db.execute(
+        "INSERT INTO quota_accounts SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' "
+        "ELSE 'ok' END, NULL, ts_epoch, id FROM quota_snapshots WHERE id IN "
+        "(SELECT MAX(id) FROM quota_snapshots WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
+    )
+
+
+def _has_time_index(db) -> bool:
+    names = [row[1] for row in db.execute("PRAGMA index_list(events)")]
+    return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
+
+
+# Never edited after a release; a new step goes at the end.
+_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables)
+
+_IDENTITY_OF = (
+    "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
+)
+_MODEL_OF = "IFNULL(e.model, 'unknown')"
+_EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
+    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
+)
+_ADD_SUMS = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUM_NAMES)
+_ROLL_UP_BY_ACCOUNT = (
+    f"INSERT INTO usage_by_account(bucket, identity_id, {', '.join(SUM_NAMES)}) "
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, {_EVENT_SUMS} FROM {_EVENTS} "
+    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
+    f"ON CONFLICT(bucket, identity_id) DO UPDATE SET {_ADD_SUMS}"
+)
+_ROLL_UP_BY_MODEL = (
+    f"INSERT INTO usage_by_model(bucket, model_id, {', '.join(SUM_NAMES)}) "
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, m.id AS i, {_EVENT_SUMS} FROM events e "
+    f"JOIN models m ON m.name = {_MODEL_OF} WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
+    f"ON CONFLICT(bucket, model_id) DO UPDATE SET {_ADD_SUMS}"
+)
+_EVENT_COLUMNS = Event._fields[:17]
+_INSERT_EVENT = (
+    f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
+)
+_CONTEXT_COLUMNS = Event._fields[17:24]
+_TOUCH_IDENTITY = (
+    "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
+    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
+)
+_KEPT_REJECTS = 1000
+
+
+class Window(NamedTuple):
+    """Hold a span of time, ``start <= t < end``, in epoch seconds."""
+
+    start: float
+    end: float
+
+
+class Filters(NamedTuple):
+    """Hold what an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
+
+    account: str | None = None
+    model: str | None = None
+    status: str | None = None
+    text: str | None = None
+
+
+class Store:
+    """Keep events, roll-ups and quota readings in one SQLite file; the only place with SQL.
+
+    One connection writes and one reads, each behind its lock. ``changes`` counts the commits that can alter an
+    answer. Raises StoreError with what to do about it. Times passed in are epoch seconds.
+    """
+
+    def __init__(self, path: Path, busy_timeout_s: float = 2.0):
+        import sqlite3
+
+        self.path = path
+        self.changes = 0
+        self._sqlite = sqlite3
+        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._identity_ids: dict[tuple[str, str], int] = {}
+        self._context_ids: dict[tuple[Any, ...], int] = {}
+        self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._identity_changes = 0
+        try:
+            make_private(path)
+            self._writer = self._connect(busy_timeout_s)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(_store_reason(path, error)) from error
+        try:
+            self._prepare()
+            self._reader = self._connect(busy_timeout_s)
+            self._reader.execute("PRAGMA query_only = ON")
+            self._counts = self._read_counts()
+        except sqlite3.Error as error:
+            self._writer.close()
+            raise StoreError(_store_reason(path, error)) from error
+        except StoreError:
+            self._writer.close()
+            raise
+
+    def _connect(self, busy_timeout_s: float):
+        return self._sqlite.connect(
+            str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
+        )
+
+    def _prepare(self) -> None:
+        db = self._writer
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_SCHEMA_STEPS):
+            raise StoreError(
+                f"{self.path} was written by a newer version of this dashboard; install that version, or name "
+                'another file with "database"'
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        for number, step in enumerate(_SCHEMA_STEPS[version:], start=version + 1):
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                step(db)
+                db.execute(f"PRAGMA user_version = {number}")
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Close both connections; the write-ahead log is folded into the file."""
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    def _write(self) -> _Transaction:
+        return _Transaction(self, self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT")
+
+    def _read(self) -> _Transaction:
+        return _Transaction(self, self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+
+    def _forget_caches(self) -> None:
+        self._identity_ids.clear()
+        self._context_ids.clear()
+
+    # Writing
+
+    def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
+        """Store a batch with its roll-ups, counts and mark in one transaction.
+
+        ``sequence`` grows with each batch; one that is not above the stored mark was stored before, and is
+        left out: then False is returned.
+        """
+        with self._write() as db:
+            counts = dict(self._counts)
+            if sequence <= counts["sequence"]:
+                return False
+            if parsed.events:
+                self._insert_events(db, parsed.events)
+            if parsed.rejects:
+                self._insert_rejects(db, parsed.rejects, now)
+            counts["sequence"] = sequence
+            counts["stored"] += len(parsed.events)
+            counts["rejected"] += len(parsed.rejects)
+            counts["ignored"] += parsed.ignored
+            self._put_counts(db, counts)
+        self._counts = counts
+        if parsed.events:
+            self.changes += 1
+        return True
+
+    def _insert_events(self, db, events: Sequence[Event]) -> None:
+        last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
+        rows, seen = [], {}
+        for event in events:
+            identity_id = self._identity_id(db, event)
+            rows.append(event[:17] + (self._context_id(db, identity_id, event[17:24]),))
+            first_at, last_at, provider, plan = seen.get(
+                identity_id, (event.ts_epoch, event.ts_epoch, "", "")
+            )
+            seen[identity_id] = (
+                min(first_at, event.ts_epoch),
+                max(last_at, event.ts_epoch),
+                event.provider or provider,
+                event.plan or plan,
+            )
+        db.executemany(_INSERT_EVENT, rows)
+        db.executemany(
+            _TOUCH_IDENTITY,
+            [(first, last, provider, plan, plan, key) for key, (first, last, provider, plan) in seen.items()],
+        )
+        self._identity_changes += 1
+        self._roll_up(db, last_id + 1, last_id + len(rows))
+
+    def _identity_id(self, db, event: Event) -> int:
+        key = (event.auth_index or "", event.source)
+        known = self._identity_ids.get(key)
+        if known is None:
+            db.execute(
+                "INSERT INTO identities(auth_index, source, provider, plan, first_at, last_at) VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT(auth_index, source) DO NOTHING",
+                (*key, event.provider, event.plan, event.ts_epoch, event.ts_epoch),
+            )
+            found = db.execute("SELECT id FROM identities WHERE auth_index = ? AND source = ?", key)
+            known = self._identity_ids[key] = found.fetchone()[0]
+        return known
+
+    def _context_id(self, db, identity_id: int, context: tuple[str, ...]) -> int:
+        key = (identity_id, *context)
+        known = self._context_ids.get(key)
+        if known is None:
+            columns = ("identity_id", *_CONTEXT_COLUMNS)
+            db.execute(
+                f"INSERT INTO contexts({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+                f"ON CONFLICT({', '.join(columns)}) DO NOTHING",
+                key,
+            )
+            found = db.execute(
+                f"SELECT id FROM contexts WHERE {' AND '.join(f'{column} = ?' for column in columns)}", key
+            )
+            known = self._context_ids[key] = found.fetchone()[0]
+        return known
+
+    @staticmethod
+    def _roll_up(db, first_id: int, last_id: int) -> None:
+        ids = (first_id, last_id)
+        db.execute(
+            f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
+            "ON CONFLICT(name) DO NOTHING",
+            ids,
+        )
+        db.execute(_ROLL_UP_BY_ACCOUNT, ids)
+        db.execute(_ROLL_UP_BY_MODEL, ids)
+
+    @staticmethod
+    def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
+        db.executemany(
+            "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
+            [(utc_text(now), now, *reject) for reject in rejects],
+        )
+        db.execute(
+            "DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - ?",
+            (_KEPT_REJECTS,),
+        )
+
+    def adopt_some(self, rows: int = 5000) -> bool:
+        """Take the next rows of an adopted database into the roll-ups; False once none is left.
+
+        Until then every answer comes from the rows themselves.
+        """
+        first_id = self.get_meta("adopt_next")
+        if first_id is None:
+            return False
+        with self._write() as db:
+            last_id = self.get_meta("adopt_last")
+            to_id = min(first_id + rows - 1, last_id)
+            ids = (first_id, to_id)
+            db.execute(
+                "INSERT INTO identities(auth_index, source, first_at, last_at) "
+                "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, MIN(ts_epoch), MAX(ts_epoch) "
+                "FROM events WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL GROUP BY a, s "
+                "ON CONFLICT(auth_index, source) DO UPDATE SET "
+                "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
+                ids,
+            )
+            self._roll_up(db, *ids)
+            counts = dict(self._counts)
+            counts["adopted"] += db.execute(
+                "SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids
+            ).fetchone()[0]
+            self._put_counts(db, counts)
+            if to_id < last_id:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'adopt_next'", (to_id + 1,))
+            else:
+                db.execute("DELETE FROM meta WHERE key IN ('adopt_next', 'adopt_last')")
+        self._counts = counts
+        self._identity_changes += 1
+        self.changes += 1
+        return to_id < last_id
+
+    def delete_some(self, before: float, rows: int = 2000) -> int:
+        """Delete up to ``rows`` events older than the 15-minute mark at or before ``before``; their sums stay."""
+        floor = int(before) // BUCKET_S
+        if self.adopting:
+            return 0
+        with self._write() as db:
+            if floor > (self.get_meta("events_floor") or 0):
+                db.execute(
+                    "INSERT INTO meta VALUES ('events_floor', ?) ON CONFLICT(key) DO UPDATE SET value = ?",
+                    (floor,) * 2,
+                )
+            done = db.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
+                (floor * BUCKET_S, rows),
+            ).rowcount
+            counts = dict(self._counts)
+            counts["deleted"] += done
+            self._put_counts(db, counts)
+        self._counts = counts
+        if done:
+            self.changes += 1
+        return done
+
+    # Small values and counts
+
+    _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
+
+    def _read_counts(self) -> dict[str, int]:
+        rows = dict(self._writer.execute("SELECT key, value FROM meta").fetchall())
+        return {name: rows.get(name, 0) for name in self._COUNT_NAMES}
+
+    def _put_counts(self, db, counts: Mapping[str, int]) -> None:
+        db.executemany(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value",
+            [(name, value) for name, value in counts.items() if value != self._counts[name]],
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Give how many events were ever stored, rejected, ignored, adopted and deleted, and the last sequence."""
+        return dict(self._counts)
+
+    @property
+    def event_count(self) -> int:
+        """Give the number of rows in ``events`` without counting them."""
+        return self._counts["stored"] + self._counts["adopted"] - self._counts["deleted"]
+
+    @property
+    def byte_count(self) -> int:
+        """Give the size of the database with its write-ahead log."""
+        return sum(_size_of(Path(str(self.path) + suffix)) for suffix in ("", "-wal", "-shm"))
+
+    @property
+    def adopting(self) -> bool:
+        """Tell whether rows of an adopted database are still missing from the roll-ups."""
+        return self.get_meta("adopt_next") is not None
+
+    def get_meta(self, key: str) -> Any:
+        """Read a small value by its key; None where there is none."""
+        with self._write_lock:
+            row = self._guard(
+                lambda: self._writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            )
+        return row[0] if row else None
+
+    def put_meta(self, key: str, value: Any) -> None:
+        """Write a small value; None removes it."""
+        with self._write() as db:
+            if value is None:
+                db.execute("DELETE FROM meta WHERE key = ?", (key,))
+            else:
+                db.execute(
+                    "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value",
+                    (key, value),
+                )
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except self._sqlite.Error as error:
+            raise StoreError(_store_reason(self.path, error)) from error
+
+    # Outages
+
+    def begin_outage(self, at: float, reason: str) -> None:
+        """Note that recording stopped; one that is open already goes on, with its first reason."""
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO outages(from_at, reason) SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
+                (at, reason),
+            )
+        self.changes += 1
+
+    def end_outage(self, at: float, shortest_s: float = 60.0) -> None:
+        """Note that recording goes on; one shorter than the proxy's memory lost nothing and is forgotten."""
+        with self._write() as db:
+            db.execute("DELETE FROM outages WHERE to_at IS NULL AND from_at > ?", (at - shortest_s,))
+            db.execute("UPDATE outages SET to_at = ? WHERE to_at IS NULL", (at,))
+        self.changes += 1
+
+    def outages(self, window: Window) -> list[dict[str, Any]]:
+        """List the spans in which nobody recorded; ``to`` None is still going on."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT from_at, to_at, reason FROM outages WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) "
+                "ORDER BY from_at LIMIT 500",
+                (window.end, window.start),
+            ).fetchall()
+        return [{"from": start, "to": end, "reason": reason} for start, end, reason in rows]
+
+    # Reading usage
+
+    def accounts(self) -> list[Account]:
+        """Give the accounts that all identities seen so far make up."""
+        with self._read() as db:
+            return self._accounts_in(db)
+
+    def _accounts_in(self, db) -> list[Account]:
+        version = self._identity_changes
+        if self._accounts[0] != version:
+            rows = db.execute(
+                "SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities"
+            )
+            self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
+        return self._accounts[1]
+
+    def usage(
+        self,
+        window: Window,
+        bucket_s: int,
+        offset_s: int,
+        filters: Filters = Filters(),
+        from_rows: bool = False,
+    ) -> tuple[
+        dict[int, tuple[int, ...]], list[tuple[str, tuple[int, ...]]], list[tuple[Account, tuple[int, ...]]]
+    ]:
+        """Sum up a window: by bucket start (epoch), by model and by account, each with sums as SUM_NAMES.
+
+        Buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC. ``from_rows`` leaves the
+        roll-ups out, to prove them.
+        """
+        with self._read() as db:
+            accounts = self._accounts_in(db)
+            plan = _UsagePlan(window, filters, accounts, self._floor(db), from_rows or self._adopting_in(db))
+            by_bucket = plan.sums(db, "bucket", bucket_s, offset_s)
+            by_model = plan.sums(db, "model")
+            by_identity = plan.sums(db, "account")
+        buckets = {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}
+        models = sorted(by_model.items(), key=lambda item: (-item[1][-1], -item[1][0], item[0]))
+        return buckets, models, _sums_of_accounts(by_identity, accounts)
+
+    @staticmethod
+    def _floor(db) -> int:
+        row = db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone()
+        return row[0] if row else 0
+
+    @staticmethod
+    def _adopting_in(db) -> bool:
+        return db.execute("SELECT 1 FROM meta WHERE key = 'adopt_next'").fetchone() is not None
+
+    def span(self) -> tuple[float, float] | None:
+        """Give the times of the first and the last event ever counted; None where there is none."""
+        with self._read() as db:
+            low, high = db.execute(
+                "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
+            ).fetchone()
+            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_model").fetchone()[0]
+        starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
+        return (min(starts), high if high is not None else min(starts)) if starts else None
+
+    def requests(
+        self,
+        limit: int,
+        window: Window | None = None,
+        filters: Filters = Filters(),
+        before: tuple[float, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
+        window = window or Window(float("-inf"), float("inf"))
+        at, row_id = before or (window.end, 0)
+        with self._read() as db:
+            accounts = self._accounts_in(db)
+            where, values = _event_conditions(filters, accounts)
+            rows = db.execute(
+                f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
+                "LEFT JOIN identities i ON i.id = c.identity_id "
+                f"WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){where} "
+                "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?",
+                (window.start, at, at, row_id, *values, limit),
+            ).fetchall()
+        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
+        return [_request_of(row, names) for row in rows]
+
+    # Quota
+
+    def save_reading(self, reading: Mapping[str, Any]) -> None:
+        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest."""
+        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
+        key = (reading["email"], reading["account_id_tag"])
+        with self._write() as db:
+            snapshot_id = db.execute(
+                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                [reading[name] for name in columns],
+            ).lastrowid
+            self._put_quota_state(
+                db, key, reading["plan"], reading["state"], None, reading["ts_epoch"], snapshot_id
+            )
+        self.changes += 1
+
+    def save_quota_state(
+        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
+    ) -> None:
+        """Note why an account has no new reading; the last good one stays beside it."""
+        with self._write() as db:
+            self._put_quota_state(db, (email, tag), plan, state, message, now, None)
+        self.changes += 1
+
+    @staticmethod
+    def _put_quota_state(db, key, plan, state, message, at, snapshot_id) -> None:
+        db.execute(
+            "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
+            "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
+            "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
+            (*key, plan, state, message, at, snapshot_id),
+        )
+        if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
+            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
+
+    def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
+        """Take accounts off the quota table that no account file names any more; their readings stay."""
+        kept = set(kept)
+        with self._write() as db:
+            present = db.execute("SELECT email, account_id_tag FROM quota_accounts").fetchall()
+            gone = [key for key in present if key not in kept]
+            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", gone)
+        self.changes += 1
+
+    def quotas(self) -> list[dict[str, Any]]:
+        """List each account's state with its last good reading, by mail."""
+        columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
+        with self._read() as db:
+            rows = db.execute(
+                f"SELECT a.email, a.account_id_tag, a.plan, a.state, a.message, a.state_at, s.id, s.timestamp, {columns} "
+                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
+            ).fetchall()
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "id", "timestamp")
+        return [dict(zip(own, row[:8]), **dict(zip(_SNAPSHOT_COLUMNS[2:], row[8:]))) for row in rows]
+
+    def thin_snapshots(self, before: float) -> None:
+        """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
+        with self._write() as db:
+            db.execute(
+                "DELETE FROM quota_snapshots WHERE ts_epoch < ? AND id NOT IN (SELECT MAX(id) FROM quota_snapshots "
+                "WHERE ts_epoch < ? GROUP BY email, IFNULL(account_id_tag, ''), CAST(ts_epoch AS INTEGER) / 3600) "
+                "AND id NOT IN (SELECT snapshot_id FROM quota_accounts WHERE snapshot_id IS NOT NULL)",
+                (before, before),
+            )
+
+    # Proof
+
+    def find_faults(self) -> list[str]:
+        """Compare the file with itself: its structure, and the roll-ups against the rows they were made of."""
+        with self._read() as db:
+            said = [row[0] for row in db.execute("PRAGMA quick_check(5)").fetchall()]
+            if said != ["ok"]:
+                return [f"the file is damaged: {said[0]}"]
+            if self._adopting_in(db):
+                return []
+            floor = self._floor(db)
+            rows = db.execute(
+                f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,)
+            ).fetchone()
+            faults = []
+            for table in ("usage_by_account", "usage_by_model"):
+                sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
+                rolled = db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (floor,)).fetchone()
+                if rolled != tuple(value or 0 for value in rows):
+                    faults.append(f"{table} does not add up to the events")
+        return faults
+
+
+class _Transaction:
+    """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
+
+    def __init__(self, store: Store, db, lock, begin: str, end: str):
+        self._store, self._db, self._lock, self._begin, self._end = store, db, lock, begin, end
+
+    def __enter__(self):
+        self._lock.acquire()
+        try:
+            self._db.execute(self._begin)
+        except self._store._sqlite.Error as error:
+            self._lock.release()
+            raise StoreError(_store_reason(self._store.path, error)) from error
+        return self._db
+
+    def __exit__(self, kind, error, trace) -> None:
+        sqlite_error = self._store._sqlite.Error
+        try:
+            if error is None:
+                self._db.execute(self._end)
+        except sqlite_error as failed:
+            error = failed
+        finally:
+            if error is not None:
+                self._store._forget_caches()  # ids of rows that were rolled back
+            if self._db.in_transaction:
+                self._roll_back()
+            self._lock.release()
+        if isinstance(error, sqlite_error):
+            raise StoreError(_store_reason(self._store.path, error)) from error
+
+    def _roll_back(self) -> None:
+        try:
+            self._db.execute("ROLLBACK")
+        except self._store._sqlite.Error:
+            pass  # SQLite has rolled back by itself, as it does on a full disk
+
+
+def _store_reason(path: Path, error: BaseException) -> str:
+    """Say what is wrong with the database file and what to do."""
+    text = str(error).lower()
+    if isinstance(error, OSError):
+        return f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
+    if "locked" in text or "busy" in text:
+        return f"{path} is locked by another program; close it there, recording goes on by itself"
+    if "full" in text:
+        return f"no room on the disk of {path}; free some, recording goes on by itself"
+    if "readonly" in text or "unable to open" in text:
+        return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
+    if "not a database" in text or "malformed" in text:
+        return (
+            f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
+        )
+    return f"{path} cannot be used: {error}"
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+_SNAPSHOT_COLUMNS = (
+    "email",
+    "account_id_tag",
+    "ts_epoch",
+    "timestamp",
+    "plan",
+    "allowed",
+    "limit_reached",
+    "primary_used_percent",
+    "primary_remaining_percent",
+    "primary_reset_at",
+    "secondary_used_percent",
+    "secondary_remaining_percent",
+    "secondary_reset_at",
+    "credits_balance",
+    "raw_json",
+    "source",
+    "windows",
+)
+_REQUEST_NAMES = ("id", *(name for name in _EVENT_COLUMNS if name != "auth_index"), *_CONTEXT_COLUMNS)
+_REQUEST_COLUMNS = ", ".join(
+    ["e.id", *(f"e.{name}" for name in _EVENT_COLUMNS if name != "auth_index")]
+    + [f"c.{name}" for name in _CONTEXT_COLUMNS]
+    + ["CAST(e.auth_index AS TEXT)"]
+)
+
+
+def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
+    *values, shown_index, identity_id, sent_index = row
+    request = dict(zip(_REQUEST_NAMES, values))
+    for name in _CONTEXT_COLUMNS:
+        request[name] = request[name] or None
+    request["failed"] = request["failed"] or 0
+    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
+    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
+    return request
+
+
+def _sums_of_accounts(
+    by_identity: Mapping[Any, tuple[int, ...]], accounts: Sequence[Account]
+) -> list[tuple[Account, tuple[int, ...]]]:
+    """Fold sums by identity into sums by account, most tokens first."""
+    owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+    nobody = Account("unknown", "", "", "", "", "", 0.0, 0.0, [])
+    folded: dict[int, tuple[Account, tuple[int, ...]]] = {}
+    for identity_id, sums in by_identity.items():
+        account = owners.get(identity_id, nobody)
+        _, before = folded.get(id(account), (account, (0,) * len(SUM_NAMES)))
+        folded[id(account)] = (account, tuple(a + b for a, b in zip(before, sums)))
+    return sorted(folded.values(), key=lambda item: (-item[1][-1], -item[1][0], item[0].name))
+
+
+def _account_ids(name: str, accounts: Sequence[Account]) -> list[int]:
+    """Give the identities of an account by its name, or by a mail that several accounts share."""
+    return [
+        identity_id
+        for account in accounts
+        if name in (account.name, account.mail)
+        for identity_id in account.identity_ids
+    ]
+
+
+def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
+    """Write the filters as SQL conditions on ``events e`` with the values to bind."""
+    parts, values = [], []
+    if filters.account is not None:
+        ids = ", ".join(str(identity_id) for identity_id in _account_ids(filters.account, accounts))
+        parts.append(f"{_IDENTITY_OF} IN ({ids})")
+    if filters.model is not None:
+        parts.append(f"{_MODEL_OF} = ?")
+        values.append(filters.model)
+    if filters.status is not None:
+        parts.append("IFNULL(e.failed, 0) = ?")
+        values.append(int(filters.status == "failed"))
+    if filters.text:
+        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
+        searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
+        parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
+        values += [pattern] * len(searched)
+    return "".join(f" AND {part}" for part in parts), values
+
+
+class _UsagePlan:
+    """Choose for one question between a roll-up with its cut edges from the rows, and the rows alone."""
+
+    def __init__(
+        self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool
+    ):
+        self._window, self._filters, self._rows_only = window, filters, rows_only
+        self._account_ids = None if filters.account is None else _account_ids(filters.account, accounts)
+        self._conditions = _event_conditions(filters, accounts)
+        # Below the floor single events were deleted, so a cut bucket counts whole there.
+        self._first = _bucket_at(window.start, up=window.start >= floor * BUCKET_S)
+        self._last = _bucket_at(window.end, up=window.end < floor * BUCKET_S)
+
+    def sums(self, db, group: str, bucket_s: int = BUCKET_S, offset_s: int = 0) -> dict[Any, tuple[int, ...]]:
+        """Sum up by ``bucket``, ``model`` or ``account``; keys are local bucket numbers, names or identities."""
+        row_keys = {
+            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
+            "model": _MODEL_OF,
+            "account": _IDENTITY_OF,
+        }
+        parts, values = [], []
+        table = self._roll_up_for(group, bucket_s)
+        spans = [(self._window.start, self._window.end)]
+        if table and self._first < self._last:
+            part, bound = self._roll_up_part(table, group, bucket_s, offset_s)
+            parts.append(part)
+            values += bound
+            edges = (self._window.start, self._first * BUCKET_S), (self._last * BUCKET_S, self._window.end)
+            spans = [span for span in edges if span[0] < span[1]]
+        where, bound = self._conditions
+        for start, end in spans:
+            parts.append(
+                f"SELECT {row_keys[group]} AS k, {_EVENT_SUMS} FROM {_EVENTS} "
+                f"WHERE e.ts_epoch >= ? AND e.ts_epoch < ?{where} GROUP BY k"
+            )
+            values += [start, end, *bound]
+        if not parts:
+            return {}
+        sums = ", ".join(f"SUM({name})" for name in SUM_NAMES)
+        rows = db.execute(f"SELECT k, {sums} FROM ({' UNION ALL '.join(parts)}) GROUP BY k", values)
+        return {row[0]: tuple(row[1:]) for row in rows}
+
+    def _roll_up_for(self, group: str, bucket_s: int) -> str | None:
+        """Name the roll-up that can answer; it knows its own dimension and time, and nothing of a status."""
+        filters = self._filters
+        if self._rows_only or filters.status is not None or (group == "bucket" and bucket_s % BUCKET_S):
+            return None
+        if group != "account" and filters.account is None:
+            return "usage_by_model"
+        if group != "model" and filters.model is None:
+            return "usage_by_account"
+        return None
+
+    def _roll_up_part(self, table: str, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
+        by_model = table == "usage_by_model"
+        keys = {
+            "bucket": f"(r.bucket * {BUCKET_S} + {offset_s}) / {bucket_s}",
+            "model": "m.name",
+            "account": "r.identity_id",
+        }
+        source = f"{table} r JOIN models m ON m.id = r.model_id" if by_model else f"{table} r"
+        where, values = "r.bucket >= ? AND r.bucket < ?", [self._first, self._last]
+        if by_model and self._filters.model is not None:
+            where += " AND m.name = ?"
+            values.append(self._filters.model)
+        if not by_model and self._account_ids is not None:
+            where += f" AND r.identity_id IN ({', '.join(map(str, self._account_ids))})"
+        sums = ", ".join(f"SUM(r.{name}) AS {name}" for name in SUM_NAMES)
+        return f"SELECT {keys[group]} AS k, {sums} FROM {source} WHERE {where} GROUP BY k", values
+
+
+def _bucket_at(at: float, up: bool) -> int:
+    """Give the number of the bucket that begins at or before ``at``, or with ``up`` at or after it."""
+    if at in (float("inf"), float("-inf")):
+        return 2**40 if at > 0 else 0
+    number = int(at // BUCKET_S)
+    return number + 1 if up and number * BUCKET_S < at else number

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import random
+import sqlite3
+import stat
+
+import pytest
+import usage_dashboard as app
+
+NOON = 1_780_000_200.0  # a multiple of 300 s, not of 900 s
+
+
+def event(at=NOON, **changes) -> app.Event:
+    base = dict(
+        timestamp=app.utc_text(at), ts_epoch=at, auth_index="00000000000000ab", source="an@example.com", model="gpt-5.4",
+        input_tokens=100, output_tokens=20, reasoning_tokens=5, total_tokens=120, latency_ms=900, failed=0,
+        cached_tokens=80, cache_write_tokens=None, ttft_ms=None, status_code=200, error=None, request_id="5d0c8e1f",
+        provider="codex", endpoint="POST /v1/responses", auth_type="oauth", alias="gpt-5.4", reasoning_effort="high",
+        service_tier="auto", api_key="sk-…1111 #4bdca8", plan="plus",
+    )
+    base.update(changes)
+    return app.Event(**base)
+
+
+def put(store, *events, sequence=None, rejects=(), ignored=0):
+    number = sequence if sequence is not None else store.counts["sequence"] + 1
+    return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = app.Store(tmp_path / "usage.db")
+    yield opened
+    opened.close()
+
+
+EVERYTHING = app.Window(0.0, 4e9)
+
+
+def make_original(path, rows):
+    """Write a database as the original dashboard made it."""
+    db = sqlite3.connect(str(path))
+    db.execute("CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
+               "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
+               "latency_ms INTEGER, failed INTEGER)")
+    db.execute("CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
+               "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
+               "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
+               "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)")
+    db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+    db.execute("INSERT INTO quota_snapshots VALUES (1,'2026-05-28','1780000000','an@example.com','plus',1,0,40,60,'x',10,90,'y','0','{}')")
+    db.commit()
+    db.close()
+
+
+ORIGINAL_ROWS = [
+    (1, "t", NOON, 3, "an@example.com", "gpt-5.4", 100, 20, 5, 125, 10, 0),
+    (2, "t", NOON + 1, "9c1d0be2f4a76633", "b@example.com", "gpt-5.5", 7, 3, 0, 10, 10, 1),
+    (5, "t", NOON + 2, None, None, None, None, None, None, None, None, None),
+]
+
+
+def test_new_file_has_the_original_columns_first_and_is_private(store):
+    db = sqlite3.connect(str(store.path))
+    columns = [row[1:3] for row in db.execute("PRAGMA table_info(events)")]
+    quota = [row[1:3] for row in db.execute("PRAGMA table_info(quota_snapshots)")]
+    db.close()
+    assert columns[:12] == [
+        ("id", "INTEGER"), ("timestamp", "TEXT"), ("ts_epoch", "REAL"), ("auth_index", "INTEGER"), ("source", "TEXT"),
+        ("model", "TEXT"), ("input_tokens", "INTEGER"), ("output_tokens", "INTEGER"), ("reasoning_tokens", "INTEGER"),
+        ("total_tokens", "INTEGER"), ("latency_ms", "INTEGER"), ("failed", "INTEGER")]
+    assert {name for name, _ in columns[12:]} == {
+        "cached_tokens", "cache_write_tokens", "ttft_ms", "status_code", "error", "request_id", "context_id"}
+    assert [name for name, _ in quota[:15]] == [
+        "id", "timestamp", "ts_epoch", "email", "plan", "allowed", "limit_reached", "primary_used_percent",
+        "primary_remaining_percent", "primary_reset_at", "secondary_used_percent", "secondary_remaining_percent",
+        "secondary_reset_at", "credits_balance", "raw_json"]
+    for name in ("usage.db", "usage.db-wal", "usage.db-shm"):
+        assert stat.S_IMODE((store.path.parent / name).stat().st_mode) == 0o600
+
+
+def test_stored_event_is_read_back_as_it_was(store):
+    put(store, event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640))
+    row = store.requests(10)[0]
+    expected = event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640)._asdict()
+    expected.pop("plan")
+    assert {name: row[name] for name in expected} == expected
+    assert row["account"] == "an@example.com" and row["id"] == 1
+
+
+@pytest.mark.parametrize("index", ["0000000000001234", "1234567890123e45", "9c1d0be2f4a76633", "9999999999999999", "3"])
+def test_auth_index_is_given_back_letter_for_letter(store, index):
+    put(store, event(auth_index=index))
+    assert store.requests(1)[0]["auth_index"] == index
+    assert store.accounts()[0].auth_index == index
+
+
+def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
+    put(store, event(input_tokens=None, output_tokens=None, reasoning_tokens=None, total_tokens=None, latency_ms=None,
+                     cached_tokens=None))
+    row = store.requests(1)[0]
+    assert row["input_tokens"] is None and row["latency_ms"] is None
+    assert store.usage(EVERYTHING, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
+
+
+def test_batch_that_was_stored_before_is_left_out(store):
+    assert put(store, event(), sequence=7) is True
+    assert put(store, event(), sequence=7) is False
+    assert put(store, event(), sequence=6) is False
+    assert store.event_count == 1 and store.counts["stored"] == 1
+
+
+def test_counts_of_stored_rejected_and_ignored_survive_reopening(tmp_path):
+    first = app.Store(tmp_path / "usage.db")
+    put(first, event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
+    first.close()
+    second = app.Store(tmp_path / "usage.db")
+    assert {name: second.counts[name] for name in ("stored", "rejected", "ignored")} == {
+        "stored": 2, "rejected": 1, "ignored": 4}
+    assert second.event_count == 2
+    second.close()
+
+
+def test_only_the_newest_thousand_rejects_are_kept(store):
+    put(store, rejects=[app.Reject(f"reason {number}", 1, None) for number in range(1500)])
+    db = sqlite3.connect(str(store.path))
+    assert db.execute("SELECT COUNT(*), MIN(reason), MAX(id) FROM rejected_events").fetchone() == (1000, "reason 1000", 1500)
+    db.close()
+    assert store.counts["rejected"] == 1500
+
+
+def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
+    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+    store = app.Store(tmp_path / "usage.db")
+    before = store.usage(EVERYTHING, 3600, 0)
+    assert store.adopting
+    assert dict(before[1]) == {"gpt-5.4": (1, 0, 100, 20, 5, 0, 125), "gpt-5.5": (1, 1, 7, 3, 0, 0, 10),
+                               "unknown": (1, 0, 0, 0, 0, 0, 0)}
+    while store.adopt_some(rows=1):
+        pass
+    buckets, models, accounts = store.usage(EVERYTHING, 3600, 0)
+    assert (buckets, models) == before[:2]
+    assert {account.name: sums[0] for account, sums in accounts} == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
+    assert (store.event_count, store.adopting, store.find_faults()) == (3, False, [])
+    assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
+    quota = store.quotas()[0]
+    assert (quota["email"], quota["state"], quota["primary_remaining_percent"]) == ("an@example.com", "ok", 60)
+    store.close()
+
+
+def test_new_events_beside_adopted_rows_are_counted_once(tmp_path):
+    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+    store = app.Store(tmp_path / "usage.db")
+    put(store, event(auth_index="3"))
+    while store.adopt_some(rows=2):
+        pass
+    put(store, event(auth_index="3"))
+    assert {account.name: sums[0] for account, sums in store.usage(EVERYTHING, 3600, 0)[2]}["an@example.com"] == 3
+    assert (store.event_count, store.find_faults()) == (5, [])
+    store.close()
+
+
+def test_original_database_that_lacks_a_column_gets_it(tmp_path):
+    db = sqlite3.connect(str(tmp_path / "usage.db"))
+    db.execute("CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, model TEXT)")
+    db.execute("INSERT INTO events VALUES (1, 't', ?, 'gpt-5.4')", (NOON,))
+    db.commit()
+    db.close()
+    store = app.Store(tmp_path / "usage.db")
+    assert store.requests(5)[0]["model"] == "gpt-5.4"
+    assert sum(sums[0] for _, sums in store.usage(EVERYTHING, 3600, 0)[1]) == 1
+    store.close()
+
+
+def test_file_of_a_newer_version_is_not_touched(tmp_path):
+    app.Store(tmp_path / "usage.db").close()
+    db = sqlite3.connect(str(tmp_path / "usage.db"))
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(app.StoreError, match="newer version"):
+        app.Store(tmp_path / "usage.db")
+
+
+def test_file_that_is_no_database_is_named_and_not_overwritten(tmp_path):
+    (tmp_path / "usage.db").write_bytes(b"this is no database, but somebody's notes " * 30)
+    before = (tmp_path / "usage.db").read_bytes()
+    with pytest.raises(app.StoreError, match="damaged or no SQLite database"):
+        app.Store(tmp_path / "usage.db")
+    assert (tmp_path / "usage.db").read_bytes() == before
+
+
+def test_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(app.StoreError, match="cannot be opened"):
+        app.Store(tmp_path / "none" / "usage.db")
+
+
+def test_locked_database_says_so_and_loses_nothing(tmp_path):
+    store = app.Store(tmp_path / "usage.db", busy_timeout_s=0.01)
+    other = sqlite3.connect(str(store.path), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(app.StoreError, match="locked by another program"):
+        put(store, event(), sequence=1)
+    other.execute("ROLLBACK")
+    other.close()
+    assert put(store, event(), sequence=1) is True
+    assert (store.event_count, store.find_faults()) == (1, [])
+    store.close()
+
+
+def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
+    store._writer.execute("PRAGMA max_page_count = 40")
+    batch = [event(at=NOON + number, error="x" * 150) for number in range(2000)]
+    with pytest.raises(app.StoreError, match="no room on the disk"):
+        put(store, *batch, sequence=1)
+    store._writer.execute("PRAGMA max_page_count = 100000")
+    assert put(store, *batch, sequence=1) is True
+    assert (store.event_count, store.counts["stored"], store.find_faults()) == (2000, 2000, [])
+
+
+def random_events(dice, count):
+    for _ in range(count):
+        made = dict(input_tokens=dice.randrange(1000), output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999))
+        index = dice.choice(["aa", "bb", "", "0000000000001234"])
+        yield event(at=round(NOON + dice.uniform(0, 86400 * 2), 3), auth_index=index, failed=dice.choice([0, 0, 1]),
+                    source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]), model=dice.choice(["m1", "m2", "m3"]), **made)
+
+
+def sums_of(events):
+    def total(name):
+        return sum(getattr(one, name) or 0 for one in events)
+
+    return (len(events), *(total(name) for name in app.SUM_NAMES[1:]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_totals_of_random_windows_equal_a_plain_sum_in_python(store, seed):
+    dice = random.Random(seed)
+    events = list(random_events(dice, 600))
+    for start in range(0, 600, 150):
+        put(store, *events[start : start + 150])
+    for _ in range(15):
+        start = NOON + dice.uniform(-5000, 86400 * 2)
+        end = start + dice.choice([1, 400, 900, 3600, 20000, 200000])
+        bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
+        inside = [one for one in events if start <= one.ts_epoch < end]
+        window = app.Window(start, end)
+        buckets, models, accounts = store.usage(window, bucket_s, offset_s)
+        assert {name: sums for name, sums in models} == {
+            name: sums_of([one for one in inside if one.model == name]) for name in {one.model for one in inside}}
+        cut = {}
+        for one in inside:
+            cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
+        assert buckets == {key: sums_of(members) for key, members in cut.items()}
+        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
+        assert store.usage(window, bucket_s, offset_s, from_rows=True) == (buckets, models, accounts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
+    dice = random.Random(seed)
+    events = list(random_events(dice, 500))
+    put(store, *events)
+    window = app.Window(NOON + 1000, NOON + 86400)
+    inside = [one for one in events if window.start <= one.ts_epoch < window.end]
+    owner = {identity: account.name for account in store.accounts() for identity in account.identity_ids}
+    names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(500)}
+    account = dice.choice(sorted(set(owner.values())))
+    for filters, belongs in [
+        (app.Filters(account=account), lambda one: names[(one.auth_index, one.source)] == account),
+        (app.Filters(model="m2"), lambda one: one.model == "m2"),
+        (app.Filters(status="failed"), lambda one: one.failed),
+        (app.Filters(status="ok", model="m1"), lambda one: not one.failed and one.model == "m1"),
+        (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and names[(one.auth_index, one.source)] == account),
+        (app.Filters(account="nobody"), lambda one: False),
+    ]:
+        expected = sums_of([one for one in inside if belongs(one)])
+        for part in store.usage(window, 3600, 0, filters):
+            sums = [item[1] for item in (part.items() if isinstance(part, dict) else part)]
+            assert tuple(map(sum, zip(*sums))) == (expected if expected[0] else ())
+        listed = store.requests(500, window, filters)
+        assert len(listed) == expected[0]
+
+
+def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
+    events = [event(at=NOON + 60 * minute) for minute in range(240)]
+    put(store, *events)
+    whole = store.usage(EVERYTHING, 3600, 0)
+    cutoff = NOON + 60 * 100
+    deleted = 0
+    while True:
+        done = store.delete_some(cutoff, rows=7)
+        deleted += done
+        if not done:
+            break
+    floor = cutoff // 900 * 900
+    assert deleted == sum(1 for one in events if one.ts_epoch < floor) and store.event_count == 240 - deleted
+    assert store.usage(EVERYTHING, 3600, 0) == whole
+    assert store.find_faults() == []
+    edge = app.Window(floor - 450, floor + 900)
+    assert sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1]) == 15 + 15  # a cut bucket counts whole below the floor
+
+
+def test_find_faults_notices_a_roll_up_that_is_off_by_one(store):
+    put(store, event())
+    store._writer.execute("UPDATE usage_by_model SET total_tokens = total_tokens + 1")
+    assert store.find_faults() == ["usage_by_model does not add up to the events"]
+
+
+def test_requests_pages_join_without_gap_or_repeat(store):
+    put(store, *[event(at=NOON + number // 3) for number in range(50)])
+    seen, before = [], None
+    while True:
+        page = store.requests(7, before=before)
+        if not page:
+            break
+        seen += [row["id"] for row in page]
+        before = (page[-1]["ts_epoch"], page[-1]["id"])
+    assert sorted(seen) == list(range(1, 51)) and len(seen) == 50
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_text_search_takes_its_letters_literally(store):
+    put(store, event(model="a_b%c"), event(model="axbyc"), event(error="rate % hit", failed=1))
+    assert [row["model"] for row in store.requests(9, filters=app.Filters(text="a_b%"))] == ["a_b%c"]
+    assert len(store.requests(9, filters=app.Filters(text="% hit"))) == 1
+
+
+def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
+    store.begin_outage(1000, "unreachable")
+    store.begin_outage(1010, "closed")
+    store.end_outage(1030)
+    assert store.outages(EVERYTHING) == []
+    store.begin_outage(2000, "unreachable")
+    assert store.outages(EVERYTHING) == [{"from": 2000.0, "to": None, "reason": "unreachable"}]
+    store.end_outage(2500)
+    assert store.outages(app.Window(2499, 3000)) == [{"from": 2000.0, "to": 2500.0, "reason": "unreachable"}]
+    assert store.outages(app.Window(2500, 3000)) == []
+
+
+def reading(**changes):
+    base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
+            "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77, "state": "ok",
+            "source": "refresh", "windows": "[]"}
+    base.update(changes)
+    return base
+
+
+def test_failure_keeps_the_last_good_reading_beside_it(store):
+    store.save_reading(reading())
+    store.save_quota_state("an@example.com", "#3f9a2c", None, "expired", "token expired", NOON + 60)
+    row = store.quotas()[0]
+    assert (row["state"], row["plan"], row["primary_remaining_percent"], row["ts_epoch"]) == ("expired", "plus", 77, NOON)
+
+
+def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
+    store.save_reading(reading())
+    store.save_reading(reading(account_id_tag="#aaaaaa", plan="team"))
+    assert [row["plan"] for row in store.quotas()] == ["plus", "team"]
+    store.forget_quota_accounts([("an@example.com", "#aaaaaa")])
+    assert [row["plan"] for row in store.quotas()] == ["team"]
+
+
+def test_old_snapshots_are_thinned_to_one_an_hour(store):
+    for minute in range(0, 180, 10):
+        store.save_reading(reading(ts_epoch=3600 * 400000 + 60 * minute))
+    store.thin_snapshots(3600 * 400002)
+    db = sqlite3.connect(str(store.path))
+    assert db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0] == 2 + 6
+    db.close()
+    assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
+
+
+def test_changes_counts_only_what_alters_an_answer(store):
+    before = store.changes
+    put(store, ignored=3)
+    assert store.changes == before
+    put(store, event())
+    assert store.changes == before + 1
