@@ -1,0 +1,663 @@
+"""A stand-in for CLIProxyAPI's usage queue: RESP and HTTP on one real socket, as each of its versions speaks.
+
+    with FakeProxy(key="secret-key") as proxy:
+        proxy.push({"timestamp": "2026-05-03T09:14:22Z", ...})
+        ...                                     # point the program at proxy.host, proxy.port
+        proxy.wait_for(lambda: proxy.queued == 0)
+
+What a version does differently is in Dialect; nothing else looks at the version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import select
+import socket
+import ssl
+import time
+from collections import deque
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from support import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, http_reply, read_http_head
+
+RESP_FIRST_BYTES = b"*$+-:"
+TLS_HANDSHAKE_BYTE = b"\x16"
+MAX_FAILURES = 5
+SUBSCRIBER_BUFFER = 256
+LOCAL_ADDRESSES = ("127.0.0.1", "::1")
+CHANNEL = "usage"
+INT64_MAX = 2**63 - 1
+
+
+# ---- what a version does ---------------------------------------------------------------------------------
+
+
+class Dialect:
+    """The differences between versions, each by the first tag that has it."""
+
+    def __init__(self, version: str) -> None:
+        tag = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        self.resp = tag != (7, 1, 17)
+        self.any_pop_key = tag < (7, 1, 44)
+        self.subscribe = tag >= (7, 0, 7)
+        self.control_messages = tag >= (7, 1, 39)
+        self.errors_channel = self.echoes_channel = tag >= (7, 1, 44)
+        self.http_queue = tag >= (6, 10, 8)
+        self.home_mode = tag >= (7, 0, 0)
+        self.home_mode_text = tag >= (7, 1, 18)
+        self.sniffs_in_accept_loop = tag <= (7, 0, 2)
+
+
+def go_duration(seconds: float) -> str:
+    """Write a duration as Go does after rounding to a second: 30m0s, 45s, 1h0m0s."""
+    total = int(seconds + 0.5)
+    minutes, second = divmod(total, 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minute}m{second}s"
+    return f"{minute}m{second}s" if minute else f"{second}s"
+
+
+# ---- RESP and HTTP as bytes ------------------------------------------------------------------------------
+
+
+class CutOff(Hangup):
+    """A fault ended the reply in hand; `whole` tells whether that was at its very end."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__()
+        self.whole = whole
+
+
+def bulk(data: bytes | str | None) -> bytes:
+    """Return a RESP bulk string; None is the null bulk."""
+    if data is None:
+        return b"$-1\r\n"
+    raw = data.encode() if isinstance(data, str) else data
+    return b"$%d\r\n%s\r\n" % (len(raw), raw)
+
+
+def array(*items: bytes) -> bytes:
+    """Return a RESP array of replies that are written already."""
+    return b"*%d\r\n" % len(items) + b"".join(items)
+
+
+def error(text: str, code: str = "ERR") -> bytes:
+    """Return a RESP error line."""
+    return f"-{code} {text}\r\n".encode()
+
+
+def as_json_element(payload: bytes) -> bytes:
+    """Return a queued payload as an element of a JSON array; what is no JSON becomes a string."""
+    text = payload.decode("utf-8", "replace")
+    try:
+        json.loads(text)
+    except ValueError:
+        return json.dumps(text).encode()
+    return payload
+
+
+class Wire(Stream):
+    """A connection whose replies go through the proxy's faults."""
+
+    def send(self, data: bytes) -> None:
+        """Write a reply; raises CutOff where a fault ends it early."""
+        allowed, pause_s = self.server.allowance(len(data))
+        chunk = data if allowed is None else data[:allowed]
+        if not pause_s:
+            self.sock.sendall(chunk)
+        else:
+            for position in range(len(chunk)):
+                self.sock.sendall(chunk[position : position + 1])
+                if self.server.closing.wait(pause_s):
+                    raise CutOff
+        if allowed is not None:
+            raise CutOff(whole=len(chunk) == len(data))
+
+
+class Subscriber:
+    """A connection that listens on a channel; push() fills the outbox, its own thread empties it."""
+
+    def __init__(self, wire: Wire, channel: str, spelling: str) -> None:
+        self.wire = wire
+        self.channel = channel
+        self.spelling = spelling
+        self.outbox: deque[bytes] = deque()
+        self.dismissed = False
+        self.woken, self._waker = socket.socketpair()
+
+    def message(self, payload: bytes) -> bytes:
+        """Return the frame that carries a payload."""
+        return array(bulk("message"), bulk(self.spelling), bulk(payload))
+
+    def wake(self) -> None:
+        """Make the connection's thread look at the outbox."""
+        with contextlib.suppress(OSError):
+            self._waker.send(b"!")
+
+    def close(self) -> None:
+        """Give the wake-up sockets back."""
+        self.woken.close()
+        self._waker.close()
+
+
+# ---- the proxy -------------------------------------------------------------------------------------------
+
+
+class FakeProxy(SocketServer):
+    """A CLIProxyAPI on a loopback port; a context manager.
+
+    These may be changed while it runs: `publishing`, `allow_remote`, `home_mode`, `management`, `key`,
+    `seen_from` (the address that clients appear to have), `ban_seconds`, `sniff_seconds`, and
+    `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
+
+    For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
+    them whose reply was cut), `commands` (RESP command names in upper case), `http_requests` as
+    (method, path), `failures` (all that ever counted towards a ban), `connections` (all there ever were).
+    """
+
+    stream_type = Wire
+
+    def __init__(
+        self,
+        key: str = "secret-key",
+        version: str = "v7.2.140",
+        publishing: bool = True,
+        allow_remote: bool = True,
+        management: bool = True,
+        home_mode: bool = False,
+        tls: ssl.SSLContext | None = None,
+        port: int = 0,
+        seen_from: str | None = None,
+    ) -> None:
+        super().__init__(port)
+        self.key = key
+        self.version = version
+        self.dialect = Dialect(version)
+        self.publishing = publishing
+        self.allow_remote = allow_remote
+        self.home_mode = home_mode
+        self.seen_from = seen_from
+        self.answer_http_only = False
+        self.ban_seconds = 1800.0
+        self.sniff_seconds = 10.0
+
+        self.handed_over: list[bytes] = []
+        self.lost: list[bytes] = []
+        self.commands: list[str] = []
+        self.http_requests: list[tuple[str, str]] = []
+        self.failures = 0
+
+        self._management = management
+        self._tls = tls
+        self._queue: deque[bytes] = deque()
+        self._subscribers: list[Subscriber] = []
+        self._failures_of: dict[str, int] = {}
+        self._banned_until: dict[str, float] = {}
+        self._clock_ahead_s = 0.0
+        self._cut_after: int | None = None
+        self._seconds_per_byte = 0.0
+
+    def describe(self) -> str:
+        return (
+            f"proxy {self.version}: queued={self.queued} handed_over={len(self.handed_over)} "
+            f"lost={len(self.lost)} failures={self.failures} connections={self.connections} "
+            f"open={self.open_connections} "
+            f"commands={self.commands[-8:]} http={self.http_requests[-4:]}"
+        )
+
+    # -- for tests: look
+
+    @property
+    def queued(self) -> int:
+        """How many events wait to be popped."""
+        return len(self._queue)
+
+    @property
+    def auth_attempts(self) -> int:
+        """How many AUTH commands came, right or wrong."""
+        with self.lock:
+            return self.commands.count("AUTH")
+
+    @property
+    def subscribers(self) -> int:
+        """How many connections are subscribed to the usage channel."""
+        with self.lock:
+            return sum(1 for one in self._subscribers if one.channel == CHANNEL)
+
+    # -- for tests: events
+
+    def push(self, *events: dict[str, Any] | str | bytes) -> None:
+        """Publish events; as in the proxy, they vanish while it does not publish or is not managed."""
+        with self.change():
+            for event in events:
+                if self.publishing and self._management:
+                    self._publish(_payload(event))
+
+    def refresh(self) -> None:
+        """Tell subscribers that account files may have changed (pollers never see this)."""
+        with self.change():
+            if self.dialect.control_messages:
+                self._broadcast(CHANNEL, b'{"refresh":true}')
+
+    def push_error(self, event: dict[str, Any] | str | bytes) -> None:
+        """Publish on the errors channel, which is never queued."""
+        with self.change():
+            self._broadcast("errors", _payload(event))
+
+    # -- for tests: settings and faults
+
+    @property
+    def management(self) -> bool:
+        """Whether the management API is on; switching it off empties the queue and ends subscriptions."""
+        return self._management
+
+    @management.setter
+    def management(self, enabled: bool) -> None:
+        with self.change():
+            self._management = enabled
+            if not enabled:
+                self._queue.clear()
+                for subscriber in list(self._subscribers):
+                    self._dismiss(subscriber)
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock of the ban forward."""
+        with self.change():
+            self._clock_ahead_s += seconds
+
+    def ban(self, address: str = "127.0.0.1") -> None:
+        """Ban an address as if it had failed often enough."""
+        with self.change():
+            self._banned_until[address] = self._now() + self.ban_seconds
+
+    def lift_ban(self) -> None:
+        """Forget all bans and failures, as a restart of the proxy does."""
+        with self.change():
+            self._banned_until.clear()
+            self._failures_of.clear()
+
+    def cut_replies_after(self, n_bytes: int) -> None:
+        """Close the connection that writes the n-th further reply byte, right after it; once."""
+        with self.change():
+            self._cut_after = n_bytes
+
+    def dribble(self, seconds_per_byte: float) -> None:
+        """Write replies byte by byte with this pause; 0 ends it."""
+        self._seconds_per_byte = seconds_per_byte
+
+    def allowance(self, length: int) -> tuple[int | None, float]:
+        """Return how many of the next bytes may be written (None: all) and the pause after each."""
+        with self.lock:
+            if self._cut_after is None or length < self._cut_after:
+                if self._cut_after is not None:
+                    self._cut_after -= length
+                return None, self._seconds_per_byte
+            allowed, self._cut_after = self._cut_after, None
+            return allowed, self._seconds_per_byte
+
+    # -- events
+
+    def _publish(self, payload: bytes) -> None:
+        if any(one.channel == CHANNEL for one in self._subscribers):
+            if self._broadcast(CHANNEL, payload):
+                self.handed_over.append(payload)
+            else:
+                self.lost.append(payload)
+        else:
+            self._queue.append(payload)
+
+    def _broadcast(self, channel: str, payload: bytes) -> bool:
+        delivered = False
+        for subscriber in [one for one in self._subscribers if one.channel == channel]:
+            if len(subscriber.outbox) >= SUBSCRIBER_BUFFER:
+                self._dismiss(subscriber)  # too slow: dropped, and the event that hit the limit with it
+                continue
+            subscriber.outbox.append(subscriber.message(payload))
+            subscriber.wake()
+            delivered = True
+        return delivered
+
+    def _dismiss(self, subscriber: Subscriber) -> None:
+        if subscriber in self._subscribers:
+            self._subscribers.remove(subscriber)
+        subscriber.dismissed = True
+        subscriber.wake()
+
+    def _pop(self, count: int) -> list[bytes]:
+        with self.change():
+            popped = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+            self.handed_over += popped
+            return popped
+
+    def _send_popped(self, wire: Wire, reply: bytes, popped: list[bytes]) -> None:
+        """Write a reply that carries events; those of an incomplete one are lost, as in the proxy."""
+        try:
+            wire.send(reply)
+        except (OSError, CutOff) as fault:
+            if not getattr(fault, "whole", False):
+                with self.change():
+                    self.lost += popped
+            raise
+
+    # -- the key and the ban
+
+    def _now(self) -> float:
+        return time.monotonic() + self._clock_ahead_s
+
+    def _authenticate(self, address: str, given: str) -> tuple[int, str]:
+        """Return (200, "") or the refusal; failures are counted per address, HTTP and RESP together."""
+        with self.change():
+            left_s = self._banned_until.get(address, 0.0) - self._now()
+            if left_s > 0:
+                return 403, f"IP banned due to too many failed attempts. Try again in {go_duration(left_s)}"
+            if address not in LOCAL_ADDRESSES and not self.allow_remote:
+                return 403, "remote management disabled"
+            if not self.key:
+                return 403, "remote management key not set"
+            if given == self.key:
+                self._failures_of.pop(address, None)
+                return 200, ""
+            self._count_failure(address)
+            return 401, "invalid management key" if given else "missing management key"
+
+    def _count_failure(self, address: str) -> None:
+        self.failures += 1
+        count = self._failures_of.get(address, 0) + 1
+        if count >= MAX_FAILURES:
+            self._banned_until[address] = self._now() + self.ban_seconds
+            count = 0
+        self._failures_of[address] = count
+
+    # -- connections
+
+    def admit(self, sock: socket.socket, stopped: socket.socket) -> None:
+        if self.dialect.sniffs_in_accept_loop:
+            select.select([sock, stopped], [], [])  # one idle client, and nobody else gets in
+
+    def serve(self, wire: Wire) -> None:
+        wire.peer = self.seen_from or wire.peer
+        if not self.dialect.sniffs_in_accept_loop:
+            wire.sock.settimeout(self.sniff_seconds)
+        if self._tls is not None:
+            if wire.sock.recv(1, socket.MSG_PEEK) != TLS_HANDSHAKE_BYTE:
+                return
+            wire.start_tls(self._tls)
+        if wire.fill():
+            wire.sock.settimeout(None)
+            self._route(wire)
+
+    def _route(self, wire: Wire) -> None:
+        by_alpn = isinstance(wire.sock, ssl.SSLSocket) and wire.sock.selected_alpn_protocol() is not None
+        if self.answer_http_only or by_alpn or wire.buffer[:1] not in RESP_FIRST_BYTES:
+            self._serve_http(wire)
+        else:
+            self._serve_resp(wire)
+
+    # -- RESP
+
+    def _serve_resp(self, wire: Wire) -> None:
+        if not self.dialect.resp:
+            wire.send(error("RESP AUTH disabled; use mTLS"))
+            return
+        if self.home_mode and self.dialect.home_mode:
+            if self.dialect.home_mode_text:
+                wire.send(error("redis usage output disabled in home mode"))
+            return
+        if not self._management:
+            return
+        try:
+            self._answer_commands(wire)
+        except UnexpectedEof:
+            wire.send(error("unexpected EOF"))
+        except ProtocolError:
+            wire.send(error("protocol error"))
+
+    def _answer_commands(self, wire: Wire) -> None:
+        authenticated = False
+        while wire.buffer or wire.fill():
+            command = read_command(wire)
+            if not command:
+                wire.send(error("empty command"))
+                continue
+            name, args = command[0].strip().upper(), command[1:]
+            with self.change():
+                self.commands.append(name)
+            if name == "AUTH":
+                accepted, reply = self._auth(wire.peer, args)
+                authenticated = authenticated or accepted
+                wire.send(reply)
+            elif not authenticated:
+                _, text = self._authenticate(wire.peer, "")
+                banned = text.startswith("IP banned")
+                wire.send(error(text) if banned else error("Authentication required.", "NOAUTH"))
+            elif name in ("LPOP", "RPOP"):
+                self._answer_pop(wire, name, args)
+            elif name == "SUBSCRIBE" and self.dialect.subscribe:
+                if self._answer_subscribe(wire, args):
+                    return
+            else:
+                wire.send(error(f"unknown command '{name.lower()}'"))
+            if not self._management:
+                return  # switched off while the read was waiting: this one command is still answered
+
+    def _auth(self, address: str, args: list[str]) -> tuple[bool, bytes]:
+        if len(args) not in (1, 2):
+            _, text = self._authenticate(address, "")
+            banned = text.startswith("IP banned")
+            return False, error(text if banned else "wrong number of arguments for 'auth' command")
+        status, text = self._authenticate(address, args[-1])
+        return status == 200, b"+OK\r\n" if status == 200 else error(text)
+
+    def _answer_pop(self, wire: Wire, name: str, args: list[str]) -> None:
+        if len(args) not in (1, 2):
+            wire.send(error(f"wrong number of arguments for '{name.lower()}' command"))
+            return
+        count = 1
+        if len(args) == 2:
+            count = int(args[1]) if re.fullmatch(r"[+-]?[0-9]+", args[1]) else 0
+            if not 0 < count <= INT64_MAX:
+                wire.send(error("value is not an integer or out of range"))
+                return
+        key = args[0].strip()
+        if not self.dialect.any_pop_key and key.lower() != CHANNEL:
+            wire.send(error(f"unsupported channel '{key}'"))
+            return
+        popped = self._pop(count)
+        if len(args) == 2:
+            reply = array(*[bulk(payload) for payload in popped])
+        else:
+            reply = bulk(popped[0] if popped else None)
+        self._send_popped(wire, reply, popped)
+
+    def _answer_subscribe(self, wire: Wire, args: list[str]) -> bool:
+        """Serve a subscription to its end; False when it was refused and the connection goes on."""
+        if len(args) != 1:
+            wire.send(error("wrong number of arguments for 'subscribe' command"))
+            return False
+        asked = args[0].strip()
+        channel = asked.lower()
+        if channel != CHANNEL and not (channel == "errors" and self.dialect.errors_channel):
+            wire.send(error(f"unsupported channel '{asked}'"))
+            return False
+        subscriber = Subscriber(wire, channel, asked if self.dialect.echoes_channel else CHANNEL)
+        subscriber.outbox.append(array(bulk("subscribe"), bulk(subscriber.spelling), b":1\r\n"))
+        if channel == CHANNEL and self.dialect.control_messages:
+            subscriber.outbox.append(subscriber.message(b'{"support_refresh":true}'))
+        with self.change():
+            self._subscribers.append(subscriber)
+        try:
+            self._serve_subscriber(subscriber)
+        finally:
+            with self.change():
+                self._dismiss(subscriber)
+            subscriber.close()
+        return True
+
+    def _serve_subscriber(self, subscriber: Subscriber) -> None:
+        wire = subscriber.wire
+        while True:
+            self._drain(subscriber)
+            if subscriber.dismissed and not subscriber.outbox:
+                return
+            readable = [wire.sock]
+            if not wire.has_input():
+                readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
+            if subscriber.woken in readable:
+                subscriber.woken.recv(4096)
+            if wire.sock in readable and not self._answer_in_subscription(subscriber):
+                return
+
+    def _drain(self, subscriber: Subscriber) -> None:
+        while True:
+            with self.lock:
+                if not subscriber.outbox:
+                    return
+                frame = subscriber.outbox.popleft()
+            subscriber.wire.send(frame)
+
+    def _answer_in_subscription(self, subscriber: Subscriber) -> bool:
+        """Answer one command; False when the connection is to be closed."""
+        wire = subscriber.wire
+        if not wire.buffer and not wire.fill():
+            return False
+        command = read_command(wire)
+        name, args = (command[0].strip().upper(), command[1:]) if command else ("", [])
+        with self.change():
+            self.commands.append(name)
+        if name == "PING":
+            wire.send(array(bulk("pong"), bulk(args[0] if args else None)))
+        elif name == "UNSUBSCRIBE":
+            wire.send(array(bulk("unsubscribe"), bulk(subscriber.spelling), b":0\r\n"))
+            return False
+        elif name == "QUIT":
+            wire.send(b"+OK\r\n")
+            return False
+        else:
+            wire.send(error(f"unknown command '{name.lower()}'"))
+        return True
+
+    # -- HTTP
+
+    def _serve_http(self, wire: Wire) -> None:
+        while wire.buffer or wire.fill():
+            try:
+                method, target, headers = read_http_head(wire)
+                body = wire.take(_integer(headers.get("content-length", "0").encode()))
+            except ProtocolError:
+                wire.send(
+                    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"
+                    b"Connection: close\r\n\r\n400 Bad Request"
+                )
+                return
+            with self.change():
+                self.http_requests.append((method, target))
+            self._answer_http(wire, method, target, headers, body)
+            if headers.get("connection", "").lower() == "close":
+                return
+
+    def _answer_http(
+        self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes
+    ) -> None:
+        url = urlsplit(target)
+        route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
+        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH")}
+        if method not in known.get(route, ()) or (route == "usage-queue" and not self.dialect.http_queue):
+            wire.send(http_reply(404, b"404 page not found", "text/plain"))
+            return
+        if not self._management or (self.home_mode and self.dialect.home_mode):
+            wire.send(http_reply(404, b"", "text/plain"))
+            return
+        # The proxy trusts the forwarding header of anybody, for the ban as well.
+        forwarded = headers.get("x-forwarded-for", "").split(",")[0].strip()
+        status, text = self._authenticate(forwarded or wire.peer, http_key(headers))
+        if status != 200:
+            self._send_json(wire, status, {"error": text})
+        elif route == "usage-queue":
+            self._answer_queue(wire, parse_qs(url.query).get("count", [""])[0].strip())
+        else:
+            self._answer_publishing(wire, method, body)
+
+    def _answer_queue(self, wire: Wire, count: str) -> None:
+        wanted = int(count or 1) if re.fullmatch(r"\+?[0-9]*", count) and count != "+" else 0
+        if not 0 < wanted <= INT64_MAX:
+            self._send_json(wire, 400, {"error": "count must be a positive integer"})
+            return
+        popped = self._pop(wanted)
+        body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
+        self._send_popped(wire, self._json_reply(200, body), popped)
+
+    def _answer_publishing(self, wire: Wire, method: str, body: bytes) -> None:
+        if method == "GET":
+            self._send_json(wire, 200, {"usage-statistics-enabled": self.publishing})
+            return
+        try:
+            value = json.loads(body)["value"]
+        except (ValueError, KeyError, TypeError):
+            value = None
+        if not isinstance(value, bool):
+            self._send_json(wire, 400, {"error": "invalid body"})
+            return
+        with self.change():
+            self.publishing = value
+        self._send_json(wire, 200, {"status": "ok"})
+
+    def _send_json(self, wire: Wire, status: int, value: dict[str, Any]) -> None:
+        wire.send(self._json_reply(status, json.dumps(value, separators=(",", ":")).encode()))
+
+    def _json_reply(self, status: int, body: bytes) -> bytes:
+        version = {
+            "X-CPA-VERSION": self.version,
+            "X-CPA-COMMIT": "0123456",
+            "X-CPA-BUILD-DATE": "2026-08-22T00:00:00Z",
+        }
+        return http_reply(status, body, "application/json; charset=utf-8", version)
+
+def _payload(event: dict[str, Any] | str | bytes) -> bytes:
+    if isinstance(event, bytes):
+        return event
+    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return text.encode()
+
+
+def read_command(wire: Wire) -> list[str]:
+    """Read one command; an empty array gives an empty list."""
+    first = wire.line()
+    if first[:1] != b"*":
+        raise ProtocolError
+    return [_read_argument(wire) for _ in range(max(0, _integer(first[1:])))]
+
+
+def _read_argument(wire: Wire) -> str:
+    line = wire.line()
+    kind, rest = line[:1], line[1:]
+    if kind in (b"+", b":"):
+        return rest.decode("utf-8", "replace")
+    if kind != b"$":
+        raise ProtocolError
+    length = _integer(rest)
+    if length < 0:
+        return ""
+    data = wire.take(length + 2)
+    if data[-2:] != b"\r\n":
+        raise ProtocolError
+    return data[:-2].decode("utf-8", "replace")
+
+
+def _integer(digits: bytes) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ProtocolError from None
+
+
+def http_key(headers: dict[str, str]) -> str:
+    """Return the management key a request carries, or an empty string."""
+    given = headers.get("authorization", "")
+    if not given:
+        return headers.get("x-management-key", "")
+    scheme, _, rest = given.partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else given
