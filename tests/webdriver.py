@@ -1,0 +1,303 @@
+"""A small client of the W3C WebDriver protocol for Chromium, by way of chromedriver.
+
+    with Browser() as browser:
+        browser.goto("http://127.0.0.1:8320/")
+        browser.wait_until("document.querySelector('h1') !== null")
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from support import free_port
+
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-quic",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-proxy-server",
+]  # fmt: skip
+# What press() takes for keys that are no character.
+KEYS = {
+    "Backspace": "\ue003", "Tab": "\ue004", "Enter": "\ue007", "Shift": "\ue008", "Control": "\ue009",
+    "Escape": "\ue00c", "Space": " ", "PageUp": "\ue00e", "PageDown": "\ue00f", "End": "\ue010",
+    "Home": "\ue011", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014",
+    "ArrowDown": "\ue015", "Delete": "\ue017",
+}  # fmt: skip
+
+# Asks again at every frame, so that nothing that shows up on the screen is missed.
+WAIT_UNTIL = """
+const [expression, timeout, done] = arguments;
+const ask = new Function('return (' + expression + ');');
+const end = performance.now() + timeout;
+const look = () => {
+  let value = null, fault = null;
+  try { value = ask(); } catch (thrown) { fault = String(thrown); }
+  if (value) done({value: value instanceof Node ? true : value});
+  else if (performance.now() > end) done({fault: fault || 'it is ' + String(value)});
+  else requestAnimationFrame(look);
+};
+look();
+"""
+
+
+class WebDriverError(Exception):
+    """What chromedriver answers to a command that it cannot carry out; `code` is its error code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+def find_browser() -> str | None:
+    """Return the path of a Chromium, or None."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
+
+
+class Browser:
+    """One headless Chromium with one tab; a context manager.
+
+    `width` and `height` are CSS pixels and `scale` is devicePixelRatio.
+    """
+
+    START_S = 30
+    COMMAND_S = 60
+
+    def __init__(
+        self,
+        width: int = 1440,
+        height: int = 900,
+        accept_lang: str = "en-US",
+        dark: bool = False,
+        scale: float = 1,
+    ) -> None:
+        self.width = width
+        self.height = height
+        self.accept_lang = accept_lang
+        self.dark = dark
+        self.scale = scale
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._profile = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._base = ""
+        self._session = ""
+        self._media: dict[str, str] = {}
+        self._print = False
+
+    def __enter__(self) -> Browser:
+        self._profile = tempfile.mkdtemp(prefix="browser-")
+        try:
+            self._start_driver()
+            self._open_session()
+            self.resize(self.width, self.height)
+            self.emulate(dark=self.dark)
+            self.goto("about:blank")  # away from the browser's own first page, and its requests
+            self.requested_urls()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._session:
+            with contextlib.suppress(OSError, WebDriverError):
+                self._call("DELETE", "")
+            self._session = ""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    # -- pages
+
+    def goto(self, url: str) -> None:
+        """Load a page and wait for its load event."""
+        self._call("POST", "/url", {"url": url})
+
+    def reload(self) -> None:
+        """Load the page again."""
+        self._call("POST", "/refresh", {})
+
+    def new_document_script(self, source: str) -> str:
+        """Run a script in every page loaded from now on, before its own; returns an id to remove it by."""
+        return self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+
+    def remove_document_script(self, identifier: str) -> None:
+        """Take back a new_document_script()."""
+        self.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=identifier)
+
+    def script(self, source: str, *args: Any) -> Any:
+        """Run the body of a function in the page; `arguments` are args, a promise is awaited."""
+        return self._call("POST", "/execute/sync", {"script": source, "args": list(args)})
+
+    def wait_until(self, expression: str, timeout: float = 10) -> Any:
+        """Return the expression's first true value; AssertionError when there is none in time."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                args = {"script": WAIT_UNTIL, "args": [expression, left_s * 1000]}
+                answer = self._call("POST", "/execute/async", args)
+            except WebDriverError as fault:
+                # The page was left meanwhile: ask the next one.
+                if fault.code not in ("javascript error", "unknown error", "stale element reference"):
+                    raise
+                answer = {"fault": str(fault)}
+                if time.monotonic() < deadline:
+                    continue
+            if "fault" not in answer:
+                return answer["value"]
+            raise AssertionError(f"not true within {timeout:g} s: {expression} ({answer['fault']})")
+
+    # -- elements
+
+    def find(self, css: str) -> dict[str, str]:
+        """Return the first element that matches, to be passed to script()."""
+        return self._call("POST", "/element", {"using": "css selector", "value": css})
+
+    def click(self, css: str) -> None:
+        """Click as a user does: the element must be visible and not covered."""
+        self._call("POST", f"/element/{self.find(css)[ELEMENT]}/click", {})
+
+    def text(self, css: str) -> str:
+        """Return the visible text of the first element that matches."""
+        return self._call("GET", f"/element/{self.find(css)[ELEMENT]}/text")
+
+    def select(self, css: str, value: str) -> None:
+        """Choose an option of a select element by its value."""
+        self.click(f'{css} option[value="{value}"]')
+
+    def press(self, *keys: str) -> None:
+        """Press keys one after another: names such as "Tab" (see KEYS), "Shift+Tab", or text to type."""
+        actions: list[dict[str, str]] = []
+        for key in keys:
+            chord = key.split("+") if "+" in key and len(key) > 1 else [key]
+            known = all(part in KEYS or len(part) == 1 for part in chord)
+            for stroke in [chord] if known else [[letter] for letter in key]:
+                codes = [KEYS.get(part, part) for part in stroke]
+                actions += [{"type": "keyDown", "value": code} for code in codes]
+                actions += [{"type": "keyUp", "value": code} for code in reversed(codes)]
+        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def move_to(self, css: str, x: int, y: int) -> None:
+        """Put the mouse at an offset in CSS pixels from the top left corner of an element."""
+        left, top = self.script(
+            "const e = arguments[0]; e.scrollIntoView({block: 'nearest', behavior: 'instant'});"
+            "const box = e.getBoundingClientRect(); return [box.left, box.top];",
+            self.find(css),
+        )
+        move = {"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)}
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        self._call("POST", "/actions", {"actions": [mouse]})
+
+    # -- the window
+
+    def resize(self, width: int, height: int, scale: float | None = None) -> None:
+        """Give the page this size in CSS pixels; a real window cannot be as narrow as a phone."""
+        self.scale = self.scale if scale is None else scale
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=self.scale, mobile=False,
+        )  # fmt: skip
+
+    def emulate(
+        self, dark: bool | None = None, reduced_motion: bool | None = None, print: bool | None = None
+    ) -> None:
+        """Set what the user prefers and the medium; None leaves it as it is."""
+        if dark is not None:
+            self._media["prefers-color-scheme"] = "dark" if dark else "light"
+        if reduced_motion is not None:
+            self._media["prefers-reduced-motion"] = "reduce" if reduced_motion else "no-preference"
+        if print is not None:
+            self._print = print
+        features = [{"name": name, "value": value} for name, value in self._media.items()]
+        self.cdp("Emulation.setEmulatedMedia", media="print" if self._print else "", features=features)
+
+    def screenshot(self, path: str | Path) -> None:
+        """Write what is on the screen to a PNG file."""
+        Path(path).write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
+
+    def cdp(self, method: str, **params: Any) -> Any:
+        """Send a command of the Chrome DevTools Protocol."""
+        return self._call("POST", "/goog/cdp/execute", {"cmd": method, "params": params})
+
+    # -- logs
+
+    def console_errors(self) -> list[str]:
+        """Return the errors on the console since the last look: exceptions, refused or failed loads."""
+        entries = self._call("POST", "/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+    def requested_urls(self) -> list[str]:
+        """Return the URLs asked for since the last look, the pages' own included."""
+        urls = []
+        for entry in self._call("POST", "/se/log", {"type": "performance"}):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                urls.append(message["params"]["request"]["url"])
+        return urls
+
+    # -- chromedriver
+
+    def _start_driver(self) -> None:
+        port = free_port()
+        self._base = f"http://127.0.0.1:{port}"
+        environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        self._process = subprocess.Popen(
+            ["chromedriver", f"--port={port}"], env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + self.START_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if self._send("GET", "/status")["ready"]:
+                    return
+            try:
+                self._process.wait(0.02)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        raise AssertionError("chromedriver does not start")
+
+    def _open_session(self) -> None:
+        flags = [*FLAGS, f"--user-data-dir={self._profile}", f"--accept-lang={self.accept_lang}",
+                 f"--window-size={self.width},{self.height}"]  # fmt: skip
+        capabilities = {
+            "browserName": "chrome",
+            "goog:chromeOptions": {"binary": find_browser(), "args": flags},
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            "timeouts": {"script": self.COMMAND_S * 1000, "pageLoad": 30_000},
+        }
+        answer = self._send("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
+        self._session = answer["sessionId"]
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._send(method, f"/session/{self._session}{path}", body)
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        request = urllib.request.Request(self._base + path, data, headers, method=method)
+        try:
+            with self._opener.open(request, timeout=self.COMMAND_S + 10) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as fault:
+            with fault:
+                value = json.load(fault)["value"]
+            raise WebDriverError(value["error"], value["message"].split("\n")[0]) from None
