@@ -1,0 +1,214 @@
+"""Fixtures: the stand-ins, the real servers, and the program as a subprocess."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fake_chatgpt import FakeChatGPT  # noqa: E402
+from fake_proxy import FakeProxy  # noqa: E402
+from redis_server import RedisServer  # noqa: E402
+from support import Watched  # noqa: E402
+from webdriver import Browser, find_browser  # noqa: E402
+
+REQUIRE = "DASHBOARD_TESTS_REQUIRE"
+# What a developer's shell may hold and would change what the program does.
+PRIVATE_ENVIRONMENT = (
+    "CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
+    "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "PYTHONUNBUFFERED", "PYTHONPATH",
+)  # fmt: skip
+
+
+def absent(part: str, reason: str) -> None:
+    """Skip the test, or fail it where the environment says that this part must be there."""
+    required = [name.strip() for name in os.environ.get(REQUIRE, "").split(",")]
+    if part in required:
+        pytest.fail(f"{reason}, and {REQUIRE} asks for {part}", pytrace=False)
+    pytest.skip(reason)
+
+
+# ---- the program -----------------------------------------------------------------------------------------
+
+
+class Running(Watched):
+    """The program while it runs; `lines` is what it has printed, both streams together."""
+
+    def __init__(self, command: list[str], env: dict[str, str], folder: Path) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._ended = False
+        self.process = subprocess.Popen(
+            command, env=env, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.process.pid
+
+    def describe(self) -> str:
+        return "the program printed:\n" + "\n".join(self.lines)
+
+    def wait_for_line(self, text: str, timeout: float = 10, since: int = 0) -> str:
+        """Return the first line that holds the text, looking from line number `since` on."""
+
+        def found() -> list[str]:
+            return [line for line in self.lines[since:] if text in line]
+
+        try:
+            self.wait_for(lambda: found() or self._ended, timeout)
+        except AssertionError as fault:
+            raise AssertionError(f"no line with {text!r}: {fault}") from None
+        if not found():
+            raise AssertionError(f"the program ended without printing {text!r}; {self.describe()}")
+        return found()[0]
+
+    def wait(self, timeout: float = 10) -> int:
+        """Wait until it ends by itself, and return its exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+    def terminate(self, signum: int = signal.SIGTERM, timeout: float = 10) -> int:
+        """Ask it to stop, and return its exit code."""
+        self.process.send_signal(signum)
+        return self.wait(timeout)
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        self.process.kill()
+        self.wait()
+
+    def close(self) -> None:
+        """Make sure that nothing of it is left."""
+        self.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self.change():
+                self.lines.append(line.rstrip("\n"))
+        with self.change():
+            self._ended = True
+
+
+class Program:
+    """Runs a copy of the program in a folder of its own, so that no real config or database is touched.
+
+    `folder` is where the script lies, `home` the home directory it sees. In `env`, None removes a variable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "dashboard"
+        self.home = folder / "home"
+        self.folder.mkdir()
+        self.home.mkdir()
+        for name in ("usage_dashboard.py", "usage-dashboard.html", "config.example.json"):
+            if (ROOT / name).exists():
+                shutil.copy(str(ROOT / name), str(self.folder / name))
+        self.script = self.folder / "usage_dashboard.py"
+        self._running: list[Running] = []
+
+    def start(self, *args: str | Path, env: dict[str, str | None] | None = None) -> Running:
+        """Start it in the background; it is killed at the end of the test."""
+        running = Running(self._command(args), self._environment(env), self.folder)
+        self._running.append(running)
+        return running
+
+    def run(
+        self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = 30, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; stdout and stderr are kept apart."""
+        return subprocess.run(
+            self._command(args), env=self._environment(env), cwd=str(self.folder), timeout=timeout,
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
+            **options,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for running in self._running:
+            running.close()
+
+    def _command(self, args: tuple[str | Path, ...]) -> list[str]:
+        return [sys.executable, str(self.script), *map(str, args)]
+
+    def _environment(self, changes: dict[str, str | None] | None) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in PRIVATE_ENVIRONMENT}
+        env["HOME"] = str(self.home)
+        for name, value in (changes or {}).items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        return env
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    """The program as a subprocess."""
+    program = Program(tmp_path)
+    yield program
+    program.close()
+
+
+# ---- the world around it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy() -> Iterator[FakeProxy]:
+    """A CLIProxyAPI of the newest version."""
+    with FakeProxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def chatgpt() -> Iterator[FakeChatGPT]:
+    """The quota endpoint."""
+    with FakeChatGPT() as chatgpt:
+        yield chatgpt
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A real Redis without a password."""
+    yield from _redis()
+
+
+@pytest.fixture
+def redis_with_password() -> Iterator[RedisServer]:
+    """A real Redis that wants the password `secret-key`."""
+    yield from _redis("secret-key")
+
+
+def _redis(password: str | None = None) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        absent("redis", "redis-server is not installed")
+    with RedisServer(password) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests."""
+    if find_browser() is None or shutil.which("chromedriver") is None:
+        absent("browser", "chromium or chromedriver is not installed")
+    with Browser() as browser:
+        yield browser
