@@ -39,6 +39,16 @@ def absent(part: str, reason: str) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a part that may be absent, so that `-m "not browser"` leaves it out."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "browser" in fixtures:
+            item.add_marker("browser")
+        if "redis_server" in fixtures or "redis_with_password" in fixtures:
+            item.add_marker("redis")
+
+
 # ---- the program -----------------------------------------------------------------------------------------
 
 

@@ -407,7 +407,6 @@ def test_chatgpt_faults(chatgpt):
 # ---- redis-server ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.redis
 def test_redis_pushes_so_that_rpop_is_the_oldest_and_comes_back_empty(redis_with_password):
     server = redis_with_password
     server.push("usage", *[f"e{number}" for number in range(2500)])
@@ -428,7 +427,6 @@ PAGE = """<!doctype html><title>t</title><link rel="icon" href="data:,"><h1 id="
 <script>setTimeout(() => { window.ready = {since: 1}; }, 50);</script>"""
 
 
-@pytest.mark.browser
 def test_browser_reads_clicks_and_types(browser):
     browser.goto("data:text/html," + quote(PAGE))
     assert browser.wait_until("window.ready") == {"since": 1}
@@ -443,14 +441,12 @@ def test_browser_reads_clicks_and_types(browser):
     assert [url[:9] for url in browser.requested_urls()] == ["data:text"]
 
 
-@pytest.mark.browser
 def test_browser_wait_that_fails_names_the_expression(browser):
     browser.goto("data:text/html,x")
     with pytest.raises(AssertionError, match=r"document\.title === 'never'"):
         browser.wait_until("document.title === 'never'", timeout=0.2)
 
 
-@pytest.mark.browser
 def test_browser_emulates_a_phone_in_the_dark(browser, tmp_path):
     try:
         browser.resize(390, 844, scale=3)
