@@ -8,6 +8,7 @@ uses only those above it: base, config, resp, events, store, quota, collector, w
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -2019,3 +2020,507 @@ def _bucket_at(at: float, up: bool) -> int:
         return 2**40 if at > 0 else 0
     number = int(at // BUCKET_S)
     return number + 1 if up and number * BUCKET_S < at else number
+
+# ------------------------------------------------------------------ quota
+
+
+USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
+_LARGEST_BODY = 1024 * 1024
+_FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
+
+
+class AccountFile(NamedTuple):
+    """Hold what is needed of one account file; the token goes to chatgpt.com alone."""
+
+    name: str
+    email: str
+    account_id: str
+    plan: str
+    access_token: str
+    disabled: bool
+    proxy_url: str
+    freshness: str
+
+    @property
+    def tag(self) -> str:
+        """Give the stable tag that stands for the account id."""
+        return "#" + short_tag(self.account_id, self.email)
+
+    def __repr__(self) -> str:
+        return f"AccountFile({self.name!r})"
+
+
+class Meter(NamedTuple):
+    """Hold one quota window; None is unknown. ``meter`` names an extra meter, None is the main one."""
+
+    label: str
+    seconds: int | None
+    used_percent: float | None
+    reset_at: float | None
+    meter: str | None
+
+    @property
+    def remaining_percent(self) -> float | None:
+        """Give what is left, in percent."""
+        return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+
+class Reading(NamedTuple):
+    """Hold what one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+
+    state: str
+    plan: str | None
+    allowed: bool | None
+    limit_reached: bool | None
+    five_hour: Meter | None
+    weekly: Meter | None
+    meters: list[Meter]
+    credits_balance: str | None
+
+
+class QuotaFault(DashboardError):
+    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
+
+    code = "quota_fault"
+
+    def __init__(self, state: str):
+        super().__init__(QUOTA_MESSAGES[state])
+        self.state = state
+
+
+QUOTA_MESSAGES = {
+    "expired": "the access token has expired; the proxy renews it by itself, usually with the next request",
+    "relogin": "the login is no longer valid; sign in again in the proxy",
+    "deactivated": "the workspace or account is deactivated",
+    "blocked": "blocked by Cloudflare, not a sign-in problem; try later or set proxy_url in the account file",
+    "region_blocked": "ChatGPT refuses this country or region; set proxy_url in the account file",
+    "rate_limited": "asked too often; wait a few minutes",
+    "server_error": "ChatGPT has a fault of its own; try later",
+    "network": "chatgpt.com cannot be reached from this machine",
+    "timeout": "chatgpt.com did not answer in time",
+    "bad_response": "the answer was not the expected JSON",
+    "no_token": "the account file has no access token; sign in again in the proxy",
+    "disabled": "the account is disabled in its file and not asked",
+    "proxy_unsupported": "a SOCKS proxy is set, which is not supported here; use an http:// one",
+}
+
+
+def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
+    """Read the Codex account files of the first folder that has any, with a sentence for each odd file.
+
+    A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
+    opened for reading only, and never followed into sub-folders.
+    """
+    folder, found, problems = folders[0], [], []
+    for folder in folders:
+        found, problems = _read_folder(folder)
+        if found:
+            break
+    else:
+        folder = folders[0]
+    newest: dict[tuple[str, str], AccountFile] = {}
+    for file in found:
+        known = newest.get((file.account_id, file.email))
+        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
+            newest[(file.account_id, file.email)] = file
+    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+
+
+def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+    except OSError as error:
+        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
+    found, problems = [], []
+    for path in paths:
+        try:
+            file = read_account_file(path)
+        except ValueError as error:
+            problems.append(f"{path.name} is skipped: {error}")
+            continue
+        if file is not None:
+            found.append(file)
+    return found, problems
+
+
+def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
+    """Read one file; None where it is of another provider. Raises ValueError that says what is odd.
+
+    The proxy rewrites its files in place, so one that is caught half-written is read a second time.
+    """
+    for attempt in range(attempts):
+        try:
+            content = _read_json_file(path)
+            break
+        except ValueError:
+            if attempt == attempts - 1:
+                raise
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if _word(content.get("type")).lower() != "codex":
+        return None
+    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
+    about = claims.get("https://api.openai.com/auth")
+    about = about if isinstance(about, dict) else {}
+    token = _word(content.get("access_token"))
+    account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
+    if not (token + account_id).isascii() or not (token + account_id).isprintable() or " " in token + account_id:
+        raise ValueError("its token or account id holds letters that cannot be sent")
+    return AccountFile(
+        path.name,
+        _word(content.get("email")) or _word(claims.get("email")) or path.stem,
+        account_id,
+        _word(about.get("chatgpt_plan_type")).lower()[:32],
+        token,
+        content.get("disabled") is True,
+        _word(content.get("proxy_url")),
+        _freshness(content),
+    )
+
+
+def _read_json_file(path: Path) -> Any:
+    try:
+        with open(str(path), "rb") as stream:
+            data = stream.read(_LARGEST_BODY + 1)
+    except OSError as error:
+        raise ValueError(os_reason(error)) from error
+    if len(data) > _LARGEST_BODY:
+        raise ValueError("it is too large for an account file")
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise ValueError("it is empty, half-written or not JSON") from None
+
+
+def _word(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _claims(token: str) -> dict[str, Any]:
+    """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except (ValueError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def _freshness(content: Mapping[str, Any]) -> str:
+    """Give a text that sorts by when the login was renewed."""
+    for name in ("last_refresh", "expired"):
+        try:
+            return parse_time(_word(content.get(name)))[1]
+        except ValueError:
+            continue
+    return ""
+
+
+def parse_quota(payload: Any, now: float) -> Reading:
+    """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+
+    A length within 5 % of five hours or a week fills that place; only a window without any length is taken
+    by its slot. Raises QuotaFault("bad_response") where the reply is no JSON object.
+    """
+    if not isinstance(payload, dict):
+        raise QuotaFault("bad_response")
+    limits = payload.get("rate_limit")
+    limits = limits if isinstance(limits, dict) else {}
+    allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
+    main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
+    five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
+    if reached or allowed is False or (weekly is not None and weekly.remaining_percent == 0):
+        state = "limited"
+    else:
+        state = "ok" if main else "no_windows"
+    return Reading(
+        state,
+        _word(payload.get("plan_type")).lower()[:32] or None,
+        allowed,
+        reached,
+        five_hour,
+        weekly,
+        main + _extra_meters(payload, now),
+        _credits_balance(payload.get("credits")),
+    )
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _meters_of(limits: Any, name: str | None, now: float, used_up: bool = False) -> list[Meter]:
+    if not isinstance(limits, dict):
+        return []
+    slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
+    made = (_meter(limits.get(slot), seconds, name, now, used_up) for slot, seconds in slots)
+    return [meter for meter in made if meter is not None]
+
+
+def _meter(window: Any, slot_seconds: int, name: str | None, now: float, used_up: bool) -> Meter | None:
+    if not isinstance(window, dict):
+        return None
+    seconds = _finite(window.get("limit_window_seconds"))
+    seconds = int(seconds) if seconds is not None and seconds > 0 else None
+    used, reset_at = _finite(window.get("used_percent")), _reset_at(window, now)
+    if used is None and used_up and reset_at is not None:
+        used = 100.0
+    label = window_label(seconds or slot_seconds)
+    if used is not None:
+        used = _tidy(min(100.0, max(0.0, used)))
+    return Meter(f"{name} {label}" if name else label, seconds, used, reset_at, name)
+
+
+def _finite(value: Any) -> float | None:
+    """Take a number or a text that is one; None for anything else, not-a-number and infinity included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < 1e18 else None
+
+
+def _tidy(number: float) -> float:
+    return int(number) if float(number).is_integer() else round(number, 2)
+
+
+def _reset_at(window: Mapping[str, Any], now: float) -> float | None:
+    at = _finite(window.get("reset_at"))
+    if at is not None and at > 1e11:  # milliseconds
+        at /= 1000
+    if at is None or at <= 0:
+        after = _finite(window.get("reset_after_seconds"))
+        at = None if after is None or after < 0 else now + after
+    return at if at is not None and 0 < at < _LATEST_AT else None
+
+
+_KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
+
+
+def window_label(seconds: int) -> str:
+    """Name a window by its length: the usual ones within 5 %, others in their largest whole unit."""
+    for length, label in _KNOWN_LENGTHS:
+        if abs(seconds - length) <= 0.05 * length:
+            return label
+    for unit, letter in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{_tidy(round(seconds / unit, 1))}{letter}"
+    return f"{seconds}s"
+
+
+def _fullest(meters: Sequence[Meter], label: str) -> Meter | None:
+    """Choose of several windows of one length the one that is used up the most."""
+    same = [meter for meter in meters if meter.label == label]
+    return max(same, key=lambda meter: -1.0 if meter.used_percent is None else meter.used_percent, default=None)
+
+
+def _extra_meters(payload: Mapping[str, Any], now: float) -> list[Meter]:
+    meters = _meters_of(payload.get("code_review_rate_limit"), "Code review", now)
+    extra = payload.get("additional_rate_limits")
+    for item in extra[:20] if isinstance(extra, list) else []:
+        if isinstance(item, dict):
+            name = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            meters += _meters_of(item.get("rate_limit"), name, now) or [Meter(name, None, None, None, name)]
+    return meters
+
+
+def _credits_balance(credits: Any) -> str | None:
+    """Give the credits as text; None where there are none to tell of or the seat hides them."""
+    if not isinstance(credits, dict):
+        return None
+    if credits.get("unlimited") is True:
+        return "unlimited"
+    balance = credits.get("balance")
+    if isinstance(balance, bool) or not isinstance(balance, (str, int, float)):
+        return None
+    return _printable(str(balance)[:32])
+
+
+def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
+    """Name the state that an HTTP status other than 200 stands for, by status and error code."""
+    text = body.decode("utf-8", "replace")
+    code = _json_error(text)[0] or _json_error(text)[1]
+    if "deactivated" in code:
+        return "deactivated"
+    if status == 401:
+        return "expired" if code == "token_expired" or not _json_error(text)[0] else "relogin"
+    if status == 402:
+        return "deactivated"
+    if status == 403:
+        if "unsupported_country" in code:
+            return "region_blocked"
+        return "relogin" if _json_error(text)[0] else "blocked"
+    if status == 429:
+        return "rate_limited"
+    return "server_error" if status >= 500 else "bad_response"
+
+
+def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
+    """Ask ChatGPT for one account's usage and return the decoded reply.
+
+    Raises QuotaFault with the state. No redirect is followed, the whole call ends after ``deadline_s``, and at
+    most 1 MiB is read.
+    """
+    if not file.access_token:
+        raise QuotaFault("no_token")
+    from http.client import HTTPException
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request
+
+    request = Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
+    if file.account_id:
+        request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
+    try:
+        body = _open_url(request, file.proxy_url, deadline_s)
+    except HTTPError as error:
+        with error:
+            raise QuotaFault(classify_failure(error.code, error.headers, _error_body(error))) from None
+    except (URLError, OSError, HTTPException, ValueError) as error:
+        cause = error.reason if isinstance(error, URLError) else error
+        raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise QuotaFault("bad_response") from None
+
+
+def _error_body(error: Any) -> bytes:
+    try:
+        return error.read(64 * 1024)
+    except (OSError, ValueError):
+        return b""
+
+
+def _open_url(request: Any, proxy_url: str, deadline_s: float) -> bytes:
+    """Make the call with urllib, through the account's own http(s) proxy or the environment's."""
+    import urllib.request
+
+    proxies = {"https": proxy_url} if proxy_url else urllib.request.getproxies()
+    if proxies.get("https", "").lower().startswith("socks"):
+        raise QuotaFault("proxy_unsupported")
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    with _Deadline(deadline_s) as deadline:
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler(proxies),
+            deadline.https_handler(),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPErrorProcessor(),
+            NoRedirect(),
+        ):
+            opener.add_handler(handler)
+        with opener.open(request, timeout=deadline_s) as reply:
+            body = reply.read(_LARGEST_BODY + 1)
+            if deadline.passed:
+                raise socket.timeout()
+    if len(body) > _LARGEST_BODY:
+        raise QuotaFault("bad_response")
+    return body
+
+
+class _Deadline:
+    """End a call as a whole after so many seconds: a socket's own timeout starts anew with every byte."""
+
+    def __init__(self, seconds: float):
+        self.passed = False
+        self._connections: list[Any] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._timer.cancel()
+        if self.passed and error is not None and not isinstance(error, QuotaFault):
+            raise socket.timeout() from None
+
+    def _end(self) -> None:
+        self.passed = True
+        for connection in self._connections:
+            try:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            except (AttributeError, OSError):
+                continue
+
+    def https_handler(self) -> Any:
+        """Make a urllib handler whose connections this deadline can end."""
+        import http.client
+        import urllib.request
+
+        connections = self._connections
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(self._connect, request)
+
+            @staticmethod
+            def _connect(host: str, **options: Any) -> Any:
+                connection = http.client.HTTPSConnection(host, **options)
+                connections.append(connection)
+                return connection
+
+        return Handler()
+
+
+def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
+    """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
+    reading = parse_quota(payload, now)
+    row: dict[str, Any] = {
+        "timestamp": utc_text(now),
+        "ts_epoch": now,
+        "email": file.email,
+        "account_id_tag": file.tag,
+        "plan": reading.plan or file.plan or None,
+        "allowed": None if reading.allowed is None else int(reading.allowed),
+        "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "credits_balance": reading.credits_balance,
+        "source": "refresh",
+        "state": reading.state,
+        "raw_json": json.dumps(_without_identity(payload), ensure_ascii=False),
+        "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
+    }
+    for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
+        row[f"{prefix}_used_percent"] = meter.used_percent if meter else None
+        row[f"{prefix}_remaining_percent"] = meter.remaining_percent if meter else None
+        row[f"{prefix}_reset_at"] = utc_text(meter.reset_at) if meter else None
+    return row
+
+
+def _meter_json(meter: Meter) -> dict[str, Any]:
+    return {
+        "label": meter.label,
+        "seconds": meter.seconds,
+        "used_percent": meter.used_percent,
+        "remaining_percent": meter.remaining_percent,
+        "reset_at": utc_text(meter.reset_at),
+        "meter": meter.meter,
+    }
+
+
+_IDENTIFYING = frozenset(["email", "user_id", "account_id"])
+
+
+def _without_identity(value: Any, depth: int = 0) -> Any:
+    """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
+    if isinstance(value, dict) and depth < 8:
+        return {
+            str(key)[:80]: _without_identity(item, depth + 1)
+            for key, item in value.items()
+            if key not in _IDENTIFYING
+        }
+    if isinstance(value, list) and depth < 8:
+        return [_without_identity(item, depth + 1) for item in value[:100]]
+    if isinstance(value, str):
+        return without_secrets(value, 300)
+    return value if isinstance(value, (int, float, bool, type(None))) else None

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+
+import pytest
+import usage_dashboard as app
+
+QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
+NOW = QUOTA["now"]
+GOOD = [sample for sample in QUOTA["samples"] if sample["http_status"] == 200 and isinstance(sample["body"], dict)]
+BAD = [sample for sample in QUOTA["samples"] if sample not in GOOD]
+BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
+
+
+def shown(meter):
+    if meter is None:
+        return None
+    return {"used_percent": meter.used_percent, "remaining_percent": meter.remaining_percent, "reset_at": meter.reset_at}
+
+
+@pytest.mark.parametrize("sample", GOOD, ids=lambda sample: sample["name"])
+def test_sample_reply_gives_the_expected_windows(sample):
+    reading, expect = app.parse_quota(sample["body"], NOW), sample["expect"]
+    assert reading.state == expect["state"]
+    assert shown(reading.five_hour) == expect["five_hour"]
+    assert shown(reading.weekly) == expect["weekly"]
+    monthly = [meter for meter in reading.meters if meter.label == "30d"]
+    assert shown(monthly[0] if monthly else None) == expect["monthly"]
+    if isinstance(expect.get("credits"), dict):
+        assert reading.credits_balance == expect["credits"]["balance"]
+    names = [meter.meter for meter in reading.meters if meter.meter not in (None, "Code review")]
+    assert sorted(set(names)) == sorted(expect.get("additional_names", []))
+    for other in expect.get("other", []):
+        assert other in [{"seconds": meter.seconds, "used_percent": meter.used_percent} for meter in reading.meters]
+
+
+def body(primary=None, secondary=None, **limits):
+    return {"rate_limit": {"primary_window": primary, "secondary_window": secondary, **limits}}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "label"),
+    [(18000, "5h"), (17100, "5h"), (18900, "5h"), (18901, "5.3h"), (604800, "7d"), (574560, "7d"), (2592000, "30d"),
+     (2628000, "30d"), (86400, "1d"), (32400, "9h"), (90, "1.5min"), (30, "30s"), (31536000, "365d")],
+)
+def test_window_is_named_by_its_length(seconds, label):
+    assert app.window_label(seconds) == label
+
+
+def test_slot_decides_only_where_no_length_is_given():
+    reading = app.parse_quota(body({"used_percent": 10}, {"used_percent": 20, "limit_window_seconds": 0}), NOW)
+    assert (reading.five_hour.used_percent, reading.weekly.used_percent) == (10, 20)
+    swapped = body({"used_percent": 1, "limit_window_seconds": 604800}, {"used_percent": 2, "limit_window_seconds": 18000})
+    assert app.parse_quota(swapped, NOW).five_hour.used_percent == 2
+
+
+def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
+    twice = body({"used_percent": 1, "limit_window_seconds": 18000}, {"used_percent": 9, "limit_window_seconds": 18000})
+    reading = app.parse_quota(twice, NOW)
+    assert (reading.five_hour.used_percent, reading.weekly, len(reading.meters)) == (9, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("sent", "used"),
+    [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), (True, None), (None, None), ("x", None), ([], None),
+     (float("inf"), None), (float("nan"), None), ({"a": 1}, None), ("1e400", None), (10**400, None)],
+)
+def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
+    meter = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
+    assert meter.used_percent == used
+    assert meter.remaining_percent == (None if used is None else 100 - used)
+
+
+@pytest.mark.parametrize(
+    ("window", "reset_at"),
+    [({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
+     ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None), ({"reset_after_seconds": -1}, None),
+     ({"reset_at": 10**30}, None), ({}, None)],
+)
+def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
+    assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
+
+
+@pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
+@pytest.mark.parametrize("field", ["plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit",
+                                   "primary_window", "secondary_window", "allowed", "limit_reached"])
+def test_wrong_type_in_any_field_never_fails(field, wrong):
+    payload = json.loads(json.dumps(BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
+    (payload if field in payload or field == "credits" else payload["rate_limit"])[field] = wrong
+    app.snapshot_of(account_file(), payload, NOW)
+
+
+def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
+    spent = body({"used_percent": 0, "limit_window_seconds": 18000}, {"used_percent": 100, "limit_window_seconds": 604800},
+                 allowed=True, limit_reached=False)
+    assert app.parse_quota(spent, NOW).state == "limited"
+
+
+def account_file(**changes) -> app.AccountFile:
+    base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus", access_token="tok-secret-1",
+                disabled=False, proxy_url="", freshness="")
+    base.update(changes)
+    return app.AccountFile(**base)
+
+
+def test_snapshot_row_has_no_identity_of_the_reply():
+    row = app.snapshot_of(account_file(), BY_NAME["plus_5h_7d"]["body"], NOW)
+    text = json.dumps(row)
+    for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
+        assert secret not in text
+    assert json.loads(row["raw_json"])["plan_type"] == "plus"
+    assert (row["primary_remaining_percent"], row["secondary_remaining_percent"]) == (77, 59)
+    assert row["primary_reset_at"] == "2027-01-15T10:31:40Z"
+
+
+def jwt(claims) -> str:
+    part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    return f"e30.{part}.sig"
+
+
+def write(folder: Path, name: str, content) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+CODEX = {"type": "codex", "email": "an@example.com", "account_id": "acc-1", "access_token": "tok-1"}
+
+
+def test_account_file_is_known_by_its_content_not_its_name(tmp_path):
+    write(tmp_path, "whatever.JSON", {**CODEX, "type": " Codex "})
+    write(tmp_path, "codex-claude.json", {"type": "claude", "email": "x@y.zz"})
+    write(tmp_path, "notes.txt", CODEX)
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub", "codex-b.json", CODEX)
+    folder, files, problems = app.find_account_files([tmp_path])
+    assert ([file.name for file in files], problems, folder) == (["whatever.JSON"], [], tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"type": "codex"', "[]", "null", "\x00\x01", "[" * 5000])
+def test_half_written_or_strange_file_is_named_and_skipped(tmp_path, content):
+    write(tmp_path, "codex-a.json", CODEX)
+    write(tmp_path, "codex-b.json", content)
+    _, files, problems = app.find_account_files([tmp_path])
+    assert [file.name for file in files] == ["codex-a.json"]
+    assert len(problems) == 1 and problems[0].startswith("codex-b.json is skipped")
+
+
+def test_token_that_cannot_be_a_header_is_refused(tmp_path):
+    write(tmp_path, "codex-a.json", {**CODEX, "access_token": "a\nHost: evil"})
+    _, files, problems = app.find_account_files([tmp_path])
+    assert files == [] and "cannot be sent" in problems[0] and "evil" not in problems[0]
+
+
+def test_old_and_new_file_of_one_login_are_one_account_with_the_newer_token(tmp_path):
+    write(tmp_path, "codex-a.json", {**CODEX, "last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"})
+    write(tmp_path, "codex-b.json", {**CODEX, "last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"})
+    write(tmp_path, "codex-c.json", {**CODEX, "account_id": "acc-2"})
+    files = app.find_account_files([tmp_path])[1]
+    assert sorted(file.access_token for file in files) == ["new", "tok-1"]
+    assert len({file.tag for file in files}) == 2
+
+
+def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
+    claims = {"email": "b@example.com", "https://api.openai.com/auth": {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"}}
+    write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": jwt(claims)})
+    file = app.find_account_files([tmp_path])[1][0]
+    assert (file.email, file.account_id, file.plan) == ("b@example.com", "acc-9", "team")
+
+
+@pytest.mark.parametrize("token", ["a.b", "a.%%%.c", "a.e30", jwt([1]), jwt({"https://api.openai.com/auth": 5})])
+def test_malformed_id_token_is_no_fault(tmp_path, token):
+    write(tmp_path, "x.json", {**CODEX, "id_token": token})
+    assert app.find_account_files([tmp_path])[1][0].email == "an@example.com"
+
+
+def test_second_folder_is_used_only_while_the_first_has_no_account(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    write(second, "x.json", CODEX)
+    assert app.find_account_files([first, second])[0] == second
+    first.mkdir()
+    write(first, "y.json", {**CODEX, "email": "c@example.com"})
+    folder, files, _ = app.find_account_files([first, second])
+    assert (folder, files[0].email) == (first, "c@example.com")
+
+
+def test_no_folder_at_all_is_no_fault(tmp_path):
+    assert app.find_account_files([tmp_path / "none"]) == (tmp_path / "none", [], [])
+
+
+def test_account_file_keeps_its_token_out_of_the_printed_form():
+    assert "tok-secret" not in repr(account_file())
+
+
+@pytest.fixture
+def through_proxy(chatgpt, monkeypatch):
+    """Send this process's calls to the stand-in, as HTTPS_PROXY and SSL_CERT_FILE do for the program."""
+    for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
+    monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
+    return chatgpt
+
+
+def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(through_proxy):
+    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"})
+    assert app.fetch_usage(account_file()) == {"plan_type": "plus"}
+    request = through_proxy.requests[0]
+    assert (request["token"], request["path"]) == ("tok-secret-1", "/backend-api/wham/usage")
+    assert request["headers"]["chatgpt-account-id"] == "acc-1" and request["headers"]["user-agent"] == "codex-cli"
+    assert "tok-secret-1" not in json.dumps(request["proxy_headers"])
+
+
+@pytest.mark.parametrize("sample", BAD, ids=lambda sample: sample["name"])
+def test_failed_sample_becomes_its_state_and_goes_nowhere_else(through_proxy, sample):
+    through_proxy.answer("tok-secret-1", status=sample["http_status"], headers=sample["headers"], body=sample["body"])
+    with pytest.raises(app.QuotaFault) as raised:
+        app.parse_quota(app.fetch_usage(account_file()), NOW)
+    assert raised.value.state in sample["expect"]["state"].split("_or_")
+    assert through_proxy.foreign_targets == [] and len(through_proxy.requests) == 1
+    assert "tok-secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "state"),
+    [(401, {"error": {"code": "token_invalidated"}}, "relogin"), (403, {"error": {"code": "account_deactivated"}}, "deactivated"),
+     (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"), (500, "oops", "server_error"),
+     (503, {}, "server_error"), (404, {}, "bad_response"), (402, {"detail": "payment_required"}, "deactivated")],
+)
+def test_other_failures_have_their_state(status, reply, state):
+    raw = reply if isinstance(reply, str) else json.dumps(reply)
+    assert app.classify_failure(status, {}, raw.encode()) == state
+
+
+def test_reply_that_drips_is_ended_as_a_whole(through_proxy):
+    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, drip=0.2)
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file(), deadline_s=0.5)
+    assert raised.value.state == "timeout"
+
+
+def test_reply_that_is_too_large_or_cut_is_no_reading(through_proxy):
+    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, size=1024 * 1024 + 1)
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file())
+    assert raised.value.state == "bad_response"
+    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file())
+    assert raised.value.state in ("network", "bad_response")
+
+
+def test_file_without_a_token_is_not_asked(through_proxy):
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file(access_token=""))
+    assert raised.value.state == "no_token" and through_proxy.requests == []
+
+
+def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file())
+    assert raised.value.state == "network" and chatgpt.requests == []
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(account_file())
+    assert raised.value.state == "proxy_unsupported"
+
+
+def test_own_proxy_of_the_account_is_used(chatgpt, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
+    chatgpt.answer("tok-secret-1", body={"plan_type": "plus"})
+    assert app.fetch_usage(account_file(proxy_url=chatgpt.proxy_url)) == {"plan_type": "plus"}
+
+
+def test_nothing_in_the_account_folder_is_changed(tmp_path):
+    path = write(tmp_path, "codex-a.json", CODEX)
+    os.chmod(str(path), 0o400)
+    before = path.stat()
+    app.find_account_files([tmp_path])
+    assert (path.stat().st_mtime_ns, path.stat().st_mode, os.listdir(str(tmp_path))) == (
+        before.st_mtime_ns, before.st_mode, ["codex-a.json"])
