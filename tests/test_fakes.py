@@ -372,6 +372,12 @@ def test_chatgpt_answers_each_token(chatgpt):
     assert chatgpt.most_at_once == 1
 
 
+def test_chatgpt_is_reached_by_the_environment_alone(chatgpt, program):
+    chatgpt.answer(None, body={"plan_type": "plus"})
+    program.script.write_text(f"import urllib.request\nprint(urllib.request.urlopen({URL!r}).read().decode())")
+    assert program.run(env=chatgpt.environment).stdout == '{"plan_type": "plus"}\n'
+
+
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt):
     chatgpt.answer("one", status=302, headers={"Location": "https://elsewhere.example/x"})
     with pytest.raises(urllib.error.URLError):
