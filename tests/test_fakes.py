@@ -374,7 +374,8 @@ def test_chatgpt_answers_each_token(chatgpt):
 
 def test_chatgpt_is_reached_by_the_environment_alone(chatgpt, program):
     chatgpt.answer(None, body={"plan_type": "plus"})
-    program.script.write_text(f"import urllib.request\nprint(urllib.request.urlopen({URL!r}).read().decode())")
+    source = f"import urllib.request\nprint(urllib.request.urlopen({URL!r}).read().decode())"
+    program.script.write_text(source)
     assert program.run(env=chatgpt.environment).stdout == '{"plan_type": "plus"}\n'
 
 
