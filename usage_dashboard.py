@@ -131,9 +131,7 @@ def utc_text(epoch_s: float | None) -> str | None:
 class Backoff:
     """Give waiting times that double from ``first_s`` to ``limit_s``, each shortened by up to a quarter at random."""
 
-    def __init__(
-        self, first_s: float = 1.0, limit_s: float = 60.0, chance: Callable[[], float] = random.random
-    ):
+    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, chance: Callable[[], float] = random.random):
         self.first_s, self.limit_s, self._chance = first_s, limit_s, chance
         self._next_s = first_s
 
@@ -169,9 +167,7 @@ class ConfigError(DashboardError):
 
     def __init__(self, faults: Sequence[str]):
         self.faults = list(faults)
-        super().__init__(
-            "The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults)
-        )
+        super().__init__("The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -236,9 +232,7 @@ def _check_name(value: Any) -> str:
 def _check_host(value: Any) -> str:
     host = _check_name(value).strip()
     if "/" in host:
-        raise ValueError(
-            'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
-        )
+        raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
     if re.match(r"[^:\s]+:\d+\Z", host):
         raise ValueError("must be a host name or address alone; the port has a key of its own")
     if re.search(r"\s", host):
@@ -255,11 +249,7 @@ def _check_flag(value: Any) -> bool:
 def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         kind = "whole number" if whole else "number"
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int if whole else (int, float))
-            or not low <= value <= high
-        ):
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
             raise ValueError(f"must be a {kind} from {low} to {high}, without quotes")
         return value
 
@@ -311,9 +301,7 @@ def load_config(
     for name in _ENVIRONMENT:
         secret = (env if env is not None else os.environ).get(name, "")
         if secret:
-            _take_key(
-                "management_password", secret, f"the environment variable {name}", values, faults, warnings
-            )
+            _take_key("management_password", secret, f"the environment variable {name}", values, faults, warnings)
             break
     for key, value in (flags or {}).items():
         if value is not None:
@@ -346,17 +334,13 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
     return content
 
 
-def _take_key(
-    key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]
-) -> None:
+def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
     name = _OTHER_NAMES.get(key, key)
     if name not in _CHECKS:
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{_nearest(key)}')
         return
     if name != key and name in values and values[name] != value:
-        warnings.append(
-            f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts'
-        )
+        warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
     try:
         values[name] = _CHECKS[name](value)
     except ValueError as error:
@@ -510,9 +494,7 @@ def _reply_number(text: bytes) -> int:
     return int(text)
 
 
-def tcp_connector(
-    host: str, port: int, tls: bool = False, timeout_s: float = 10.0
-) -> Callable[[], socket.socket]:
+def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
     """Make a function that opens a connection; ``timeout_s`` bounds each wait for the other side.
 
     TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
@@ -545,9 +527,7 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
         ) from error
     except (OSError, ValueError) as error:
         plain.close()
-        raise QueueFault(
-            f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed"
-        ) from error
+        raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
 
 
 def os_reason(error: BaseException) -> str:
@@ -590,8 +570,16 @@ class RespClient:
         self.send(encode_command(*words))
         return self.receive()
 
+    def wait_for_ever(self) -> None:
+        """Let the next replies take as long as they like, as a subscription needs it."""
+        self._socket.settimeout(None)
+
     def close(self) -> None:
-        """Close the connection; what was not read of it is gone."""
+        """Close the connection, also under a thread that reads from it; what was not read is gone."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other side was quicker
         for thing in (self._stream, self._socket):
             try:
                 thing.close()
@@ -831,7 +819,7 @@ def _printable(text: str) -> str:
 
 def _number(value: Any, name: str) -> int | None:
     """Take a count; a negative one, which senders use for "not known", is unknown."""
-    if value is None or type(value) is int and 0 <= value <= _LARGEST_NUMBER:
+    if value is None or (type(value) is int and 0 <= value <= _LARGEST_NUMBER):
         return value
     if isinstance(value, float) and value.is_integer():
         return _number(int(value), name)
@@ -871,11 +859,7 @@ _Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, c
 def _usage(content: dict[str, Any], provider: str) -> _Usage:
     """Bring the token counts to one meaning: input with cache, output with reasoning."""
     breakdown = content.get("token_breakdown")
-    if (
-        isinstance(breakdown, dict)
-        and breakdown.get("schema_version") == 2
-        and breakdown.get("quality") == "complete"
-    ):
+    if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
         try:
             return _breakdown_usage(breakdown)
         except (Rejected, KeyError, TypeError):
@@ -1161,9 +1145,7 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-BUCKET_S = (
-    900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
-)
+BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = (
     "requests",
@@ -1278,9 +1260,7 @@ _ROLL_UP_BY_MODEL = (
     f"ON CONFLICT(bucket, model_id) DO UPDATE SET {_ADD_SUMS}"
 )
 _EVENT_COLUMNS = Event._fields[:17]
-_INSERT_EVENT = (
-    f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
-)
+_INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
 _CONTEXT_COLUMNS = Event._fields[17:24]
 _TOUCH_IDENTITY = (
     "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
@@ -1303,6 +1283,9 @@ class Filters(NamedTuple):
     model: str | None = None
     status: str | None = None
     text: str | None = None
+
+
+_NO_FILTERS = Filters()
 
 
 class Store:
@@ -1413,9 +1396,7 @@ class Store:
         for event in events:
             identity_id = self._identity_id(db, event)
             rows.append(event[:17] + (self._context_id(db, identity_id, event[17:24]),))
-            first_at, last_at, provider, plan = seen.get(
-                identity_id, (event.ts_epoch, event.ts_epoch, "", "")
-            )
+            first_at, last_at, provider, plan = seen.get(identity_id, (event.ts_epoch, event.ts_epoch, "", ""))
             seen[identity_id] = (
                 min(first_at, event.ts_epoch),
                 max(last_at, event.ts_epoch),
@@ -1503,9 +1484,7 @@ class Store:
             )
             self._roll_up(db, *ids)
             counts = dict(self._counts)
-            counts["adopted"] += db.execute(
-                "SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids
-            ).fetchone()[0]
+            counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[0]
             self._put_counts(db, counts)
             if to_id < last_id:
                 db.execute("UPDATE meta SET value = ? WHERE key = 'adopt_next'", (to_id + 1,))
@@ -1576,9 +1555,7 @@ class Store:
     def get_meta(self, key: str) -> Any:
         """Read a small value by its key; None where there is none."""
         with self._write_lock:
-            row = self._guard(
-                lambda: self._writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-            )
+            row = self._guard(lambda: self._writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone())
         return row[0] if row else None
 
     def put_meta(self, key: str, value: Any) -> None:
@@ -1636,9 +1613,7 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self._identity_changes
         if self._accounts[0] != version:
-            rows = db.execute(
-                "SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities"
-            )
+            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -1647,11 +1622,9 @@ class Store:
         window: Window,
         bucket_s: int,
         offset_s: int,
-        filters: Filters = Filters(),
+        filters: Filters = _NO_FILTERS,
         from_rows: bool = False,
-    ) -> tuple[
-        dict[int, tuple[int, ...]], list[tuple[str, tuple[int, ...]]], list[tuple[Account, tuple[int, ...]]]
-    ]:
+    ) -> tuple[dict[int, tuple[int, ...]], list[tuple[str, tuple[int, ...]]], list[tuple[Account, tuple[int, ...]]]]:
         """Sum up a window: by bucket start (epoch), by model and by account, each with sums as SUM_NAMES.
 
         Buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC. ``from_rows`` leaves the
@@ -1690,7 +1663,7 @@ class Store:
         self,
         limit: int,
         window: Window | None = None,
-        filters: Filters = Filters(),
+        filters: Filters = _NO_FILTERS,
         before: tuple[float, int] | None = None,
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
@@ -1720,9 +1693,7 @@ class Store:
                 f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
                 [reading[name] for name in columns],
             ).lastrowid
-            self._put_quota_state(
-                db, key, reading["plan"], reading["state"], None, reading["ts_epoch"], snapshot_id
-            )
+            self._put_quota_state(db, key, reading["plan"], reading["state"], None, reading["ts_epoch"], snapshot_id)
         self.changes += 1
 
     def save_quota_state(
@@ -1840,7 +1811,9 @@ def _store_reason(path: Path, error: BaseException) -> str:
     """Say what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
-        return f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
+        return (
+            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
+        )
     if "locked" in text or "busy" in text:
         return f"{path} is locked by another program; close it there, recording goes on by itself"
     if "full" in text:
@@ -1848,9 +1821,7 @@ def _store_reason(path: Path, error: BaseException) -> str:
     if "readonly" in text or "unable to open" in text:
         return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
     if "not a database" in text or "malformed" in text:
-        return (
-            f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
-        )
+        return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
     return f"{path} cannot be used: {error}"
 
 
@@ -1946,9 +1917,7 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
 class _UsagePlan:
     """Choose for one question between a roll-up with its cut edges from the rows, and the rows alone."""
 
-    def __init__(
-        self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool
-    ):
+    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
         self._window, self._filters, self._rows_only = window, filters, rows_only
         self._account_ids = None if filters.account is None else _account_ids(filters.account, accounts)
         self._conditions = _event_conditions(filters, accounts)
@@ -2020,6 +1989,7 @@ def _bucket_at(at: float, up: bool) -> int:
         return 2**40 if at > 0 else 0
     number = int(at // BUCKET_S)
     return number + 1 if up and number * BUCKET_S < at else number
+
 
 # ------------------------------------------------------------------ quota
 
@@ -2515,12 +2485,911 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         return {
-            str(key)[:80]: _without_identity(item, depth + 1)
-            for key, item in value.items()
-            if key not in _IDENTIFYING
+            str(key)[:80]: _without_identity(item, depth + 1) for key, item in value.items() if key not in _IDENTIFYING
         }
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
         return without_secrets(value, 300)
     return value if isinstance(value, (int, float, bool, type(None))) else None
+
+
+# ------------------------------------------------------------------ collector
+
+
+STATE_REMEDIES = {
+    "starting": "Starting.",
+    "recording": "Recording.",
+    "waiting": "Connected; there was nothing to record yet.",
+    "refused": "The key was refused before and is not sent again; correct it, the change is noticed by itself.",
+    "unreachable": "Start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens (8317 by default).",
+    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
+    "or set cliproxy_tls to true if it serves TLS.",
+    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
+    "wrong_password": "Correct management_password; it is not sent again until it, the address or the config file "
+    "changes, since five failures lock this machine out of the proxy for 30 minutes.",
+    "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when it ends. "
+    "Restarting the proxy lifts it at once.",
+    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
+    "the proxy's machine.",
+    "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
+    "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
+    "collect_mode to http.",
+    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
+    "storage_error": "Nothing is taken from the queue until the database can be written again.",
+}
+_REFUSALS = ("wrong_password", "no_password")
+_RECORDING = ("recording", "waiting", "publishing_off")
+_BATCH_FIRST, _BATCH_LARGEST = 16, 500
+PROXY_PORT = 8317
+
+
+class Handed(NamedTuple):
+    """Hold what one turn of a source gave: values for parse_events, whether more may wait, and what ended it."""
+
+    values: list[Any]
+    full: bool
+    fault: QueueFault | None
+
+
+class Spool:
+    """Keep batches between the queue and the database, so that a crash in between loses and repeats nothing.
+
+    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
+    recording was last alive.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._touched_at = 0.0
+
+    def append(self, sequence: int, parsed: Parsed) -> None:
+        """Write one batch with its sequence number. Raises OSError."""
+        text = json.dumps([sequence, parsed.events, parsed.rejects, parsed.ignored], ensure_ascii=True)
+        line = f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
+        handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            while line:
+                line = line[os.write(handle, line) :]
+        finally:
+            os.close(handle)
+
+    def read(self) -> list[tuple[int, Parsed]]:
+        """Give the batches that a previous run left, in their order. Raises OSError."""
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        batches = []
+        for line in lines:
+            checksum, _, text = line.partition(b" ")
+            if hashlib.sha256(text).hexdigest()[:16].encode() == checksum:
+                sequence, events, rejects, ignored = json.loads(text)
+                rows = [Event(*row) for row in events]
+                batches.append((sequence, Parsed(rows, [Reject(*reject) for reject in rejects], ignored)))
+        return batches
+
+    def clear(self) -> None:
+        """Forget all batches; the file stays, for its time."""
+        if self._path.exists():
+            os.truncate(str(self._path), 0)
+
+    def alive_at(self) -> float | None:
+        """Give when recording was last alive; None where it never was."""
+        try:
+            return self._path.stat().st_mtime
+        except OSError:
+            return None
+
+    def touch(self, now: float) -> None:
+        """Note that recording is alive, at most every 15 seconds."""
+        if not 0 <= now - self._touched_at < 15:
+            self._touched_at = now
+            make_private(self._path)
+            os.utime(str(self._path), (now, now))
+
+
+def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+    """Tell what an error reply of a proxy or a Redis means."""
+    text = reply.lower()
+    if "banned" in text:
+        return BannedFault(_go_duration(text))
+    if "home mode" in text:
+        return QueueFault("the proxy gives no usage in home mode", "home_mode")
+    if "remote management disabled" in text:
+        return QueueFault("the proxy refuses management from another machine", "remote_disabled")
+    if "key not set" in text:
+        return QueueFault("the proxy has no management key", "closed")
+    if "mtls" in text:
+        return NotResp("this version of the proxy does not serve its queue over RESP")
+    if "noauth" in text or "missing management key" in text:
+        return QueueFault("a management key is needed", "no_password")
+    if "invalid management key" in text:
+        return QueueFault("the management key is refused", "wrong_password")
+    if "wrongpass" in text or "invalid password" in text:
+        return RedisRefusal("the Redis server there refuses the password")
+    if "unsupported channel" in text:
+        return QueueFault('the proxy does not know this queue_key; set "queue_key": "usage"', "unreachable")
+    if "wrongtype" in text:
+        return QueueFault("queue_key names something in that Redis that is no list", "unreachable")
+    if during_auth and "unknown command" in text:
+        return NotResp("the server there knows no AUTH")
+    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+
+
+class RedisRefusal(QueueFault):
+    """Report that a Redis server, not a proxy, refuses the password."""
+
+    state = "wrong_password"
+
+
+class BannedFault(QueueFault):
+    """Report a ban, with the seconds that it still lasts."""
+
+    state = "banned"
+
+    def __init__(self, seconds: float):
+        super().__init__("the proxy has locked this address out")
+        self.seconds = seconds
+
+
+def _go_duration(text: str) -> float:
+    """Read the duration in ``Try again in 29m59s``; a full ban where there is none."""
+    match = re.search(r"in (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    return float(hours * 3600 + minutes * 60 + seconds) or 1800.0
+
+
+class PopSource:
+    """Take values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
+
+    mode = "pop"
+
+    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
+        self._connect, self._password, self._key = connect, password, key
+        self._pop = encode_command("RPOP", key)
+        self._client: RespClient | None = None
+        self.asked = 0
+        self._early: list[Any] = []
+        self.is_proxy = False
+        self.list_length: int | None = None
+
+    def open(self) -> None:
+        """Connect and log in, with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
+
+        Every command before a login and every wrong key counts towards the proxy's ban. Raises QueueFault.
+        """
+        self._client = RespClient(self._connect)
+        if not self._password:
+            self._pop_without_key()
+            return
+        reply = self._client.call("AUTH", self._password)
+        if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
+            raise _fault_of_reply(reply, during_auth=True)
+        length = self._client.call("LLEN", self._key)
+        self.is_proxy = isinstance(length, ErrorReply) and "unknown command" in length.lower()
+        if isinstance(length, int):
+            self.list_length = length
+        elif not self.is_proxy:
+            raise _fault_of_reply(str(length), during_auth=False)
+
+    def _pop_without_key(self) -> None:
+        assert self._client is not None
+        self._client.send(self._pop)
+        reply = self._client.receive()
+        if isinstance(reply, ErrorReply):
+            raise _fault_of_reply(reply, during_auth=True)
+        self.list_length = 0 if reply is None else 1
+        if reply is not None:
+            self._early.append(reply)
+
+    def ask(self, count: int) -> None:
+        """Send so many pops without waiting for their replies."""
+        assert self._client is not None
+        self._client.send(self._pop * count)
+        self.asked += count
+
+    def take(self) -> Handed:
+        """Read the replies asked for; the whole ones count even where the connection breaks behind them."""
+        assert self._client is not None
+        values, self._early, empty = self._early, [], False
+        while self.asked:
+            try:
+                reply = self._client.receive()
+            except QueueFault as fault:
+                self.asked = 0
+                return Handed(values, False, fault)
+            self.asked -= 1
+            if isinstance(reply, ErrorReply):
+                return Handed(values, False, _fault_of_reply(reply, during_auth=False))
+            if reply is None:
+                empty = True
+            else:
+                values.append(reply)
+        return Handed(values, not empty, None)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            self._client.close()
+
+
+def _needs_no_password(reply: str) -> bool:
+    text = reply.lower()
+    return "without any password" in text or "no password is set" in text
+
+
+class ProxyApi:
+    """Ask the proxy's management API over HTTP; never through a proxy of the environment."""
+
+    def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
+        self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
+        self._connection: Any = None
+        self.version: str | None = None
+        self.clock_ahead_s: float | None = None
+
+    def get(self, path: str) -> Any:
+        """Give the decoded JSON of a 200; raises QueueFault with the state for anything else."""
+        import http.client
+
+        try:
+            status, content = self._exchange(path)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+        if status == 200:
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError):
+                raise NotResp("the management API answered with something that is not JSON") from None
+        raise _fault_of_status(status, content)
+
+    def _exchange(self, path: str) -> tuple[int, bytes]:
+        import http.client
+
+        if self._connection is None:
+            kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
+            self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+        key = self._password.encode("utf-8").decode("latin-1")
+        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        reply = self._connection.getresponse()
+        content = reply.read(64 * 1024 * 1024)
+        self.version = reply.headers.get("X-CPA-VERSION") or self.version
+        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
+        return reply.status, content
+
+    def close(self) -> None:
+        """Close the connection; the next call opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _clock_ahead(date: str | None) -> float | None:
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return None
+
+
+def _fault_of_status(status: int, content: bytes) -> QueueFault:
+    if status in (401, 403):
+        return _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+    if status == 404:
+        what = "has its management API switched off or is older than v6.10.8"
+        return QueueFault(f"the proxy {what}", "closed")
+    return QueueFault(f"the management API answered with status {status}")
+
+
+class HttpSource:
+    """Take values off the queue by the management API, for proxies that do not speak RESP here."""
+
+    mode = "http"
+    is_proxy = True
+    list_length: int | None = None
+
+    def __init__(self, api: ProxyApi):
+        self._api = api
+        self.asked = 0
+
+    def open(self) -> None:
+        """Log in with a question that takes nothing off the queue. Raises QueueFault."""
+        self._api.get("/v0/management/usage-statistics-enabled")
+
+    def ask(self, count: int) -> None:
+        """Note how many to ask for."""
+        self.asked = count
+
+    def take(self) -> Handed:
+        """Ask for them; the answer is whole or none."""
+        count, self.asked = self.asked, 0
+        if not count:
+            return Handed([], False, None)
+        try:
+            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+        except QueueFault as fault:
+            return Handed([], False, fault)
+        if not isinstance(values, list):
+            return Handed([], False, NotResp("the management API did not answer with a list"))
+        return Handed(values, len(values) >= count, None)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._api.close()
+
+
+class SubscribeSource:
+    """Listen to a channel, beside other listeners, after draining what waited in the queue before.
+
+    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves
+    no gap.
+    """
+
+    mode = "subscribe"
+
+    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
+        self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
+        self._drain: PopSource | None = PopSource(connect, password, key)
+        self._client: RespClient | None = None
+        self._inbox: Any = None
+        self.is_proxy, self.list_length = True, None
+
+    def open(self) -> None:
+        """Log in, subscribe, and open the second connection that drains. Raises QueueFault."""
+        import queue
+
+        self._client = RespClient(self._connect)
+        for words in (("AUTH", self._password), ("SUBSCRIBE", self._key)):
+            reply = self._client.call(*words)
+            if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
+                raise _fault_of_reply(reply, during_auth=True)
+        self._drain.open()
+        self.is_proxy = self._drain.is_proxy
+        self._inbox = queue.Queue(10_000)
+        threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
+
+    def _listen(self, client: RespClient) -> None:
+        client.wait_for_ever()
+        while True:
+            try:
+                frame = client.receive()
+            except QueueFault as fault:
+                self._inbox.put(fault)
+                return
+            if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
+                self._inbox.put(frame[2])
+
+    @property
+    def asked(self) -> int:
+        """Tell how many replies of the queue are still to be taken."""
+        return 0 if self._drain is None else self._drain.asked
+
+    def ask(self, count: int) -> None:
+        """Ask the queue for what waited there; a no-op once it was empty."""
+        if self._drain is not None:
+            self._drain.ask(count)
+
+    def take(self) -> Handed:
+        """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
+        import queue
+
+        if self._drain is not None:
+            handed = self._drain.take()
+            if not handed.full:
+                self._drain.close()
+                self._drain = None
+            return handed._replace(full=True) if handed.fault is None else handed
+        values: list[Any] = []
+        try:
+            value = self._inbox.get(timeout=self._wait_s)
+            while True:
+                if isinstance(value, QueueFault):
+                    return Handed(values, False, value)
+                values.append(value)
+                if len(values) >= _BATCH_LARGEST:
+                    break
+                value = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+        return Handed(values, True, None)
+
+    def close(self) -> None:
+        """Close both connections."""
+        for part in (self._client, self._drain):
+            if part is not None:
+                part.close()
+
+
+class Collector:
+    """Take events off the queue and store them, for ever: the loop, its states and its waiting.
+
+    ``load`` gives the configuration anew after a refused key. ``stop`` is the only thing it sleeps on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        log: Log,
+        stop: threading.Event,
+        load: Callable[[], Config] | None = None,
+        config_path: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
+        self._load, self._config_path = load or (lambda: config), config_path
+        self._spool = Spool(Path(f"{store.path}.spool"))
+        self._pending: list[tuple[int, Parsed]] = []
+        self._sequence = store.counts["sequence"]
+        self._backoff = Backoff()
+        self._lock = threading.Lock()
+        self._api: ProxyApi | None = None
+        self._asked_api_at = 0.0
+        span = store.span()
+        self._status: dict[str, Any] = {
+            "state": "starting",
+            "since": clock(),
+            "until": None,
+            "message": STATE_REMEDIES["starting"],
+            "endpoint": f"{config.cliproxy_host}:{config.cliproxy_port}",
+            "mode": None,
+            "last_event": span[1] if span else None,
+            "publishing": None,
+            "proxy_version": None,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Give the state for people and programs, with what was stored, rejected and ignored."""
+        with self._lock:
+            status = dict(self._status)
+        counts = self._store.counts
+        return dict(status, events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
+
+    def run(self) -> None:
+        """Collect until ``stop`` is set; what was popped by then is stored first."""
+        try:
+            self._replay()
+            while not self._stop.is_set():
+                try:
+                    self._session()
+                except QueueFault as fault:
+                    self._enter(fault.state, str(fault), self._until_of(fault))
+                    self._wait_after(fault)
+                except StoreError as error:
+                    self._enter("storage_error", str(error))
+                    self._stop.wait(self._backoff.next())
+        except Exception as error:  # the thread's loop: whatever it was must be seen, not die unheard
+            self._log.event("collector", state="failed", error=type(error).__name__)
+            raise
+        finally:
+            self._last_chance()
+
+    # One connection
+
+    def _session(self) -> None:
+        if self._remembers_refusal():
+            raise QueueFault("the key was refused before", "refused")
+        source = self._open_source()
+        try:
+            self._begin(source)
+            self._collect(source)
+        finally:
+            source.close()
+            self._forget_api()
+
+    def _collect(self, source: Any) -> None:
+        """Pop, store and wait in turn; while a full batch is stored, the next one is on its way."""
+        count = _BATCH_FIRST
+        while source.asked or not self._stop.is_set():
+            if not source.asked:
+                source.ask(count)
+            handed = source.take()
+            more = handed.full and handed.fault is None and not self._stop.is_set()
+            count = min(count * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
+            if more and source.mode == "pop":
+                source.ask(count)
+            if handed.values:
+                self._keep(parse_events(handed.values))
+                self._settle(source)
+            if handed.fault is not None:
+                raise handed.fault
+            self._note_turn(bool(handed.values))
+            if not handed.full:
+                self._stop.wait(self._config.poll_interval_seconds)
+
+    def _keep(self, parsed: Parsed) -> None:
+        self._hold(parsed)
+        try:
+            self._flush()
+        except StoreError as error:
+            self._enter("storage_error", str(error))
+
+    def _settle(self, source: Any) -> None:
+        """Bring what is pending into the database before anything more is popped.
+
+        What was asked for already is taken and spooled, so that it does not wait in a connection that may break.
+        """
+        waits, fault = Backoff(0.5, 10.0), None
+        while self._pending and not self._stop.is_set():
+            if source.asked:
+                handed = source.take()
+                fault = handed.fault
+                self._hold(parse_events(handed.values))
+            self._stop.wait(waits.next())
+            try:
+                self._flush()
+            except StoreError as error:
+                self._enter("storage_error", str(error))
+        if fault is not None:
+            raise fault
+
+    def _hold(self, parsed: Parsed) -> None:
+        """Write a batch to the spool; on a full disk it is held in memory alone."""
+        self._sequence += 1
+        self._pending.append((self._sequence, parsed))
+        try:
+            self._spool.append(self._sequence, parsed)
+        except OSError as error:
+            self._log.event("spool", fault=os_reason(error))
+
+    def _flush(self) -> None:
+        while self._pending:
+            sequence, parsed = self._pending[0]
+            self._store.store_batch(parsed, sequence, self._clock())
+            self._pending.pop(0)
+            if parsed.events:
+                newest = max(event.ts_epoch for event in parsed.events)
+                with self._lock:
+                    self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
+        try:
+            self._spool.clear()
+        except OSError as error:
+            self._log.event("spool", fault=os_reason(error))
+
+    def _replay(self) -> None:
+        """Store what a previous run had popped but not committed, and note since when nobody recorded."""
+        try:
+            alive_at, left = self._spool.alive_at(), self._spool.read()
+        except OSError as error:
+            self._log.event("spool", fault=os_reason(error))
+            return
+        fresh = [item for item in left if item[0] > self._sequence]
+        if fresh:
+            self._log.event("spool", replayed=sum(len(parsed.events) for _, parsed in fresh))
+        self._pending += fresh
+        self._sequence = max([self._sequence, *(sequence for sequence, _ in fresh)])
+        try:
+            self._flush()
+            if alive_at is not None:
+                self._store.begin_outage(min(alive_at, self._clock()), "stopped")
+        except StoreError as error:
+            self._enter("storage_error", str(error))
+
+    def _last_chance(self) -> None:
+        if self._pending:
+            try:
+                self._flush()
+            except StoreError:
+                self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
+
+    # Opening
+
+    def _open_source(self) -> Any:
+        """Open the queue; while address and port are left at their defaults, also look at the proxy's own port."""
+        if not self._config.has_default_queue:
+            return self._open_at(self._config.cliproxy_port)
+        try:
+            found = self._open_at(self._config.cliproxy_port)
+        except QueueFault as fault:
+            if fault.state != "unreachable" and not isinstance(fault, RedisRefusal):
+                raise
+            return self._open_proxy_port(fault)
+        if found.is_proxy or found.list_length:
+            return found
+        try:
+            better = self._open_at(PROXY_PORT)
+        except QueueFault:
+            self._show(endpoint=f"{self._config.cliproxy_host}:{self._config.cliproxy_port}")
+            return found
+        found.close()
+        return better
+
+    def _open_proxy_port(self, first: QueueFault) -> Any:
+        try:
+            return self._open_at(PROXY_PORT)
+        except QueueFault as second:
+            if second.state != "unreachable":
+                raise
+            raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from second
+
+    def _open_at(self, port: int) -> Any:
+        """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
+        config, host = self._config, self._config.cliproxy_host
+        self._show(endpoint=f"{host}:{port}")
+        connect = tcp_connector(host, port, config.cliproxy_tls)
+        api = ProxyApi(host, port, config.cliproxy_tls, config.management_password)
+        if config.collect_mode == "subscribe":
+            wait_s = min(config.poll_interval_seconds, 2.0)
+            source: Any = SubscribeSource(connect, config.management_password, config.queue_key, wait_s)
+        elif config.collect_mode == "http":
+            source = HttpSource(api)
+        else:
+            source = PopSource(connect, config.management_password, config.queue_key)
+        try:
+            source = self._opened(source)
+        except NotResp:
+            if config.collect_mode != "auto" or not config.management_password:
+                raise
+            source = self._opened(HttpSource(api))
+        if source.is_proxy and config.management_password:
+            self._api = api
+        return source
+
+    @staticmethod
+    def _opened(source: Any) -> Any:
+        try:
+            source.open()
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    def _begin(self, source: Any) -> None:
+        self._backoff.reset()
+        self._store.put_meta("refused", None)
+        self._store.end_outage(self._clock())
+        self._show(mode=source.mode)
+        self._ask_api()
+        self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
+
+    def _note_turn(self, got_values: bool) -> None:
+        """Show after each turn how things stand, and ask now and then whether the proxy publishes at all."""
+        now = self._clock()
+        try:
+            self._spool.touch(now)
+        except OSError as error:
+            self._log.event("spool", fault=os_reason(error))
+        if self._pending:
+            return
+        if got_values:
+            self._show(publishing=True if self._api else self._status["publishing"])
+            self._enter("recording")
+        elif self._status["state"] in ("storage_error", "publishing_off", "waiting"):
+            quiet_s = 15.0 if self._status["publishing"] is False else 300.0
+            if not 0 <= now - self._asked_api_at < quiet_s:
+                self._ask_api()
+            self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
+        elif now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600:
+            self._enter("waiting")
+
+    def _ask_api(self) -> None:
+        """Learn whether the proxy publishes, and its version; only with a key that has just worked."""
+        if self._api is None:
+            return
+        self._asked_api_at = self._clock()
+        try:
+            said = self._api.get("/v0/management/usage-statistics-enabled")
+        except QueueFault:
+            self._forget_api()  # not asked again on this connection: a refusal here would count
+            return
+        publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
+        self._show(publishing=publishing if isinstance(publishing, bool) else None, proxy_version=self._api.version)
+        self._api.close()
+
+    def _forget_api(self) -> None:
+        if self._api is not None:
+            self._api.close()
+            self._api = None
+
+    # States and waiting
+
+    def _show(self, **values: Any) -> None:
+        with self._lock:
+            self._status.update(values)
+
+    def _enter(self, state: str, detail: str = "", until: float | None = None) -> None:
+        """Change the state; a change is logged once, and an outage begins or goes on outside of recording."""
+        remedy = STATE_REMEDIES[state]
+        message = f"{detail}. {remedy}" if detail else remedy
+        with self._lock:
+            changed = (self._status["state"], self._status["message"]) != (state, message)
+            if self._status["state"] != state:
+                self._status["since"] = self._clock()
+            self._status.update(state=state, message=message, until=until)
+        if not changed:
+            return
+        self._log.event("collector", state=state, endpoint=self._status["endpoint"], message=message)
+        if state not in (*_RECORDING, "storage_error"):
+            try:
+                self._store.begin_outage(self._clock(), state)
+            except StoreError as error:
+                self._log.event("store", fault=error)
+
+    def _until_of(self, fault: QueueFault) -> float | None:
+        return self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+
+    def _wait_after(self, fault: QueueFault) -> None:
+        if fault.state in _REFUSALS:
+            self._remember_refusal()
+            self._wait_for_change()
+        elif fault.state == "refused":
+            self._wait_for_change()
+        elif isinstance(fault, BannedFault):
+            self._stop.wait(fault.seconds + 1)
+        else:
+            self._stop.wait(self._backoff.next())
+
+    def _login(self) -> list[Any]:
+        """Give what a refusal depends on: where the key goes, the key, and the config file's time."""
+        config = self._config
+        try:
+            written_at = self._config_path.stat().st_mtime_ns if self._config_path else 0
+        except OSError:
+            written_at = 0
+        return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
+
+    def _login_hash(self, salt: str) -> str:
+        login = json.dumps(self._login()).encode()
+        return hashlib.pbkdf2_hmac("sha256", login, bytes.fromhex(salt), 20_000).hex()
+
+    def _remember_refusal(self) -> None:
+        salt = os.urandom(16).hex()
+        self._store.put_meta("refused", f"{salt} {self._login_hash(salt)}")
+
+    def _remembers_refusal(self) -> bool:
+        salt, _, known = str(self._store.get_meta("refused") or "").partition(" ")
+        return bool(known) and self._login_hash(salt) == known
+
+    def _wait_for_change(self) -> None:
+        before = self._login()
+        while not self._stop.wait(3.0):
+            try:
+                self._config = self._load()
+            except ConfigError as error:
+                self._log.line(str(error))
+                self._stop.wait(12.0)
+                continue
+            if self._login() != before:
+                self._backoff.reset()
+                return
+
+
+class QuotaRefresher:
+    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
+
+    The cool-down counts from the start of a round that had an account to ask and is kept in the database.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        log: Log,
+        stop: threading.Event,
+        fetch: Callable[[AccountFile], Any] = fetch_usage,
+        clock: Callable[[], float] = time.time,
+        gap_s: tuple[float, float] = (0.5, 1.0),
+    ):
+        self._config, self._store, self._log, self._stop = config, store, log, stop
+        self._fetch, self._clock, self._gap_s = fetch, clock, gap_s
+        self._running = threading.Lock()
+        self._progress = (0, 0)
+
+    @property
+    def refreshing(self) -> bool:
+        """Tell whether a round is under way."""
+        return self._running.locked()
+
+    def state(self) -> dict[str, Any]:
+        """Give progress, cool-down and the last round's start, as ``/api/quota`` shows them."""
+        done, total = self._progress
+        return {
+            "refreshing": self.refreshing,
+            "progress": {"done": done, "total": total},
+            "cooldown_seconds": self.cooldown_s(),
+            "last_refresh": self._store.get_meta("quota_round_at"),
+        }
+
+    def cooldown_s(self) -> int:
+        """Give the whole seconds until the next round may start; a clock that jumped back cannot prolong it."""
+        started_at, wait_s = self._store.get_meta("quota_round_at"), self._config.quota_refresh_seconds
+        if started_at is None:
+            return 0
+        return int(min(wait_s, max(0.0, started_at + wait_s - self._clock())) + 0.999)
+
+    def start(self) -> threading.Thread:
+        """Begin a round in the background and return its thread. Raises RefreshRefused."""
+        if not self._running.acquire(blocking=False):
+            self._log.line("refresh_quota: already running")
+            raise RefreshRefused("refresh_running", 409, "refresh_quota: already running")
+        wait_s = self.cooldown_s()
+        if wait_s:
+            self._running.release()
+            raise RefreshRefused("cooldown", 429, f"the quota was refreshed just now; try again in {wait_s} s", wait_s)
+        self._progress = (0, 0)
+        thread = threading.Thread(target=self._round, name="quota", daemon=True)
+        thread.start()
+        return thread
+
+    def _round(self) -> None:
+        try:
+            self._refresh_all()
+        except StoreError as error:
+            self._log.event("refresh_quota", fault=error)
+        finally:
+            self._running.release()
+
+    def _refresh_all(self) -> None:
+        _, files, problems = find_account_files(self._config.auth_dirs())
+        self._log.line(f"refresh_quota: found {len(files)} auth files")
+        for problem in problems:
+            self._log.line(f"refresh_quota: {problem}")
+        if any(file.access_token and not file.disabled for file in files):
+            self._store.put_meta("quota_round_at", self._clock())
+        self._progress = (0, len(files))
+        for number, file in enumerate(files):
+            if number and self._stop.wait(random.uniform(*self._gap_s)):
+                return
+            self._refresh(file)
+            self._progress = (number + 1, len(files))
+        if files and not problems:
+            self._store.forget_quota_accounts((file.email, file.tag) for file in files)
+
+    def _refresh(self, file: AccountFile) -> None:
+        name = mask_mail(file.email)
+        try:
+            if file.disabled:
+                raise QuotaFault("disabled")
+            self._log.line(f"refresh_quota: fetching quota for {name}...")
+            row = snapshot_of(file, self._fetch(file), self._clock())
+        except QuotaFault as fault:
+            self._store.save_quota_state(
+                file.email, file.tag, file.plan or None, fault.state, str(fault), self._clock()
+            )
+            self._log.line(f"refresh_quota: no quota for {name}: {fault}")
+            return
+        self._store.save_reading(row)
+        self._log.line(f"refresh_quota: saved quota for {name}")
+
+
+class RefreshRefused(DashboardError):
+    """Report that no round was started, and for how many seconds none will be."""
+
+    def __init__(self, code: str, http_status: int, message: str, retry_after_s: int = 0):
+        super().__init__(message)
+        self.code, self.http_status, self.retry_after_s = code, http_status, retry_after_s
+
+
+class Housekeeper:
+    """Do the slow chores of the database in small steps: adopt rows, delete old ones, thin old readings."""
+
+    def __init__(
+        self, config: Config, store: Store, log: Log, stop: threading.Event, clock: Callable[[], float] = time.time
+    ):
+        self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
+
+    def run(self) -> None:
+        """Work through all chores each hour until ``stop``; a fault of the database ends only this turn."""
+        while True:
+            try:
+                self._turn()
+            except StoreError as error:
+                self._log.event("housekeeping", fault=error)
+            if self._stop.wait(3600):
+                return
+
+    def _turn(self) -> None:
+        if self._store.adopting:
+            self._log.event("housekeeping", adopting="rows of an existing database")
+            while self._store.adopt_some():
+                if self._stop.wait(0.005):
+                    return
+            self._log.event("housekeeping", adopted=self._store.counts["adopted"])
+        self._store.thin_snapshots(self._clock() - 14 * 86400)
+        if self._config.retention_days:
+            before = self._clock() - self._config.retention_days * 86400
+            while self._store.delete_some(before):
+                if self._stop.wait(0.02):
+                    return
