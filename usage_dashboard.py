@@ -9,7 +9,9 @@ uses only those above it: base, config, resp, events, store, quota, collector, w
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (
     Any,
@@ -2071,6 +2073,7 @@ QUOTA_MESSAGES = {
     "bad_response": "the answer was not the expected JSON",
     "no_token": "the account file has no access token; sign in again in the proxy",
     "disabled": "the account is disabled in its file and not asked",
+    "never": "not asked yet; Refresh Quota asks ChatGPT",
     "proxy_unsupported": "a SOCKS proxy is set, which is not supported here; use an http:// one",
 }
 
@@ -2926,6 +2929,7 @@ class Collector:
         self._backoff = Backoff()
         self._lock = threading.Lock()
         self._api: ProxyApi | None = None
+        self._source: Any = None
         self._asked_api_at = 0.0
         span = store.span()
         self._status: dict[str, Any] = {
@@ -2971,13 +2975,35 @@ class Collector:
     def _session(self) -> None:
         if self._remembers_refusal():
             raise QueueFault("the key was refused before", "refused")
-        source = self._open_source()
+        source = self._source = self._open_source()
         try:
             self._begin(source)
             self._collect(source)
         finally:
+            self._source = None
             source.close()
             self._forget_api()
+
+    def hurry(self) -> None:
+        """Break off a wait for the other side: replies that are not here by now are given up."""
+        source = self._source
+        if source is not None:
+            source.close()
+
+    def probe(self) -> dict[str, Any]:
+        """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
+        try:
+            if self._remembers_refusal():
+                raise QueueFault("the key was refused before", "refused")
+            source = self._open_source()
+            self._ask_api()
+            source.close()
+            self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
+        except QueueFault as fault:
+            if fault.state in _REFUSALS:
+                self._remember_refusal()
+            self._enter(fault.state, str(fault), self._until_of(fault))
+        return self.status()
 
     def _collect(self, source: Any) -> None:
         """Pop, store and wait in turn; while a full batch is stored, the next one is on its way."""
@@ -3276,6 +3302,8 @@ class QuotaRefresher:
         self._fetch, self._clock, self._gap_s = fetch, clock, gap_s
         self._running = threading.Lock()
         self._progress = (0, 0)
+        self._round_at: float | None = store.get_meta("quota_round_at")
+        self.known_files: int | None = None
 
     @property
     def refreshing(self) -> bool:
@@ -3289,12 +3317,12 @@ class QuotaRefresher:
             "refreshing": self.refreshing,
             "progress": {"done": done, "total": total},
             "cooldown_seconds": self.cooldown_s(),
-            "last_refresh": self._store.get_meta("quota_round_at"),
+            "last_refresh": self._round_at,
         }
 
     def cooldown_s(self) -> int:
         """Give the whole seconds until the next round may start; a clock that jumped back cannot prolong it."""
-        started_at, wait_s = self._store.get_meta("quota_round_at"), self._config.quota_refresh_seconds
+        started_at, wait_s = self._round_at, self._config.quota_refresh_seconds
         if started_at is None:
             return 0
         return int(min(wait_s, max(0.0, started_at + wait_s - self._clock())) + 0.999)
@@ -3321,13 +3349,30 @@ class QuotaRefresher:
         finally:
             self._running.release()
 
-    def _refresh_all(self) -> None:
+    def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
-        self._log.line(f"refresh_quota: found {len(files)} auth files")
+        self.known_files = len(files)
         for problem in problems:
             self._log.line(f"refresh_quota: {problem}")
+        return files, problems
+
+    def announce_accounts(self) -> None:
+        """List accounts that were never asked, so that the quota table names them from the start."""
+        files, _ = self._find_files()
+        known = {(row["email"], row["account_id_tag"]) for row in self._store.quotas()}
+        for file in files:
+            if (file.email, file.tag) not in known:
+                state = "disabled" if file.disabled else "never"
+                self._store.save_quota_state(
+                    file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], self._clock()
+                )
+
+    def _refresh_all(self) -> None:
+        files, problems = self._find_files()
+        self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
-            self._store.put_meta("quota_round_at", self._clock())
+            self._round_at = self._clock()
+            self._store.put_meta("quota_round_at", self._round_at)
         self._progress = (0, len(files))
         for number, file in enumerate(files):
             if number and self._stop.wait(random.uniform(*self._gap_s)):
@@ -3363,12 +3408,19 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores of the database in small steps: adopt rows, delete old ones, thin old readings."""
+    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, thin old readings."""
 
     def __init__(
-        self, config: Config, store: Store, log: Log, stop: threading.Event, clock: Callable[[], float] = time.time
+        self,
+        config: Config,
+        store: Store,
+        refresher: QuotaRefresher,
+        log: Log,
+        stop: threading.Event,
+        clock: Callable[[], float] = time.time,
     ):
-        self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
+        self._config, self._store, self._refresher = config, store, refresher
+        self._log, self._stop, self._clock = log, stop, clock
 
     def run(self) -> None:
         """Work through all chores each hour until ``stop``; a fault of the database ends only this turn."""
@@ -3381,6 +3433,7 @@ class Housekeeper:
                 return
 
     def _turn(self) -> None:
+        self._refresher.announce_accounts()
         if self._store.adopting:
             self._log.event("housekeeping", adopting="rows of an existing database")
             while self._store.adopt_some():
@@ -3393,3 +3446,1264 @@ class Housekeeper:
             while self._store.delete_some(before):
                 if self._stop.wait(0.02):
                     return
+
+
+# ------------------------------------------------------------------ web
+
+
+class ApiError(DashboardError):
+    """Report a question that cannot be answered, with the status and the stable code of its answer."""
+
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.http_status, self.code, self.headers = http_status, code, dict(headers or {})
+
+
+RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
+RANGE_NAMES = ("today", *RANGES, "all")
+_AUTO_BUCKETS = ((3600, 300), (5 * 3600, 900), (2 * 86400, 3600), (8 * 86400, 3 * 3600))
+_MOST_BUCKETS = 10_000
+_CLOCK_SLACK_S = 3600.0
+_FORCE_WAIT_S = 25.0
+
+Query = Mapping[str, str]
+
+
+class App:
+    """Hold what the routes answer from; ``collector`` and ``refresher`` are asked for their state only."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        refresher: QuotaRefresher,
+        collector_status: Callable[[], dict[str, Any]],
+        clock: Callable[[], float] = time.time,
+        demo: bool = False,
+    ):
+        self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
+        self.collector_status = collector_status
+        self.started_at = time.monotonic()
+
+
+def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
+    value = query.get(name)
+    if value is not None and value not in allowed:
+        raise ApiError(400, f"bad_{name}", f"{name} must be one of {', '.join(allowed)}")
+    return value
+
+
+def _whole(query: Query, name: str, low: int, high: int, default: int) -> int:
+    text = query.get(name)
+    if text is None:
+        return default
+    if not re.match(r"[+-]?\d{1,9}\Z", text, re.ASCII) or not low <= int(text) <= high:
+        raise ApiError(400, f"bad_{name}", f"{name} must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def _moment(query: Query, name: str) -> float | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
+        raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
+    return float(text)
+
+
+def _offset_s(query: Query, now: float) -> int:
+    """Give the zone in seconds east of UTC: the viewer's, else this machine's."""
+    if "tz_offset" not in query:
+        return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
+    minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
+    if minutes % 15:
+        raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
+    return minutes * 60
+
+
+def _filters(query: Query) -> Filters:
+    return Filters(
+        query.get("account") or None,
+        query.get("model") or None,
+        _choice(query, "status", ("ok", "failed")),
+        query.get("q") or None,
+    )
+
+
+def _midnight(now: float, query: Query, offset_s: int) -> float:
+    if "tz_offset" in query:
+        return float((int(now) + offset_s) // 86400 * 86400 - offset_s)
+    today = time.localtime(now)
+    return time.mktime((today.tm_year, today.tm_mon, today.tm_mday, 0, 0, 0, 0, 0, -1))
+
+
+def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
+    """Give the range's name and window; ``start`` and ``end`` win over the range's own.
+
+    The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
+    """
+    name = _choice(query, "range", RANGE_NAMES) or "today"
+    start, end = _moment(query, "start"), _moment(query, "end")
+    span = app.store.span() or (now, now)
+    if start is None:
+        anchor = now if end is None else end
+        start = {"today": _midnight(anchor, query, offset_s), "all": span[0]}.get(name, anchor - RANGES.get(name, 0))
+    if end is None:
+        newest = span[1] + 0.001
+        end = max(now, newest) if name == "all" or newest <= now + _CLOCK_SLACK_S else now
+    if not start < end:
+        raise ApiError(400, "bad_window", "start must be before end")
+    return name, Window(start, end)
+
+
+def _bucket_s(query: Query, window: Window) -> int:
+    length = window.end - window.start
+    bucket_s = 3600
+    if _choice(query, "bucket", ("auto", "hour")) == "auto":
+        bucket_s = next((bucket for span, bucket in _AUTO_BUCKETS if length <= span + _CLOCK_SLACK_S), 86400)
+    return bucket_s if length / bucket_s <= _MOST_BUCKETS else 86400
+
+
+def _sums_json(sums: Sequence[int]) -> dict[str, int]:
+    return dict(zip(SUM_NAMES, sums))
+
+
+def _total(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    total = (0,) * len(SUM_NAMES)
+    for row in rows:
+        total = tuple(a + b for a, b in zip(total, row))
+    return total
+
+
+def _bucket_label(start: int, query: Query, offset_s: int) -> str:
+    local = time.gmtime(start + offset_s) if "tz_offset" in query else time.localtime(start)
+    return time.strftime("%Y-%m-%d %H:%M", local)
+
+
+def api_summary(app: App, query: Query) -> dict[str, Any]:
+    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
+    now = app.clock()
+    offset_s = _offset_s(query, now)
+    name, window = _window(app, query, now, offset_s)
+    bucket_s = _bucket_s(query, window)
+    buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, _filters(query))
+    first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
+    starts = range(first, int(window.end) + (window.end > int(window.end)), bucket_s)
+    nothing = (0,) * len(SUM_NAMES)
+    return {
+        "range": name,
+        "start": window.start,
+        "end": window.end,
+        "now": now,
+        "bucket_seconds": bucket_s,
+        "summary": _sums_json(_total(buckets.values())),
+        "hours": [
+            {"hour": _bucket_label(at, query, offset_s), "start": at, **_sums_json(buckets.get(at, nothing))}
+            for at in starts
+        ],
+        "models": [{"model": model, **_sums_json(sums)} for model, sums in models],
+        "accounts": [
+            {
+                "account": account.name,
+                "source": account.source or None,
+                "auth_index": account.auth_index or None,
+                "plan": account.plan or None,
+                "provider": account.provider or None,
+                **_sums_json(sums),
+            }
+            for account, sums in accounts
+        ],
+        "outages": app.store.outages(window),
+    }
+
+
+def api_requests(app: App, query: Query) -> dict[str, Any]:
+    """Answer ``/api/requests``: single events, newest first, with a cursor to the older ones."""
+    limit = _whole(query, "limit", 1, 500, 100)
+    before = _cursor(query.get("before"))
+    window = None
+    if any(name in query for name in ("range", "start", "end")):
+        now = app.clock()
+        window = _window(app, query, now, _offset_s(query, now))[1]
+    rows = app.store.requests(limit + 1, window, _filters(query), before)
+    more = len(rows) > limit
+    rows = rows[:limit]
+    return {"requests": rows, "next": f"{rows[-1]['ts_epoch']!r}_{rows[-1]['id']}" if more else None}
+
+
+def _cursor(text: str | None) -> tuple[float, int] | None:
+    if text is None:
+        return None
+    match = re.match(r"(\d{1,10}(?:\.\d{1,9})?)_(\d{1,18})\Z", text, re.ASCII)
+    if match is None:
+        raise ApiError(400, "bad_before", 'before must be the "next" of an earlier answer')
+    return float(match.group(1)), int(match.group(2))
+
+
+def api_quota(app: App, query: Query) -> dict[str, Any]:
+    """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
+    now = app.clock()
+    accounts = app.store.accounts()
+    quotas = [_quota_json(row, accounts, now) for row in app.store.quotas()]
+    return {"quotas": quotas, **app.refresher.state()}
+
+
+def force_quota(app: App, query: Query) -> dict[str, Any]:
+    """Refresh all accounts and answer as api_quota when the round is done, at the latest after 25 s."""
+    try:
+        app.refresher.start().join(_FORCE_WAIT_S)
+    except RefreshRefused as refused:
+        headers = {"Retry-After": str(refused.retry_after_s)} if refused.retry_after_s else {}
+        raise ApiError(refused.http_status, refused.code, str(refused), headers) from refused
+    return api_quota(app, query)
+
+
+def _quota_json(row: dict[str, Any], accounts: Sequence[Account], now: float) -> dict[str, Any]:
+    measured_at = row["ts_epoch"]
+    return {
+        **row,
+        "account": _account_of_quota(row, accounts),
+        "age_seconds": None if measured_at is None else max(0, int(now - measured_at)),
+        "windows": json.loads(row["windows"]) if row["windows"] else _windows_of_columns(row),
+    }
+
+
+def _windows_of_columns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Make the list of windows for a reading of the original, which kept two in columns only."""
+    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+    return [
+        {
+            "label": label,
+            "seconds": seconds,
+            "used_percent": row[f"{place}_used_percent"],
+            "remaining_percent": row[f"{place}_remaining_percent"],
+            "reset_at": row[f"{place}_reset_at"],
+            "meter": None,
+        }
+        for place, label, seconds in places
+        if row[f"{place}_used_percent"] is not None
+    ]
+
+
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
+    """Name the account of the usage table that a quota row belongs to, if there is just one."""
+    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
+    if len(same) > 1:
+        same = [one for one in same if one.plan == (row["plan"] or "")]
+    return same[0].name if len(same) == 1 else None
+
+
+def api_health(app: App, query: Query) -> dict[str, Any]:
+    """Answer ``/api/health``: whether recording works, and why not."""
+    collector = app.collector_status()
+    return {
+        "ok": collector["state"] in ("recording", "waiting"),
+        "version": __version__,
+        "uptime_seconds": round(time.monotonic() - app.started_at, 1),
+        "demo": app.demo,
+        "now": app.clock(),
+        "collector": collector,
+        "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
+        "account_files": {"found": app.refresher.known_files},
+    }
+
+
+class Route(NamedTuple):
+    """Hold a route's function and what its answer depends on besides the query; None is not kept at all."""
+
+    answer: Callable[[App, Query], dict[str, Any]]
+    version: Callable[[App], tuple[Any, ...]] | None
+
+
+def _data_version(app: App) -> tuple[Any, ...]:
+    return app.store.changes, int(app.clock() // 60)
+
+
+def _quota_version(app: App) -> tuple[Any, ...]:
+    return (*_data_version(app), json.dumps(app.refresher.state()))
+
+
+ROUTES = {
+    "/api/summary": Route(api_summary, _data_version),
+    "/api/quota": Route(api_quota, _quota_version),
+    "/api/requests": Route(api_requests, _data_version),
+    "/api/health": Route(api_health, None),
+}
+
+
+class Answer(NamedTuple):
+    """Hold a body as it is sent, plain and compressed, with its tag."""
+
+    etag: str | None
+    body: bytes
+    zipped: bytes | None
+    content_type: str
+
+
+def make_answer(body: bytes, etag: str | None, content_type: str, level: int) -> Answer:
+    """Compress a body once; small ones are not worth it."""
+    import gzip
+
+    zipped = gzip.compress(body, level) if len(body) > 1000 else None
+    return Answer(etag, body, zipped, content_type)
+
+
+class Answers:
+    """Answer equal questions once: an answer is kept while the data and the minute are the same."""
+
+    def __init__(self, app: App, kept: int = 64):
+        self._app, self._kept = app, kept
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str], Answer] = {}
+        self._run = os.urandom(4).hex()
+
+    def etag(self, path: str, query: Query) -> str | None:
+        """Give the tag that the answer to this question has now; None where it is not kept."""
+        version = ROUTES[path].version
+        if version is None:
+            return None
+        parts = [self._run, path, sorted(query.items()), version(self._app)]
+        return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
+
+    def get(self, path: str, query: Query) -> Answer:
+        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it."""
+        if ROUTES[path].version is None:
+            return self._make(path, query, None)
+        with self._lock:
+            etag, key = self.etag(path, query), (path, json.dumps(sorted(query.items())))
+            known = self._known.get(key)
+            if known is None or known.etag != etag:
+                known = self._make(path, query, etag)
+                self._known.pop(key, None)
+                self._known[key] = known
+                while len(self._known) > self._kept:
+                    del self._known[next(iter(self._known))]
+            return known
+
+    def _make(self, path: str, query: Query, etag: str | None) -> Answer:
+        return json_answer(ROUTES[path].answer(self._app, query), etag)
+
+
+def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
+    """Write a JSON answer."""
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return make_answer(body, etag, "application/json; charset=utf-8", level=1)
+
+
+_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+
+
+class Page:
+    """Hold the page and the policy that lets only its own script and style run."""
+
+    def __init__(self, path: Path):
+        try:
+            body = path.read_bytes()
+        except OSError as error:
+            raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
+        self.answer = make_answer(body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', "text/html; charset=utf-8", 9)
+        scripts = re.findall(rb"<script(?![^>]*application/json)[^>]*>(.*?)</script>", body, re.S)
+        styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+        self.policy = (
+            f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+
+def _hashes(parts: Sequence[bytes]) -> str:
+    tokens = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
+    return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
+
+
+_IDLE_S, _HEAD_S, _SEND_S = 75.0, 10.0, 20.0
+_LARGEST_HEAD = 16 * 1024
+_MOST_CONNECTIONS = 128
+
+
+def make_server(host: str, port: int) -> Any:
+    """Bind the port and return the server, with ``app`` and ``page`` still to be set.
+
+    Raises DashboardError that names the port. Nothing is looked up in the DNS.
+    """
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from urllib.parse import parse_qsl, urlsplit
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+        request_queue_size = 128
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        app: App
+        page: Page
+        answers: Answers
+
+        def server_bind(self) -> None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(self.server_address)
+            self.server_address = self.socket.getsockname()
+            self.server_name, self.server_port = host, self.server_address[1]
+            self.connections = _Connections()
+
+        def serve(self, app: App, page: Page) -> None:
+            """Answer requests until shutdown()."""
+            self.app, self.page, self.answers = app, page, Answers(app)
+            self.serve_forever(poll_interval=0.5)
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.connections.add(request):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def shutdown_request(self, request: Any) -> None:
+            self.connections.remove(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: what arrives here is a client that went away."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+        server: Server
+
+        def setup(self) -> None:
+            super().setup()
+            self._received = b""
+
+        def handle_one_request(self) -> None:
+            self.close_connection = True
+            self.command, self.path, self.requestline, self.request_version = "GET", "", "", "HTTP/1.1"
+            try:
+                head = self._read_head()
+                if head is None:
+                    return
+                self.rfile = io.BytesIO(head)
+                self.raw_requestline = self.rfile.readline()
+                if self.parse_request():
+                    self._answer()
+            except ApiError as error:
+                self.close_connection = True
+                self._send_error(error)
+
+        def _read_head(self) -> bytes | None:
+            """Read one request's head within its limits of size and time; None where the client went away."""
+            self.server.connections.wait(self.connection)
+            deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
+            while b"\r\n\r\n" not in self._received:
+                if len(self._received) > _LARGEST_HEAD:
+                    raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self.connection.settimeout(left)
+                try:
+                    piece = self.connection.recv(8192)
+                except OSError:
+                    return None
+                if not piece:
+                    return None
+                if not self._received:
+                    deadline = time.monotonic() + _HEAD_S
+                self._received += piece
+            self.server.connections.busy(self.connection)
+            self.connection.settimeout(_SEND_S)
+            head, _, self._received = self._received.partition(b"\r\n\r\n")
+            return head + b"\r\n\r\n"
+
+        def _answer(self) -> None:
+            if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+                self.close_connection = True  # a body is of no use here and is not read
+            try:
+                self._check_access()
+                self._route()
+            except DashboardError as error:
+                self._send_error(error)
+            except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
+                log = Log(sys.stderr)
+                log.event("http", fault=type(error).__name__, route=urlsplit(self.path).path)
+                self._send_error(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
+
+        def _check_access(self) -> None:
+            if self.request_version == "HTTP/0.9":
+                raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
+            if self.server.app.config.dashboard_host in _LOOPBACK and not _is_loopback_name(self.headers.get("Host")):
+                raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
+            if not _password_fits(self.headers.get("Authorization"), self.server.app.config.dashboard_password):
+                said = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
+                raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", said)
+            if self.command not in ("GET", "HEAD"):
+                self.close_connection = True
+                raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
+
+        def _route(self) -> None:
+            parts = urlsplit(self.path)
+            if parts.path == "/":
+                self._send(200, self.server.page.answer, policy=self.server.page.policy)
+                return
+            if parts.path not in ROUTES:
+                raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
+            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+            forced = query.pop("force", None) == "1" and self.command == "GET"
+            if parts.path == "/api/quota" and forced:
+                self._refuse_other_sites()
+                self._send(200, json_answer(force_quota(self.server.app, query)))
+                return
+            etag = self.server.answers.etag(parts.path, query)
+            if etag is not None and self._has(etag):
+                self._send_head(304, {"ETag": etag}, b"")
+                return
+            self._send(200, self.server.answers.get(parts.path, query))
+
+        def _refuse_other_sites(self) -> None:
+            """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
+            foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+            own_host = self.headers.get("X-Forwarded-Host") or self.headers.get("Host")
+            for name in ("Origin", "Referer"):
+                sent = self.headers.get(name)
+                if sent and urlsplit(sent).netloc not in (own_host, self.headers.get("Host")):
+                    foreign = True
+            if foreign:
+                raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+        def _has(self, etag: str) -> bool:
+            sent = self.headers.get("If-None-Match", "")
+            return etag in [tag.strip().replace("W/", "", 1) for tag in sent.split(",")]
+
+        def _send(self, status: int, answer: Answer, policy: str = _API_POLICY, more: Mapping[str, str] = {}) -> None:
+            headers = {"Content-Type": answer.content_type, "Content-Security-Policy": policy, **more}
+            if answer.etag is not None:
+                headers["ETag"] = answer.etag
+                if self._has(answer.etag):
+                    self._send_head(304, headers, b"")
+                    return
+            body = answer.body
+            if answer.zipped is not None:
+                headers["Vary"] = "Accept-Encoding"
+                if "gzip" in self.headers.get("Accept-Encoding", ""):
+                    headers["Content-Encoding"], body = "gzip", answer.zipped
+            headers["Content-Length"] = str(len(body))
+            self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+
+        def _send_error(self, error: DashboardError) -> None:
+            self.headers = getattr(self, "headers", None) or {}
+            message = str(error) if isinstance(error, ApiError) else _public_message(error)
+            content = {"error": message, "code": error.code}
+            self._send(error.http_status, json_answer(content), more=getattr(error, "headers", {}))
+
+        def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+            """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+            lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
+            lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
+            lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
+            try:
+                self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+            except OSError:
+                self.close_connection = True
+
+        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+            """Answer what the standard parser refuses, in the API's own form."""
+            self.close_connection = True
+            known = {414: "bad_request", 431: "head_too_large", 505: "bad_version"}
+            self._send_error(ApiError(int(code), known.get(int(code), "bad_request"), "this is not an HTTP request"))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep no access log: it would hold the clients' addresses."""
+
+    try:
+        return Server((host, port), Handler)
+    except OverflowError as error:
+        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
+    except OSError as error:
+        raise DashboardError(_bind_fault(host, port, error)) from error
+
+
+def _bind_fault(host: str, port: int, error: OSError) -> str:
+    import errno
+
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop that "
+            f'one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
+        )
+    if error.errno == errno.EACCES:
+        return f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
+    return f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
+
+
+def _public_message(error: DashboardError) -> str:
+    """Say what is wrong without a path: answers may be read by others than the owner."""
+    if isinstance(error, StoreError):
+        return "the database cannot be read just now; the dashboard's log and its check command say why"
+    return str(error)
+
+
+_COMMON_HEADERS = {
+    "Cache-Control": "private, no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _is_loopback_name(host: str | None) -> bool:
+    """Tell whether a Host header names this machine; the port does not matter (ssh -L)."""
+    if host is None:
+        return True
+    name = re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
+    return name in _LOOPBACK or name.endswith(".localhost") or re.match(r"127(\.\d{1,3}){3}\Z", name) is not None
+
+
+def _password_fits(header: str | None, password: str) -> bool:
+    """Compare in constant time the password of a Basic header; the user name is anything."""
+    import hmac
+
+    if not password:
+        return True
+    kind, _, coded = (header or "").partition(" ")
+    try:
+        sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
+    except (binascii.Error, ValueError):
+        sent = b""
+    return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
+
+
+class _Connections:
+    """Count open connections; beyond the limit, the one that has kept its request to itself longest goes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting_since: dict[Any, float] = {}
+        self._open: set[Any] = set()
+
+    def add(self, connection: Any) -> bool:
+        """Take a new connection in, and tell whether there was a place for it."""
+        with self._lock:
+            if len(self._open) >= _MOST_CONNECTIONS:
+                if not self._waiting_since:
+                    return False
+                oldest = min(self._waiting_since, key=lambda one: self._waiting_since[one])
+                del self._waiting_since[oldest]
+                try:
+                    oldest.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+            self._open.add(connection)
+            return True
+
+    def wait(self, connection: Any) -> None:
+        """Note that this one has yet to send its request."""
+        with self._lock:
+            self._waiting_since.setdefault(connection, time.monotonic())
+
+    def busy(self, connection: Any) -> None:
+        """Note that its request is whole."""
+        with self._lock:
+            self._waiting_since.pop(connection, None)
+
+    def remove(self, connection: Any) -> None:
+        """Forget a closed one."""
+        with self._lock:
+            self._open.discard(connection)
+            self._waiting_since.pop(connection, None)
+
+
+# ------------------------------------------------------------------ demo
+
+
+class _DemoAccount(NamedTuple):
+    mail: str
+    plan: str
+    share: float
+    models: tuple[str, ...]
+    used: tuple[float | None, float | None]  # percent of five hours and of the week
+
+
+_DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
+_DEMO_ACCOUNTS = (
+    _DemoAccount("an.nguyen@example.com", "plus", 0.30, _DEMO_CODEX, (38, 29)),
+    _DemoAccount("minh.tran@example.com", "plus", 0.22, _DEMO_CODEX, (76, 52)),
+    _DemoAccount("linh.pham@example.com", "pro", 0.17, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+    _DemoAccount("team@example.org", "team", 0.11, _DEMO_CODEX, (9, 17)),
+    _DemoAccount("dev.one@example.net", "plus", 0.08, _DEMO_CODEX, (100, 88)),
+    _DemoAccount("dev.two@example.net", "plus", 0.06, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+    _DemoAccount("huy.le@example.com", "free", 0.03, ("gpt-5.4-mini",), (None, None)),
+    _DemoAccount("old.mail@example.com", "plus", 0.03, ("gpt-5.3-codex",), (59, 34)),
+)
+_DEMO_FAILURES = (
+    (429, "429 usage_limit_reached: The usage limit has been reached"),
+    (401, "401 token_expired: Provided authentication token is expired. Please try signing in again."),
+    (503, "503 Service Unavailable"),
+    (499, "499 Client Closed Request"),
+)
+_DEMO_REQUESTS_A_DAY = 1300
+
+
+class DemoWorld:
+    """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
+
+    def __init__(self, folder: Path, now: float, seed: int = 8320):
+        self._dice = random.Random(seed)
+        self.store = Store(folder / "usage.db")
+        self.auth_dir = folder / "accounts"
+        self._sequence = 0
+        self._state = "recording"
+        self._last_event: float | None = None
+        self._write_account_files()
+        self._write_week(now)
+
+    def _write_account_files(self) -> None:
+        self.auth_dir.mkdir()
+        for number, account in enumerate(_DEMO_ACCOUNTS):
+            content = {
+                "type": "codex",
+                "email": account.mail,
+                "account_id": f"demo-{number}",
+                "access_token": str(number),
+            }
+            (self.auth_dir / f"codex-{number}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def _write_week(self, now: float) -> None:
+        events: list[Event] = []
+        at = now - 7 * 86400
+        while True:
+            busy = self._busyness(at)
+            at += self._dice.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busy)
+            if at >= now:
+                break
+            events.append(self._event(at))
+        self._put(events, now)
+        self.store.begin_outage(now - 33 * 3600, "unreachable")
+        self.store.end_outage(now - 32.2 * 3600)
+
+    @staticmethod
+    def _busyness(at: float) -> float:
+        """Give how busy that hour of a working week is, as a factor around one."""
+        local = time.localtime(at)
+        by_hour = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1)
+        by_hour += (1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)
+        return by_hour[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+
+    def _event(self, at: float) -> Event:
+        dice = self._dice
+        if dice.random() < 0.02:
+            return self._key_event(at)
+        account = dice.choices(_DEMO_ACCOUNTS, [one.share for one in _DEMO_ACCOUNTS])[0]
+        failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
+        model = dice.choice(account.models)
+        if failed:
+            return self._make(at, account, model, (0, 0, 0, 0), dice.randrange(200, 1500), dice.choice(_DEMO_FAILURES))
+        into = int(dice.lognormvariate(11.0, 0.9))
+        cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
+        out = int(dice.lognormvariate(6.4, 0.8))
+        thought = int(out * dice.triangular(0.1, 0.85, 0.5))
+        return self._make(at, account, model, (into, out, thought, cached), int(1200 + out * dice.uniform(6, 18)), None)
+
+    def _key_event(self, at: float) -> Event:
+        account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
+        into, out = self._dice.randrange(500, 30000), self._dice.randrange(50, 900)
+        made = self._make(at, account, "gemini-3-pro-preview", (into, out, out // 3, 0), 2600 + out * 9, None)
+        return made._replace(provider="gemini", auth_type="apikey", endpoint="POST /v1beta/models/*action")
+
+    def _make(self, at: float, account: _DemoAccount, model: str, tokens, latency_ms: int, failure) -> Event:
+        into, out, thought, cached = tokens
+        status, reason = failure or (200, None)
+        dice = self._dice
+        return Event(
+            timestamp=utc_text(at) or "",
+            ts_epoch=round(at, 3),
+            auth_index=hashlib.sha256(account.mail.encode()).hexdigest()[:16],
+            source=account.mail,
+            model=model,
+            input_tokens=into,
+            output_tokens=out,
+            reasoning_tokens=thought,
+            total_tokens=into + out,
+            latency_ms=latency_ms,
+            failed=int(reason is not None),
+            cached_tokens=cached,
+            cache_write_tokens=0,
+            ttft_ms=None if reason else dice.randrange(500, 2600),
+            status_code=status,
+            error=reason,
+            request_id=f"{dice.getrandbits(32):08x}",
+            provider="codex",
+            endpoint="POST /v1/responses",
+            auth_type="oauth",
+            alias=model,
+            reasoning_effort=dice.choice(("low", "medium", "medium", "high", "xhigh")),
+            service_tier="auto",
+            api_key=mask_key(f"sk-demo-client-{dice.randrange(3)}-made-up"),
+            plan=account.plan,
+        )
+
+    def _put(self, events: list[Event], now: float) -> None:
+        for start in range(0, len(events), 2000):
+            self._sequence += 1
+            self.store.store_batch(Parsed(events[start : start + 2000], [], 0), self._sequence, now)
+        if events:
+            self._last_event = events[-1].ts_epoch
+
+    def live(self, stop: threading.Event) -> None:
+        """Let a request arrive every few seconds until ``stop``."""
+        while not stop.wait(self._dice.uniform(1.0, 5.0)):
+            self._put([self._event(time.time())], time.time())
+
+    def status(self) -> dict[str, Any]:
+        """Give a collector's state as it would be with a proxy."""
+        counts = self.store.counts
+        return {
+            "state": self._state,
+            "since": time.time() - 7 * 86400,
+            "until": None,
+            "message": "These data are made up.",
+            "endpoint": "demo",
+            "mode": "demo",
+            "last_event": self._last_event,
+            "publishing": True,
+            "proxy_version": None,
+            "events": counts["stored"],
+            "rejected": counts["rejected"],
+            "ignored": counts["ignored"],
+        }
+
+    def fetch(self, file: AccountFile) -> dict[str, Any]:
+        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
+        account = _DEMO_ACCOUNTS[int(file.access_token)]
+        if account.mail.startswith("old"):
+            raise QuotaFault("relogin")
+        windows = [
+            {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": int(seconds * left)}
+            for used, seconds, left in zip(account.used, (_FIVE_HOURS_S, _WEEK_S), (0.41, 0.63))
+            if used is not None
+        ]
+        if account.plan == "free":
+            windows = [{"used_percent": 23, "limit_window_seconds": 30 * 86400, "reset_after_seconds": 18 * 86400}]
+        spent = any(window["used_percent"] == 100 for window in windows)
+        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
+        return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
+
+
+# ------------------------------------------------------------------ cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 a fault, 2 a wrong command line or configuration."""
+    options = _parse_arguments(arguments)
+    try:
+        return options.run(options)
+    except DashboardError as error:
+        print(f"usage_dashboard: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="usage_dashboard.py",
+        description="Collect, keep and show the usage of a CLIProxyAPI account pool.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.required = True
+
+    def add(name: str, run: Callable[[Any], int], text: str) -> Any:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    start = add("start", run_start, "Collect, and serve the page.")
+    demo = add("demo", run_demo, "Show the page with made-up data; touches no network and no file of yours.")
+    report = add("report", run_report, "Print the usage of a range as a table.")
+    quota = add("quota", run_quota, "Print what is left of each account's quota.")
+    check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
+    for command in (start, report, quota, check):
+        command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
+        command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
+    for command in (start, demo):
+        command.add_argument("--host", metavar="H", help="the address to bind (0.0.0.0)")
+        command.add_argument("--port", type=int, metavar="P", help="the port to bind (8320)")
+        command.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    report.add_argument("range", nargs="?", default="today", choices=RANGE_NAMES, help="the range (today)")
+    quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
+    for command in (report, quota):
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+def _load(options: Any) -> tuple[Config, list[str]]:
+    flags = {
+        "dashboard_host": getattr(options, "host", None),
+        "dashboard_port": getattr(options, "port", None),
+        "database": os.path.abspath(options.db) if options.db else None,
+    }
+    return load_config(options.config, flags=flags)
+
+
+def run_start(options: Any) -> int:
+    """Serve and collect until SIGTERM or Ctrl+C. The port is bound before the first event is popped."""
+    config, warnings = _load(options)
+    log = Log()
+    for warning in warnings:
+        log.line(f"warning: {warning}")
+    page = Page(BASE_DIR / "usage-dashboard.html")
+    server = make_server(config.dashboard_host, config.dashboard_port)
+    try:
+        store = Store(config.database_path)
+    except DashboardError:
+        server.server_close()
+        raise
+    stop = threading.Event()
+    config_path = options.config or BASE_DIR / "config.json"
+    collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
+    refresher = QuotaRefresher(config, store, log, stop)
+    chores = Housekeeper(config, store, refresher, log, stop)
+    app = App(config, store, refresher, collector.status)
+    _welcome(log, config, server.server_port)
+    _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.hurry)
+    log.line("stopped")
+    return 0
+
+
+def run_demo(options: Any) -> int:
+    """Serve the page on a throw-away database with made-up data."""
+    import tempfile
+
+    flags = {"dashboard_host": options.host, "dashboard_port": options.port}
+    config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
+    page = Page(BASE_DIR / "usage-dashboard.html")
+    server = make_server(config.dashboard_host, config.dashboard_port)
+    log, stop = Log(), threading.Event()
+    with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
+        world = DemoWorld(Path(folder), time.time())
+        config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
+        refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
+        refresher.start().join()
+        app = App(config, world.store, refresher, world.status, demo=True)
+        log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
+        _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
+    return 0
+
+
+def _address(config: Config, port: int) -> str:
+    host = config.dashboard_host
+    named = "localhost" if host in ("0.0.0.0", "::", *_LOOPBACK) else f"[{host}]" if ":" in host else host
+    return f"http://{named}:{port}"
+
+
+def _welcome(log: Log, config: Config, port: int) -> None:
+    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, port)}")
+    if config.dashboard_host not in _LOOPBACK and not config.dashboard_password:
+        log.line(
+            "Everyone who reaches this machine can open it. To close it, set in config.json "
+            '"dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
+        )
+
+
+def _run_until_stopped(
+    server: Any,
+    app: App,
+    page: Page,
+    jobs: Sequence[Callable[[], None]],
+    stop: threading.Event,
+    no_browser: bool,
+    hurry: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    threads = [threading.Thread(target=job, daemon=True) for job in jobs]
+    serving = threading.Thread(target=server.serve, args=(app, page), daemon=True)
+    for thread in (*threads, serving):
+        thread.start()
+    if not no_browser:
+        _open_browser(_address(app.config, server.server_port))
+    while not stop.wait(1.0):
+        pass  # on some systems a wait without an end is deaf to signals
+    patience_s = time.monotonic() + 1.5
+    server.shutdown()
+    server.server_close()
+    for thread in threads:
+        thread.join(max(0.0, patience_s - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        hurry()
+        for thread in threads:
+            thread.join(0.4)
+    if not any(thread.is_alive() for thread in threads):
+        app.store.close()
+
+
+def _open_browser(url: str) -> None:
+    """Open the page where there is a display to open it on."""
+    if sys.platform not in ("darwin", "win32") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    import webbrowser
+
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _open_for_reading(config: Config) -> Store:
+    if not config.database_path.exists():
+        raise DashboardError(
+            f"{config.database_path} does not exist yet; start the dashboard once, or name it with --db"
+        )
+    return Store(config.database_path)
+
+
+def _reading_app(config: Config, store: Store, log: Log) -> App:
+    return App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+
+
+def run_report(options: Any) -> int:
+    """Print the summary of a range."""
+    config, _ = _load(options)
+    store = _open_for_reading(config)
+    try:
+        summary = api_summary(_reading_app(config, store, Log(sys.stderr)), {"range": options.range})
+    finally:
+        store.close()
+    if options.json:
+        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        return 0
+    local = "%Y-%m-%d %H:%M"
+    start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
+    print(f"Usage, {options.range}: {start} to {end}\n")
+    for name in ("model", "account"):
+        rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
+        total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
+        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
+    return 0
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table: the first column to the left, the others to the right."""
+    lines = [heads, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+
+    def lay(line: Sequence[str]) -> str:
+        first = line[0].ljust(widths[0])
+        return "  ".join([first, *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]).rstrip()
+
+    return "\n".join([lay(heads), "  ".join("-" * width for width in widths), *map(lay, rows)])
+
+
+def run_quota(options: Any) -> int:
+    """Print the quota table; with --force ask the running dashboard, or ChatGPT where none runs."""
+    config, _ = _load(options)
+    answer, said = None, None
+    if options.force:
+        try:
+            answer = _ask_dashboard(config, "/api/quota?force=1", 30.0)
+        except DashboardError as error:
+            said = str(error)
+    if answer is None:
+        store = Store(config.database_path) if options.force else _open_for_reading(config)
+        try:
+            app = _reading_app(config, store, Log(sys.stderr))
+            if options.force and said is None:
+                try:
+                    app.refresher.start().join()
+                except RefreshRefused as refused:
+                    said = str(refused)
+            answer = api_quota(app, {})
+        finally:
+            store.close()
+    if options.json:
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
+    else:
+        print(_quota_table(answer))
+    if said:
+        print(f"usage_dashboard: {said}", file=sys.stderr)
+    return 1 if said else 0
+
+
+def _quota_table(answer: Mapping[str, Any]) -> str:
+    if not answer["quotas"]:
+        return "No account has been asked yet; see: usage_dashboard.py quota --force"
+    heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
+    return _table(heads, [_quota_line(row) for row in answer["quotas"]])
+
+
+def _quota_line(row: Mapping[str, Any]) -> list[str]:
+    def percent(value: float | None) -> str:
+        return "—" if value is None else f"{value} %"
+
+    def local(text: str | None) -> str:
+        return time.strftime("%a %H:%M", time.localtime(parse_time(text)[0])) if text else "—"
+
+    age = row["age_seconds"]
+    return [
+        row["email"],
+        row["plan"] or "—",
+        percent(row["primary_remaining_percent"]),
+        local(row["primary_reset_at"]),
+        percent(row["secondary_remaining_percent"]),
+        local(row["secondary_reset_at"]),
+        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"]),
+        "never" if age is None else f"{age // 60} min ago",
+    ]
+
+
+def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
+    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
+    import http.client
+
+    host = config.dashboard_host
+    connection = http.client.HTTPConnection(
+        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
+    )
+    login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+        reply = connection.getresponse()
+        content = json.loads(reply.read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
+    if reply.status == 200:
+        return content
+    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
+
+
+# Findings of check: (level, what was found, the line that mends it)
+_Finding = Tuple[str, str, str]
+
+
+def run_check(options: Any) -> int:
+    """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
+    findings: list[_Finding] = []
+    try:
+        config, warnings = _load(options)
+    except ConfigError as error:
+        findings = [("fault", fault, "compare with config.example.json") for fault in error.faults]
+    else:
+        findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
+            ("ok", "configuration", "")
+        ]
+        for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
+            findings += look(config, options)
+    for level, found, remedy in findings:
+        print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
+    return 1 if any(level == "fault" for level, _, _ in findings) else 0
+
+
+def _check_modes(config: Config, options: Any) -> list[_Finding]:
+    """Look for files with secrets or usage in them that others on the machine can read."""
+    paths = [options.config or BASE_DIR / "config.json", config.database_path]
+    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
+    findings: list[_Finding] = []
+    for path in paths:
+        try:
+            open_to_others = path.stat().st_mode & 0o077
+        except OSError:
+            continue
+        if open_to_others:
+            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
+    return findings or [("ok", "file modes", "")]
+
+
+def _check_database(config: Config, options: Any) -> list[_Finding]:
+    import shutil
+
+    path = config.database_path
+    if not os.access(str(path.parent), os.W_OK):
+        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
+    findings: list[_Finding] = []
+    free = shutil.disk_usage(str(path.parent)).free
+    if free < 200 * 1024 * 1024:
+        level = "fault" if free < 20 * 1024 * 1024 else "warning"
+        findings.append((level, f"only {free // 1048576} MiB are free on the database's disk", "free some room"))
+    if not path.exists():
+        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
+    try:
+        store = Store(path)
+        try:
+            faults = store.find_faults()
+            count = store.event_count
+        finally:
+            store.close()
+    except StoreError as error:
+        return [*findings, ("fault", str(error), "see the sentence above")]
+    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
+    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
+
+
+def _check_accounts(config: Config, options: Any) -> list[_Finding]:
+    folder, files, problems = find_account_files(config.auth_dirs())
+    findings: list[_Finding] = [
+        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
+    ]
+    if not files:
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
+    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
+
+
+def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
+    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    try:
+        health = _ask_dashboard(config, "/api/health", 5.0)
+    except DashboardError as error:
+        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
+    if isinstance(health, dict) and "collector" in health:
+        running: list[_Finding] = [
+            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
+        ]
+        return running + _findings_of_status(health["collector"])
+    try:
+        make_server(config.dashboard_host, config.dashboard_port).server_close()
+    except DashboardError as error:
+        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
+    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
+
+
+def _findings_of_status(status: Mapping[str, Any]) -> list[_Finding]:
+    state = status["state"]
+    level = "ok" if state in ("recording", "waiting", "starting") else "fault"
+    text = f"queue at {status['endpoint']}: {state}"
+    version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
+    return [(level, text + version, "" if level == "ok" else status["message"])]
+
+
+def _check_queue(config: Config, options: Any) -> list[_Finding]:
+    if not config.management_password:
+        return [("warning", "no management key is set", STATE_REMEDIES["no_password"])]
+    if not config.database_path.exists():
+        return _findings_of_status(_probe(config, None, options))
+    try:
+        store = Store(config.database_path)
+    except StoreError:
+        return []  # told by the database's own line
+    try:
+        return _findings_of_status(_probe(config, store, options))
+    finally:
+        store.close()
+
+
+def _probe(config: Config, store: Store | None, options: Any) -> dict[str, Any]:
+    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        used = store or Store(Path(folder) / "probe.db")
+        try:
+            path = options.config or BASE_DIR / "config.json"
+            return Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path).probe()
+        finally:
+            if store is None:
+                used.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
