@@ -3844,10 +3844,10 @@ def make_server(host: str, port: int) -> Any:
             self.server_name, self.server_port = host, self.server_address[1]
             self.connections = _Connections()
 
-        def serve(self, app: App, page: Page) -> None:
-            """Answer requests until shutdown()."""
+        def serve(self, app: App, page: Page, poll_interval_s: float = 0.5) -> None:
+            """Answer requests until shutdown(), which is noticed within the poll interval."""
             self.app, self.page, self.answers = app, page, Answers(app)
-            self.serve_forever(poll_interval=0.5)
+            self.serve_forever(poll_interval_s)
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if self.connections.add(request):
@@ -3885,14 +3885,30 @@ def make_server(host: str, port: int) -> Any:
             except ApiError as error:
                 self.close_connection = True
                 self._send_error(error)
+                self._read_over()
+
+        @staticmethod
+        def _refuse_large(head: bytes) -> None:
+            if len(head) > _LARGEST_HEAD:
+                raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
+
+        def _read_over(self) -> None:
+            """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
+            deadline = time.monotonic() + 2.0
+            try:
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(1.0)
+                while time.monotonic() < deadline and self.connection.recv(65536):
+                    pass
+            except OSError:
+                pass
 
         def _read_head(self) -> bytes | None:
             """Read one request's head within its limits of size and time; None where the client went away."""
             self.server.connections.wait(self.connection)
             deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
             while b"\r\n\r\n" not in self._received:
-                if len(self._received) > _LARGEST_HEAD:
-                    raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
+                self._refuse_large(self._received)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
@@ -3909,6 +3925,7 @@ def make_server(host: str, port: int) -> Any:
             self.server.connections.busy(self.connection)
             self.connection.settimeout(_SEND_S)
             head, _, self._received = self._received.partition(b"\r\n\r\n")
+            self._refuse_large(head)
             return head + b"\r\n\r\n"
 
         def _answer(self) -> None:

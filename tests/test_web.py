@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import json
+import socket
+import sqlite3
+import threading
+from dataclasses import replace
+
+import pytest
+import usage_dashboard as app
+from test_store import event, put, reading
+
+# 2026-11-01 12:00:00 UTC; the ranges of these tests count back from here.
+NOW = 1_793_534_400.0
+
+
+class Site:
+    """Serve a real store on a free port; `status` is what the collector would say."""
+
+    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", **settings):
+        self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
+        self.now = NOW
+        self.store = app.Store(folder / "usage.db")
+        self.stop = threading.Event()
+        self.status = {"state": "waiting", "message": "Connected."}
+        (folder / "page.html").write_text(page_text, encoding="utf-8")
+        self.refresher = app.QuotaRefresher(
+            self.config, self.store, app.Log(open(str(folder / "log"), "w")), self.stop, clock=lambda: self.now, gap_s=(0, 0)
+        )
+        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
+        self.server = app.make_server("127.0.0.1", 0)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
+        self.thread.start()
+        self.log = folder / "log"
+
+    def close(self):
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+        self.refresher._log._stream.close()
+        self.store.close()
+
+    def ask(self, path, method="GET", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+            reply = connection.getresponse()
+            return reply, reply.read()
+        finally:
+            connection.close()
+
+    def json(self, path, **headers):
+        reply, body = self.ask(path, **headers)
+        assert reply.status == 200, body
+        return json.loads(body)
+
+    def error(self, path, status, method="GET", **headers):
+        reply, body = self.ask(path, method, **headers)
+        assert reply.status == status, body
+        content = json.loads(body)
+        assert set(content) == {"error", "code"}
+        return content
+
+    def raw(self, data, timeout=5):
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            received = b""
+            while True:
+                piece = connection.recv(65536)
+                if not piece:
+                    return received
+                received += piece
+
+
+@pytest.fixture
+def site(tmp_path):
+    made = Site(tmp_path)
+    yield made
+    made.close()
+
+
+def at(hours_ago, **changes):
+    return event(at=NOW - 3600 * hours_ago, **changes)
+
+
+def test_summary_has_exactly_the_promised_shape(site):
+    put(site.store, at(0.5))
+    answer = site.json("/api/summary?range=24h")
+    sums = {"requests", "failed", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens"}
+    assert {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"} <= set(answer)
+    assert set(answer["summary"]) == sums
+    assert set(answer["hours"][0]) == sums | {"hour", "start"}
+    assert set(answer["models"][0]) == sums | {"model"}
+    assert sums | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
+    assert answer["summary"] == {"requests": 1, "failed": 0, "input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5,
+                                 "cached_tokens": 80, "total_tokens": 120}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("1h", 1), ("5h", 2), ("24h", 3), ("7d", 4), ("30d", 5), ("90d", 6), ("all", 7), ("today", 3)],
+)
+def test_each_range_counts_what_lies_in_it(site, name, expected):
+    put(site.store, *[at(hours) for hours in (0.9, 4.9, 11.9, 6.9 * 24, 29.9 * 24, 89.9 * 24, 400 * 24)])
+    answer = site.json(f"/api/summary?range={name}&tz_offset=0")
+    assert answer["summary"]["requests"] == expected
+    assert sum(hour["requests"] for hour in answer["hours"]) == expected
+    assert sum(model["requests"] for model in answer["models"]) == expected
+    assert sum(account["requests"] for account in answer["accounts"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [("1h", 3600, 3601), ("5h", 18000, 18001), ("24h", 86400, 86401), ("7d", 604800, 604801)],
+)
+def test_range_begins_to_the_second(site, name, inside, outside):
+    put(site.store, event(at=NOW - inside), event(at=NOW - outside))
+    assert site.json(f"/api/summary?range={name}")["summary"]["requests"] == 1
+
+
+def test_hours_are_zero_filled_and_labelled_in_the_viewers_zone(site):
+    put(site.store, at(2.25))
+    answer = site.json("/api/summary?range=5h&tz_offset=330")  # 17:30 in India
+    assert [hour["hour"] for hour in answer["hours"]] == [f"2026-11-01 {hour}:00" for hour in (12, 13, 14, 15, 16, 17)]
+    assert [hour["requests"] for hour in answer["hours"]] == [0, 0, 0, 1, 0, 0]  # 09:45 UTC is 15:15 there
+    assert answer["hours"][0]["start"] == NOW - 5.5 * 3600 and answer["bucket_seconds"] == 3600
+
+
+@pytest.mark.parametrize(("minutes", "hours_today"), [(0, 12), (7 * 60, 19), (-12 * 60, 0), (14 * 60, 2), (345, 17.75)])
+def test_today_begins_at_midnight_of_the_zone(site, minutes, hours_today):
+    answer = site.json(f"/api/summary?range=today&tz_offset={minutes}") if hours_today else None
+    if answer is None:  # noon UTC is midnight there: an empty day has no window yet
+        site.now = NOW + 1
+        answer = site.json(f"/api/summary?range=today&tz_offset={minutes}")
+    assert answer["start"] == NOW - hours_today * 3600
+
+
+def test_start_given_by_the_page_wins_on_a_day_of_25_hours(site):
+    # In New York, 2026-11-01 began at 04:00 UTC with summer time and ends with winter time (UTC-5) at 05:00 UTC.
+    site.now = NOW + 16 * 3600
+    midnight = 1_793_505_600
+    put(site.store, event(at=midnight + 60), event(at=midnight - 60), event(at=midnight + 24.5 * 3600 - 3600))
+    answer = site.json(f"/api/summary?range=today&start={midnight}&tz_offset=-300")
+    assert (answer["range"], answer["start"], answer["summary"]["requests"]) == ("today", midnight, 2)
+    assert len(answer["hours"]) == 24 and answer["hours"][0]["start"] == midnight
+
+
+def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
+    put(site.store, event(at=NOW + 120))
+    assert site.json("/api/summary?range=1h")["summary"]["requests"] == 1
+    put(site.store, event(at=NOW + 86400))
+    assert site.json("/api/summary?range=1h")["summary"]["requests"] == 0  # a day ahead is no matter of a clock
+    assert site.json("/api/summary?range=all")["summary"]["requests"] == 2
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "allowed"),
+    [
+        ("range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"), ("tz_offset=7", "bad_tz_offset", "multiple of 15"),
+        ("tz_offset=x", "bad_tz_offset", "-840 to 840"), ("tz_offset=9000", "bad_tz_offset", "-840 to 840"),
+        ("start=x", "bad_start", "epoch seconds"), ("end=-1", "bad_end", "epoch seconds"), ("start=1e9", "bad_start", "epoch"),
+        ("start=10&end=10", "bad_window", "before"), ("status=maybe", "bad_status", "ok, failed"), ("bucket=7", "bad_bucket", "auto"),
+        ("start=nan", "bad_start", "epoch seconds"), ("start=99999999999", "bad_start", "epoch seconds"),
+    ],
+)
+def test_wrong_value_is_400_and_names_what_is_allowed(site, query, code, allowed):
+    said = site.error(f"/api/summary?{query}", 400)
+    assert said["code"] == code and allowed in said["error"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "501", "x", "1.5", "1e2", "٣"])
+def test_wrong_limit_is_400(site, limit):
+    from urllib.parse import quote
+
+    said = site.error(f"/api/requests?limit={quote(limit)}", 400)
+    assert said == {"error": "limit must be a whole number from 1 to 500", "code": "bad_limit"}
+
+
+@pytest.mark.parametrize(("path", "method", "status", "code"), [
+    ("/nothing", "GET", 404, "not_found"), ("/api/summary/", "GET", 404, "not_found"), ("/../usage.db", "GET", 404, "not_found"),
+    ("/api/summary", "POST", 405, "method_not_allowed"), ("/", "DELETE", 405, "method_not_allowed"),
+    ("/api/quota?force=1", "PUT", 405, "method_not_allowed")])
+def test_unknown_route_or_method_is_told(site, path, method, status, code):
+    assert site.error(path, status, method)["code"] == code
+
+
+def test_bucket_auto_fits_the_length_of_the_window(site):
+    put(site.store, *[at(minutes / 60) for minutes in range(0, 60, 7)])
+    sizes = {name: site.json(f"/api/summary?range={name}&bucket=auto")["bucket_seconds"]
+             for name in ("1h", "5h", "24h", "7d", "30d", "90d")}
+    assert sizes == {"1h": 300, "5h": 900, "24h": 3600, "7d": 10800, "30d": 86400, "90d": 86400}
+    five = site.json("/api/summary?range=1h&bucket=auto")
+    assert sum(hour["requests"] for hour in five["hours"]) == 9 and len(five["hours"]) in (12, 13)
+
+
+def test_filters_narrow_every_part_of_the_summary(site):
+    put(site.store, at(1), at(1, model="gpt-5.5", failed=1), at(1, source="b@example.com", auth_index="bb", model="gpt-5.5"))
+    answer = site.json("/api/summary?range=24h&model=gpt-5.5&status=failed")
+    assert (answer["summary"]["requests"], answer["summary"]["failed"]) == (1, 1)
+    assert [row["account"] for row in answer["accounts"]] == ["an@example.com"]
+    assert site.json("/api/summary?range=24h&account=b@example.com")["summary"]["requests"] == 1
+    assert site.json("/api/summary?range=24h&account=nobody")["hours"] != []
+
+
+def test_requests_have_the_promised_fields_and_a_cursor(site):
+    put(site.store, *[at(1 + number / 100, request_id=f"{number:08x}") for number in range(5)])
+    first = site.json("/api/requests?limit=3")
+    assert [row["request_id"] for row in first["requests"]] == ["00000000", "00000001", "00000002"]
+    assert {"id", "timestamp", "ts_epoch", "account", "source", "auth_index", "model", "input_tokens", "output_tokens",
+            "reasoning_tokens", "cached_tokens", "total_tokens", "latency_ms", "ttft_ms", "failed", "status_code", "error",
+            "request_id", "provider", "endpoint", "auth_type", "alias", "reasoning_effort", "service_tier",
+            "api_key"} <= set(first["requests"][0])
+    second = site.json(f"/api/requests?limit=3&before={first['next']}")
+    assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
+    assert site.error("/api/requests?before=x", 400)["code"] == "bad_before"
+    assert len(site.json("/api/requests?range=24h&q=00000003")["requests"]) == 1
+
+
+def test_health_tells_the_collectors_state_and_the_size(site):
+    put(site.store, at(1), rejects=[])
+    health = site.json("/api/health")
+    assert health["ok"] is True and health["version"] == app.__version__ and health["demo"] is False
+    assert health["database"]["events"] == 1 and health["database"]["bytes"] > 4096
+    site.status["state"] = "wrong_password"
+    assert site.json("/api/health")["ok"] is False
+
+
+def test_unchanged_answer_is_304_without_a_query_and_a_new_event_changes_it(site):
+    put(site.store, at(1))
+    reply, _ = site.ask("/api/summary?range=24h")
+    tag = reply.headers["ETag"]
+    statements = []
+    site.store._reader.set_trace_callback(statements.append)
+    again, body = site.ask("/api/summary?range=24h", If_None_Match=tag)
+    assert (again.status, body, again.headers["ETag"], statements) == (304, b"", tag, [])
+    same, _ = site.ask("/api/summary?range=24h")
+    assert (same.status, statements) == (200, [])
+    put(site.store, at(1))
+    changed, body = site.ask("/api/summary?range=24h", If_None_Match=tag)
+    assert changed.status == 200 and json.loads(body)["summary"]["requests"] == 2 and statements != []
+    site.store._reader.set_trace_callback(None)
+    next_tag = changed.headers["ETag"]
+    site.now += 60
+    assert site.ask("/api/summary?range=24h", If_None_Match=next_tag)[0].status == 200
+
+
+def test_answer_is_compressed_where_the_client_takes_it(site):
+    put(site.store, at(1))
+    plain = site.ask("/api/summary?range=7d")[1]
+    reply, packed = site.ask("/api/summary?range=7d", Accept_Encoding="gzip")
+    assert reply.headers["Content-Encoding"] == "gzip" and gzip.decompress(packed) == plain and len(packed) < len(plain)
+    assert reply.headers["Cache-Control"] == "private, no-cache"
+
+
+def test_head_gives_the_same_head_without_a_body(site):
+    get, body = site.ask("/api/health")
+    head, nothing = site.ask("/api/health", "HEAD")
+    assert (head.status, nothing) == (200, b"") and int(head.headers["Content-Length"]) > 100
+
+
+def test_page_comes_with_a_policy_that_lets_only_its_own_parts_run(site):
+    reply, body = site.ask("/")
+    policy = reply.headers["Content-Security-Policy"]
+    script = base64.b64encode(__import__("hashlib").sha256(b"1").digest()).decode()
+    assert body.startswith(b"<!doctype html>") and reply.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert f"script-src 'sha256-{script}'" in policy and "default-src 'none'" in policy and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    for name, value in (("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")):
+        assert reply.headers[name] == value
+    assert site.ask("/", If_None_Match=reply.headers["ETag"])[0].status == 304
+
+
+def test_kept_connection_answers_many_requests_also_pipelined(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=5)
+    for _ in range(3):
+        connection.request("GET", "/api/health")
+        assert json.loads(connection.getresponse().read())["ok"] is True
+    connection.close()
+    two = b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2
+    assert site.raw(two).count(b"HTTP/1.1 200 OK") == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [(b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/9.9\r\n\r\n", b"505"), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+     (b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n", b"431"), (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"400"),
+     (b"GET / HTTP/1.1 extra\r\n\r\n", b"400")],
+    ids=["nonsense", "version", "many-headers", "long-line", "tls", "extra-word"],
+)
+def test_bytes_that_are_no_request_get_a_clear_answer(site, data, status):
+    reply = site.raw(data)
+    assert reply.startswith(b"HTTP/1.1 " + status) and b'"error":' in reply and b"Traceback" not in reply
+
+
+def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
+    slow = [socket.create_connection(("127.0.0.1", site.port), timeout=5) for _ in range(140)]
+    try:
+        for connection in slow:
+            try:
+                connection.sendall(b"GET / HT")
+            except OSError:
+                continue  # beyond 128, the longest incomplete one was closed
+        assert site.json("/api/health")["ok"] is True
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost:8320", 200), ("127.0.0.1:1", 200), ("[::1]:8320", 200), ("127.0.0.2", 200), ("evil.example", 403),
+    ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("192.168.1.5:8320", 403)])
+def test_foreign_host_is_refused_while_bound_to_loopback(site, host, status):
+    assert site.ask("/api/health", Host=host)[0].status == status
+
+
+def basic(password, user="anyone"):
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize("path", ["/", "/api/summary", "/api/quota?force=1", "/api/health", "/nothing"])
+def test_password_is_asked_for_on_every_route(tmp_path, path):
+    site = Site(tmp_path, dashboard_password="öpen: sesame")
+    try:
+        reply, body = site.ask(path)
+        assert (reply.status, json.loads(body)["code"]) == (401, "password_needed")
+        assert reply.headers["WWW-Authenticate"].startswith("Basic realm=")
+        for wrong in (basic("x"), basic("öpen: sesame "), "Basic ???", "Bearer öpen".encode().decode("latin-1"), "Basic"):
+            assert site.ask(path, Authorization=wrong)[0].status == 401
+        assert site.ask(path, Authorization=basic("öpen: sesame"))[0].status in (200, 404)
+    finally:
+        site.close()
+
+
+def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
+    put(site.store, at(1, source="an@example.com"))
+    site.store.save_reading(reading(ts_epoch=NOW - 90, primary_reset_at="2026-11-01T15:00:00Z"))
+    answer = site.json("/api/quota")
+    row = answer["quotas"][0]
+    db = sqlite3.connect(str(site.store.path))
+    columns = {name for _, name, *_ in db.execute("PRAGMA table_info(quota_snapshots)")}
+    db.close()
+    assert columns <= set(row) and {"state", "message", "age_seconds", "account"} <= set(row)
+    assert (row["age_seconds"], row["account"], row["secondary_remaining_percent"]) == (90, "an@example.com", None)
+    assert (answer["refreshing"], answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == (
+        False, {"done": 0, "total": 0}, 0, None)
+
+
+def write_account(folder, number):
+    (folder / "accounts").mkdir(exist_ok=True)
+    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}", "access_token": f"tok-{number}"}
+    (folder / "accounts" / f"{number}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def pool(site, tmp_path, chatgpt, monkeypatch):
+    for name, value in chatgpt.environment.items():
+        monkeypatch.setenv(name, value)
+    for number in range(3):
+        write_account(tmp_path, number)
+        chatgpt.answer(f"tok-{number}", body={"plan_type": "plus", "rate_limit": {"primary_window": {
+            "used_percent": 10 * number, "limit_window_seconds": 18000, "reset_after_seconds": 60}}})
+    return site
+
+
+def test_forced_refresh_stores_every_account_and_locks_for_the_cool_down(pool, chatgpt):
+    answer = pool.json("/api/quota?force=1")
+    assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [100, 90, 80]
+    assert (answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == ({"done": 3, "total": 3}, 300, NOW)
+    reply, body = pool.ask("/api/quota?force=1")
+    assert (reply.status, json.loads(body)["code"], reply.headers["Retry-After"]) == (429, "cooldown", "300")
+    pool.now += 299.5
+    assert pool.json("/api/quota")["cooldown_seconds"] == 1
+    pool.now += 1
+    assert pool.json("/api/quota?force=1")["last_refresh"] == pool.now
+    assert len(chatgpt.requests) == 6
+
+
+def test_refresh_that_is_running_is_409_and_shows_its_progress(pool, chatgpt):
+    chatgpt.answer("tok-1", body={"plan_type": "plus"}, hold=True)
+    forcing = threading.Thread(target=pool.json, args=("/api/quota?force=1",))
+    forcing.start()
+    chatgpt.wait_for(lambda: len(chatgpt.requests) == 2)
+    said = pool.error("/api/quota?force=1", 409)
+    assert said == {"error": "refresh_quota: already running", "code": "refresh_running"}
+    answer = pool.json("/api/quota")
+    assert (answer["refreshing"], answer["progress"]) == (True, {"done": 1, "total": 3})
+    chatgpt.release()
+    forcing.join()
+    assert pool.json("/api/quota")["refreshing"] is False
+
+
+def test_head_and_other_sites_never_refresh(pool, chatgpt):
+    assert pool.ask("/api/quota?force=1", "HEAD")[0].status == 200
+    for headers in ({"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Origin": "http://evil.example"},
+                    {"Referer": "http://evil.example/x"}, {"Origin": "null"}):
+        assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
+    assert chatgpt.requests == []
+    own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}
+    assert pool.ask("/api/quota?force=1", **own)[0].status == 200
+
+
+def test_nothing_that_is_answered_or_logged_holds_a_token(pool, tmp_path):
+    pool.ask("/api/quota?force=1")
+    texts = [pool.ask(path)[1].decode() for path in ("/api/quota", "/api/health", "/api/summary", "/api/requests")]
+    texts.append(pool.log.read_text())
+    assert "refresh_quota: saved quota for u***@example.com" in texts[-1]
+    for text in texts:
+        assert "tok-" not in text and "acc-" not in text
+    assert "user0@" not in texts[-1]
+
+
+def test_port_that_is_taken_is_named_with_the_key_to_change():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(app.DashboardError, match=f'port {port} is in use.*"dashboard_port": {port + 1}'):
+            app.make_server("127.0.0.1", port)
+
+
+def test_page_that_is_missing_is_named(tmp_path):
+    with pytest.raises(app.DashboardError, match="page.html is missing"):
+        app.Page(tmp_path / "page.html")
