@@ -998,10 +998,27 @@ def _json_error(body: Any) -> tuple[str, str]:
     return code or kind or state, message
 
 
-_KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type model "
-    "alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-).split()
+_KEPT_OF_REJECT = [
+    "timestamp",
+    "latency_ms",
+    "ttft_ms",
+    "source",
+    "auth_index",
+    "failed",
+    "generate",
+    "accounting_version",
+    "provider",
+    "executor_type",
+    "model",
+    "alias",
+    "endpoint",
+    "auth_type",
+    "api_key",
+    "request_id",
+    "reasoning_effort",
+    "service_tier",
+    "response_service_tier",
+]
 
 
 def masked_json(content: Any) -> str | None:
@@ -1236,6 +1253,10 @@ def _has_time_index(db) -> bool:
     return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
 
 
+def _put_meta(db, key: str, value: Any) -> None:
+    db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
+
+
 # Never edited after a release; a new step goes at the end.
 _SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables)
 
@@ -1418,8 +1439,8 @@ class Store:
         known = self._identity_ids.get(key)
         if known is None:
             db.execute(
-                "INSERT INTO identities(auth_index, source, provider, plan, first_at, last_at) VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT(auth_index, source) DO NOTHING",
+                "INSERT INTO identities(auth_index, source, provider, plan, first_at, last_at) "
+                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(auth_index, source) DO NOTHING",
                 (*key, event.provider, event.plan, event.ts_epoch, event.ts_epoch),
             )
             found = db.execute("SELECT id FROM identities WHERE auth_index = ? AND source = ?", key)
@@ -1478,7 +1499,8 @@ class Store:
             ids = (first_id, to_id)
             db.execute(
                 "INSERT INTO identities(auth_index, source, first_at, last_at) "
-                "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, MIN(ts_epoch), MAX(ts_epoch) "
+                "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, "
+                "MIN(ts_epoch), MAX(ts_epoch) "
                 "FROM events WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL GROUP BY a, s "
                 "ON CONFLICT(auth_index, source) DO UPDATE SET "
                 "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
@@ -1504,10 +1526,7 @@ class Store:
             return 0
         with self._write() as db:
             if floor > (self.get_meta("events_floor") or 0):
-                db.execute(
-                    "INSERT INTO meta VALUES ('events_floor', ?) ON CONFLICT(key) DO UPDATE SET value = ?",
-                    (floor,) * 2,
-                )
+                _put_meta(db, "events_floor", floor)
             done = db.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
                 (floor * BUCKET_S, rows),
@@ -1529,10 +1548,9 @@ class Store:
         return {name: rows.get(name, 0) for name in self._COUNT_NAMES}
 
     def _put_counts(self, db, counts: Mapping[str, int]) -> None:
-        db.executemany(
-            "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value",
-            [(name, value) for name, value in counts.items() if value != self._counts[name]],
-        )
+        for name, value in counts.items():
+            if value != self._counts[name]:
+                _put_meta(db, name, value)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -1566,10 +1584,7 @@ class Store:
             if value is None:
                 db.execute("DELETE FROM meta WHERE key = ?", (key,))
             else:
-                db.execute(
-                    "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value",
-                    (key, value),
-                )
+                _put_meta(db, key, value)
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         try:
@@ -1583,7 +1598,8 @@ class Store:
         """Note that recording stopped; one that is open already goes on, with its first reason."""
         with self._write() as db:
             db.execute(
-                "INSERT INTO outages(from_at, reason) SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
+                "INSERT INTO outages(from_at, reason) SELECT ?, ? "
+                "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
                 (at, reason),
             )
         self.changes += 1
@@ -1732,7 +1748,8 @@ class Store:
         columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
         with self._read() as db:
             rows = db.execute(
-                f"SELECT a.email, a.account_id_tag, a.plan, a.state, a.message, a.state_at, s.id, s.timestamp, {columns} "
+                "SELECT a.email, a.account_id_tag, a.plan, a.state, a.message, a.state_at, s.id, s.timestamp, "
+                f"{columns} "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
         own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "id", "timestamp")
@@ -2504,7 +2521,7 @@ STATE_REMEDIES = {
     "starting": "Starting.",
     "recording": "Recording.",
     "waiting": "Connected; there was nothing to record yet.",
-    "refused": "The key was refused before and is not sent again; correct it, the change is noticed by itself.",
+    "refused": "management_password was refused before and is not sent again; correct it, which is noticed by itself.",
     "unreachable": "Start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens (8317 by default).",
     "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
     "or set cliproxy_tls to true if it serves TLS.",
@@ -4378,7 +4395,7 @@ def run_start(options: Any) -> int:
     except DashboardError:
         server.server_close()
         raise
-    stop = threading.Event()
+    stop = _stop_on_signal()
     config_path = options.config or BASE_DIR / "config.json"
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
@@ -4398,7 +4415,7 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = Page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = Log(), threading.Event()
+    log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder), time.time())
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
@@ -4408,6 +4425,16 @@ def run_demo(options: Any) -> int:
         log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
         _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
     return 0
+
+
+def _stop_on_signal() -> threading.Event:
+    """Give the event that SIGTERM and Ctrl+C set from now on."""
+    import signal
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def _address(config: Config, port: int) -> str:
@@ -4435,10 +4462,6 @@ def _run_until_stopped(
     hurry: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
     serving = threading.Thread(target=server.serve, args=(app, page), daemon=True)
     for thread in (*threads, serving):

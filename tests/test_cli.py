@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import stat
+import time
+import urllib.request
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+import usage_dashboard as app
+from support import free_port
+from test_quota import BY_NAME
+
+SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
+STORED, IGNORED = 7, 1  # one of the eight samples is a warm-up
+# Sums over the seven stored samples, added up by hand from the token rules.
+EXPECTED = {"requests": 7, "failed": 1, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
+            "cached_tokens": 332_962, "total_tokens": 355_035}
+
+
+def shifted(minutes_ago: float = 10):
+    """Give the samples with all their times moved to shortly before now, as the proxy would have written them."""
+    when = (datetime.now(timezone.utc) - timedelta(minutes=minutes_ago)).isoformat()
+    return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
+
+
+def configure(program, **settings):
+    base = {"dashboard_host": "127.0.0.1", "dashboard_port": free_port(), "poll_interval_seconds": 0.1}
+    path = program.folder / "config.json"
+    path.write_text(json.dumps({**base, **settings}), encoding="utf-8")
+    path.chmod(0o600)
+    return base["dashboard_port"]
+
+
+def get(port, path):
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}{path}", timeout=30) as reply:
+        return json.loads(reply.read())
+
+
+def start(program, port, *more, env=None):
+    running = program.start("start", "--no-browser", *more, env=env)
+    running.wait_for_line(f"http://localhost:{port}")
+    return running
+
+
+def wait_for_events(running, port, count):
+    running.wait_for(lambda: get(port, "/api/health")["collector"]["events"] == count)
+
+
+def check_numbers(program, port):
+    """Compare all five ranges and the database with what was sent."""
+    for name in ("today", "1h", "5h", "24h", "7d"):
+        midnight_passed = name == "today" and time.localtime().tm_hour == 0
+        summary = get(port, f"/api/summary?range={name}")["summary"]
+        if not midnight_passed:
+            assert summary == EXPECTED
+    db = sqlite3.connect(str(program.folder / "usage.db"))
+    assert db.execute("SELECT COUNT(*), SUM(total_tokens), SUM(failed) FROM events").fetchone() == (
+        7, 355_035, 1)
+    db.close()
+    for path in program.folder.glob("usage.db*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_program_from_look_alike_to_number(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    proxy.push(*shifted())
+    running = start(program, port)
+    wait_for_events(running, port, STORED)
+    check_numbers(program, port)
+    health = get(port, "/api/health")
+    assert (health["collector"]["state"], health["collector"]["ignored"], health["collector"]["rejected"]) == ("recording", 1, 0)
+    assert proxy.failures == 0 and proxy.commands[:1] == ["AUTH"]
+    assert running.terminate() == 0
+    assert not any("Traceback" in line for line in running.lines)
+
+
+def test_program_from_redis_with_password_to_number(program, redis_with_password):
+    port = configure(program, cliproxy_port=redis_with_password.port, management_password="secret-key")
+    redis_with_password.push("usage", *shifted())
+    running = start(program, port)
+    wait_for_events(running, port, STORED)
+    check_numbers(program, port)
+    redis_with_password.stop()
+    running.wait_for_line("state=unreachable")
+    redis_with_password.start()
+    redis_with_password.push("usage", *shifted(), b"garbage")
+    wait_for_events(running, port, 2 * STORED)
+    assert get(port, "/api/health")["collector"]["rejected"] == 1
+    assert running.terminate(signal.SIGINT) == 0
+
+
+def test_kill_and_restart_stores_everything_once(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    proxy.push(*shifted())
+    running = start(program, port)
+    wait_for_events(running, port, STORED)
+    running.kill()
+    proxy.push(*shifted())
+    again = start(program, port)
+    wait_for_events(again, port, 2 * STORED)
+    db = sqlite3.connect(str(program.folder / "usage.db"))
+    assert db.execute("SELECT COUNT(*) FROM events").fetchone() == (2 * STORED,)
+    db.close()
+    assert again.terminate() == 0
+
+
+def write_accounts(program, count=3):
+    folder = program.home / ".cliproxyapi"
+    folder.mkdir()
+    for number in range(count):
+        content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
+                   "access_token": f"tok-secret-{number}"}
+        (folder / f"codex-{number}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, proxy, chatgpt):
+    folder = write_accounts(program)
+    (folder / "codex-broken.json").write_text('{"type": "codex", "access_tok')
+    for number in range(3):
+        chatgpt.answer(f"tok-secret-{number}", body=BY_NAME["plus_5h_7d"]["body"])
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env=chatgpt.environment)
+    answer = get(port, "/api/quota?force=1")
+    assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [77, 77, 77]
+    printed = "\n".join(running.lines)
+    for line in ("refresh_quota: found 3 auth files", "refresh_quota: fetching quota for u***@example.com...",
+                 "refresh_quota: saved quota for u***@example.com", "refresh_quota: codex-broken.json is skipped"):
+        assert line in printed
+    for secret in ("tok-secret", "acc-", "user0@", "secret-key", "sample@"):
+        assert secret not in printed
+    stored = b"".join(path.read_bytes() for path in program.folder.glob("usage.db*"))
+    assert b"tok-secret" not in stored and b"secret-key" not in stored and b"sample@example" not in stored
+    assert running.terminate() == 0
+
+
+def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(program, proxy, chatgpt):
+    write_accounts(program, 1)
+    chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="open sesame")
+    running = start(program, port, env=chatgpt.environment)
+    first = program.run("quota", "--force", env={"HTTPS_PROXY": "http://127.0.0.1:9"})  # only the dashboard can reach it
+    assert first.returncode == 0 and re.search(r"user0@example.com\s+plus\s+77 %", first.stdout)
+    second = program.run("quota", "--force", "--json")
+    assert second.returncode == 1 and "try again in" in second.stderr
+    assert json.loads(second.stdout)["quotas"][0]["secondary_remaining_percent"] == 59
+    assert len(chatgpt.requests) == 1
+    assert running.terminate() == 0
+
+
+def test_quota_command_refreshes_itself_where_no_dashboard_runs(program, chatgpt):
+    write_accounts(program, 2)
+    configure(program)
+    chatgpt.answer("tok-secret-0", body=BY_NAME["limit_reached_plus"]["body"])
+    done = program.run("quota", "--force", "--json", env=chatgpt.environment)
+    rows = json.loads(done.stdout)["quotas"]
+    assert done.returncode == 0 and [row["state"] for row in rows] == ["limited", "expired"]
+    assert "refresh_quota: found 2 auth files" in done.stderr
+    again = program.run("quota", "--force", env=chatgpt.environment)
+    assert again.returncode == 1 and "try again in" in again.stderr and len(chatgpt.requests) == 2
+    assert program.run("quota").returncode == 0
+
+
+def test_report_prints_the_totals_of_a_range(program):
+    store = app.Store(program.folder / "usage.db")
+    store.store_batch(app.parse_events(shifted()), 1, 0.0)
+    store.close()
+    table = program.run("report", "24h")
+    assert table.returncode == 0 and re.search(r"total\s+7\s+1\s.*\s355,035", table.stdout)
+    assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
+    as_json = json.loads(program.run("report", "7d", "--json").stdout)
+    assert as_json["summary"] == EXPECTED
+    wrong = program.run("report", "yesterday")
+    assert wrong.returncode == 2 and "today" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "quota"])
+def test_command_without_a_database_says_what_to_do(program, command):
+    done = program.run(command)
+    assert done.returncode == 1 and "does not exist yet; start the dashboard once" in done.stderr
+    assert not (program.folder / "usage.db").exists()
+
+
+def test_wrong_configuration_ends_with_2_and_names_every_fault(program):
+    configure(program, cliproxy_port="8317", collect_mode="push", management_password=7)
+    done = program.run("start", "--no-browser")
+    assert done.returncode == 2
+    assert all(key in done.stderr for key in ("cliproxy_port", "collect_mode", "management_password"))
+    assert "Traceback" not in done.stderr
+
+
+def test_port_that_is_taken_ends_with_1_before_anything_is_popped(program, proxy):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_port=port)
+        done = program.run("start", "--no-browser")
+    assert done.returncode == 1 and f"port {port} is in use" in done.stderr and "dashboard_port" in done.stderr
+    assert proxy.connections == 0 and "Traceback" not in done.stderr
+
+
+def test_folder_that_cannot_be_written_ends_with_1_and_says_so(program):
+    configure(program, database="/proc/usage.db")
+    done = program.run("start", "--no-browser")
+    assert done.returncode == 1 and "/proc/usage.db cannot be opened" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_unknown_key_is_warned_of_at_the_start(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashbord_port=1)
+    running = start(program, port)
+    assert any('did you mean "dashboard_port"?' in line for line in running.lines)
+    assert running.terminate() == 0
+
+
+def test_open_dashboard_says_so_on_the_console(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_host="0.0.0.0")
+    running = start(program, port)
+    running.wait_for_line('"dashboard_password"')
+    assert running.terminate() == 0
+
+
+def test_wrong_key_is_sent_once_over_restarts_and_check(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="wrong")
+    for _ in range(2):
+        running = start(program, port)
+        running.wait_for(lambda: get(port, "/api/health")["collector"]["state"] in ("wrong_password", "refused"))
+        assert running.terminate() == 0
+    checked = program.run("check")
+    assert checked.returncode == 1 and "management_password" in checked.stdout
+    assert proxy.auth_attempts == 1
+
+
+def test_corrected_key_is_noticed_without_a_restart(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="wrong")
+    proxy.push(*shifted())
+    running = start(program, port)
+    running.wait_for_line("state=wrong_password")
+    (program.folder / "config.json").write_text(json.dumps({
+        "cliproxy_port": proxy.port, "management_password": "secret-key", "dashboard_port": port, "poll_interval_seconds": 0.1}))
+    running.wait_for(lambda: get(port, "/api/health")["collector"]["events"] == STORED, timeout=15)
+    assert running.terminate() == 0
+
+
+def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port)
+    running.wait_for_line("state=waiting")
+    proxy.dribble(5)  # from now on every reply takes for ever
+    assert running.terminate(timeout=3) == 0
+
+
+def test_check_is_well_with_a_good_set_up(program, proxy):
+    write_accounts(program)
+    for path in (program.home / ".cliproxyapi").iterdir():
+        path.chmod(0o600)
+    configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    proxy.push(*shifted())
+    done = program.run("check")
+    assert done.returncode == 0, done.stdout
+    assert "account files: 3" in done.stdout and "proxy v7.2.140" in done.stdout
+    assert proxy.queued == len(SAMPLES)  # nothing was popped
+
+
+def test_check_names_what_is_wrong(program, proxy):
+    proxy.publishing = False
+    configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    os.chmod(str(program.folder / "config.json"), 0o644)
+    done = program.run("check")
+    assert done.returncode == 1
+    for text in ("usage-statistics-enabled: true", "chmod 600", "auth_dir"):
+        assert text in done.stdout
+
+
+def test_check_finds_a_damaged_database(program, proxy):
+    (program.folder / "usage.db").write_bytes(b"not a database at all, really not one" * 40)
+    configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    done = program.run("check")
+    assert done.returncode == 1 and "damaged or no SQLite database" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
+    port = free_port()
+    (program.folder / "config.json").write_text("{ broken")
+    running = program.start("demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port))
+    running.wait_for_line("Demo with made-up data")
+    health, summary, quotas = get(port, "/api/health"), get(port, "/api/summary?range=7d"), get(port, "/api/quota")["quotas"]
+    assert health["demo"] is True and summary["summary"]["requests"] > 3000 and summary["summary"]["failed"] > 20
+    assert len({row["account"] for row in summary["accounts"]}) >= 8 and summary["outages"]
+    left = [row["primary_remaining_percent"] for row in quotas if row["primary_remaining_percent"] is not None]
+    assert any(value > 30 for value in left) and any(10 <= value <= 30 for value in left) and any(value < 10 for value in left)
+    assert {"limited", "relogin", "ok"} <= {row["state"] for row in quotas}
+    before = health["database"]["events"]
+    running.wait_for(lambda: get(port, "/api/health")["database"]["events"] > before, timeout=15)
+    assert running.terminate() == 0
+    assert sorted(path.name for path in program.folder.iterdir() if not path.name.startswith("__")) == [
+        "config.example.json", "config.json", "usage-dashboard.html", "usage_dashboard.py"]
+
+
+def test_bare_command_and_help_name_every_command(program):
+    shown = program.run("--help")
+    assert shown.returncode == 0 and all(name in shown.stdout for name in ("start", "demo", "report", "quota", "check"))
+    assert program.run().returncode == 2
