@@ -153,6 +153,14 @@ def make_private(path: Path) -> None:
     os.chmod(str(path), 0o600)
 
 
+def where_raised(error: BaseException) -> str:
+    """Name an unforeseen fault by its kind and line, without its text, which may quote what it stumbled over."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{type(error).__name__} at line {trace.tb_lineno if trace else 0}"
+
+
 def short_tag(*parts: str) -> str:
     """Give six hex digits that stay the same for the same text and do not reveal it."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:6]
@@ -1161,6 +1169,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 class StoreError(DashboardError):
     """Report why the database cannot be used; the file is never replaced or repaired by itself."""
 
+    http_status = 503
     code = "storage_error"
 
 
@@ -2102,12 +2111,12 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
     opened for reading only, and never followed into sub-folders.
     """
     folder, found, problems = folders[0], [], []
-    for folder in folders:
-        found, problems = _read_folder(folder)
+    for candidate in folders:
+        found, odd = _read_folder(candidate)
+        problems += odd
         if found:
+            folder = candidate
             break
-    else:
-        folder = folders[0]
     newest: dict[tuple[str, str], AccountFile] = {}
     for file in found:
         known = newest.get((file.account_id, file.email))
@@ -2521,7 +2530,8 @@ STATE_REMEDIES = {
     "starting": "Starting.",
     "recording": "Recording.",
     "waiting": "Connected; there was nothing to record yet.",
-    "refused": "management_password was refused before and is not sent again; correct it, which is noticed by itself.",
+    "refused": "management_password was refused before and is not sent again. Correct it, or touch config.json after "
+    "correcting the proxy's; that is noticed within seconds.",
     "unreachable": "Start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens (8317 by default).",
     "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
     "or set cliproxy_tls to true if it serves TLS.",
@@ -2565,7 +2575,8 @@ class Spool:
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        text = json.dumps([sequence, parsed.events, parsed.rejects, parsed.ignored], ensure_ascii=True)
+        content = [sequence, Event._fields, parsed.events, parsed.rejects, parsed.ignored]
+        text = json.dumps(content, ensure_ascii=True)
         line = f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
         handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -2584,8 +2595,8 @@ class Spool:
         for line in lines:
             checksum, _, text = line.partition(b" ")
             if hashlib.sha256(text).hexdigest()[:16].encode() == checksum:
-                sequence, events, rejects, ignored = json.loads(text)
-                rows = [Event(*row) for row in events]
+                sequence, names, events, rejects, ignored = json.loads(text)
+                rows = [_event_of_names(dict(zip(names, row))) for row in events]
                 batches.append((sequence, Parsed(rows, [Reject(*reject) for reject in rejects], ignored)))
         return batches
 
@@ -2607,6 +2618,11 @@ class Spool:
             self._touched_at = now
             make_private(self._path)
             os.utime(str(self._path), (now, now))
+
+
+def _event_of_names(values: Mapping[str, Any]) -> Event:
+    """Make an event of a spool that another version of this program may have written."""
+    return Event(*(values.get(name, "") for name in Event._fields))
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
@@ -2981,9 +2997,9 @@ class Collector:
                 except StoreError as error:
                     self._enter("storage_error", str(error))
                     self._stop.wait(self._backoff.next())
-        except Exception as error:  # the thread's loop: whatever it was must be seen, not die unheard
-            self._log.event("collector", state="failed", error=type(error).__name__)
-            raise
+                except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
+                    self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
+                    self._stop.wait(self._backoff.next())
         finally:
             self._last_chance()
 
@@ -3954,8 +3970,7 @@ def make_server(host: str, port: int) -> Any:
             except DashboardError as error:
                 self._send_error(error)
             except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-                log = Log(sys.stderr)
-                log.event("http", fault=type(error).__name__, route=urlsplit(self.path).path)
+                Log(sys.stderr).event("http", fault=where_raised(error))
                 self._send_error(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
 
         def _check_access(self) -> None:
@@ -3991,12 +4006,13 @@ def make_server(host: str, port: int) -> Any:
 
         def _refuse_other_sites(self) -> None:
             """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-            foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
-            own_host = self.headers.get("X-Forwarded-Host") or self.headers.get("Host")
-            for name in ("Origin", "Referer"):
-                sent = self.headers.get(name)
-                if sent and urlsplit(sent).netloc not in (own_host, self.headers.get("Host")):
-                    foreign = True
+            said = self.headers.get("Sec-Fetch-Site")
+            own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
+            sent = [self.headers.get(name) for name in ("Origin", "Referer")]
+            if said is not None:
+                foreign = said not in ("same-origin", "none")
+            else:
+                foreign = any(url and urlsplit(url).netloc not in own_hosts for url in sent)
             if foreign:
                 raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
@@ -4187,6 +4203,7 @@ class DemoWorld:
         self._last_event: float | None = None
         self._write_account_files()
         self._write_week(now)
+        self._write_old_reading(now - 3 * 3600)
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
@@ -4211,6 +4228,12 @@ class DemoWorld:
         self._put(events, now)
         self.store.begin_outage(now - 33 * 3600, "unreachable")
         self.store.end_outage(now - 32.2 * 3600)
+
+    def _write_old_reading(self, at: float) -> None:
+        """Give the account that has to sign in again a last good reading."""
+        for file in find_account_files([self.auth_dir])[1]:
+            if file.email.startswith("old"):
+                self.store.save_reading(snapshot_of(file, self._quota_of(file), at))
 
     @staticmethod
     def _busyness(at: float) -> float:
@@ -4305,12 +4328,19 @@ class DemoWorld:
 
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
-        account = _DEMO_ACCOUNTS[int(file.access_token)]
-        if account.mail.startswith("old"):
+        if file.email.startswith("old"):
             raise QuotaFault("relogin")
+        return self._quota_of(file)
+
+    @staticmethod
+    def _quota_of(file: AccountFile) -> dict[str, Any]:
+        number = int(file.access_token)
+        account = _DEMO_ACCOUNTS[number]
         windows = [
             {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": int(seconds * left)}
-            for used, seconds, left in zip(account.used, (_FIVE_HOURS_S, _WEEK_S), (0.41, 0.63))
+            for used, seconds, left in zip(
+                account.used, (_FIVE_HOURS_S, _WEEK_S), ((3 * number % 8 + 1) / 9, (5 * number % 7 + 1) / 8)
+            )
             if used is not None
         ]
         if account.plan == "free":
