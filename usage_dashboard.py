@@ -374,8 +374,9 @@ class QueueFault(DashboardError):
     code = "queue_fault"
     state = "unreachable"
 
-    def __init__(self, message: str, state: str | None = None):
+    def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
         super().__init__(message)
+        self.says_remedy = says_remedy
         if state is not None:
             self.state = state
 
@@ -515,7 +516,8 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
         try:
             plain = socket.create_connection((host, port), timeout=timeout_s)
         except (OSError, UnicodeError) as error:
-            raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}") from error
+            state = "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
+            raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return _wrap_tls(plain, host, port) if tls else plain
@@ -1581,6 +1583,11 @@ class Store:
         """Tell whether rows of an adopted database are still missing from the roll-ups."""
         return self.get_meta("adopt_next") is not None
 
+    def check_writable(self) -> None:
+        """Take the write lock and give it back, so that nothing is popped that could not be stored."""
+        with self._write():
+            pass
+
     def get_meta(self, key: str) -> Any:
         """Read a small value by its key; None where there is none."""
         with self._write_lock:
@@ -1762,7 +1769,11 @@ class Store:
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
         own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "id", "timestamp")
-        return [dict(zip(own, row[:8]), **dict(zip(_SNAPSHOT_COLUMNS[2:], row[8:]))) for row in rows]
+        quotas = []
+        for row in rows:
+            snapshot = dict(zip(_SNAPSHOT_COLUMNS[2:], row[8:]))
+            quotas.append({**dict(zip(own, row)), **snapshot, "plan": snapshot["plan"] or row[2]})
+        return quotas
 
     def thin_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
@@ -2135,11 +2146,16 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
         try:
             file = read_account_file(path)
         except ValueError as error:
-            problems.append(f"{path.name} is skipped: {error}")
+            problems.append(f"{_masked_name(path)} is skipped: {error}")
             continue
         if file is not None:
             found.append(file)
     return found, problems
+
+
+def _masked_name(path: Path) -> str:
+    """Give a file's name with the mail in it shortened, as the console shows mails."""
+    return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
 
 
 def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
@@ -2192,7 +2208,7 @@ def _read_json_file(path: Path) -> Any:
 
 
 def _word(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else ""
+    return _printable(value.strip()) if isinstance(value, str) else ""
 
 
 def _claims(token: str) -> dict[str, Any]:
@@ -2514,7 +2530,9 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         return {
-            str(key)[:80]: _without_identity(item, depth + 1) for key, item in value.items() if key not in _IDENTIFYING
+            _printable(str(key)[:80]): _without_identity(item, depth + 1)
+            for key, item in value.items()
+            if key not in _IDENTIFYING
         }
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
@@ -2530,15 +2548,15 @@ STATE_REMEDIES = {
     "starting": "Starting.",
     "recording": "Recording.",
     "waiting": "Connected; there was nothing to record yet.",
-    "refused": "management_password was refused before and is not sent again. Correct it, or touch config.json after "
-    "correcting the proxy's; that is noticed within seconds.",
-    "unreachable": "Start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens (8317 by default).",
+    "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
+    "(8317 by default).",
+    "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
     "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
     "or set cliproxy_tls to true if it serves TLS.",
     "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
-    "wrong_password": "Correct management_password; it is not sent again until it, the address or the config file "
-    "changes, since five failures lock this machine out of the proxy for 30 minutes.",
-    "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when it ends. "
+    "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
+    "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
+    "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
     "Restarting the proxy lifts it at once.",
     "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
     "the proxy's machine.",
@@ -2549,6 +2567,7 @@ STATE_REMEDIES = {
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _REFUSALS = ("wrong_password", "no_password")
+_NOT_THERE = ("refused", "unreachable")
 _RECORDING = ("recording", "waiting", "publishing_off")
 _BATCH_FIRST, _BATCH_LARGEST = 16, 500
 PROXY_PORT = 8317
@@ -2577,7 +2596,8 @@ class Spool:
         """Write one batch with its sequence number. Raises OSError."""
         content = [sequence, Event._fields, parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
-        line = f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
+        # The line feed in front ends a line that a full disk may have cut off before.
+        line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
         handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             while line:
@@ -2586,7 +2606,10 @@ class Spool:
             os.close(handle)
 
     def read(self) -> list[tuple[int, Parsed]]:
-        """Give the batches that a previous run left, in their order. Raises OSError."""
+        """Give the batches that a previous run left, in their order. Raises OSError.
+
+        A file with a batch that this version does not understand is set aside under another name.
+        """
         try:
             lines = self._path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -2594,10 +2617,12 @@ class Spool:
         batches = []
         for line in lines:
             checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() == checksum:
-                sequence, names, events, rejects, ignored = json.loads(text)
-                rows = [_event_of_names(dict(zip(names, row))) for row in events]
-                batches.append((sequence, Parsed(rows, [Reject(*reject) for reject in rejects], ignored)))
+            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                continue
+            try:
+                batches.append(_batch_of_json(json.loads(text)))
+            except (TypeError, ValueError, AttributeError):
+                os.replace(str(self._path), f"{self._path}.unreadable")
         return batches
 
     def clear(self) -> None:
@@ -2620,6 +2645,12 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _batch_of_json(content: Any) -> tuple[int, Parsed]:
+    sequence, names, events, rejects, ignored = content
+    rows = [_event_of_names(dict(zip(names, row))) for row in events]
+    return int(sequence), Parsed(rows, [Reject(*reject) for reject in rejects], int(ignored))
+
+
 def _event_of_names(values: Mapping[str, Any]) -> Event:
     """Make an event of a spool that another version of this program may have written."""
     return Event(*(values.get(name, "") for name in Event._fields))
@@ -2631,9 +2662,9 @@ def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     if "banned" in text:
         return BannedFault(_go_duration(text))
     if "home mode" in text:
-        return QueueFault("the proxy gives no usage in home mode", "home_mode")
+        return QueueFault("the usage queue is switched off there", "home_mode")
     if "remote management disabled" in text:
-        return QueueFault("the proxy refuses management from another machine", "remote_disabled")
+        return QueueFault("the proxy takes no login from another machine", "remote_disabled")
     if "key not set" in text:
         return QueueFault("the proxy has no management key", "closed")
     if "mtls" in text:
@@ -2645,9 +2676,11 @@ def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     if "wrongpass" in text or "invalid password" in text:
         return RedisRefusal("the Redis server there refuses the password")
     if "unsupported channel" in text:
-        return QueueFault('the proxy does not know this queue_key; set "queue_key": "usage"', "unreachable")
+        said = 'the proxy does not know this queue_key; set "queue_key": "usage"'
+        return QueueFault(said, "unreachable", says_remedy=True)
     if "wrongtype" in text:
-        return QueueFault("queue_key names something in that Redis that is no list", "unreachable")
+        said = 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled'
+        return QueueFault(said, "unreachable", says_remedy=True)
     if during_auth and "unknown command" in text:
         return NotResp("the server there knows no AUTH")
     return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
@@ -2665,15 +2698,24 @@ class BannedFault(QueueFault):
     state = "banned"
 
     def __init__(self, seconds: float):
-        super().__init__("the proxy has locked this address out")
+        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds")
         self.seconds = seconds
+
+
+class RememberedRefusal(QueueFault):
+    """Report that the key was refused before, so that it was not sent this time."""
+
+    def __init__(self, state: str):
+        super().__init__("the management key was refused before", state)
 
 
 def _go_duration(text: str) -> float:
     """Read the duration in ``Try again in 29m59s``; a full ban where there is none."""
-    match = re.search(r"in (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    return float(hours * 3600 + minutes * 60 + seconds) or 1800.0
+    match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+    if match is None:
+        return 1800.0
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
 
 
 class PopSource:
@@ -2877,10 +2919,17 @@ class SubscribeSource:
         import queue
 
         self._client = RespClient(self._connect)
-        for words in (("AUTH", self._password), ("SUBSCRIBE", self._key)):
-            reply = self._client.call(*words)
+        if self._password:
+            reply = self._client.call("AUTH", self._password)
             if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
                 raise _fault_of_reply(reply, during_auth=True)
+        reply = self._client.call("SUBSCRIBE", self._key)
+        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
+            said = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
+            raise QueueFault(said, "not_resp", says_remedy=True)
+        if isinstance(reply, ErrorReply):
+            raise _fault_of_reply(reply, during_auth=True)
+        assert self._drain is not None
         self._drain.open()
         self.is_proxy = self._drain.is_proxy
         self._inbox = queue.Queue(10_000)
@@ -2899,19 +2948,18 @@ class SubscribeSource:
 
     @property
     def asked(self) -> int:
-        """Tell how many replies of the queue are still to be taken."""
-        return 0 if self._drain is None else self._drain.asked
+        """Tell how many values have come already."""
+        return 0 if self._inbox is None else self._inbox.qsize()
 
     def ask(self, count: int) -> None:
-        """Ask the queue for what waited there; a no-op once it was empty."""
-        if self._drain is not None:
-            self._drain.ask(count)
+        """Do nothing: what comes next is sent unasked."""
 
     def take(self) -> Handed:
         """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
         import queue
 
         if self._drain is not None:
+            self._drain.ask(_BATCH_LARGEST)
             handed = self._drain.take()
             if not handed.full:
                 self._drain.close()
@@ -2963,6 +3011,10 @@ class Collector:
         self._lock = threading.Lock()
         self._api: ProxyApi | None = None
         self._source: Any = None
+        self._proven = False  # whether this connection has given a good reply to a pop
+        self._blocked_at: float | None = None
+        self._turn_at: float | None = None
+        self.clock_ahead_s: float | None = None
         self._asked_api_at = 0.0
         span = store.span()
         self._status: dict[str, Any] = {
@@ -2992,7 +3044,8 @@ class Collector:
                 try:
                     self._session()
                 except QueueFault as fault:
-                    self._enter(fault.state, str(fault), self._until_of(fault))
+                    self._show_fault(fault)
+                    self._note_outage(fault.state)
                     self._wait_after(fault)
                 except StoreError as error:
                     self._enter("storage_error", str(error))
@@ -3006,11 +3059,14 @@ class Collector:
     # One connection
 
     def _session(self) -> None:
-        if self._remembers_refusal():
-            raise QueueFault("the key was refused before", "refused")
+        self._flush()
+        self._store.check_writable()
+        self._raise_remembered_refusal()
         source = self._source = self._open_source()
         try:
-            self._begin(source)
+            self._proven = False
+            self._show(mode=source.mode)
+            self._ask_api()
             self._collect(source)
         finally:
             self._source = None
@@ -3026,16 +3082,15 @@ class Collector:
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
         try:
-            if self._remembers_refusal():
-                raise QueueFault("the key was refused before", "refused")
+            self._raise_remembered_refusal()
             source = self._open_source()
             self._ask_api()
             source.close()
             self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS:
-                self._remember_refusal()
-            self._enter(fault.state, str(fault), self._until_of(fault))
+            if fault.state in _REFUSALS and not isinstance(fault, RememberedRefusal):
+                self._remember_refusal(fault.state)
+            self._show_fault(fault)
         return self.status()
 
     def _collect(self, source: Any) -> None:
@@ -3049,12 +3104,15 @@ class Collector:
             count = min(count * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
             if more and source.mode == "pop":
                 source.ask(count)
+            parsed = parse_events(handed.values)
             if handed.values:
-                self._keep(parse_events(handed.values))
+                self._keep(parsed)
                 self._settle(source)
+            if isinstance(handed.fault, ConnectionClosed):  # not the silent refusal that this means at the login
+                raise QueueFault(str(handed.fault), "unreachable") from handed.fault
             if handed.fault is not None:
                 raise handed.fault
-            self._note_turn(bool(handed.values))
+            self._note_turn(bool(parsed.events or parsed.rejects))
             if not handed.full:
                 self._stop.wait(self._config.poll_interval_seconds)
 
@@ -3063,6 +3121,7 @@ class Collector:
         try:
             self._flush()
         except StoreError as error:
+            self._blocked_at, self._turn_at = self._blocked_at or self._clock(), None
             self._enter("storage_error", str(error))
 
     def _settle(self, source: Any) -> None:
@@ -3094,6 +3153,8 @@ class Collector:
             self._log.event("spool", fault=os_reason(error))
 
     def _flush(self) -> None:
+        if not self._pending:
+            return
         while self._pending:
             sequence, parsed = self._pending[0]
             self._store.store_batch(parsed, sequence, self._clock())
@@ -3106,6 +3167,10 @@ class Collector:
             self._spool.clear()
         except OSError as error:
             self._log.event("spool", fault=os_reason(error))
+        if self._blocked_at is not None:
+            blocked_at, self._blocked_at = self._blocked_at, None
+            self._store.begin_outage(blocked_at, "storage_error")
+            self._store.end_outage(self._clock())
 
     def _replay(self) -> None:
         """Store what a previous run had popped but not committed, and note since when nobody recorded."""
@@ -3121,6 +3186,8 @@ class Collector:
         self._sequence = max([self._sequence, *(sequence for sequence, _ in fresh)])
         try:
             self._flush()
+            if left and not fresh:
+                self._spool.clear()
             if alive_at is not None:
                 self._store.begin_outage(min(alive_at, self._clock()), "stopped")
         except StoreError as error:
@@ -3142,14 +3209,17 @@ class Collector:
         try:
             found = self._open_at(self._config.cliproxy_port)
         except QueueFault as fault:
-            if fault.state != "unreachable" and not isinstance(fault, RedisRefusal):
+            if fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal):
                 raise
             return self._open_proxy_port(fault)
         if found.is_proxy or found.list_length:
             return found
         try:
             better = self._open_at(PROXY_PORT)
-        except QueueFault:
+        except QueueFault as fault:
+            if fault.state not in _NOT_THERE:
+                found.close()
+                raise
             self._show(endpoint=f"{self._config.cliproxy_host}:{self._config.cliproxy_port}")
             return found
         found.close()
@@ -3159,7 +3229,7 @@ class Collector:
         try:
             return self._open_at(PROXY_PORT)
         except QueueFault as second:
-            if second.state != "unreachable":
+            if second.state not in _NOT_THERE:
                 raise
             raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from second
 
@@ -3195,14 +3265,6 @@ class Collector:
             raise
         return source
 
-    def _begin(self, source: Any) -> None:
-        self._backoff.reset()
-        self._store.put_meta("refused", None)
-        self._store.end_outage(self._clock())
-        self._show(mode=source.mode)
-        self._ask_api()
-        self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
-
     def _note_turn(self, got_values: bool) -> None:
         """Show after each turn how things stand, and ask now and then whether the proxy publishes at all."""
         now = self._clock()
@@ -3212,16 +3274,34 @@ class Collector:
             self._log.event("spool", fault=os_reason(error))
         if self._pending:
             return
+        if not self._proven:
+            self._note_recording(now)
+        self._note_gap(now)
         if got_values:
             self._show(publishing=True if self._api else self._status["publishing"])
             self._enter("recording")
-        elif self._status["state"] in ("storage_error", "publishing_off", "waiting"):
+        elif self._status["state"] != "recording":
             quiet_s = 15.0 if self._status["publishing"] is False else 300.0
             if not 0 <= now - self._asked_api_at < quiet_s:
                 self._ask_api()
             self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
         elif now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600:
             self._enter("waiting")
+
+    def _note_recording(self, now: float) -> None:
+        """Note once a connection that the first good pop has proven it."""
+        self._proven = True
+        self._backoff.reset()
+        self._store.put_meta("refused", None)
+        self._store.end_outage(now)
+        self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
+
+    def _note_gap(self, now: float) -> None:
+        """Note an outage where this machine slept: the last turn is longer ago than the proxy remembers."""
+        before, self._turn_at = self._turn_at, now
+        if before is not None and now - before > 60 + 2 * self._config.poll_interval_seconds:
+            self._store.begin_outage(before, "stopped")
+            self._store.end_outage(now)
 
     def _ask_api(self) -> None:
         """Learn whether the proxy publishes, and its version; only with a key that has just worked."""
@@ -3235,6 +3315,7 @@ class Collector:
             return
         publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
         self._show(publishing=publishing if isinstance(publishing, bool) else None, proxy_version=self._api.version)
+        self.clock_ahead_s = self._api.clock_ahead_s
         self._api.close()
 
     def _forget_api(self) -> None:
@@ -3248,33 +3329,35 @@ class Collector:
         with self._lock:
             self._status.update(values)
 
-    def _enter(self, state: str, detail: str = "", until: float | None = None) -> None:
-        """Change the state; a change is logged once, and an outage begins or goes on outside of recording."""
-        remedy = STATE_REMEDIES[state]
-        message = f"{detail}. {remedy}" if detail else remedy
+    def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
+        """Change the state; a change is logged once."""
+        parts = [detail] if detail else []
+        if not says_remedy:
+            parts.append(STATE_REMEDIES[state])
+        message = ". ".join(parts)
         with self._lock:
             changed = (self._status["state"], self._status["message"]) != (state, message)
             if self._status["state"] != state:
                 self._status["since"] = self._clock()
             self._status.update(state=state, message=message, until=until)
-        if not changed:
-            return
-        self._log.event("collector", state=state, endpoint=self._status["endpoint"], message=message)
-        if state not in (*_RECORDING, "storage_error"):
-            try:
-                self._store.begin_outage(self._clock(), state)
-            except StoreError as error:
-                self._log.event("store", fault=error)
+        if changed:
+            self._log.event("collector", state=state, endpoint=self._status["endpoint"], message=message)
 
-    def _until_of(self, fault: QueueFault) -> float | None:
-        return self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+    def _show_fault(self, fault: QueueFault) -> None:
+        until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+        self._enter(fault.state, str(fault), until, fault.says_remedy)
+
+    def _note_outage(self, reason: str) -> None:
+        self._turn_at = None
+        try:
+            self._store.begin_outage(self._clock(), reason)
+        except StoreError as error:
+            self._log.event("store", fault=error)
 
     def _wait_after(self, fault: QueueFault) -> None:
         if fault.state in _REFUSALS:
-            self._remember_refusal()
-            self._wait_for_change()
-        elif fault.state == "refused":
-            self._wait_for_change()
+            remembered = isinstance(fault, RememberedRefusal) or self._remember_refusal(fault.state)
+            self._wait_for_change(fault.state, remembered)
         elif isinstance(fault, BannedFault):
             self._stop.wait(fault.seconds + 1)
         else:
@@ -3293,17 +3376,25 @@ class Collector:
         login = json.dumps(self._login()).encode()
         return hashlib.pbkdf2_hmac("sha256", login, bytes.fromhex(salt), 20_000).hex()
 
-    def _remember_refusal(self) -> None:
+    def _remember_refusal(self, state: str) -> bool:
         salt = os.urandom(16).hex()
-        self._store.put_meta("refused", f"{salt} {self._login_hash(salt)}")
+        try:
+            self._store.put_meta("refused", f"{state} {salt} {self._login_hash(salt)}")
+        except StoreError as error:
+            self._log.event("store", fault=error)
+            return False
+        return True
 
-    def _remembers_refusal(self) -> bool:
-        salt, _, known = str(self._store.get_meta("refused") or "").partition(" ")
-        return bool(known) and self._login_hash(salt) == known
+    def _raise_remembered_refusal(self) -> None:
+        words = str(self._store.get_meta("refused") or "").split()
+        if len(words) == 3 and self._login_hash(words[1]) == words[2]:
+            raise RememberedRefusal(words[0])
 
-    def _wait_for_change(self) -> None:
+    def _wait_for_change(self, state: str, remembered: bool) -> None:
+        """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
         before = self._login()
         while not self._stop.wait(3.0):
+            remembered = remembered or self._remember_refusal(state)
             try:
                 self._config = self._load()
             except ConfigError as error:
@@ -3410,7 +3501,12 @@ class QuotaRefresher:
         for number, file in enumerate(files):
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
-            self._refresh(file)
+            try:
+                self._refresh(file)
+            except StoreError:
+                raise
+            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+                self._log.event("refresh_quota", fault=where_raised(error))
             self._progress = (number + 1, len(files))
         if files and not problems:
             self._store.forget_quota_accounts((file.email, file.tag) for file in files)
@@ -3462,6 +3558,8 @@ class Housekeeper:
                 self._turn()
             except StoreError as error:
                 self._log.event("housekeeping", fault=error)
+            except Exception as error:  # the thread's loop
+                self._log.event("housekeeping", fault=where_raised(error))
             if self._stop.wait(3600):
                 return
 
@@ -3619,7 +3717,8 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     offset_s = _offset_s(query, now)
     name, window = _window(app, query, now, offset_s)
     bucket_s = _bucket_s(query, window)
-    buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, _filters(query))
+    filters = _filters(query)._replace(text=None)  # a search narrows the list of requests only
+    buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     starts = range(first, int(window.end) + (window.end > int(window.end)), bucket_s)
     nothing = (0,) * len(SUM_NAMES)
@@ -4656,11 +4755,14 @@ def run_check(options: Any) -> int:
     try:
         config, warnings = _load(options)
     except ConfigError as error:
-        findings = [("fault", fault, "compare with config.example.json") for fault in error.faults]
+        findings = [("fault", fault, "correct this line of the configuration") for fault in error.faults]
     else:
         findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
             ("ok", "configuration", "")
         ]
+        if config.poll_interval_seconds >= 50:
+            remedy = '"poll_interval_seconds": 2, or redis-usage-queue-retention-seconds: 3600 in the proxy'
+            findings.append(("warning", "polls hardly more often than the proxy forgets (60 s by default)", remedy))
         for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
             findings += look(config, options)
     for level, found, remedy in findings:
@@ -4748,20 +4850,47 @@ def _findings_of_status(status: Mapping[str, Any]) -> list[_Finding]:
 
 def _check_queue(config: Config, options: Any) -> list[_Finding]:
     if not config.management_password:
-        return [("warning", "no management key is set", STATE_REMEDIES["no_password"])]
+        return _check_without_key(config)
     if not config.database_path.exists():
-        return _findings_of_status(_probe(config, None, options))
+        return _probe(config, None, options)
     try:
         store = Store(config.database_path)
     except StoreError:
         return []  # told by the database's own line
     try:
-        return _findings_of_status(_probe(config, store, options))
+        return _probe(config, store, options)
     finally:
         store.close()
 
 
-def _probe(config: Config, store: Store | None, options: Any) -> dict[str, Any]:
+def _check_without_key(config: Config) -> list[_Finding]:
+    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
+    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
+    for port in dict.fromkeys(
+        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
+    ):
+        try:
+            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
+                client.send(b"*0\r\n")
+                if isinstance(client.receive(), ErrorReply):
+                    return [needs_key]
+        except ConnectionClosed as fault:
+            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
+        except QueueFault as fault:
+            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
+                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
+            last = fault
+    return [("fault", str(last), STATE_REMEDIES[last.state])]
+
+
+def _check_clock(ahead_s: float | None) -> list[_Finding]:
+    if ahead_s is None or abs(ahead_s) < 60:
+        return []
+    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+    return [("warning", found, "let both machines set their clocks by NTP")]
+
+
+def _probe(config: Config, store: Store | None, options: Any) -> list[_Finding]:
     """Log in as the collector would, remember a refusal as it would, and pop nothing."""
     import tempfile
 
@@ -4769,7 +4898,8 @@ def _probe(config: Config, store: Store | None, options: Any) -> dict[str, Any]:
         used = store or Store(Path(folder) / "probe.db")
         try:
             path = options.config or BASE_DIR / "config.json"
-            return Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path).probe()
+            collector = Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path)
+            return _findings_of_status(collector.probe()) + _check_clock(collector.clock_ahead_s)
         finally:
             if store is None:
                 used.close()
