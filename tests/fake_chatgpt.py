@@ -1,9 +1,9 @@
 """A stand-in for chatgpt.com, reached as in production: TLS to chatgpt.com:443, here through a CONNECT proxy.
 
-    with FakeChatGPT() as chatgpt:
-        chatgpt.answer("token-of-an-account", body={"plan_type": "plus", ...})
-        ...                                     # run the program with chatgpt.environment
-        assert [request["token"] for request in chatgpt.requests] == ["token-of-an-account"]
+with FakeChatGPT() as chatgpt:
+    chatgpt.answer("token-of-an-account", body={"plan_type": "plus", ...})
+    ...                                     # run the program with chatgpt.environment
+    assert [request["token"] for request in chatgpt.requests] == ["token-of-an-account"]
 """
 
 from __future__ import annotations

@@ -559,9 +559,7 @@ class FakeProxy(SocketServer):
             if headers.get("connection", "").lower() == "close":
                 return
 
-    def _answer_http(
-        self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes
-    ) -> None:
+    def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
         url = urlsplit(target)
         route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
         known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH")}
@@ -615,6 +613,7 @@ class FakeProxy(SocketServer):
             "X-CPA-BUILD-DATE": "2026-08-22T00:00:00Z",
         }
         return http_reply(status, body, "application/json; charset=utf-8", version)
+
 
 def _payload(event: dict[str, Any] | str | bytes) -> bytes:
     if isinstance(event, bytes):

@@ -5,6 +5,7 @@ import stat
 from datetime import datetime, timezone
 
 import pytest
+
 import usage_dashboard as app
 
 
@@ -28,9 +29,22 @@ def test_parse_time_of_any_offset_and_precision_gives_utc(text, utc):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "now", "2026-05-03", "2026-05-03T09:14:22", "2026-02-30T00:00:00Z", "2026-05-03T25:00:00Z",
-     "2026-05-03T09:14:22.0123456789Z", "2026-05-03T09:14:61Z", "2026-05-03T09:14:22+24:00", "0001-01-01T00:00:00Z",
-     "2019-12-31T23:59:59Z", "2100-01-01T00:00:00Z", "２０２６-05-03T09:14:22Z", "2026-05-03T09:14:22Z\n"],
+    [
+        "",
+        "now",
+        "2026-05-03",
+        "2026-05-03T09:14:22",
+        "2026-02-30T00:00:00Z",
+        "2026-05-03T25:00:00Z",
+        "2026-05-03T09:14:22.0123456789Z",
+        "2026-05-03T09:14:61Z",
+        "2026-05-03T09:14:22+24:00",
+        "0001-01-01T00:00:00Z",
+        "2019-12-31T23:59:59Z",
+        "2100-01-01T00:00:00Z",
+        "２０２６-05-03T09:14:22Z",
+        "2026-05-03T09:14:22Z\n",
+    ],
 )
 def test_parse_time_of_anything_else_is_refused(text):
     with pytest.raises(ValueError):

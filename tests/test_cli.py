@@ -13,15 +13,23 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-import usage_dashboard as app
 from support import free_port
 from test_quota import BY_NAME
+
+import usage_dashboard as app
 
 SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
 STORED, IGNORED = 7, 1  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
-EXPECTED = {"requests": 7, "failed": 1, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
-            "cached_tokens": 332_962, "total_tokens": 355_035}
+EXPECTED = {
+    "requests": 7,
+    "failed": 1,
+    "input_tokens": 342_872,
+    "output_tokens": 12_163,
+    "reasoning_tokens": 6_350,
+    "cached_tokens": 332_962,
+    "total_tokens": 355_035,
+}
 
 
 def shifted(minutes_ago: float = 10):
@@ -39,7 +47,9 @@ def configure(program, **settings):
 
 
 def get(port, path):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}{path}", timeout=30) as reply:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        f"http://127.0.0.1:{port}{path}", timeout=30
+    ) as reply:
         return json.loads(reply.read())
 
 
@@ -61,8 +71,7 @@ def check_numbers(program, port):
         if not midnight_passed:
             assert summary == EXPECTED
     db = sqlite3.connect(str(program.folder / "usage.db"))
-    assert db.execute("SELECT COUNT(*), SUM(total_tokens), SUM(failed) FROM events").fetchone() == (
-        7, 355_035, 1)
+    assert db.execute("SELECT COUNT(*), SUM(total_tokens), SUM(failed) FROM events").fetchone() == (7, 355_035, 1)
     db.close()
     for path in program.folder.glob("usage.db*"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -75,7 +84,11 @@ def test_program_from_look_alike_to_number(program, proxy):
     wait_for_events(running, port, STORED)
     check_numbers(program, port)
     health = get(port, "/api/health")
-    assert (health["collector"]["state"], health["collector"]["ignored"], health["collector"]["rejected"]) == ("recording", 1, 0)
+    assert (health["collector"]["state"], health["collector"]["ignored"], health["collector"]["rejected"]) == (
+        "recording",
+        1,
+        0,
+    )
     assert proxy.failures == 0 and proxy.commands[:1] == ["AUTH"]
     assert running.terminate() == 0
     assert not any("Traceback" in line for line in running.lines)
@@ -115,8 +128,12 @@ def write_accounts(program, count=3):
     folder = program.home / ".cliproxyapi"
     folder.mkdir()
     for number in range(count):
-        content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
-                   "access_token": f"tok-secret-{number}"}
+        content = {
+            "type": "codex",
+            "email": f"user{number}@example.com",
+            "account_id": f"acc-{number}",
+            "access_token": f"tok-secret-{number}",
+        }
         (folder / f"codex-{number}.json").write_text(json.dumps(content))
     return folder
 
@@ -131,8 +148,12 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, p
     answer = get(port, "/api/quota?force=1")
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [77, 77, 77]
     printed = "\n".join(running.lines)
-    for line in ("refresh_quota: found 3 auth files", "refresh_quota: fetching quota for u***@example.com...",
-                 "refresh_quota: saved quota for u***@example.com", "refresh_quota: codex-broken.json is skipped"):
+    for line in (
+        "refresh_quota: found 3 auth files",
+        "refresh_quota: fetching quota for u***@example.com...",
+        "refresh_quota: saved quota for u***@example.com",
+        "refresh_quota: codex-broken.json is skipped",
+    ):
         assert line in printed
     for secret in ("tok-secret", "acc-", "user0@", "secret-key", "sample@"):
         assert secret not in printed
@@ -144,9 +165,13 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, p
 def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(program, proxy, chatgpt):
     write_accounts(program, 1)
     chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
-    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="open sesame")
+    port = configure(
+        program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="open sesame"
+    )
     running = start(program, port, env=chatgpt.environment)
-    first = program.run("quota", "--force", env={"HTTPS_PROXY": "http://127.0.0.1:9"})  # only the dashboard can reach it
+    first = program.run(
+        "quota", "--force", env={"HTTPS_PROXY": "http://127.0.0.1:9"}
+    )  # only the dashboard can reach it
     assert first.returncode == 0 and re.search(r"user0@example.com\s+plus\s+77 %", first.stdout)
     second = program.run("quota", "--force", "--json")
     assert second.returncode == 1 and "try again in" in second.stderr
@@ -241,8 +266,16 @@ def test_corrected_key_is_noticed_without_a_restart(program, proxy):
     proxy.push(*shifted())
     running = start(program, port)
     running.wait_for_line("state=wrong_password")
-    (program.folder / "config.json").write_text(json.dumps({
-        "cliproxy_port": proxy.port, "management_password": "secret-key", "dashboard_port": port, "poll_interval_seconds": 0.1}))
+    (program.folder / "config.json").write_text(
+        json.dumps(
+            {
+                "cliproxy_port": proxy.port,
+                "management_password": "secret-key",
+                "dashboard_port": port,
+                "poll_interval_seconds": 0.1,
+            }
+        )
+    )
     running.wait_for(lambda: get(port, "/api/health")["collector"]["events"] == STORED, timeout=15)
     assert running.terminate() == 0
 
@@ -289,17 +322,29 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     (program.folder / "config.json").write_text("{ broken")
     running = program.start("demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port))
     running.wait_for_line("Demo with made-up data")
-    health, summary, quotas = get(port, "/api/health"), get(port, "/api/summary?range=7d"), get(port, "/api/quota")["quotas"]
+    health, summary, quotas = (
+        get(port, "/api/health"),
+        get(port, "/api/summary?range=7d"),
+        get(port, "/api/quota")["quotas"],
+    )
     assert health["demo"] is True and summary["summary"]["requests"] > 3000 and summary["summary"]["failed"] > 20
     assert len({row["account"] for row in summary["accounts"]}) >= 8 and summary["outages"]
     left = [row["primary_remaining_percent"] for row in quotas if row["primary_remaining_percent"] is not None]
-    assert any(value > 30 for value in left) and any(10 <= value <= 30 for value in left) and any(value < 10 for value in left)
+    assert (
+        any(value > 30 for value in left)
+        and any(10 <= value <= 30 for value in left)
+        and any(value < 10 for value in left)
+    )
     assert {"limited", "relogin", "ok"} <= {row["state"] for row in quotas}
     before = health["database"]["events"]
     running.wait_for(lambda: get(port, "/api/health")["database"]["events"] > before, timeout=15)
     assert running.terminate() == 0
     assert sorted(path.name for path in program.folder.iterdir() if not path.name.startswith("__")) == [
-        "config.example.json", "config.json", "usage-dashboard.html", "usage_dashboard.py"]
+        "config.example.json",
+        "config.json",
+        "usage-dashboard.html",
+        "usage_dashboard.py",
+    ]
 
 
 def test_bare_command_and_help_name_every_command(program):

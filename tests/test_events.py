@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 import usage_dashboard as app
 
 SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
@@ -13,8 +14,15 @@ WHEN = "2026-08-22T13:00:00Z"
 
 def record(**changes):
     """Make the smallest event that is good, with changes; a change to None leaves the key out."""
-    base = {"timestamp": WHEN, "source": "an@example.com", "auth_index": "00000000000000ab", "model": "gpt-5.4",
-            "provider": "codex", "failed": False, "latency_ms": 10}
+    base = {
+        "timestamp": WHEN,
+        "source": "an@example.com",
+        "auth_index": "00000000000000ab",
+        "model": "gpt-5.4",
+        "provider": "codex",
+        "failed": False,
+        "latency_ms": 10,
+    }
     base.update(changes)
     return {key: value for key, value in base.items() if value is not None}
 
@@ -46,8 +54,17 @@ EXPECTED_SAMPLES = [
 def test_samples_of_several_releases_become_the_expected_events():
     parsed = app.parse_events(SAMPLES)
     got = [
-        (e.timestamp, e.source, e.model, e.input_tokens, e.output_tokens, e.reasoning_tokens, e.cached_tokens,
-         e.cache_write_tokens, e.total_tokens)
+        (
+            e.timestamp,
+            e.source,
+            e.model,
+            e.input_tokens,
+            e.output_tokens,
+            e.reasoning_tokens,
+            e.cached_tokens,
+            e.cache_write_tokens,
+            e.total_tokens,
+        )
         for e in parsed.events
     ]
     assert got == EXPECTED_SAMPLES
@@ -63,7 +80,16 @@ def test_failed_sample_keeps_its_status_and_a_short_reason():
 
 def test_nothing_secret_of_the_samples_is_kept():
     kept = repr(app.parse_events(SAMPLES))
-    for secret in ("sk-client", "AIzaSy", "09f646457a1c", "172.18.0.1", "10.1.2.3", "__cf_bm", "claude-cli", "req_FAKE"):
+    for secret in (
+        "sk-client",
+        "AIzaSy",
+        "09f646457a1c",
+        "172.18.0.1",
+        "10.1.2.3",
+        "__cf_bm",
+        "claude-cli",
+        "req_FAKE",
+    ):
         assert any(secret in line.decode() for line in SAMPLES) and secret not in kept
 
 
@@ -73,21 +99,49 @@ CLAUDE = {"input_tokens": 10, "output_tokens": 5, "reasoning_tokens": 0}
 @pytest.mark.parametrize(
     ("provider", "tokens", "expected"),  # (input, output, reasoning, total, cached, written)
     [
-        ("codex", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, cached_tokens=80, total_tokens=130,
-                       cache_read_tokens=0), (100, 30, 12, 130, 80, None)),
+        (
+            "codex",
+            dict(
+                input_tokens=100,
+                output_tokens=30,
+                reasoning_tokens=12,
+                cached_tokens=80,
+                total_tokens=130,
+                cache_read_tokens=0,
+            ),
+            (100, 30, 12, 130, 80, None),
+        ),
         ("openai-compat", dict(input_tokens=100, output_tokens=30, total_tokens=0), (100, 30, None, 130, None, None)),
-        ("codex", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
-         (100, 30, 12, 142, None, None)),
-        ("gemini", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=0),
-         (100, 42, 12, 142, None, None)),
-        ("antigravity", dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
-         (100, 42, 12, 142, None, None)),
-        ("claude", dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=15),
-         (117, 5, 0, 122, 100, 7)),
-        ("claude", dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=122),
-         (117, 5, 0, 122, 100, 7)),
-        ("Claude", dict(CLAUDE, cache_read_tokens=0, cache_creation_tokens=7, cached_tokens=7, total_tokens=0),
-         (17, 5, 0, 22, 0, 7)),
+        (
+            "codex",
+            dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
+            (100, 30, 12, 142, None, None),
+        ),
+        (
+            "gemini",
+            dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=0),
+            (100, 42, 12, 142, None, None),
+        ),
+        (
+            "antigravity",
+            dict(input_tokens=100, output_tokens=30, reasoning_tokens=12, total_tokens=142),
+            (100, 42, 12, 142, None, None),
+        ),
+        (
+            "claude",
+            dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=15),
+            (117, 5, 0, 122, 100, 7),
+        ),
+        (
+            "claude",
+            dict(CLAUDE, cache_read_tokens=100, cache_creation_tokens=7, cached_tokens=100, total_tokens=122),
+            (117, 5, 0, 122, 100, 7),
+        ),
+        (
+            "Claude",
+            dict(CLAUDE, cache_read_tokens=0, cache_creation_tokens=7, cached_tokens=7, total_tokens=0),
+            (17, 5, 0, 22, 0, 7),
+        ),
         ("claude", dict(CLAUDE, cached_tokens=100, total_tokens=15), (110, 5, 0, 115, 100, None)),
         ("codex", dict(input_tokens=-1, output_tokens=5, total_tokens=5), (None, 5, None, 5, None, None)),
         ("codex", {}, (None, None, None, None, None, None)),
@@ -96,14 +150,25 @@ CLAUDE = {"input_tokens": 10, "output_tokens": 5, "reasoning_tokens": 0}
 )
 def test_tokens_have_one_meaning_for_every_provider(provider, tokens, expected):
     event = parse_one(provider=provider, tokens=tokens)
-    assert (event.input_tokens, event.output_tokens, event.reasoning_tokens, event.total_tokens, event.cached_tokens,
-            event.cache_write_tokens) == expected
+    assert (
+        event.input_tokens,
+        event.output_tokens,
+        event.reasoning_tokens,
+        event.total_tokens,
+        event.cached_tokens,
+        event.cache_write_tokens,
+    ) == expected
 
 
 def breakdown(**changes):
-    base = {"schema_version": 2, "quality": "complete", "total_tokens": 60,
-            "input": {"total_tokens": 40, "uncached_tokens": 10, "cache_read_tokens": 25, "cache_write_tokens": 5},
-            "output": {"total_tokens": 20, "non_reasoning_tokens": 12, "reasoning_tokens": 8}, "unclassified_tokens": 0}
+    base = {
+        "schema_version": 2,
+        "quality": "complete",
+        "total_tokens": 60,
+        "input": {"total_tokens": 40, "uncached_tokens": 10, "cache_read_tokens": 25, "cache_write_tokens": 5},
+        "output": {"total_tokens": 20, "non_reasoning_tokens": 12, "reasoning_tokens": 8},
+        "unclassified_tokens": 0,
+    }
     base.update(changes)
     return base
 
@@ -117,8 +182,10 @@ def test_complete_breakdown_wins_over_the_plain_counts():
     assert (event.output_tokens, event.reasoning_tokens, event.total_tokens) == (20, 8, 60)
 
 
-@pytest.mark.parametrize("changes", [{"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}},
-                                     {"total_tokens": "60"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}}, {"total_tokens": "60"}],
+)
 def test_other_breakdowns_leave_the_plain_counts(changes):
     event = parse_one(tokens=PLAIN, token_breakdown=breakdown(**changes))
     assert (event.input_tokens, event.output_tokens, event.total_tokens) == (1, 2, 3)
@@ -127,16 +194,21 @@ def test_other_breakdowns_leave_the_plain_counts(changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"timestamp": None}, "timestamp is missing"), ({"timestamp": 5}, "timestamp is missing"),
+        ({"timestamp": None}, "timestamp is missing"),
+        ({"timestamp": 5}, "timestamp is missing"),
         ({"timestamp": "yesterday"}, "timestamp is not an RFC 3339 time"),
         ({"timestamp": "1970-01-01T00:00:00Z"}, "timestamp is outside 2020 to 2100"),
-        ({"tokens": [1]}, "tokens is not an object"), ({"tokens": {"input_tokens": "12"}}, "tokens.input_tokens is not"),
+        ({"tokens": [1]}, "tokens is not an object"),
+        ({"tokens": {"input_tokens": "12"}}, "tokens.input_tokens is not"),
         ({"tokens": {"input_tokens": 1.5}}, "tokens.input_tokens is not"),
         ({"tokens": {"total_tokens": True}}, "tokens.total_tokens is not"),
         ({"tokens": {"total_tokens": 2**53}}, "tokens.total_tokens is larger"),
-        ({"latency_ms": "fast"}, "latency_ms is not"), ({"model": ["m"]}, "model is not a text"),
-        ({"failed": "no"}, "failed is neither"), ({"auth_index": {}}, "auth_index is neither"),
-        ({"fail": "x"}, "fail is not an object"), ({"source": 7}, "source is not a text"),
+        ({"latency_ms": "fast"}, "latency_ms is not"),
+        ({"model": ["m"]}, "model is not a text"),
+        ({"failed": "no"}, "failed is neither"),
+        ({"auth_index": {}}, "auth_index is neither"),
+        ({"fail": "x"}, "fail is not an object"),
+        ({"source": 7}, "source is not a text"),
     ],
 )
 def test_bad_field_is_named_in_the_reason(changes, reason):
@@ -145,9 +217,17 @@ def test_bad_field_is_named_in_the_reason(changes, reason):
 
 @pytest.mark.parametrize(
     ("raw", "reason"),
-    [(b"", "not JSON"), (b"{", "not JSON"), (b"[]", "not a JSON object"), (b"null", "not a JSON object"),
-     (b'"x"', "not a JSON object"), (b"\xff\xfe", "not UTF-8"), (b'{"a": NaN}', "not JSON"), (b"[" * 100000, "too deeply"),
-     (app.Oversized(9_000_000), "larger than an event")],
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'"x"', "not a JSON object"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"a": NaN}', "not JSON"),
+        (b"[" * 100000, "too deeply"),
+        (app.Oversized(9_000_000), "larger than an event"),
+    ],
 )
 def test_value_that_is_no_event_is_parked_and_its_neighbours_kept(raw, reason):
     parsed = app.parse_events([SAMPLES[0], raw, SAMPLES[2]])
@@ -167,7 +247,16 @@ def test_pieces_that_only_fit_together_are_not_taken_for_events():
 @pytest.mark.parametrize("seed", range(30))
 def test_handed_over_is_always_stored_plus_rejected_plus_ignored(seed):
     dice = random.Random(seed)
-    odd = [b"", b"{}", b"[1,0,2]", b'{"refresh":true}', b'{"support_refresh":true}', b"1,0,1", b'{"generate":false}', b"\x00"]
+    odd = [
+        b"",
+        b"{}",
+        b"[1,0,2]",
+        b'{"refresh":true}',
+        b'{"support_refresh":true}',
+        b"1,0,1",
+        b'{"generate":false}',
+        b"\x00",
+    ]
     raws = [dice.choice(odd) if dice.random() < 0.3 else dice.choice(SAMPLES) for _ in range(dice.randrange(1, 60))]
     parsed = app.parse_events(raws)
     assert len(parsed.events) + len(parsed.rejects) + parsed.ignored == len(raws)
@@ -181,8 +270,14 @@ def test_objects_that_were_json_already_are_taken_too():
 
 @pytest.mark.parametrize(
     ("source", "kept"),
-    [("an.nguyen@gmail.com", "an.nguyen@gmail.com"), ("", ""), ("short", "… #f9b0078b"[:8]),
-     ("sk-proj-0123456789abcdef", "sk-…cdef #"), ("not@mail", "… #"), ("a b@c.de", "… #")],
+    [
+        ("an.nguyen@gmail.com", "an.nguyen@gmail.com"),
+        ("", ""),
+        ("short", "… #f9b0078b"[:8]),
+        ("sk-proj-0123456789abcdef", "sk-…cdef #"),
+        ("not@mail", "… #"),
+        ("a b@c.de", "… #"),
+    ],
 )
 def test_source_that_may_be_a_key_is_masked(source, kept):
     masked = parse_one(source=source).source
@@ -197,15 +292,34 @@ def test_mask_is_stable_and_tells_keys_apart():
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (429, '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","resets_at":1}}',
-         "429 usage_limit_reached: The usage limit has been reached"),
-        (529, '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}', "529 overloaded_error: Overloaded"),
-        (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]', "429 RESOURCE_EXHAUSTED: Quota"),
+        (
+            429,
+            '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","resets_at":1}}',
+            "429 usage_limit_reached: The usage limit has been reached",
+        ),
+        (
+            529,
+            '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}',
+            "529 overloaded_error: Overloaded",
+        ),
+        (
+            429,
+            '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]',
+            "429 RESOURCE_EXHAUSTED: Quota",
+        ),
         (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
         (401, '{"detail":"Unauthorized"}', "401 Unauthorized"),
-        (502, "<html>secret prompt</html>", "502 Bad Gateway"), (500, "context canceled: my prompt", "500 Internal Server Error"),
-        (499, "", "499 Client Closed Request"), (200, "", "200 stream broken off"), (999, None, "999"), (None, "x", None),
-        (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}', "400 key … of … at … is bad"),
+        (502, "<html>secret prompt</html>", "502 Bad Gateway"),
+        (500, "context canceled: my prompt", "500 Internal Server Error"),
+        (499, "", "499 Client Closed Request"),
+        (200, "", "200 stream broken off"),
+        (999, None, "999"),
+        (None, "x", None),
+        (
+            400,
+            '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}',
+            "400 key … of … at … is bad",
+        ),
         (400, '{"error":{"message":"organization limit of skilled users"}}', "400 organization limit of skilled users"),
     ],
 )
@@ -225,11 +339,19 @@ def test_failed_without_fail_and_fail_without_failed_are_understood():
 
 
 def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
-    bad = record(timestamp="never", source="sk-upstream-secret-0001", api_key="sk-client-secret-0002", client_ip="10.1.2.3",
-                 tokens={"input_tokens": "sk-hidden-secret-0003"}, fail={"status_code": 400, "body": "my prompt"})
+    bad = record(
+        timestamp="never",
+        source="sk-upstream-secret-0001",
+        api_key="sk-client-secret-0002",
+        client_ip="10.1.2.3",
+        tokens={"input_tokens": "sk-hidden-secret-0003"},
+        fail={"status_code": 400, "body": "my prompt"},
+    )
     reject = app.parse_events([json.dumps(bad).encode()]).rejects[0]
     kept = json.loads(reject.event)
-    assert kept["model"] == "gpt-5.4" and kept["source"].startswith("sk-…0001 #") and kept["fail"] == {"status_code": 400}
+    assert (
+        kept["model"] == "gpt-5.4" and kept["source"].startswith("sk-…0001 #") and kept["fail"] == {"status_code": 400}
+    )
     for secret in ("upstream", "secret", "hidden", "prompt", "10.1.2.3"):
         assert secret not in reject.event
 
@@ -248,18 +370,28 @@ def names(*identities):
 
 
 def test_account_is_the_last_mail_seen_with_an_index():
-    assert names(identity(1, "aa", "old@x.com", last=10), identity(2, "aa", "new@x.com", first=10, last=20),
-                 identity(3, "aa", "sk-…1111 #4bdca8", first=20, last=30)) == {"new@x.com": [1, 2, 3]}
+    assert names(
+        identity(1, "aa", "old@x.com", last=10),
+        identity(2, "aa", "new@x.com", first=10, last=20),
+        identity(3, "aa", "sk-…1111 #4bdca8", first=20, last=30),
+    ) == {"new@x.com": [1, 2, 3]}
 
 
 def test_account_without_a_mail_is_the_source_else_the_index():
-    assert names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", "")) == {"AIz…0001 #8d9271": [1], "index bb": [2]}
+    assert names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", "")) == {
+        "AIz…0001 #8d9271": [1],
+        "index bb": [2],
+    }
 
 
 def test_two_live_indexes_of_one_mail_are_two_accounts_told_apart_by_plan_or_tag():
-    twins = names(identity(1, "aa", "a@x.com", plan="plus", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999))
+    twins = names(
+        identity(1, "aa", "a@x.com", plan="plus", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999)
+    )
     assert twins == {"a@x.com (plus)": [1], "a@x.com (team)": [2]}
-    same_plan = names(identity(1, "aa", "a@x.com", plan="team", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999))
+    same_plan = names(
+        identity(1, "aa", "a@x.com", plan="team", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999)
+    )
     assert sorted(same_plan.values()) == [[1], [2]] and all(name.startswith("a@x.com (#") for name in same_plan)
 
 
@@ -272,4 +404,6 @@ def test_index_that_changed_with_a_new_login_joins_the_old_one():
 
 def test_one_mail_at_two_providers_is_two_accounts():
     assert names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude")) == {
-        "a@x.com (codex)": [1], "a@x.com (claude)": [2]}
+        "a@x.com (codex)": [1],
+        "a@x.com (claude)": [2],
+    }

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 import usage_dashboard as app
 
 QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
@@ -18,7 +19,11 @@ BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
 def shown(meter):
     if meter is None:
         return None
-    return {"used_percent": meter.used_percent, "remaining_percent": meter.remaining_percent, "reset_at": meter.reset_at}
+    return {
+        "used_percent": meter.used_percent,
+        "remaining_percent": meter.remaining_percent,
+        "reset_at": meter.reset_at,
+    }
 
 
 @pytest.mark.parametrize("sample", GOOD, ids=lambda sample: sample["name"])
@@ -43,8 +48,21 @@ def body(primary=None, secondary=None, **limits):
 
 @pytest.mark.parametrize(
     ("seconds", "label"),
-    [(18000, "5h"), (17100, "5h"), (18900, "5h"), (18901, "5.3h"), (604800, "7d"), (574560, "7d"), (2592000, "30d"),
-     (2628000, "30d"), (86400, "1d"), (32400, "9h"), (90, "1.5min"), (30, "30s"), (31536000, "365d")],
+    [
+        (18000, "5h"),
+        (17100, "5h"),
+        (18900, "5h"),
+        (18901, "5.3h"),
+        (604800, "7d"),
+        (574560, "7d"),
+        (2592000, "30d"),
+        (2628000, "30d"),
+        (86400, "1d"),
+        (32400, "9h"),
+        (90, "1.5min"),
+        (30, "30s"),
+        (31536000, "365d"),
+    ],
 )
 def test_window_is_named_by_its_length(seconds, label):
     assert app.window_label(seconds) == label
@@ -53,7 +71,9 @@ def test_window_is_named_by_its_length(seconds, label):
 def test_slot_decides_only_where_no_length_is_given():
     reading = app.parse_quota(body({"used_percent": 10}, {"used_percent": 20, "limit_window_seconds": 0}), NOW)
     assert (reading.five_hour.used_percent, reading.weekly.used_percent) == (10, 20)
-    swapped = body({"used_percent": 1, "limit_window_seconds": 604800}, {"used_percent": 2, "limit_window_seconds": 18000})
+    swapped = body(
+        {"used_percent": 1, "limit_window_seconds": 604800}, {"used_percent": 2, "limit_window_seconds": 18000}
+    )
     assert app.parse_quota(swapped, NOW).five_hour.used_percent == 2
 
 
@@ -65,8 +85,22 @@ def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
 
 @pytest.mark.parametrize(
     ("sent", "used"),
-    [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), (True, None), (None, None), ("x", None), ([], None),
-     (float("inf"), None), (float("nan"), None), ({"a": 1}, None), ("1e400", None), (10**400, None)],
+    [
+        (12.5, 12.5),
+        ("42", 42),
+        (" 7.5 ", 7.5),
+        (-3, 0),
+        (250, 100),
+        (True, None),
+        (None, None),
+        ("x", None),
+        ([], None),
+        (float("inf"), None),
+        (float("nan"), None),
+        ({"a": 1}, None),
+        ("1e400", None),
+        (10**400, None),
+    ],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
     meter = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
@@ -76,17 +110,35 @@ def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
 
 @pytest.mark.parametrize(
     ("window", "reset_at"),
-    [({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
-     ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None), ({"reset_after_seconds": -1}, None),
-     ({"reset_at": 10**30}, None), ({}, None)],
+    [
+        ({"reset_at": 1800000100}, 1800000100),
+        ({"reset_at": 1800000100000}, 1800000100),
+        ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60),
+        ({"reset_at": "soon"}, None),
+        ({"reset_after_seconds": -1}, None),
+        ({"reset_at": 10**30}, None),
+        ({}, None),
+    ],
 )
 def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
     assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
 
 
 @pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
-@pytest.mark.parametrize("field", ["plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit",
-                                   "primary_window", "secondary_window", "allowed", "limit_reached"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "plan_type",
+        "rate_limit",
+        "credits",
+        "additional_rate_limits",
+        "code_review_rate_limit",
+        "primary_window",
+        "secondary_window",
+        "allowed",
+        "limit_reached",
+    ],
+)
 def test_wrong_type_in_any_field_never_fails(field, wrong):
     payload = json.loads(json.dumps(BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
     (payload if field in payload or field == "credits" else payload["rate_limit"])[field] = wrong
@@ -94,14 +146,26 @@ def test_wrong_type_in_any_field_never_fails(field, wrong):
 
 
 def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
-    spent = body({"used_percent": 0, "limit_window_seconds": 18000}, {"used_percent": 100, "limit_window_seconds": 604800},
-                 allowed=True, limit_reached=False)
+    spent = body(
+        {"used_percent": 0, "limit_window_seconds": 18000},
+        {"used_percent": 100, "limit_window_seconds": 604800},
+        allowed=True,
+        limit_reached=False,
+    )
     assert app.parse_quota(spent, NOW).state == "limited"
 
 
 def account_file(**changes) -> app.AccountFile:
-    base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus", access_token="tok-secret-1",
-                disabled=False, proxy_url="", freshness="")
+    base = dict(
+        name="codex-a.json",
+        email="an@example.com",
+        account_id="acc-1",
+        plan="plus",
+        access_token="tok-secret-1",
+        disabled=False,
+        proxy_url="",
+        freshness="",
+    )
     base.update(changes)
     return app.AccountFile(**base)
 
@@ -165,7 +229,10 @@ def test_old_and_new_file_of_one_login_are_one_account_with_the_newer_token(tmp_
 
 
 def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
-    claims = {"email": "b@example.com", "https://api.openai.com/auth": {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"}}
+    claims = {
+        "email": "b@example.com",
+        "https://api.openai.com/auth": {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"},
+    }
     write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": jwt(claims)})
     file = app.find_account_files([tmp_path])[1][0]
     assert (file.email, file.account_id, file.plan) == ("b@example.com", "acc-9", "team")
@@ -227,9 +294,15 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(through_proxy, sa
 
 @pytest.mark.parametrize(
     ("status", "reply", "state"),
-    [(401, {"error": {"code": "token_invalidated"}}, "relogin"), (403, {"error": {"code": "account_deactivated"}}, "deactivated"),
-     (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"), (500, "oops", "server_error"),
-     (503, {}, "server_error"), (404, {}, "bad_response"), (402, {"detail": "payment_required"}, "deactivated")],
+    [
+        (401, {"error": {"code": "token_invalidated"}}, "relogin"),
+        (403, {"error": {"code": "account_deactivated"}}, "deactivated"),
+        (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
+        (500, "oops", "server_error"),
+        (503, {}, "server_error"),
+        (404, {}, "bad_response"),
+        (402, {"detail": "payment_required"}, "deactivated"),
+    ],
 )
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
@@ -285,4 +358,7 @@ def test_nothing_in_the_account_folder_is_changed(tmp_path):
     before = path.stat()
     app.find_account_files([tmp_path])
     assert (path.stat().st_mtime_ns, path.stat().st_mode, os.listdir(str(tmp_path))) == (
-        before.st_mtime_ns, before.st_mode, ["codex-a.json"])
+        before.st_mtime_ns,
+        before.st_mode,
+        ["codex-a.json"],
+    )

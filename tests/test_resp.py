@@ -6,6 +6,7 @@ import socket
 import threading
 
 import pytest
+
 import usage_dashboard as app
 
 
@@ -31,9 +32,16 @@ def reader(data: bytes, **limits) -> app.RespReader:
 @pytest.mark.parametrize(
     ("wire", "value"),
     [
-        (b"+OK\r\n", "OK"), (b"-ERR no\r\n", "ERR no"), (b":42\r\n", 42), (b":-7\r\n", -7),
-        (b"$5\r\nhello\r\n", b"hello"), (b"$0\r\n\r\n", b""), (b"$4\r\n\r\n\r\n\r\n", b"\r\n\r\n"),
-        (b"$-1\r\n", None), (b"*-1\r\n", None), (b"*0\r\n", []),
+        (b"+OK\r\n", "OK"),
+        (b"-ERR no\r\n", "ERR no"),
+        (b":42\r\n", 42),
+        (b":-7\r\n", -7),
+        (b"$5\r\nhello\r\n", b"hello"),
+        (b"$0\r\n\r\n", b""),
+        (b"$4\r\n\r\n\r\n\r\n", b"\r\n\r\n"),
+        (b"$-1\r\n", None),
+        (b"*-1\r\n", None),
+        (b"*0\r\n", []),
         (b"*3\r\n$7\r\nmessage\r\n:1\r\n*1\r\n+x\r\n", [b"message", 1, ["x"]]),
     ],
 )
@@ -69,9 +77,23 @@ def test_stream_cut_at_any_byte_is_never_data():
 
 @pytest.mark.parametrize(
     "wire",
-    [b"HTTP/1.1 400 Bad Request\r\n", b"hello\r\n", b"\r\n", b"+OK\n", b"$x\r\n", b"$-2\r\n", b"$ 1\r\na\r\n",
-     b"$1_0\r\n", b"$3\r\nabcd\r\n", b"*-2\r\n", b"*1000001\r\n", b":\r\n", b"$99999999999999999999\r\n",
-     b"*1\r\n" * 9, b"+" + b"x" * 70000 + b"\r\n"],
+    [
+        b"HTTP/1.1 400 Bad Request\r\n",
+        b"hello\r\n",
+        b"\r\n",
+        b"+OK\n",
+        b"$x\r\n",
+        b"$-2\r\n",
+        b"$ 1\r\na\r\n",
+        b"$1_0\r\n",
+        b"$3\r\nabcd\r\n",
+        b"*-2\r\n",
+        b"*1000001\r\n",
+        b":\r\n",
+        b"$99999999999999999999\r\n",
+        b"*1\r\n" * 9,
+        b"+" + b"x" * 70000 + b"\r\n",
+    ],
 )
 def test_bytes_of_another_protocol_are_refused(wire):
     with pytest.raises(app.NotResp):

@@ -5,6 +5,7 @@ import sqlite3
 import stat
 
 import pytest
+
 import usage_dashboard as app
 
 NOON = 1_780_000_200.0  # a multiple of 300 s, not of 900 s
@@ -12,11 +13,31 @@ NOON = 1_780_000_200.0  # a multiple of 300 s, not of 900 s
 
 def event(at=NOON, **changes) -> app.Event:
     base = dict(
-        timestamp=app.utc_text(at), ts_epoch=at, auth_index="00000000000000ab", source="an@example.com", model="gpt-5.4",
-        input_tokens=100, output_tokens=20, reasoning_tokens=5, total_tokens=120, latency_ms=900, failed=0,
-        cached_tokens=80, cache_write_tokens=None, ttft_ms=None, status_code=200, error=None, request_id="5d0c8e1f",
-        provider="codex", endpoint="POST /v1/responses", auth_type="oauth", alias="gpt-5.4", reasoning_effort="high",
-        service_tier="auto", api_key="sk-…1111 #4bdca8", plan="plus",
+        timestamp=app.utc_text(at),
+        ts_epoch=at,
+        auth_index="00000000000000ab",
+        source="an@example.com",
+        model="gpt-5.4",
+        input_tokens=100,
+        output_tokens=20,
+        reasoning_tokens=5,
+        total_tokens=120,
+        latency_ms=900,
+        failed=0,
+        cached_tokens=80,
+        cache_write_tokens=None,
+        ttft_ms=None,
+        status_code=200,
+        error=None,
+        request_id="5d0c8e1f",
+        provider="codex",
+        endpoint="POST /v1/responses",
+        auth_type="oauth",
+        alias="gpt-5.4",
+        reasoning_effort="high",
+        service_tier="auto",
+        api_key="sk-…1111 #4bdca8",
+        plan="plus",
     )
     base.update(changes)
     return app.Event(**base)
@@ -40,15 +61,21 @@ EVERYTHING = app.Window(0.0, 4e9)
 def make_original(path, rows):
     """Write a database as the original dashboard made it."""
     db = sqlite3.connect(str(path))
-    db.execute("CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
-               "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
-               "latency_ms INTEGER, failed INTEGER)")
-    db.execute("CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
-               "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
-               "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
-               "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)")
+    db.execute(
+        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
+        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
+        "latency_ms INTEGER, failed INTEGER)"
+    )
+    db.execute(
+        "CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
+        "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
+        "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
+        "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)"
+    )
     db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
-    db.execute("INSERT INTO quota_snapshots VALUES (1,'2026-05-28','1780000000','an@example.com','plus',1,0,40,60,'x',10,90,'y','0','{}')")
+    db.execute(
+        "INSERT INTO quota_snapshots VALUES (1,'2026-05-28','1780000000','an@example.com','plus',1,0,40,60,'x',10,90,'y','0','{}')"
+    )
     db.commit()
     db.close()
 
@@ -66,15 +93,45 @@ def test_new_file_has_the_original_columns_first_and_is_private(store):
     quota = [row[1:3] for row in db.execute("PRAGMA table_info(quota_snapshots)")]
     db.close()
     assert columns[:12] == [
-        ("id", "INTEGER"), ("timestamp", "TEXT"), ("ts_epoch", "REAL"), ("auth_index", "INTEGER"), ("source", "TEXT"),
-        ("model", "TEXT"), ("input_tokens", "INTEGER"), ("output_tokens", "INTEGER"), ("reasoning_tokens", "INTEGER"),
-        ("total_tokens", "INTEGER"), ("latency_ms", "INTEGER"), ("failed", "INTEGER")]
+        ("id", "INTEGER"),
+        ("timestamp", "TEXT"),
+        ("ts_epoch", "REAL"),
+        ("auth_index", "INTEGER"),
+        ("source", "TEXT"),
+        ("model", "TEXT"),
+        ("input_tokens", "INTEGER"),
+        ("output_tokens", "INTEGER"),
+        ("reasoning_tokens", "INTEGER"),
+        ("total_tokens", "INTEGER"),
+        ("latency_ms", "INTEGER"),
+        ("failed", "INTEGER"),
+    ]
     assert {name for name, _ in columns[12:]} == {
-        "cached_tokens", "cache_write_tokens", "ttft_ms", "status_code", "error", "request_id", "context_id"}
+        "cached_tokens",
+        "cache_write_tokens",
+        "ttft_ms",
+        "status_code",
+        "error",
+        "request_id",
+        "context_id",
+    }
     assert [name for name, _ in quota[:15]] == [
-        "id", "timestamp", "ts_epoch", "email", "plan", "allowed", "limit_reached", "primary_used_percent",
-        "primary_remaining_percent", "primary_reset_at", "secondary_used_percent", "secondary_remaining_percent",
-        "secondary_reset_at", "credits_balance", "raw_json"]
+        "id",
+        "timestamp",
+        "ts_epoch",
+        "email",
+        "plan",
+        "allowed",
+        "limit_reached",
+        "primary_used_percent",
+        "primary_remaining_percent",
+        "primary_reset_at",
+        "secondary_used_percent",
+        "secondary_remaining_percent",
+        "secondary_reset_at",
+        "credits_balance",
+        "raw_json",
+    ]
     for name in ("usage.db", "usage.db-wal", "usage.db-shm"):
         assert stat.S_IMODE((store.path.parent / name).stat().st_mode) == 0o600
 
@@ -96,8 +153,17 @@ def test_auth_index_is_given_back_letter_for_letter(store, index):
 
 
 def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
-    put(store, event(input_tokens=None, output_tokens=None, reasoning_tokens=None, total_tokens=None, latency_ms=None,
-                     cached_tokens=None))
+    put(
+        store,
+        event(
+            input_tokens=None,
+            output_tokens=None,
+            reasoning_tokens=None,
+            total_tokens=None,
+            latency_ms=None,
+            cached_tokens=None,
+        ),
+    )
     row = store.requests(1)[0]
     assert row["input_tokens"] is None and row["latency_ms"] is None
     assert store.usage(EVERYTHING, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
@@ -116,7 +182,10 @@ def test_counts_of_stored_rejected_and_ignored_survive_reopening(tmp_path):
     first.close()
     second = app.Store(tmp_path / "usage.db")
     assert {name: second.counts[name] for name in ("stored", "rejected", "ignored")} == {
-        "stored": 2, "rejected": 1, "ignored": 4}
+        "stored": 2,
+        "rejected": 1,
+        "ignored": 4,
+    }
     assert second.event_count == 2
     second.close()
 
@@ -124,7 +193,11 @@ def test_counts_of_stored_rejected_and_ignored_survive_reopening(tmp_path):
 def test_only_the_newest_thousand_rejects_are_kept(store):
     put(store, rejects=[app.Reject(f"reason {number}", 1, None) for number in range(1500)])
     db = sqlite3.connect(str(store.path))
-    assert db.execute("SELECT COUNT(*), MIN(reason), MAX(id) FROM rejected_events").fetchone() == (1000, "reason 1000", 1500)
+    assert db.execute("SELECT COUNT(*), MIN(reason), MAX(id) FROM rejected_events").fetchone() == (
+        1000,
+        "reason 1000",
+        1500,
+    )
     db.close()
     assert store.counts["rejected"] == 1500
 
@@ -134,13 +207,20 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
     store = app.Store(tmp_path / "usage.db")
     before = store.usage(EVERYTHING, 3600, 0)
     assert store.adopting
-    assert dict(before[1]) == {"gpt-5.4": (1, 0, 100, 20, 5, 0, 125), "gpt-5.5": (1, 1, 7, 3, 0, 0, 10),
-                               "unknown": (1, 0, 0, 0, 0, 0, 0)}
+    assert dict(before[1]) == {
+        "gpt-5.4": (1, 0, 100, 20, 5, 0, 125),
+        "gpt-5.5": (1, 1, 7, 3, 0, 0, 10),
+        "unknown": (1, 0, 0, 0, 0, 0, 0),
+    }
     while store.adopt_some(rows=1):
         pass
     buckets, models, accounts = store.usage(EVERYTHING, 3600, 0)
     assert (buckets, models) == before[:2]
-    assert {account.name: sums[0] for account, sums in accounts} == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
+    assert {account.name: sums[0] for account, sums in accounts} == {
+        "an@example.com": 1,
+        "b@example.com": 1,
+        "unknown": 1,
+    }
     assert (store.event_count, store.adopting, store.find_faults()) == (3, False, [])
     assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
     quota = store.quotas()[0]
@@ -219,10 +299,20 @@ def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
 
 def random_events(dice, count):
     for _ in range(count):
-        made = dict(input_tokens=dice.randrange(1000), output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999))
+        made = dict(
+            input_tokens=dice.randrange(1000),
+            output_tokens=dice.choice([None, 0, 50]),
+            total_tokens=dice.randrange(9999),
+        )
         index = dice.choice(["aa", "bb", "", "0000000000001234"])
-        yield event(at=round(NOON + dice.uniform(0, 86400 * 2), 3), auth_index=index, failed=dice.choice([0, 0, 1]),
-                    source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]), model=dice.choice(["m1", "m2", "m3"]), **made)
+        yield event(
+            at=round(NOON + dice.uniform(0, 86400 * 2), 3),
+            auth_index=index,
+            failed=dice.choice([0, 0, 1]),
+            source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
+            model=dice.choice(["m1", "m2", "m3"]),
+            **made,
+        )
 
 
 def sums_of(events):
@@ -246,7 +336,8 @@ def test_totals_of_random_windows_equal_a_plain_sum_in_python(store, seed):
         window = app.Window(start, end)
         buckets, models, accounts = store.usage(window, bucket_s, offset_s)
         assert {name: sums for name, sums in models} == {
-            name: sums_of([one for one in inside if one.model == name]) for name in {one.model for one in inside}}
+            name: sums_of([one for one in inside if one.model == name]) for name in {one.model for one in inside}
+        }
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
@@ -270,7 +361,10 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
         (app.Filters(model="m2"), lambda one: one.model == "m2"),
         (app.Filters(status="failed"), lambda one: one.failed),
         (app.Filters(status="ok", model="m1"), lambda one: not one.failed and one.model == "m1"),
-        (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and names[(one.auth_index, one.source)] == account),
+        (
+            app.Filters(account=account, model="m3"),
+            lambda one: one.model == "m3" and names[(one.auth_index, one.source)] == account,
+        ),
         (app.Filters(account="nobody"), lambda one: False),
     ]:
         expected = sums_of([one for one in inside if belongs(one)])
@@ -297,7 +391,9 @@ def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     assert store.usage(EVERYTHING, 3600, 0) == whole
     assert store.find_faults() == []
     edge = app.Window(floor - 450, floor + 900)
-    assert sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1]) == 15 + 15  # a cut bucket counts whole below the floor
+    assert (
+        sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1]) == 15 + 15
+    )  # a cut bucket counts whole below the floor
 
 
 def test_find_faults_notices_a_roll_up_that_is_off_by_one(store):
@@ -338,9 +434,20 @@ def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
 
 
 def reading(**changes):
-    base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
-            "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77, "state": "ok",
-            "source": "refresh", "windows": "[]"}
+    base = {
+        "email": "an@example.com",
+        "account_id_tag": "#3f9a2c",
+        "timestamp": "t",
+        "ts_epoch": NOON,
+        "plan": "plus",
+        "allowed": 1,
+        "limit_reached": 0,
+        "primary_used_percent": 23,
+        "primary_remaining_percent": 77,
+        "state": "ok",
+        "source": "refresh",
+        "windows": "[]",
+    }
     base.update(changes)
     return base
 
@@ -349,7 +456,12 @@ def test_failure_keeps_the_last_good_reading_beside_it(store):
     store.save_reading(reading())
     store.save_quota_state("an@example.com", "#3f9a2c", None, "expired", "token expired", NOON + 60)
     row = store.quotas()[0]
-    assert (row["state"], row["plan"], row["primary_remaining_percent"], row["ts_epoch"]) == ("expired", "plus", 77, NOON)
+    assert (row["state"], row["plan"], row["primary_remaining_percent"], row["ts_epoch"]) == (
+        "expired",
+        "plus",
+        77,
+        NOON,
+    )
 
 
 def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):

@@ -10,8 +10,9 @@ import threading
 from dataclasses import replace
 
 import pytest
-import usage_dashboard as app
 from test_store import event, put, reading
+
+import usage_dashboard as app
 
 # 2026-11-01 12:00:00 UTC; the ranges of these tests count back from here.
 NOW = 1_793_534_400.0
@@ -28,7 +29,12 @@ class Site:
         self.status = {"state": "waiting", "message": "Connected."}
         (folder / "page.html").write_text(page_text, encoding="utf-8")
         self.refresher = app.QuotaRefresher(
-            self.config, self.store, app.Log(open(str(folder / "log"), "w")), self.stop, clock=lambda: self.now, gap_s=(0, 0)
+            self.config,
+            self.store,
+            app.Log(open(str(folder / "log"), "w")),
+            self.stop,
+            clock=lambda: self.now,
+            gap_s=(0, 0),
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0)
@@ -93,13 +99,22 @@ def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
     sums = {"requests", "failed", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens"}
-    assert {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"} <= set(answer)
+    assert {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"} <= set(
+        answer
+    )
     assert set(answer["summary"]) == sums
     assert set(answer["hours"][0]) == sums | {"hour", "start"}
     assert set(answer["models"][0]) == sums | {"model"}
     assert sums | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
-    assert answer["summary"] == {"requests": 1, "failed": 0, "input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5,
-                                 "cached_tokens": 80, "total_tokens": 120}
+    assert answer["summary"] == {
+        "requests": 1,
+        "failed": 0,
+        "input_tokens": 100,
+        "output_tokens": 20,
+        "reasoning_tokens": 5,
+        "cached_tokens": 80,
+        "total_tokens": 120,
+    }
 
 
 @pytest.mark.parametrize(
@@ -162,11 +177,18 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
 @pytest.mark.parametrize(
     ("query", "code", "allowed"),
     [
-        ("range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"), ("tz_offset=7", "bad_tz_offset", "multiple of 15"),
-        ("tz_offset=x", "bad_tz_offset", "-840 to 840"), ("tz_offset=9000", "bad_tz_offset", "-840 to 840"),
-        ("start=x", "bad_start", "epoch seconds"), ("end=-1", "bad_end", "epoch seconds"), ("start=1e9", "bad_start", "epoch"),
-        ("start=10&end=10", "bad_window", "before"), ("status=maybe", "bad_status", "ok, failed"), ("bucket=7", "bad_bucket", "auto"),
-        ("start=nan", "bad_start", "epoch seconds"), ("start=99999999999", "bad_start", "epoch seconds"),
+        ("range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
+        ("tz_offset=7", "bad_tz_offset", "multiple of 15"),
+        ("tz_offset=x", "bad_tz_offset", "-840 to 840"),
+        ("tz_offset=9000", "bad_tz_offset", "-840 to 840"),
+        ("start=x", "bad_start", "epoch seconds"),
+        ("end=-1", "bad_end", "epoch seconds"),
+        ("start=1e9", "bad_start", "epoch"),
+        ("start=10&end=10", "bad_window", "before"),
+        ("status=maybe", "bad_status", "ok, failed"),
+        ("bucket=7", "bad_bucket", "auto"),
+        ("start=nan", "bad_start", "epoch seconds"),
+        ("start=99999999999", "bad_start", "epoch seconds"),
     ],
 )
 def test_wrong_value_is_400_and_names_what_is_allowed(site, query, code, allowed):
@@ -182,25 +204,39 @@ def test_wrong_limit_is_400(site, limit):
     assert said == {"error": "limit must be a whole number from 1 to 500", "code": "bad_limit"}
 
 
-@pytest.mark.parametrize(("path", "method", "status", "code"), [
-    ("/nothing", "GET", 404, "not_found"), ("/api/summary/", "GET", 404, "not_found"), ("/../usage.db", "GET", 404, "not_found"),
-    ("/api/summary", "POST", 405, "method_not_allowed"), ("/", "DELETE", 405, "method_not_allowed"),
-    ("/api/quota?force=1", "PUT", 405, "method_not_allowed")])
+@pytest.mark.parametrize(
+    ("path", "method", "status", "code"),
+    [
+        ("/nothing", "GET", 404, "not_found"),
+        ("/api/summary/", "GET", 404, "not_found"),
+        ("/../usage.db", "GET", 404, "not_found"),
+        ("/api/summary", "POST", 405, "method_not_allowed"),
+        ("/", "DELETE", 405, "method_not_allowed"),
+        ("/api/quota?force=1", "PUT", 405, "method_not_allowed"),
+    ],
+)
 def test_unknown_route_or_method_is_told(site, path, method, status, code):
     assert site.error(path, status, method)["code"] == code
 
 
 def test_bucket_auto_fits_the_length_of_the_window(site):
     put(site.store, *[at(minutes / 60) for minutes in range(0, 60, 7)])
-    sizes = {name: site.json(f"/api/summary?range={name}&bucket=auto")["bucket_seconds"]
-             for name in ("1h", "5h", "24h", "7d", "30d", "90d")}
+    sizes = {
+        name: site.json(f"/api/summary?range={name}&bucket=auto")["bucket_seconds"]
+        for name in ("1h", "5h", "24h", "7d", "30d", "90d")
+    }
     assert sizes == {"1h": 300, "5h": 900, "24h": 3600, "7d": 10800, "30d": 86400, "90d": 86400}
     five = site.json("/api/summary?range=1h&bucket=auto")
     assert sum(hour["requests"] for hour in five["hours"]) == 9 and len(five["hours"]) in (12, 13)
 
 
 def test_filters_narrow_every_part_of_the_summary(site):
-    put(site.store, at(1), at(1, model="gpt-5.5", failed=1), at(1, source="b@example.com", auth_index="bb", model="gpt-5.5"))
+    put(
+        site.store,
+        at(1),
+        at(1, model="gpt-5.5", failed=1),
+        at(1, source="b@example.com", auth_index="bb", model="gpt-5.5"),
+    )
     answer = site.json("/api/summary?range=24h&model=gpt-5.5&status=failed")
     assert (answer["summary"]["requests"], answer["summary"]["failed"]) == (1, 1)
     assert [row["account"] for row in answer["accounts"]] == ["an@example.com"]
@@ -212,10 +248,33 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     put(site.store, *[at(1 + number / 100, request_id=f"{number:08x}") for number in range(5)])
     first = site.json("/api/requests?limit=3")
     assert [row["request_id"] for row in first["requests"]] == ["00000000", "00000001", "00000002"]
-    assert {"id", "timestamp", "ts_epoch", "account", "source", "auth_index", "model", "input_tokens", "output_tokens",
-            "reasoning_tokens", "cached_tokens", "total_tokens", "latency_ms", "ttft_ms", "failed", "status_code", "error",
-            "request_id", "provider", "endpoint", "auth_type", "alias", "reasoning_effort", "service_tier",
-            "api_key"} <= set(first["requests"][0])
+    assert {
+        "id",
+        "timestamp",
+        "ts_epoch",
+        "account",
+        "source",
+        "auth_index",
+        "model",
+        "input_tokens",
+        "output_tokens",
+        "reasoning_tokens",
+        "cached_tokens",
+        "total_tokens",
+        "latency_ms",
+        "ttft_ms",
+        "failed",
+        "status_code",
+        "error",
+        "request_id",
+        "provider",
+        "endpoint",
+        "auth_type",
+        "alias",
+        "reasoning_effort",
+        "service_tier",
+        "api_key",
+    } <= set(first["requests"][0])
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
     assert site.error("/api/requests?before=x", 400)["code"] == "bad_before"
@@ -288,9 +347,14 @@ def test_kept_connection_answers_many_requests_also_pipelined(site):
 
 @pytest.mark.parametrize(
     ("data", "status"),
-    [(b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/9.9\r\n\r\n", b"505"), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
-     (b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n", b"431"), (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"400"),
-     (b"GET / HTTP/1.1 extra\r\n\r\n", b"400")],
+    [
+        (b"nonsense\r\n\r\n", b"400"),
+        (b"GET / HTTP/9.9\r\n\r\n", b"505"),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+        (b"GET /" + b"x" * 20000 + b" HTTP/1.1\r\n\r\n", b"431"),
+        (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1 extra\r\n\r\n", b"400"),
+    ],
     ids=["nonsense", "version", "many-headers", "long-line", "tls", "extra-word"],
 )
 def test_bytes_that_are_no_request_get_a_clear_answer(site, data, status):
@@ -312,9 +376,19 @@ def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
             connection.close()
 
 
-@pytest.mark.parametrize(("host", "status"), [
-    ("localhost:8320", 200), ("127.0.0.1:1", 200), ("[::1]:8320", 200), ("127.0.0.2", 200), ("evil.example", 403),
-    ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("192.168.1.5:8320", 403)])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8320", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8320", 200),
+        ("127.0.0.2", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("192.168.1.5:8320", 403),
+    ],
+)
 def test_foreign_host_is_refused_while_bound_to_loopback(site, host, status):
     assert site.ask("/api/health", Host=host)[0].status == status
 
@@ -330,7 +404,13 @@ def test_password_is_asked_for_on_every_route(tmp_path, path):
         reply, body = site.ask(path)
         assert (reply.status, json.loads(body)["code"]) == (401, "password_needed")
         assert reply.headers["WWW-Authenticate"].startswith("Basic realm=")
-        for wrong in (basic("x"), basic("öpen: sesame "), "Basic ???", "Bearer öpen".encode().decode("latin-1"), "Basic"):
+        for wrong in (
+            basic("x"),
+            basic("öpen: sesame "),
+            "Basic ???",
+            "Bearer öpen".encode().decode("latin-1"),
+            "Basic",
+        ):
             assert site.ask(path, Authorization=wrong)[0].status == 401
         assert site.ask(path, Authorization=basic("öpen: sesame"))[0].status in (200, 404)
     finally:
@@ -348,12 +428,21 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     assert columns <= set(row) and {"state", "message", "age_seconds", "account"} <= set(row)
     assert (row["age_seconds"], row["account"], row["secondary_remaining_percent"]) == (90, "an@example.com", None)
     assert (answer["refreshing"], answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == (
-        False, {"done": 0, "total": 0}, 0, None)
+        False,
+        {"done": 0, "total": 0},
+        0,
+        None,
+    )
 
 
 def write_account(folder, number):
     (folder / "accounts").mkdir(exist_ok=True)
-    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}", "access_token": f"tok-{number}"}
+    content = {
+        "type": "codex",
+        "email": f"user{number}@example.com",
+        "account_id": f"acc-{number}",
+        "access_token": f"tok-{number}",
+    }
     (folder / "accounts" / f"{number}.json").write_text(json.dumps(content))
 
 
@@ -363,15 +452,30 @@ def pool(site, tmp_path, chatgpt, monkeypatch):
         monkeypatch.setenv(name, value)
     for number in range(3):
         write_account(tmp_path, number)
-        chatgpt.answer(f"tok-{number}", body={"plan_type": "plus", "rate_limit": {"primary_window": {
-            "used_percent": 10 * number, "limit_window_seconds": 18000, "reset_after_seconds": 60}}})
+        chatgpt.answer(
+            f"tok-{number}",
+            body={
+                "plan_type": "plus",
+                "rate_limit": {
+                    "primary_window": {
+                        "used_percent": 10 * number,
+                        "limit_window_seconds": 18000,
+                        "reset_after_seconds": 60,
+                    }
+                },
+            },
+        )
     return site
 
 
 def test_forced_refresh_stores_every_account_and_locks_for_the_cool_down(pool, chatgpt):
     answer = pool.json("/api/quota?force=1")
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [100, 90, 80]
-    assert (answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == ({"done": 3, "total": 3}, 300, NOW)
+    assert (answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == (
+        {"done": 3, "total": 3},
+        300,
+        NOW,
+    )
     reply, body = pool.ask("/api/quota?force=1")
     assert (reply.status, json.loads(body)["code"], reply.headers["Retry-After"]) == (429, "cooldown", "300")
     pool.now += 299.5
@@ -397,8 +501,13 @@ def test_refresh_that_is_running_is_409_and_shows_its_progress(pool, chatgpt):
 
 def test_head_and_other_sites_never_refresh(pool, chatgpt):
     assert pool.ask("/api/quota?force=1", "HEAD")[0].status == 200
-    for headers in ({"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Origin": "http://evil.example"},
-                    {"Referer": "http://evil.example/x"}, {"Origin": "null"}):
+    for headers in (
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Referer": "http://evil.example/x"},
+        {"Origin": "null"},
+    ):
         assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
     assert chatgpt.requests == []
     own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}

@@ -1,8 +1,8 @@
 """A small client of the W3C WebDriver protocol for Chromium, by way of chromedriver.
 
-    with Browser() as browser:
-        browser.goto("http://127.0.0.1:8320/")
-        browser.wait_until("document.querySelector('h1') !== null")
+with Browser() as browser:
+    browser.goto("http://127.0.0.1:8320/")
+    browser.wait_until("document.querySelector('h1') !== null")
 """
 
 from __future__ import annotations
@@ -216,9 +216,7 @@ class Browser:
             width=width, height=height, deviceScaleFactor=self.scale, mobile=False,
         )  # fmt: skip
 
-    def emulate(
-        self, dark: bool | None = None, reduced_motion: bool | None = None, print: bool | None = None
-    ) -> None:
+    def emulate(self, dark: bool | None = None, reduced_motion: bool | None = None, print: bool | None = None) -> None:
         """Set what the user prefers and the medium; None leaves it as it is."""
         if dark is not None:
             self._media["prefers-color-scheme"] = "dark" if dark else "light"
