@@ -96,7 +96,7 @@ class Run(Watched):
         return sum(self.status[name] for name in ("events", "rejected", "ignored"))
 
     def describe(self) -> str:
-        return f"status {self.status}, error {self.error!r}, log:\n{self.log}"
+        return f"status {self.status}, error {self.error!r}, log:\n{self.log[-2000:]}"
 
     def wait_for(self, predicate, timeout: float = 5):
         """Wait for something true; a collector that died in the meantime ends the wait."""

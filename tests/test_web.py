@@ -31,7 +31,7 @@ class Site:
         self.refresher = app.QuotaRefresher(
             self.config,
             self.store,
-            app.Log(open(str(folder / "log"), "w")),
+            app.Log((folder / "log").open("w")),
             self.stop,
             clock=lambda: self.now,
             gap_s=(0, 0),
@@ -318,9 +318,11 @@ def test_answer_is_compressed_where_the_client_takes_it(site):
 
 
 def test_head_gives_the_same_head_without_a_body(site):
-    get, body = site.ask("/api/health")
+    get, _ = site.ask("/api/health")
     head, nothing = site.ask("/api/health", "HEAD")
-    assert (head.status, nothing) == (200, b"") and int(head.headers["Content-Length"]) > 100
+    assert (head.status, nothing, head.headers["Content-Type"]) == (200, b"", get.headers["Content-Type"]) and int(
+        head.headers["Content-Length"]
+    ) > 100
 
 
 def test_page_comes_with_a_policy_that_lets_only_its_own_parts_run(site):
