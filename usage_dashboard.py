@@ -4416,7 +4416,7 @@ class DemoWorld:
             "until": None,
             "message": "These data are made up.",
             "endpoint": "demo",
-            "mode": "demo",
+            "mode": None,
             "last_event": self._last_event,
             "publishing": True,
             "proxy_version": None,
