@@ -1104,11 +1104,14 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
         key = (identity.auth_index, "" if identity.auth_index else identity.source)
         by_index.setdefault(key, []).append(identity)
     accounts: list[Account] = []
+    by_mail: dict[str, list[Account]] = {}
     for group in by_index.values():
         account = _account_of_index(group)
-        earlier = next((known for known in accounts if _takes_over(account, known)), None)
+        same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
+        earlier = next((known for known in same_mail if _takes_over(account, known)), None)
         if earlier is None:
             accounts.append(account)
+            same_mail.append(account)
         else:
             _join(earlier, account)
     _name_apart(accounts)
@@ -1134,8 +1137,7 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
 
 
 def _takes_over(new: Account, old: Account) -> bool:
-    if not new.mail or new.mail != old.mail:
-        return False
+    """Tell whether a newer login of the same mail is the older one's successor."""
     if new.provider and old.provider and new.provider != old.provider:
         return False
     if not new.auth_index or not old.auth_index:
