@@ -8,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -16,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fake_proxy import FakeProxy
+from fake_proxy import FakeProxy, read_command
 from redis_server import RedisServer
-from support import Watched, free_port
+from support import SocketServer, Watched, free_port
 
 import usage_dashboard as app
 
@@ -846,10 +847,13 @@ def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, pro
     for position in range(1, pair + head + 2, step):
         before = proxy.connections
         with proxy.change():
+            proxy.commands.clear()
             proxy.cut_replies_after(position)
             proxy.push(small(number), small(number + 1))
         number += 2
         run.wait_for(lambda before=before: proxy.connections > before and proxy.queued == 0)
+        # the next cut is to hit a pop, not the login or the question that begin a connection
+        run.wait_for(lambda: mode == "http" or ("AUTH" in proxy.commands and proxy.commands[-1] == "RPOP"))
     run.wait_for(lambda: run.accounted == len(proxy.handed_over) - len(proxy.lost))
     whole = Counter(ids_of(proxy.handed_over)) - Counter(ids_of(proxy.lost))
     assert Counter(stored_ids(run.store)) == whole
@@ -863,6 +867,40 @@ def test_queue_that_dribbles_loses_nothing(collect, proxy):
     run = collect(proxy)
     run.wait_for_events(6)
     assert proxy.lost == []
+
+
+class ResetAfterBatch(SocketServer):
+    """A proxy that is killed again and again, each time right behind a full batch of sixteen events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = 0
+
+    def serve(self, stream) -> None:
+        while True:
+            command = read_command(stream)
+            if command[0] == "AUTH":
+                stream.send(b"+OK\r\n")
+            elif command[0] == "LLEN":
+                stream.send(b"-ERR unknown command 'llen'\r\n")
+            elif command[0] == "RPOP" and self.given < 16 * 20:
+                with self.change():
+                    batch = events(16, self.given)
+                    self.given += 16
+                stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stream.send(b"".join(b"$%d\r\n%s\r\n" % (len(one), one) for one in batch))
+                stream.sock.close()
+                return
+            else:
+                stream.send(b"$-1\r\n")
+
+
+def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
+    with ResetAfterBatch() as server:
+        run = collect(server, collect_mode="pop")
+        run.wait_for(lambda: server.given == 16 * 20 and run.state in ("waiting", "recording"))
+        wait_a_while(run)
+        assert stored_ids(run.store) == [f"r{number}" for number in range(16 * 20)]
 
 
 # ---- odd events ------------------------------------------------------------------------------------------
