@@ -2731,6 +2731,7 @@ class PopSource:
         self._client: RespClient | None = None
         self.asked = 0
         self._early: list[Any] = []
+        self._broken: QueueFault | None = None
         self.is_proxy = False
         self.list_length: int | None = None
 
@@ -2764,9 +2765,16 @@ class PopSource:
             self._early.append(reply)
 
     def ask(self, count: int) -> None:
-        """Send so many pops without waiting for their replies."""
+        """Send so many pops without waiting for their replies; a broken connection is told by take().
+
+        It must not be raised here: the caller may hold values that are not stored yet.
+        """
         assert self._client is not None
-        self._client.send(self._pop * count)
+        try:
+            self._client.send(self._pop * count)
+        except QueueFault as fault:
+            self._broken = fault
+            return
         self.asked += count
 
     def take(self) -> Handed:
@@ -2786,7 +2794,7 @@ class PopSource:
                 empty = True
             else:
                 values.append(reply)
-        return Handed(values, not empty, None)
+        return Handed(values, not empty and self._broken is None, self._broken)
 
     def close(self) -> None:
         """Close the connection."""

@@ -809,18 +809,6 @@ def test_collector_whose_connection_breaks_connects_again_without_loss(collect, 
     assert proxy.failures == 0 and stored_ids(run.store) == ["r0", "r1", "r2"]
 
 
-def test_collector_whose_proxy_restarts_stores_what_comes_after(collect, proxy):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
-    proxy.stop_listening()
-    proxy.disconnect_all()
-    run.wait_for_state("unreachable", "refused")
-    proxy.push(event(1))
-    proxy.listen_again()
-    run.wait_for_events(1)
-    assert run.state == "recording"
-
-
 def test_collector_whose_redis_restarts_stores_what_comes_after(collect, redis_server):
     redis_server.push("usage", event(1))
     run = collect(redis_server)
@@ -893,14 +881,6 @@ class ResetAfterBatch(SocketServer):
                 return
             else:
                 stream.send(b"$-1\r\n")
-
-
-def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
-    with ResetAfterBatch() as server:
-        run = collect(server, collect_mode="pop")
-        run.wait_for(lambda: server.given == 16 * 20 and run.state in ("waiting", "recording"))
-        wait_a_while(run)
-        assert stored_ids(run.store) == [f"r{number}" for number in range(16 * 20)]
 
 
 # ---- odd events ------------------------------------------------------------------------------------------
