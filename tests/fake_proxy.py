@@ -327,8 +327,10 @@ class FakeProxy(SocketServer):
         subscriber.dismissed = True
         subscriber.wake()
 
-    def _pop(self, count: int) -> list[bytes]:
+    def _pop(self, wire: Wire, count: int) -> list[bytes]:
         with self.change():
+            if wire.is_shut:
+                raise Hangup  # a disconnected client's commands may still wait here; they take nothing any more
             popped = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
             self.handed_over += popped
             return popped
@@ -466,7 +468,7 @@ class FakeProxy(SocketServer):
         if not self.dialect.any_pop_key and key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
-        popped = self._pop(count)
+        popped = self._pop(wire, count)
         if len(args) == 2:
             reply = array(*[bulk(payload) for payload in popped])
         else:
@@ -584,7 +586,7 @@ class FakeProxy(SocketServer):
         if not 0 < wanted <= INT64_MAX:
             self._send_json(wire, 400, {"error": "count must be a positive integer"})
             return
-        popped = self._pop(wanted)
+        popped = self._pop(wire, wanted)
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
 
