@@ -540,7 +540,10 @@ def test_collector_restarted_with_another_key_tries_it_once(collect, open_store,
 
 
 def test_collector_after_a_login_has_forgotten_an_old_refusal(collect, open_store, proxy):
-    collect(proxy, management_password=WRONG).wait_for_state("wrong_password")
+    first = collect(proxy, management_password=WRONG)
+    first.wait_for_state("wrong_password")
+    first.end()
+    assert first.store.get_meta("refused") is not None
     run = collect(proxy, on=open_store())
     run.wait_for_state("waiting")
     assert run.store.get_meta("refused") is None
