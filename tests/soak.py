@@ -284,7 +284,7 @@ class Soak:
         self.pace = 1.0 if seconds >= 60 else 0.5
         self.database = folder / "usage.db"
         self.proxy = FakeProxy(KEY)
-        self.proxy.queue_retention_s = 5.0
+        self.proxy.retention_seconds = 5
         self.feeder = Feeder(self.proxy, random.Random(seed + 1), rate)
         self.book = Book(self.proxy, self.database)
         self.log, self.log_from = folder / "log", 0
@@ -442,6 +442,7 @@ class Soak:
         """Break a connection somewhere within the replies that come."""
         self.counts["cut"] += 1
         self.proxy.cut_replies_after(self.dice.randrange(1, 30_000))
+        self.feeder.burst(300)
 
     def disconnect(self) -> None:
         """Break every connection now."""
