@@ -1870,6 +1870,7 @@ class _Transaction:
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
+            self._forget_pages()
             self._lock.release()
             raise StoreError(_store_reason(self._store.path, error)) from error
         return self._db
@@ -1886,6 +1887,8 @@ class _Transaction:
                 self._store._forget_caches()  # ids of rows that were rolled back
             if self._db.in_transaction:
                 self._roll_back()
+            if isinstance(error, sqlite_error):
+                self._forget_pages()
             self._lock.release()
         if isinstance(error, sqlite_error):
             raise StoreError(_store_reason(self._store.path, error)) from error
@@ -1895,6 +1898,13 @@ class _Transaction:
             self._db.execute("ROLLBACK")
         except self._store._sqlite.Error:
             pass  # SQLite has rolled back by itself, as it does on a full disk
+
+    def _forget_pages(self) -> None:
+        """Have the file read anew next time: SQLite would keep the pages of a damaged one after it was mended."""
+        try:
+            self._db.execute("PRAGMA shrink_memory")
+        except self._store._sqlite.Error:
+            pass  # closed, or damaged beyond even that
 
 
 def _store_reason(path: Path, error: BaseException) -> str:

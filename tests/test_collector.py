@@ -1165,6 +1165,32 @@ def test_collector_stopped_with_a_locked_database_keeps_its_batch_for_the_next_s
     assert stored_ids(store) == ids_of(proxy.handed_over)
 
 
+@pytest.mark.parametrize("damage", ["overwritten", "truncated"])
+def test_collector_whose_database_is_damaged_leaves_it_so_and_goes_on_once_it_is_mended(collect, proxy, store, damage):
+    run = collect(proxy)
+    proxy.push(*events(100))
+    run.wait_for_events(100)
+    rows(store.path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = store.path.read_bytes()
+    damaged = b"\x5a" * len(whole) if damage == "overwritten" else whole[: len(whole) // 2]
+    replace_content(store.path, damaged)
+    proxy.push(*events(200, first=100))
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 3)
+    assert "is damaged" in run.status["message"] and store.path.read_bytes() == damaged
+    assert len(proxy.handed_over) <= 100 + 16
+    replace_content(store.path, whole)
+    run.wait_for_events(300)
+    assert stored_ids(store) == [f"r{number}" for number in range(300)] and store.find_faults() == []
+
+
+def replace_content(path, content) -> None:
+    """Write a file anew without giving it another inode, as cp does."""
+    with path.open("r+b") as file:
+        file.truncate()
+        file.write(content)
+
+
 # ---- the spool -------------------------------------------------------------------------------------------
 
 
