@@ -2873,6 +2873,11 @@ class PopSource:
             fault = fault or broken
         return Handed(values, not empty and fault is None, fault)
 
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left, self._early = self._early, []
+        return left
+
     def close(self) -> None:
         """Close the connection."""
         if self._client is not None:
@@ -2976,6 +2981,10 @@ class HttpSource:
             return Handed([], False, NotResp("the management API did not answer with a list"))
         return Handed(values, len(values) >= count, None)
 
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken: nothing, since an answer is taken whole."""
+        return []
+
     def close(self) -> None:
         """Close the connection."""
         self._api.close()
@@ -3058,6 +3067,13 @@ class SubscribeSource:
         except queue.Empty:
             pass
         return Handed(values, self.unread > 0, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left = [] if self._drain is None else self._drain.leave()
+        while self.unread:
+            left.append(self._inbox.get_nowait())
+        return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
         """Close both connections."""
@@ -3160,6 +3176,9 @@ class Collector:
             self._source = None
             source.close()
             self._forget_api()
+            left = source.leave()
+            if left:
+                self._hold(parse_events(left))
 
     def hurry(self) -> None:
         """Break off a wait for the other side: replies that are not here by now are given up."""

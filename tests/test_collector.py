@@ -231,9 +231,19 @@ def assert_samples(run) -> None:
         ("v7.1.44", "auto", "pop"),
         ("v7.2.140", "auto", "pop"),
         ("v7.2.140", "pop", "pop"),
+        ("v6.10.7", "pop", "pop"),
+        ("v7.1.18", "auto", "pop"),
         ("v6.10.8", "http", "http"),
+        ("v7.1.17", "http", "http"),
+        ("v7.1.43", "http", "http"),
         ("v7.2.140", "http", "http"),
         ("v7.0.7", "subscribe", "subscribe"),
+        ("v7.1.16", "subscribe", "subscribe"),
+        ("v7.1.18", "subscribe", "subscribe"),
+        ("v7.1.38", "subscribe", "subscribe"),
+        ("v7.1.39", "subscribe", "subscribe"),
+        ("v7.1.43", "subscribe", "subscribe"),
+        ("v7.1.44", "subscribe", "subscribe"),
         ("v7.2.140", "subscribe", "subscribe"),
     ],
 )
@@ -243,12 +253,74 @@ def test_collector_on_each_release_and_mode_stores_the_samples(collect, version,
         run = collect(proxy, collect_mode=mode)
         run.wait_for(lambda: run.status["events"] == 7)
         # a subscription to a newer proxy begins with a control message, which is ignored, too
-        greetings = int(mode == "subscribe" and version == "v7.2.140")
+        greetings = int(mode == "subscribe" and proxy.dialect.control_messages)
         run.wait_for(lambda: run.accounted == len(SAMPLES) + greetings)
         got = rows(run.store.path, "SELECT model, input_tokens, output_tokens, total_tokens FROM events ORDER BY id")
         assert got == EXPECTED_SAMPLES
         assert (run.status["ignored"], run.status["rejected"], run.status["mode"]) == (1 + greetings, 0, used)
         assert (proxy.failures, proxy.lost, proxy.queued, run.store.find_faults()) == (0, [], 0, [])
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "state", "said"),
+    [
+        ("v6.9.38", "http", "closed", "older than v6.10.8"),
+        ("v6.10.7", "http", "closed", "older than v6.10.8"),
+        ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
+        ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
+        ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
+        ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
+    ],
+)
+def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(collect, version, mode, state, said):
+    with FakeProxy(version=version) as proxy:
+        proxy.push(*SAMPLES)
+        run = collect(proxy, collect_mode=mode)
+        run.wait_for_state(state)
+        assert said in run.status["message"]
+        wait_a_while(run, 3)
+        assert (proxy.failures, proxy.queued) == (0, len(SAMPLES))
+
+
+@pytest.mark.parametrize("mode", ["auto", "http"])
+@pytest.mark.parametrize("version", ["v6.10.8", "v7.0.2"])
+def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(collect, version, mode):
+    with FakeProxy(version=version) as proxy:
+        run = collect(proxy, collect_mode=mode)
+        run.wait_for_state("waiting")
+        for _ in range(3):  # others get in, and are answered
+            with socket.create_connection((proxy.host, proxy.port), timeout=10) as other:
+                other.sendall(b"*0\r\n")
+                assert other.recv(100) == b"-ERR empty command\r\n"
+        wait_a_while(run, 3)
+
+
+class OldRedis(SocketServer):
+    """A Redis before version 6: its RPOP knows no count, and it words differently that it has no password."""
+
+    def __init__(self, payloads) -> None:
+        super().__init__()
+        self.payloads = deque(payloads)
+
+    def serve(self, stream) -> None:
+        while stream.buffer or stream.fill():
+            name, *words = read_command(stream)
+            if name == "AUTH":
+                stream.send(b"-ERR Client sent AUTH, but no password is set\r\n")
+            elif name == "LLEN":
+                stream.send(b":%d\r\n" % len(self.payloads))
+            elif name == "RPOP" and len(words) == 1:
+                stream.send(replies_of([self.payloads.popleft()])[0] if self.payloads else b"$-1\r\n")
+            else:
+                stream.send(b"-ERR wrong number of arguments for '%s' command\r\n" % name.lower().encode())
+
+
+@pytest.mark.parametrize("key", ["", KEY])
+def test_collector_on_a_redis_that_knows_no_count_stores(collect, key):
+    with OldRedis([*SAMPLES, *events(300)]) as server:
+        run = collect(server, management_password=key)
+        run.wait_for_events(307)
+        assert server.connections == 1 and stored_ids(run.store)[7:] == [f"r{number}" for number in range(300)]
 
 
 def test_collector_on_a_proxy_sends_auth_first_and_reports_it_all(collect, proxy):
@@ -364,6 +436,7 @@ def test_collector_over_tls_stores_and_asks_the_api_over_tls(collect, monkeypatc
 def server_tls() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(str(DATA / "server.pem"))
+    context.set_alpn_protocols(["h2", "http/1.1"])  # a client that takes one of them gets HTTP, never RESP
     return context
 
 
@@ -375,13 +448,6 @@ def test_collector_with_the_wrong_tls_is_closed_and_told_what_to_set(collect, mo
         run.wait_for_state("closed")
         wanted = "SSL_CERT_FILE=" if tls_there and tls_here else "cliproxy_tls"
         assert wanted in run.status["message"]
-
-
-def test_collector_that_subscribes_to_an_old_proxy_says_that_it_cannot_be_subscribed_to(collect):
-    with FakeProxy(version="v7.0.6") as proxy:
-        run = collect(proxy, collect_mode="subscribe")
-        run.wait_for_state("not_resp", "unreachable")
-        assert "subscri" in run.status["message"] and "knows no AUTH" not in run.status["message"]
 
 
 def test_collector_that_subscribes_hears_what_comes_and_ignores_control_messages(collect, proxy):
@@ -442,6 +508,36 @@ def test_collector_that_subscribes_stores_all_it_heard_before_the_stop(collect, 
     after = collect(proxy, on=open_store())
     after.wait_for_state("waiting", "recording")
     assert len(proxy.handed_over) == count and stored_ids(after.store) == ids_of(proxy.handed_over)
+
+
+def test_collector_that_subscribes_keeps_what_it_heard_while_the_session_ended(collect, open_store, proxy):
+    slept, woken = [0.0], threading.Event()
+
+    def steady():
+        if slept[0]:
+            woken.set()
+        return app.steady_s() + slept[0]
+
+    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", steady=steady)
+    run.wait_for(lambda: proxy.subscribers == 1 and run.state == "waiting")
+    locker = lock(run.store)
+    slept[0] = 1000.0  # a sleep that is to be noted as an outage, and cannot be
+    assert woken.wait(10)
+    proxy.push(*events(50))  # heard while it waits for the lock
+    run.wait_for_state("storage_error")
+    locker.close()
+    run.wait_for_events(50)
+    assert stored_ids(run.store) == ids_of(proxy.handed_over)
+
+
+def test_collector_that_subscribes_and_is_too_slow_loses_only_what_the_proxy_threw_away(collect, proxy):
+    run = collect(proxy, collect_mode="subscribe")
+    run.wait_for(lambda: proxy.subscribers == 1)
+    run.wait_for_state("waiting")
+    proxy.push(*events(3000))
+    run.wait_for(lambda: run.status["events"] == 3000 - len(proxy.lost))
+    assert len(proxy.lost) == 1 and proxy.queued == 0
+    assert Counter(stored_ids(run.store)) == Counter(ids_of(proxy.handed_over))
 
 
 def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(collect, proxy):
@@ -897,7 +993,7 @@ def test_collector_whose_proxy_restarts_stores_what_comes_after(collect, proxy):
     proxy.push(event(1))
     proxy.listen_again()
     run.wait_for_events(1)
-    assert run.state == "recording"
+    run.wait_for_state("recording")
 
 
 def test_collector_whose_redis_restarts_stores_what_comes_after(collect, redis_server):
