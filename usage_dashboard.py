@@ -4086,15 +4086,16 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _HEAD_S, _SEND_S = 75.0, 10.0, 20.0
+_IDLE_S, _SEND_S = 75.0, 20.0
 _LARGEST_HEAD = 16 * 1024
 _MOST_CONNECTIONS = 128
 
 
-def make_server(host: str, port: int) -> Any:
+def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
     """Bind the port and return the server, with ``app`` and ``page`` still to be set.
 
-    Raises DashboardError that names the port. Nothing is looked up in the DNS.
+    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
+    Raises DashboardError that names the port.
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from urllib.parse import parse_qsl, urlsplit
@@ -4177,7 +4178,7 @@ def make_server(host: str, port: int) -> Any:
         def _read_head(self) -> bytes | None:
             """Read one request's head within its limits of size and time; None where the client went away."""
             self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
+            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
             while b"\r\n\r\n" not in self._received:
                 self._refuse_large(self._received)
                 left = deadline - time.monotonic()
@@ -4191,7 +4192,7 @@ def make_server(host: str, port: int) -> Any:
                 if not piece:
                     return None
                 if not self._received:
-                    deadline = time.monotonic() + _HEAD_S
+                    deadline = time.monotonic() + head_s
                 self._received += piece
             self.server.connections.busy(self.connection)
             self.connection.settimeout(_SEND_S)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import threading
 import time
 import urllib.request
 from contextlib import closing
@@ -331,6 +333,56 @@ def test_stop_while_quota_is_refreshed_stores_what_was_popped(program, proxy, ch
         assert running.terminate(timeout=3) == 0
     handed = [json.loads(payload)["request_id"] for payload in proxy.handed_over]
     assert stored_numbers(program) == handed and proxy.lost == []
+
+
+class SlowClients(threading.Thread):
+    """Connections that send their request a byte at a time, that send nothing, and that never read."""
+
+    def __init__(self, port, dribbling, idle, deaf):
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self._port = port
+        self._idle = [self._connect() for _ in range(idle)]
+        self._deaf = [self._connect(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100) for _ in range(deaf)]
+        self._dribbling = [self._connect() for _ in range(dribbling)]
+
+    def _connect(self, first=b""):
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=10)
+        connection.sendall(first)
+        return connection
+
+    def run(self):
+        while not self.ended.wait(0.2):
+            for number, connection in enumerate(self._dribbling):
+                try:
+                    connection.sendall(b"G")
+                except OSError:  # ended by the dashboard
+                    connection.close()
+                    self._dribbling[number] = self._connect()
+
+    def close(self):
+        self.ended.set()
+        self.join()
+        for connection in (*self._idle, *self._deaf, *self._dribbling):
+            connection.close()
+
+
+def test_slow_clients_keep_neither_the_page_nor_the_collector(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port)
+    slow = SlowClients(port, dribbling=60, idle=200, deaf=20)
+    slow.start()
+    try:
+        for count in range(100, 1001, 100):
+            proxy.push(*numbered(100))
+            wait_for_events(running, port, count)
+            assert get(port, "/api/summary?range=24h")["summary"]["requests"] >= count
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as page:
+                page.request("GET", "/")
+                assert page.getresponse().status == 200
+    finally:
+        slow.close()
+    assert running.terminate() == 0
 
 
 def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(program, proxy):

@@ -198,7 +198,7 @@ def ids_of(payloads) -> list[str]:
 
 def lock(store):
     """Lock the database for writing, as a backup tool or an editor would; close() or rollback() ends it."""
-    db = sqlite3.connect(str(store.path), isolation_level=None)
+    db = sqlite3.connect(str(store.path), isolation_level=None, check_same_thread=False)
     db.execute("BEGIN IMMEDIATE")
     return db
 
@@ -298,9 +298,10 @@ def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(coll
 class OldRedis(SocketServer):
     """A Redis before version 6: its RPOP knows no count, and it words differently that it has no password."""
 
-    def __init__(self, payloads) -> None:
+    def __init__(self, payloads, before_a_pop=lambda: None) -> None:
         super().__init__()
         self.payloads = deque(payloads)
+        self.before_a_pop = before_a_pop
 
     def serve(self, stream) -> None:
         while stream.buffer or stream.fill():
@@ -310,6 +311,7 @@ class OldRedis(SocketServer):
             elif name == "LLEN":
                 stream.send(b":%d\r\n" % len(self.payloads))
             elif name == "RPOP" and len(words) == 1:
+                self.before_a_pop()
                 stream.send(replies_of([self.payloads.popleft()])[0] if self.payloads else b"$-1\r\n")
             else:
                 stream.send(b"-ERR wrong number of arguments for '%s' command\r\n" % name.lower().encode())
@@ -1215,6 +1217,21 @@ def test_collector_on_an_open_redis_with_a_locked_database_loses_nothing(collect
     run.wait_for(lambda: redis_server.length("usage") == 0)
     wait_a_while(run, 3)
     assert stored_ids(store) == [f"r{number}" for number in range(20)]
+
+
+def test_collector_without_a_key_keeps_what_it_popped_to_log_in_when_the_lock_comes_just_then(collect, store):
+    locks = []
+
+    def lock_once():
+        if not locks:
+            locks.append(lock(store))
+
+    with OldRedis(events(20), before_a_pop=lock_once) as server:
+        run = collect(server, management_password="")
+        run.wait_for_state("storage_error")
+        locks[0].close()
+        run.wait_for_events(20)
+        assert stored_ids(store) == [f"r{number}" for number in range(20)]
 
 
 def test_collector_on_a_full_disk_stops_popping_and_recovers_without_loss(collect, proxy, store):
