@@ -437,6 +437,63 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     )
 
 
+def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@example.com", reset_in=7200, **changes):
+    """Save readings of the five hours, the last one now."""
+    for number, used in enumerate(used_percents):
+        when = NOW - (len(used_percents) - 1 - number) * every_s
+        headers = {"x-codex-plan-type": plan, "x-codex-primary-used-percent": str(used),
+                   "x-codex-primary-window-minutes": "300", "x-codex-primary-reset-at": str(NOW + reset_in)}  # fmt: skip
+        row = app.reading_row(app.parse_quota(app.payload_of_headers(headers), when), (email, "#" + email), "", when)
+        store.save_reading({**row, "source": "traffic", "raw_json": None, **changes})
+
+
+def test_quota_says_how_long_it_lasts_for_an_account_and_for_the_pool(site):
+    write_readings(site.store, 50, 52, 55, 58, 60)
+    write_readings(site.store, 10, 10, 10, email="bo@example.com", reset_in=3600)
+    answer = site.json("/api/quota")
+    # 10 % in 20 minutes; 40 % take 80 more. The pool has 40 + 90 %, and one of its windows comes back in an hour.
+    runs_out_at = app.utc_text(NOW + 4800)
+    told = [row["windows"][0]["forecast"] for row in answer["quotas"]]
+    assert told == [{"used_per_hour": 30, "runs_out_at": runs_out_at}, {"used_per_hour": 0, "runs_out_at": None}]
+    assert answer["pool"] == [
+        {
+            "label": "5h",
+            "accounts": 2,
+            "remaining_percent": 65,
+            "next_reset_at": app.utc_text(NOW + 3600),
+            "forecast": {"runs_out_at": None, "until": app.utc_text(NOW + 3600)},
+        }
+    ]
+
+
+def test_quota_forecast_counts_a_reading_that_was_only_confirmed(site):
+    write_readings(site.store, 20, 20, every_s=600)
+    assert site.json("/api/quota")["quotas"][0]["windows"][0]["forecast"] is None
+    write_readings(site.store, 20)
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["ts_epoch"], row["last_at"], row["readings"]) == (NOW - 600, NOW, 3)
+    assert row["age_seconds"] == 0 and row["windows"][0]["forecast"] == {"used_per_hour": 0, "runs_out_at": None}
+
+
+def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(site):
+    write_readings(site.store, 100, reset_in=60)
+    assert site.json("/api/quota")["quotas"][0]["state"] == "limited"
+    site.now += 60
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["state"], row["primary_used_percent"], row["primary_remaining_percent"]) == ("reset_due", None, None)
+    (window,) = row["windows"]
+    assert (window["due"], window["remaining_percent"], window["forecast"]) == (True, None, None)
+    assert window["reset_at"] == row["primary_reset_at"] == app.utc_text(NOW + 60)
+    assert site.json("/api/quota")["pool"] == []
+
+
+def test_quota_tells_until_when_an_account_is_not_asked(site):
+    site.store.save_quota_state("a@x.com", "#a", None, "rate_limited", "", NOW, app.QuotaCall(1, NOW + 600.0))
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] == app.utc_text(NOW + 600)
+    site.now += 600
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] is None
+
+
 def write_account(folder, number):
     (folder / "accounts").mkdir(exist_ok=True)
     content = {
