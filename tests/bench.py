@@ -30,9 +30,10 @@ from typing import Any, Callable, Iterator, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import usage_dashboard as app  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
 from support import free_port  # noqa: E402
+
+import usage_dashboard as app  # noqa: E402
 
 DAY_S = 86400
 HISTORY_S = 100 * DAY_S  # so that 90 days are really 90 days
