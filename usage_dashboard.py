@@ -616,6 +616,8 @@ class Event(NamedTuple):
     """Hold one upstream attempt as it will be stored; None is unknown, zero is measured.
 
     ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider.
+    ``quota_headers`` are the ``x-codex-…`` headers of the reply, on their way to the account's quota; they are no
+    part of the stored event.
     """
 
     timestamp: str
@@ -643,6 +645,7 @@ class Event(NamedTuple):
     service_tier: str
     api_key: str
     plan: str
+    quota_headers: dict[str, str] | None = None
 
 
 class Reject(NamedTuple):
@@ -666,6 +669,7 @@ _MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
 _LARGEST_NUMBER = 2**53 - 1
 _CLAUDE = frozenset(["claude"])
 _THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
+_MOST_QUOTA_HEADERS = 80  # eight groups of ten
 _CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
 
 
@@ -791,6 +795,7 @@ def parse_event(content: Any) -> Event | None:
     status, reason = _failure(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, provider)
+    quota_headers = _quota_headers(get("response_headers")) if provider == "codex" else None
     return Event(
         timestamp,
         ts_epoch,
@@ -812,7 +817,8 @@ def parse_event(content: Any) -> Event | None:
         _text(get("reasoning_effort"), "reasoning_effort", 32),
         _text(get("service_tier"), "service_tier", 32),
         mask_key(_text(get("api_key"), "api_key", 512)),
-        "" if failed else _plan_of(get("response_headers")),
+        "" if failed or not quota_headers else quota_headers.get("x-codex-plan-type", "").strip().lower()[:32],
+        quota_headers,
     )
 
 
@@ -858,11 +864,16 @@ def _failed_flag(value: Any, status: int | None) -> int:
     raise Rejected("failed is neither true nor false")
 
 
-def _plan_of(headers: Any) -> str:
-    """Read the plan from the reply headers of a Codex call; a failed call may carry another account's."""
-    values = headers.get("X-Codex-Plan-Type") if isinstance(headers, dict) else None
-    first = values[0] if isinstance(values, list) and values else None
-    return _printable(first[:32].strip().lower()) if isinstance(first, str) else ""
+def _quota_headers(headers: Any) -> dict[str, str] | None:
+    """Keep the quota headers of a reply and no other: the rest holds cookies and ids."""
+    if not isinstance(headers, dict):
+        return None
+    kept = {
+        name.lower(): _printable(values[0][:100])
+        for name, values in headers.items()
+        if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
+    }
+    return kept if kept and len(kept) <= _MOST_QUOTA_HEADERS else None
 
 
 _Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, cache write
@@ -2655,7 +2666,7 @@ def _batch_of_json(content: Any) -> tuple[int, Parsed]:
 
 def _event_of_names(values: Mapping[str, Any]) -> Event:
     """Make an event of a spool that another version of this program may have written."""
-    return Event(*(values.get(name, "") for name in Event._fields))
+    return Event(*(values.get(name, Event._field_defaults.get(name, "")) for name in Event._fields))
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
