@@ -74,12 +74,19 @@ class Log:
 
 
 _RFC3339 = re.compile(
-    r"(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))\Z",
-    re.ASCII,
+    r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII
 )
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minute_cache: dict[tuple[str, str], int] = {}
+_minutes: dict[tuple[str, str], tuple[int, str]] = {}
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any) -> Any:
+    """Keep a value that is dear to work out and asked for again and again; returns it."""
+    if len(known) >= 4096:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def parse_time(text: str) -> tuple[float, str]:
@@ -91,34 +98,27 @@ def parse_time(text: str) -> tuple[float, str]:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
-    day, clock, seconds, fraction, zulu, sign, offset_hours, offset_minutes = match.groups()
-    minute = _minute_epoch(day, clock)
-    if not zulu:
-        if int(offset_hours) > 23 or int(offset_minutes) > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = int(offset_hours) * 3600 + int(offset_minutes) * 60
-        minute += -offset if sign == "+" else offset
-    whole = minute + int(seconds)
-    if int(seconds) > 59:
+    minute, seconds, zone = match.groups()
+    if seconds >= "60":
         raise ValueError("the seconds are over 59")
-    if not _EARLIEST_AT <= whole < _LATEST_AT:
+    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
+
+
+def _read_minute(minute: str, zone: str) -> tuple[int, str]:
+    """Give a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
+    from calendar import timegm
+
+    epoch = timegm(time.strptime(f"{minute[:10]} {minute[11:]}", "%Y-%m-%d %H:%M"))
+    if zone not in "Zz":
+        hours, minutes = int(zone[1:3]), int(zone[4:])
+        if hours > 23 or minutes > 59:
+            raise ValueError("the offset is not a time of day")
+        offset = hours * 3600 + minutes * 60
+        epoch += -offset if zone[0] == "+" else offset
+    if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    digits = ((fraction or "") + "000000")[:6]
-    return whole + float("0." + (fraction or "0")), f"{_utc_second(whole)}.{digits}Z"
-
-
-def _minute_epoch(day: str, clock: str) -> int:
-    """Give the epoch second of a UTC minute; events of one minute share one computation."""
-    key = (day, clock)
-    known = _minute_cache.get(key)
-    if known is None:
-        from calendar import timegm
-
-        known = timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M"))
-        if len(_minute_cache) > 4096:
-            _minute_cache.clear()
-        _minute_cache[key] = known
-    return known
+    return remember(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]))
 
 
 def _utc_second(epoch_s: float) -> str:
@@ -692,17 +692,8 @@ def mask_mail(mail: str) -> str:
     return f"{name[:1]}***@{domain}" if at else "***"
 
 
-_masks: dict[str, str] = {}
-
-
 def _mask_source(text: str) -> str:
-    """Mask a source once; the same few come with every event."""
-    masked = _masks.get(text)
-    if masked is None:
-        if len(_masks) > 4096:
-            _masks.clear()
-        masked = _masks[text] = text if looks_like_mail(text) else mask_key(text)
-    return masked
+    return text if looks_like_mail(text) else mask_key(text)
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
@@ -791,34 +782,87 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    provider = _text(get("provider"), "provider").lower()
-    status, reason = _failure(get("fail"))
+    sender = _sender(content)
+    provider = sender.provider
+    status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, provider)
     quota_headers = _quota_headers(get("response_headers")) if provider == "codex" else None
     return Event(
         timestamp,
         ts_epoch,
-        _auth_index(get("auth_index")),
-        _mask_source(_text(get("source"), "source", 512)),
-        _text(get("model"), "model") or "unknown",
+        sender.auth_index,
+        sender.source,
+        sender.model,
         *usage[:4],
         _number(get("latency_ms"), "latency_ms"),
         failed,
         *usage[4:],
         _number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status,
-        reason if failed else None,
+        failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
         _text(get("request_id"), "request_id", 64) or None,
-        provider,
-        _text(get("endpoint"), "endpoint"),
-        _text(get("auth_type"), "auth_type", 32),
-        _text(get("alias"), "alias"),
-        _text(get("reasoning_effort"), "reasoning_effort", 32),
-        _text(get("service_tier"), "service_tier", 32),
-        mask_key(_text(get("api_key"), "api_key", 512)),
+        *sender[3:],
         "" if failed or not quota_headers else quota_headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers,
+    )
+
+
+class _Sender(NamedTuple):
+    """Hold what repeats from event to event, cleaned and masked."""
+
+    auth_index: str | None
+    source: str
+    model: str
+    provider: str
+    endpoint: str
+    auth_type: str
+    alias: str
+    reasoning_effort: str
+    service_tier: str
+    api_key: str
+
+
+_senders: dict[tuple[Any, ...], _Sender] = {}
+
+
+def _sender(content: Mapping[str, Any]) -> _Sender:
+    """Clean and mask what an event says of its sender, once for all events that say the same."""
+    said = tuple(map(content.get, _Sender._fields))
+    try:
+        return _senders[said]
+    except KeyError:
+        sender = _read_sender(*said)
+    except TypeError:  # a list or an object, where a text belongs
+        return _read_sender(*said)
+    # Texts alone are looked up safely: 1 and true are equal as keys. Long ones are not worth their memory.
+    repeats = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in said)
+    return remember(_senders, said, sender) if repeats else sender
+
+
+def _read_sender(
+    auth_index: Any,
+    source: Any,
+    model: Any,
+    provider: Any,
+    endpoint: Any,
+    auth_type: Any,
+    alias: Any,
+    reasoning_effort: Any,
+    service_tier: Any,
+    api_key: Any,
+) -> _Sender:
+    return _Sender(
+        _auth_index(auth_index),
+        _mask_source(_text(source, "source", 512)),
+        _text(model, "model") or "unknown",
+        _text(provider, "provider").lower(),
+        _text(endpoint, "endpoint"),
+        _text(auth_type, "auth_type", 32),
+        _text(alias, "alias"),
+        _text(reasoning_effort, "reasoning_effort", 32),
+        _text(service_tier, "service_tier", 32),
+        mask_key(_text(api_key, "api_key", 512)),
     )
 
 
@@ -892,7 +936,7 @@ def _usage(content: dict[str, Any], provider: str) -> _Usage:
         return (None,) * 6
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    counts = {name: _number(tokens.get(name), f"tokens.{name}") for name in _TOKEN_NAMES}
+    counts = tuple(map(_number, map(tokens.get, _TOKEN_NAMES), _TOKEN_LABELS))
     if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
         return _claude_usage(counts)
     return _inclusive_usage(counts, thoughts_apart=provider in _THOUGHTS_APART)
@@ -902,26 +946,25 @@ _TOKEN_NAMES = (
     "input_tokens",
     "output_tokens",
     "reasoning_tokens",
-    "cached_tokens",
     "total_tokens",
+    "cached_tokens",
     "cache_read_tokens",
     "cache_creation_tokens",
 )
+_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _TOKEN_NAMES)
 
 
 def _breakdown_usage(breakdown: dict[str, Any]) -> _Usage:
     into, out = breakdown["input"], breakdown["output"]
-    return tuple(
-        _number(part[name], name)
-        for part, name in (
-            (into, "total_tokens"),
-            (out, "total_tokens"),
-            (out, "reasoning_tokens"),
-            (breakdown, "total_tokens"),
-            (into, "cache_read_tokens"),
-            (into, "cache_write_tokens"),
-        )
+    counts = (
+        into["total_tokens"],
+        out["total_tokens"],
+        out["reasoning_tokens"],
+        breakdown["total_tokens"],
+        into["cache_read_tokens"],
+        into["cache_write_tokens"],
     )
+    return tuple(_number(count, "token_breakdown") for count in counts)
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -930,27 +973,24 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(counts: dict[str, int | None]) -> _Usage:
+def _claude_usage(counts: _Usage) -> _Usage:
     """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    sent_input, output, total = counts["input_tokens"], counts["output_tokens"], counts["total_tokens"]
-    written = counts["cache_creation_tokens"]
-    # Before v7.0.3 there is only cached_tokens; since then that repeats the writes where nothing was read.
-    read = counts["cached_tokens"] if counts["cache_read_tokens"] is None else counts["cache_read_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
+    if read is None:  # before v7.0.3; since then cached_tokens repeats the writes where nothing was read
+        read = cached
     whole_input = None if sent_input is None else _sum(sent_input, read, written)
     if not total or total == _sum(sent_input, output):
         total = _sum(whole_input, output)
-    return whole_input, output, counts["reasoning_tokens"], total, read, written
+    return whole_input, output, reasoning, total, read, written
 
 
-def _inclusive_usage(counts: dict[str, int | None], thoughts_apart: bool) -> _Usage:
+def _inclusive_usage(counts: _Usage, thoughts_apart: bool) -> _Usage:
     """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
-    output, reasoning = counts["output_tokens"], counts["reasoning_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
     if thoughts_apart and output is not None:
         output = _sum(output, reasoning)
-    total = counts["total_tokens"] or _sum(counts["input_tokens"], output)
     # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    cached = counts["cache_read_tokens"] or counts["cached_tokens"]
-    return counts["input_tokens"], output, reasoning, total, cached, counts["cache_creation_tokens"]
+    return sent_input, output, reasoning, total or _sum(sent_input, output), read or cached, written
 
 
 _SECRETS = re.compile(
@@ -968,14 +1008,13 @@ def without_secrets(text: str, limit: int = 160) -> str:
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
-def _failure(fail: Any) -> tuple[int | None, str | None]:
-    """Give (HTTP status, short reason) of ``fail``; never its free body, which can echo a prompt."""
+def _status_of(fail: Any) -> int | None:
+    """Give the HTTP status of ``fail``; 0 stands for none."""
     if fail is None:
-        return None, None
+        return None
     if not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    status = _number(fail.get("status_code"), "fail.status_code") or None
-    return status, failure_reason(status, fail.get("body"))
+    return _number(fail.get("status_code"), "fail.status_code") or None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
