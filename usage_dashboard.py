@@ -1795,7 +1795,7 @@ class Store:
             low, high = db.execute(
                 "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_model").fetchone()[0]
+            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
@@ -4049,13 +4049,22 @@ def make_answer(body: bytes, etag: str | None, content_type: str, level: int) ->
     return Answer(etag, body, zipped, content_type)
 
 
+class _Question:
+    """Hold the last answer to one question, and the lock under which it is made."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.answer: Answer | None = None
+        self.begun_at = 0.0
+
+
 class Answers:
     """Answer equal questions once: an answer is kept while the data and the minute are the same."""
 
     def __init__(self, app: App, kept: int = 64):
         self._app, self._kept = app, kept
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, str], Answer] = {}
+        self._questions: dict[tuple[Any, ...], _Question] = {}
         self._run = os.urandom(4).hex()
 
     def etag(self, path: str, query: Query) -> str | None:
@@ -4067,19 +4076,29 @@ class Answers:
         return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
 
     def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it."""
+        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
+
+        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
+        """
         if ROUTES[path].version is None:
             return self._make(path, query, None)
+        asked_at = time.monotonic()
+        question = self._question((path, *sorted(query.items())))
+        with question.lock:
+            etag = self.etag(path, query)
+            answer = question.answer
+            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
+                question.begun_at = time.monotonic()
+                answer = question.answer = self._make(path, query, etag)
+            return answer
+
+    def _question(self, key: tuple[Any, ...]) -> _Question:
         with self._lock:
-            etag, key = self.etag(path, query), (path, json.dumps(sorted(query.items())))
-            known = self._known.get(key)
-            if known is None or known.etag != etag:
-                known = self._make(path, query, etag)
-                self._known.pop(key, None)
-                self._known[key] = known
-                while len(self._known) > self._kept:
-                    del self._known[next(iter(self._known))]
-            return known
+            question = self._questions.pop(key, None) or _Question()
+            self._questions[key] = question
+            if len(self._questions) > self._kept:
+                del self._questions[next(iter(self._questions))]
+            return question
 
     def _make(self, path: str, query: Query, etag: str | None) -> Answer:
         return json_answer(ROUTES[path].answer(self._app, query), etag)
