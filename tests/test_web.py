@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
+import itertools
 import json
 import socket
 import sqlite3
@@ -310,16 +311,17 @@ def test_unchanged_answer_is_304_without_a_query_and_a_new_event_changes_it(site
 
 
 class Held:
-    """A clock that stands still for the thread named "held" until `go` is set."""
+    """A clock that the thread named "held" waits for until `go` is set; from then on each look is a minute later."""
 
     def __init__(self):
         self.waits, self.go = threading.Event(), threading.Event()
+        self._minutes = itertools.count(1)
 
     def __call__(self):
         if threading.current_thread().name == "held":
             self.waits.set()
             self.go.wait(10)
-        return NOW
+        return NOW + (60 * next(self._minutes) if self.go.is_set() else 0)
 
 
 class Announced(dict):
