@@ -131,6 +131,13 @@ def utc_text(epoch_s: float | None) -> str | None:
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
+def steady_s() -> float:
+    """Give seconds that no setting of the clock moves, and that go on while the machine sleeps where it can tell."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
 class Backoff:
     """Give waiting times that double from ``first_s`` to ``limit_s``, each shortened by up to a quarter at random."""
 
@@ -533,14 +540,18 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
         plain.close()
-        raise QueueFault(
-            f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
-            "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem",
-            state="closed",
-        ) from error
+        raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
         raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
+
+
+def _untrusted(host: str, port: int, error: Any) -> QueueFault:
+    said = (
+        f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
+        "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
+    )
+    return QueueFault(said, "closed", says_remedy=True)
 
 
 def os_reason(error: BaseException) -> str:
@@ -1362,6 +1373,10 @@ def _has_time_index(db) -> bool:
     return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
 
 
+def _step_losses(db) -> None:
+    _add_columns(db, "outages", "lost INTEGER")
+
+
 def _put_meta(db, key: str, value: Any) -> None:
     db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
 
@@ -1407,7 +1422,7 @@ _ADD_TO = {roll_up: _statement_of(roll_up) for roll_up in _ROLL_UPS}
 
 
 # Never edited after a release; a new step goes at the end.
-_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables)
+_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables, _step_losses)
 
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
@@ -1431,6 +1446,17 @@ _TOUCH_IDENTITY = (
     "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
 )
 _KEPT_REJECTS = 1000
+
+
+# An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
+_OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
+_SHORTEST_RETENTION_S = 60.0
+
+
+def _retention_in(db) -> float:
+    """Give how long the queue keeps what nobody takes, as far as was learnt; never less than any proxy does."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
+    return row[0] if row else _SHORTEST_RETENTION_S
 
 
 class Window(NamedTuple):
@@ -1735,21 +1761,33 @@ class Store:
         self.changes += 1
 
     def end_outage(self, at: float, shortest_s: float = 60.0) -> None:
-        """Note that recording goes on; one shorter than the proxy's memory lost nothing and is forgotten."""
+        """Note that recording goes on, and whether the queue had forgotten something by then.
+
+        One that is shorter than ``shortest_s``, which every proxy remembers, is not worth keeping.
+        """
         with self._write() as db:
-            db.execute("DELETE FROM outages WHERE to_at IS NULL AND from_at > ?", (at - shortest_s,))
-            db.execute("UPDATE outages SET to_at = ? WHERE to_at IS NULL", (at,))
+            db.execute(
+                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
+                (at - shortest_s,),
+            )
+            db.execute(
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, at, _retention_in(db)),
+            )
         self.changes += 1
 
-    def outages(self, window: Window) -> list[dict[str, Any]]:
-        """List the spans in which nobody recorded; ``to`` None is still going on."""
+    def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
+        """List the spans in which nobody recorded; ``to`` None is still going on.
+
+        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
+        """
         with self._read() as db:
             rows = db.execute(
-                "SELECT from_at, to_at, reason FROM outages WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) "
-                "ORDER BY from_at LIMIT 500",
-                (window.end, window.start),
+                f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
+                "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
+                (now, _retention_in(db), window.end, window.start),
             ).fetchall()
-        return [{"from": start, "to": end, "reason": reason} for start, end, reason in rows]
+        return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
 
     # Reading usage
 
@@ -2742,6 +2780,27 @@ _BATCH_FIRST, _BATCH_LARGEST = 16, 500
 PROXY_PORT = 8317
 
 
+_FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
+
+
+def _retention_of(config: Any) -> float:
+    """Read from the proxy's configuration how many seconds its queue remembers; all else in there is left alone.
+
+    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
+    """
+    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+    return min(float(seconds), 3600.0) if known else _SHORTEST_RETENTION_S
+
+
+def retention_warning(retention_s: float, poll_interval_s: float) -> str:
+    """Say what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
+    return (
+        f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
+        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+    )
+
+
 class Handed(NamedTuple):
     """Hold what one turn of a source gave: values for parse_events, whether more may wait, and what ended it."""
 
@@ -2991,6 +3050,8 @@ class ProxyApi:
             status, content = self._exchange(path)
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            if hasattr(error, "verify_message"):
+                raise _untrusted(self._host, self._port, error) from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
@@ -3178,8 +3239,10 @@ class Collector:
         load: Callable[[], Config] | None = None,
         config_path: Path | None = None,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
+        self._steady = steady
         self._load, self._config_path = load or (lambda: config), config_path
         self._spool = Spool(Path(f"{store.path}.spool"))
         self._pending: list[tuple[int, Parsed]] = []
@@ -3189,9 +3252,9 @@ class Collector:
         self._api: ProxyApi | None = None
         self._source: Any = None
         self._proven = False  # whether this connection has given a good reply to a pop
+        self._unpublished = False  # whether an outage is open since the proxy does not publish
         self._blocked_at: float | None = None
-        self._turn_at: float | None = None
-        self.clock_ahead_s: float | None = None
+        self._turn_at: float | None = None  # by the steady clock
         self._asked_api_at = 0.0
         span = store.span()
         self._status: dict[str, Any] = {
@@ -3204,12 +3267,16 @@ class Collector:
             "last_event": span[1] if span else None,
             "publishing": None,
             "proxy_version": None,
+            "retention_seconds": None,
+            "clock_ahead_seconds": None,
+            "warning": None,
         }
 
     def status(self) -> dict[str, Any]:
         """Give the state for people and programs, with what was stored, rejected and ignored."""
         with self._lock:
             status = dict(self._status)
+        status["since"] = min(status["since"], self._clock())  # the clock may have been set back meanwhile
         counts = self._store.counts
         return dict(status, events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
 
@@ -3241,8 +3308,10 @@ class Collector:
         self._raise_remembered_refusal()
         source = self._source = self._open_source()
         try:
-            self._proven = False
-            self._show(mode=source.mode)
+            self._proven = self._unpublished = False
+            self._show(mode=source.mode, publishing=None, retention_seconds=None)
+            if not source.is_proxy:
+                self._learn_retention(_FOR_EVER_S)
             self._ask_api()
             self._collect(source)
         finally:
@@ -3455,12 +3524,13 @@ class Collector:
             self._note_recording(now)
         self._note_gap(now)
         if got_values:
-            self._show(publishing=True if self._api else self._status["publishing"])
+            self._note_publishing(True if self._api else self._status["publishing"])
             self._enter("recording")
         elif self._status["state"] != "recording":
             quiet_s = 15.0 if self._status["publishing"] is False else 300.0
             if not 0 <= now - self._asked_api_at < quiet_s:
                 self._ask_api()
+                self._note_publishing(self._status["publishing"])
             self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
         elif now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600:
             self._enter("waiting")
@@ -3471,29 +3541,56 @@ class Collector:
         self._backoff.reset()
         self._store.put_meta("refused", None)
         self._store.end_outage(now)
+        self._note_publishing(self._status["publishing"])
         self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
 
+    def _note_publishing(self, publishing: bool | None) -> None:
+        """Note a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
+        self._show(publishing=publishing)
+        if publishing is False and not self._unpublished:
+            self._store.begin_outage(self._clock(), "publishing_off")
+        elif publishing is not False and self._unpublished:
+            self._store.end_outage(self._clock())
+        self._unpublished = publishing is False
+
     def _note_gap(self, now: float) -> None:
-        """Note an outage where this machine slept: the last turn is longer ago than the proxy remembers."""
-        before, self._turn_at = self._turn_at, now
-        if before is not None and now - before > 60 + 2 * self._config.poll_interval_seconds:
-            self._store.begin_outage(before, "stopped")
+        """Note an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        before, self._turn_at = self._turn_at, self._steady()
+        gap_s = 0.0 if before is None else self._turn_at - before
+        if gap_s > 60 + 2 * self._config.poll_interval_seconds:
+            self._store.begin_outage(now - gap_s, "stopped")
             self._store.end_outage(now)
 
     def _ask_api(self) -> None:
-        """Learn whether the proxy publishes, and its version; only with a key that has just worked."""
+        """Learn of the proxy whether it publishes, for how long, and its version; only with a proven key."""
         if self._api is None:
             return
         self._asked_api_at = self._clock()
         try:
             said = self._api.get("/v0/management/usage-statistics-enabled")
+            if self._status["retention_seconds"] is None:
+                self._learn_retention(_retention_of(self._api.get("/v0/management/config")))
         except QueueFault:
             self._forget_api()  # not asked again on this connection: a refusal here would count
             return
         publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
-        self._show(publishing=publishing if isinstance(publishing, bool) else None, proxy_version=self._api.version)
-        self.clock_ahead_s = self._api.clock_ahead_s
+        self._show(
+            publishing=publishing if isinstance(publishing, bool) else None,
+            proxy_version=self._api.version,
+            clock_ahead_seconds=self._api.clock_ahead_s,
+        )
         self._api.close()
+
+    def _learn_retention(self, seconds: float) -> None:
+        """Note how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
+        if self._store.get_meta("retention_s") != seconds:
+            self._store.put_meta("retention_s", seconds)
+        short = seconds < 2 * self._config.poll_interval_seconds
+        if short and self._status["warning"] is None:
+            self._log.event("collector", warning=retention_warning(seconds, self._config.poll_interval_seconds))
+        self._show(
+            retention_seconds=None if seconds == _FOR_EVER_S else seconds, warning="retention_short" if short else None
+        )
 
     def _forget_api(self) -> None:
         if self._api is not None:
@@ -3922,7 +4019,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             }
             for account, sums in accounts
         ],
-        "outages": app.store.outages(window),
+        "outages": app.store.outages(window, now),
     }
 
 
@@ -4616,6 +4713,9 @@ class DemoWorld:
             "last_event": self._last_event,
             "publishing": True,
             "proxy_version": None,
+            "retention_seconds": None,
+            "clock_ahead_seconds": None,
+            "warning": None,
             "events": counts["stored"],
             "rejected": counts["rejected"],
             "ignored": counts["ignored"],
@@ -4956,9 +5056,6 @@ def run_check(options: Any) -> int:
         findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
             ("ok", "configuration", "")
         ]
-        if config.poll_interval_seconds >= 50:
-            remedy = '"poll_interval_seconds": 2, or redis-usage-queue-retention-seconds: 3600 in the proxy'
-            findings.append(("warning", "polls hardly more often than the proxy forgets (60 s by default)", remedy))
         for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
             findings += look(config, options)
     for level, found, remedy in findings:
@@ -5028,7 +5125,7 @@ def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
         running: list[_Finding] = [
             ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
         ]
-        return running + _findings_of_status(health["collector"])
+        return running + _findings_of_status(health["collector"], config)
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -5036,12 +5133,30 @@ def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
     return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
 
 
-def _findings_of_status(status: Mapping[str, Any]) -> list[_Finding]:
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
+    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
     state = status["state"]
-    level = "ok" if state in ("recording", "waiting", "starting") else "fault"
-    text = f"queue at {status['endpoint']}: {state}"
+    connected = state in _RECORDING
+    level = "ok" if connected or state == "starting" else "fault"
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    return [(level, text + version, "" if level == "ok" else status["message"])]
+    shown = "connected" if state == "publishing_off" else state
+    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
+    if not connected:
+        return found
+    if status["publishing"] is not None:
+        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
+        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
+    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
+            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
+
+
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
+    if retention_s is None:
+        return []
+    if retention_s < 2 * poll_interval_s:
+        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
+        return [("warning", found, remedy)]
+    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
 
 
 def _check_queue(config: Config, options: Any) -> list[_Finding]:
@@ -5080,8 +5195,10 @@ def _check_without_key(config: Config) -> list[_Finding]:
 
 
 def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None or abs(ahead_s) < 60:
+    if ahead_s is None:
         return []
+    if abs(ahead_s) < 60:
+        return [("ok", "the proxy's clock and this machine's agree", "")]
     found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
     return [("warning", found, "let both machines set their clocks by NTP")]
 
@@ -5095,7 +5212,7 @@ def _probe(config: Config, store: Store | None, options: Any) -> list[_Finding]:
         try:
             path = options.config or BASE_DIR / "config.json"
             collector = Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path)
-            return _findings_of_status(collector.probe()) + _check_clock(collector.clock_ahead_s)
+            return _findings_of_status(collector.probe(), config)
         finally:
             if store is None:
                 used.close()

@@ -18,6 +18,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -46,6 +47,7 @@ class Dialect:
         self.control_messages = tag >= (7, 1, 39)
         self.errors_channel = self.echoes_channel = tag >= (7, 1, 44)
         self.http_queue = tag >= (6, 10, 8)
+        self.retention_setting = tag >= (6, 10, 1)
         self.home_mode = tag >= (7, 0, 0)
         self.home_mode_text = tag >= (7, 1, 18)
         self.sniffs_in_accept_loop = tag <= (7, 0, 2)
@@ -128,6 +130,7 @@ class Subscriber:
         self.outbox: deque[bytes] = deque()
         self.dismissed = False
         self.woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)  # one that is full has woken it already
 
     def message(self, payload: bytes) -> bytes:
         """Return the frame that carries a payload."""
@@ -150,7 +153,7 @@ class Subscriber:
 class FakeProxy(SocketServer):
     """A CLIProxyAPI on a loopback port; a context manager.
 
-    These may be changed while it runs: `publishing`, `allow_remote`, `home_mode`, `management`, `key`,
+    These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it), `allow_remote`, `home_mode`, `management`, `key`,
     `seen_from` (the address that clients appear to have), `ban_seconds`, `sniff_seconds`, and
     `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
 
@@ -178,6 +181,7 @@ class FakeProxy(SocketServer):
         self.version = version
         self.dialect = Dialect(version)
         self.publishing = publishing
+        self.retention_seconds = 60
         self.allow_remote = allow_remote
         self.home_mode = home_mode
         self.seen_from = seen_from
@@ -562,7 +566,7 @@ class FakeProxy(SocketServer):
     def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
         url = urlsplit(target)
         route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
-        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH")}
+        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH"), "config": ("GET",)}
         if method not in known.get(route, ()) or (route == "usage-queue" and not self.dialect.http_queue):
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
             return
@@ -576,6 +580,8 @@ class FakeProxy(SocketServer):
             self._send_json(wire, status, {"error": text})
         elif route == "usage-queue":
             self._answer_queue(wire, parse_qs(url.query).get("count", [""])[0].strip())
+        elif route == "config":
+            self._answer_config(wire)
         else:
             self._answer_publishing(wire, method, body)
 
@@ -587,6 +593,12 @@ class FakeProxy(SocketServer):
         popped = self._pop(wanted)
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
+
+    def _answer_config(self, wire: Wire) -> None:
+        config = {"api-keys": ["sk-client-secret"], "usage-statistics-enabled": self.publishing}
+        if self.dialect.retention_setting:
+            config["redis-usage-queue-retention-seconds"] = self.retention_seconds
+        self._send_json(wire, 200, config)
 
     def _answer_publishing(self, wire: Wire, method: str, body: bytes) -> None:
         if method == "GET":
@@ -611,6 +623,7 @@ class FakeProxy(SocketServer):
             "X-CPA-VERSION": self.version,
             "X-CPA-COMMIT": "0123456",
             "X-CPA-BUILD-DATE": "2026-08-22T00:00:00Z",
+            "Date": formatdate(usegmt=True),
         }
         return http_reply(status, body, "application/json; charset=utf-8", version)
 

@@ -296,17 +296,24 @@ def test_check_is_well_with_a_good_set_up(program, proxy):
     proxy.push(*shifted())
     done = program.run("check")
     assert done.returncode == 0, done.stdout
-    assert "account files: 3" in done.stdout and "proxy v7.2.140" in done.stdout
+    for text in (
+        "account files: 3",
+        "proxy v7.2.140",
+        "publishes its usage",
+        "remembers for 60 s and is asked every 0.1 s",
+        "the proxy's clock and this machine's agree",
+    ):
+        assert text in done.stdout
     assert proxy.queued == len(SAMPLES)  # nothing was popped
 
 
 def test_check_names_what_is_wrong(program, proxy):
     proxy.publishing = False
-    configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    configure(program, cliproxy_port=proxy.port, management_password="secret-key", poll_interval_seconds=45)
     os.chmod(str(program.folder / "config.json"), 0o644)
     done = program.run("check")
     assert done.returncode == 1
-    for text in ("usage-statistics-enabled: true", "chmod 600", "auth_dir"):
+    for text in ("usage-statistics-enabled: true", "chmod 600", "auth_dir", '"poll_interval_seconds": 2'):
         assert text in done.stdout
 
 

@@ -143,9 +143,11 @@ def collect(store):
     """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
     runs = []
 
-    def start(where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, **keys):
+    def start(
+        where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, steady=app.steady_s, **keys
+    ):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"load": load, "config_path": config_path, "clock": clock}
+        options = {"load": load, "config_path": config_path, "clock": clock, "steady": steady}
         runs.append(Run(config, on or store, stop or QuickStop(), **options))
         return runs[-1]
 
@@ -665,7 +667,7 @@ def test_probe_logs_in_once_pops_nothing_and_notes_no_outage(store, proxy, key):
         status = app.Collector(config, store, app.Log(io.StringIO()), threading.Event()).probe()
     assert status["state"] == ("waiting" if key == KEY else "wrong_password")
     assert proxy.queued == 1 and proxy.failures == (0 if key == KEY else 1)
-    assert store.outages(ALWAYS) == []  # the dashboard that runs beside it may be recording
+    assert store.outages(ALWAYS, time.time()) == []  # the dashboard that runs beside it may be recording
 
 
 # ---- says why --------------------------------------------------------------------------------------------
@@ -704,6 +706,77 @@ def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(colle
     run.wait_for_state("publishing_off")
 
 
+def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(collect, proxy, store):
+    ahead = [0.0]
+    proxy.publishing = False
+    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run.wait_for_state("publishing_off")
+    shown = [(outage["reason"], outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, time.time())]
+    assert shown == [("publishing_off", None, True)]
+    proxy.publishing = True
+    ahead[0] = 20.0
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("version", "setting", "learnt"),
+    [("v7.2.140", 3600, 3600), ("v7.2.140", 90000, 3600), ("v7.2.140", 0, 60), ("v6.9.38", 900, 60)],
+)
+def test_collector_learns_how_long_the_proxy_remembers(collect, version, setting, learnt):
+    with FakeProxy(version=version) as proxy:
+        proxy.retention_seconds = setting
+        run = collect(proxy)
+        run.wait_for_state("waiting")
+        assert (run.status["retention_seconds"], run.status["warning"]) == (learnt, None)
+        assert run.store.get_meta("retention_s") == learnt
+        assert proxy.failures == 0 and "sk-client-secret" not in run.log + repr(run.status)
+
+
+def test_collector_that_asks_more_rarely_than_the_proxy_remembers_warns_once(collect, proxy):
+    proxy.retention_seconds = 60
+    run = collect(proxy, poll_interval_seconds=50)
+    run.wait_for_state("waiting")
+    assert run.status["warning"] == "retention_short"
+    proxy.disconnect_all()
+    run.wait_for(lambda: proxy.auth_attempts == 2)
+    run.wait_for_state("waiting")
+    assert run.log.count("warning=") == 1 and "redis-usage-queue-retention-seconds: 3600" in run.log
+
+
+def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_server):
+    run = collect(redis_server, management_password="")
+    run.wait_for_state("waiting")
+    assert run.store.get_meta("retention_s") > 3600 and run.status["retention_seconds"] is None
+
+
+def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):
+    slept = [0.0]
+    run = collect(
+        proxy, clock=lambda: time.time() + slept[0], steady=lambda: app.steady_s() + slept[0]
+    )
+    run.wait_for_state("waiting")
+    wait_a_while(run)
+    slept[0] = 8 * 3600.0
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert (outage["reason"], outage["lost"]) == ("stopped", True)
+    assert 8 * 3600 - 5 <= outage["to"] - outage["from"] <= 8 * 3600 + 60
+
+
+def test_collector_whose_clock_was_set_ahead_notes_no_outage(collect, proxy, store):
+    ahead = [0.0]
+    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run.wait_for_state("waiting")
+    wait_a_while(run)
+    ahead[0] = 8 * 3600.0
+    proxy.push(event(1))
+    run.wait_for_events(1)
+    wait_a_while(run)
+    assert store.outages(ALWAYS, time.time()) == []
+
+
 def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
     # banned over HTTP alone, as behind a reverse proxy that forwards another address
     run = collect(proxy)
@@ -735,7 +808,7 @@ def test_collector_whose_proxy_was_gone_notes_the_outage_with_its_reason(collect
     ahead[0] = 600.0
     proxy.listen_again()
     run.wait_for_state("waiting")
-    (outage,) = store.outages(ALWAYS)
+    (outage,) = store.outages(ALWAYS, time.time())
     assert outage["reason"] in ("unreachable", "refused")
     assert 590 <= outage["to"] - outage["from"] <= 610
 
@@ -749,14 +822,14 @@ def test_collector_that_was_refused_notes_the_outage_with_its_reason(collect, pr
         proxy.management = False
     run = collect(proxy, clock=lambda: time.time() + ahead[0])
     run.wait_for_state(reason)
-    run.wait_for(lambda: store.outages(ALWAYS))
-    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS)] == [(reason, None)]
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
+    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS, time.time())] == [(reason, None)]
     ahead[0] = 600.0
     proxy.lift_ban()
     proxy.management = True
     run.wait_for_state("waiting")
-    assert [outage["reason"] for outage in store.outages(ALWAYS)] == [reason]
-    assert store.outages(ALWAYS)[0]["to"] is not None
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == [reason]
+    assert store.outages(ALWAYS, time.time())[0]["to"] is not None
 
 
 def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store):
@@ -765,18 +838,18 @@ def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store
     proxy.disconnect_all()
     run.wait_for(lambda: proxy.auth_attempts == 2)
     run.wait_for_state("waiting")
-    assert store.outages(ALWAYS) == []
+    assert store.outages(ALWAYS, time.time()) == []
 
 
 def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_store, proxy):
     collect(proxy).end()
     run = collect(proxy, clock=lambda: time.time() + 7200)
     run.wait_for_state("waiting")
-    assert [outage["reason"] for outage in run.store.outages(ALWAYS)] == []  # it was never connected before
+    assert [outage["reason"] for outage in run.store.outages(ALWAYS, time.time())] == []  # it was never connected before
     run.end()
     again = collect(proxy, on=open_store(), clock=lambda: time.time() + 10800)
     again.wait_for_state("waiting")
-    (outage,) = again.store.outages(ALWAYS)
+    (outage,) = again.store.outages(ALWAYS, time.time())
     assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
 
 
@@ -790,7 +863,7 @@ def test_collector_stopped_by_a_locked_database_notes_the_outage_afterwards(coll
     ahead[0] = 600.0
     locker.close()
     run.wait_for_state("recording")
-    assert [outage["reason"] for outage in store.outages(ALWAYS)] == ["storage_error"]
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
 
 
 # ---- connections that break ------------------------------------------------------------------------------

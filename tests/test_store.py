@@ -550,12 +550,36 @@ def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
     store.begin_outage(1000, "unreachable")
     store.begin_outage(1010, "closed")
     store.end_outage(1030)
-    assert store.outages(EVERYTHING) == []
+    assert store.outages(EVERYTHING, 1030) == []
     store.begin_outage(2000, "unreachable")
-    assert store.outages(EVERYTHING) == [{"from": 2000.0, "to": None, "reason": "unreachable"}]
+    assert store.outages(EVERYTHING, 2059) == [{"from": 2000.0, "to": None, "reason": "unreachable", "lost": False}]
     store.end_outage(2500)
-    assert store.outages(app.Window(2499, 3000)) == [{"from": 2000.0, "to": 2500.0, "reason": "unreachable"}]
-    assert store.outages(app.Window(2500, 3000)) == []
+    ended = {"from": 2000.0, "to": 2500.0, "reason": "unreachable", "lost": True}
+    assert store.outages(app.Window(2499, 3000), 3000) == [ended]
+    assert store.outages(app.Window(2500, 3000), 3000) == []
+
+
+@pytest.mark.parametrize(("retention_s", "now", "lost"), [(None, 2061, True), (3600, 2061, False), (3600, 5601, True)])
+def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(store, retention_s, now, lost):
+    store.put_meta("retention_s", retention_s)
+    store.begin_outage(2000, "unreachable")
+    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+    store.end_outage(now)
+    store.put_meta("retention_s", None)  # what was learnt later changes nothing of the past
+    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+
+
+def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store):
+    store.put_meta("retention_s", 3600)
+    store.begin_outage(2000, "publishing_off")
+    store.end_outage(2010)
+    assert [(outage["to"], outage["lost"]) for outage in store.outages(EVERYTHING, 2010)] == [(2010.0, True)]
+
+
+def test_outage_over_a_clock_that_was_set_back_has_no_negative_length(store):
+    store.begin_outage(2000, "publishing_off")
+    store.end_outage(1000)
+    assert [(outage["from"], outage["to"]) for outage in store.outages(EVERYTHING, 1000)] == [(2000.0, 2000.0)]
 
 
 def reading(**changes):
