@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import io
 import json
+import operator
 import os
 import random
 import re
@@ -73,13 +74,18 @@ class Log:
         self.line(" ".join(parts))
 
 
-_RFC3339 = re.compile(
-    r"(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))\Z",
-    re.ASCII,
-)
+_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minute_cache: dict[tuple[str, str], int] = {}
+_minutes: dict[tuple[str, str], tuple[int, str]] = {}
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 4096) -> Any:
+    """Keep a value that is dear to work out and asked for again and again; returns it."""
+    if len(known) >= most:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def parse_time(text: str) -> tuple[float, str]:
@@ -91,34 +97,27 @@ def parse_time(text: str) -> tuple[float, str]:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
-    day, clock, seconds, fraction, zulu, sign, offset_hours, offset_minutes = match.groups()
-    minute = _minute_epoch(day, clock)
-    if not zulu:
-        if int(offset_hours) > 23 or int(offset_minutes) > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = int(offset_hours) * 3600 + int(offset_minutes) * 60
-        minute += -offset if sign == "+" else offset
-    whole = minute + int(seconds)
-    if int(seconds) > 59:
+    minute, seconds, zone = match.groups()
+    if seconds >= "60":
         raise ValueError("the seconds are over 59")
-    if not _EARLIEST_AT <= whole < _LATEST_AT:
+    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
+
+
+def _read_minute(minute: str, zone: str) -> tuple[int, str]:
+    """Give a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
+    from calendar import timegm
+
+    epoch = timegm(time.strptime(f"{minute[:10]} {minute[11:]}", "%Y-%m-%d %H:%M"))
+    if zone not in "Zz":
+        hours, minutes = int(zone[1:3]), int(zone[4:])
+        if hours > 23 or minutes > 59:
+            raise ValueError("the offset is not a time of day")
+        offset = hours * 3600 + minutes * 60
+        epoch += -offset if zone[0] == "+" else offset
+    if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    digits = ((fraction or "") + "000000")[:6]
-    return whole + float("0." + (fraction or "0")), f"{_utc_second(whole)}.{digits}Z"
-
-
-def _minute_epoch(day: str, clock: str) -> int:
-    """Give the epoch second of a UTC minute; events of one minute share one computation."""
-    key = (day, clock)
-    known = _minute_cache.get(key)
-    if known is None:
-        from calendar import timegm
-
-        known = timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M"))
-        if len(_minute_cache) > 4096:
-            _minute_cache.clear()
-        _minute_cache[key] = known
-    return known
+    return remember(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), most=500)
 
 
 def _utc_second(epoch_s: float) -> str:
@@ -703,17 +702,8 @@ def mask_mail(mail: str) -> str:
     return f"{name[:1]}***@{domain}" if at else "***"
 
 
-_masks: dict[str, str] = {}
-
-
 def _mask_source(text: str) -> str:
-    """Mask a source once; the same few come with every event."""
-    masked = _masks.get(text)
-    if masked is None:
-        if len(_masks) > 4096:
-            _masks.clear()
-        masked = _masks[text] = text if looks_like_mail(text) else mask_key(text)
-    return masked
+    return text if looks_like_mail(text) else mask_key(text)
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
@@ -738,8 +728,16 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
     return parsed._replace(ignored=ignored)
 
 
-def _decode_all(raws: Sequence[Any]) -> list[Any]:
-    """Decode a batch in one call, as one array with a zero between every two events.
+_DECODED_AT_ONCE = 100  # more are not quicker, and decoded events take ten times the room of their JSON
+
+
+def _decode_all(raws: Sequence[Any]) -> Iterable[Any]:
+    for first in range(0, len(raws), _DECODED_AT_ONCE):
+        yield from _decode_some(raws[first : first + _DECODED_AT_ONCE])
+
+
+def _decode_some(raws: Sequence[Any]) -> list[Any]:
+    """Decode events in one call, as one array with a zero between every two.
 
     The zeros prove that each event was one JSON value by itself; otherwise each is decoded alone.
     """
@@ -802,34 +800,87 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    provider = _text(get("provider"), "provider").lower()
-    status, reason = _failure(get("fail"))
+    sender = _sender(content)
+    provider = sender.provider
+    status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, provider)
     quota_headers = _quota_headers(get("response_headers")) if provider == "codex" else None
     return Event(
         timestamp,
         ts_epoch,
-        _auth_index(get("auth_index")),
-        _mask_source(_text(get("source"), "source", 512)),
-        _text(get("model"), "model") or "unknown",
+        sender.auth_index,
+        sender.source,
+        sender.model,
         *usage[:4],
         _number(get("latency_ms"), "latency_ms"),
         failed,
         *usage[4:],
         _number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status,
-        reason if failed else None,
+        failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
         _text(get("request_id"), "request_id", 64) or None,
-        provider,
-        _text(get("endpoint"), "endpoint"),
-        _text(get("auth_type"), "auth_type", 32),
-        _text(get("alias"), "alias"),
-        _text(get("reasoning_effort"), "reasoning_effort", 32),
-        _text(get("service_tier"), "service_tier", 32),
-        mask_key(_text(get("api_key"), "api_key", 512)),
+        *sender[3:],
         "" if failed or not quota_headers else quota_headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers,
+    )
+
+
+class _Sender(NamedTuple):
+    """Hold what repeats from event to event, cleaned and masked."""
+
+    auth_index: str | None
+    source: str
+    model: str
+    provider: str
+    endpoint: str
+    auth_type: str
+    alias: str
+    reasoning_effort: str
+    service_tier: str
+    api_key: str
+
+
+_senders: dict[tuple[Any, ...], _Sender] = {}
+
+
+def _sender(content: Mapping[str, Any]) -> _Sender:
+    """Clean and mask what an event says of its sender, once for all events that say the same."""
+    said = tuple(map(content.get, _Sender._fields))
+    try:
+        return _senders[said]
+    except KeyError:
+        sender = _read_sender(*said)
+    except TypeError:  # a list or an object, where a text belongs
+        return _read_sender(*said)
+    # Texts alone are looked up safely: 1 and true are equal as keys. Long ones are not worth their memory.
+    repeats = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in said)
+    return remember(_senders, said, sender) if repeats else sender
+
+
+def _read_sender(
+    auth_index: Any,
+    source: Any,
+    model: Any,
+    provider: Any,
+    endpoint: Any,
+    auth_type: Any,
+    alias: Any,
+    reasoning_effort: Any,
+    service_tier: Any,
+    api_key: Any,
+) -> _Sender:
+    return _Sender(
+        _auth_index(auth_index),
+        _mask_source(_text(source, "source", 512)),
+        _text(model, "model") or "unknown",
+        _text(provider, "provider").lower(),
+        _text(endpoint, "endpoint"),
+        _text(auth_type, "auth_type", 32),
+        _text(alias, "alias"),
+        _text(reasoning_effort, "reasoning_effort", 32),
+        _text(service_tier, "service_tier", 32),
+        mask_key(_text(api_key, "api_key", 512)),
     )
 
 
@@ -903,7 +954,7 @@ def _usage(content: dict[str, Any], provider: str) -> _Usage:
         return (None,) * 6
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    counts = {name: _number(tokens.get(name), f"tokens.{name}") for name in _TOKEN_NAMES}
+    counts = tuple(map(_number, map(tokens.get, _TOKEN_NAMES), _TOKEN_LABELS))
     if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
         return _claude_usage(counts)
     return _inclusive_usage(counts, thoughts_apart=provider in _THOUGHTS_APART)
@@ -913,26 +964,25 @@ _TOKEN_NAMES = (
     "input_tokens",
     "output_tokens",
     "reasoning_tokens",
-    "cached_tokens",
     "total_tokens",
+    "cached_tokens",
     "cache_read_tokens",
     "cache_creation_tokens",
 )
+_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _TOKEN_NAMES)
 
 
 def _breakdown_usage(breakdown: dict[str, Any]) -> _Usage:
     into, out = breakdown["input"], breakdown["output"]
-    return tuple(
-        _number(part[name], name)
-        for part, name in (
-            (into, "total_tokens"),
-            (out, "total_tokens"),
-            (out, "reasoning_tokens"),
-            (breakdown, "total_tokens"),
-            (into, "cache_read_tokens"),
-            (into, "cache_write_tokens"),
-        )
+    counts = (
+        into["total_tokens"],
+        out["total_tokens"],
+        out["reasoning_tokens"],
+        breakdown["total_tokens"],
+        into["cache_read_tokens"],
+        into["cache_write_tokens"],
     )
+    return tuple(_number(count, "token_breakdown") for count in counts)
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -941,27 +991,24 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(counts: dict[str, int | None]) -> _Usage:
+def _claude_usage(counts: _Usage) -> _Usage:
     """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    sent_input, output, total = counts["input_tokens"], counts["output_tokens"], counts["total_tokens"]
-    written = counts["cache_creation_tokens"]
-    # Before v7.0.3 there is only cached_tokens; since then that repeats the writes where nothing was read.
-    read = counts["cached_tokens"] if counts["cache_read_tokens"] is None else counts["cache_read_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
+    if read is None:  # before v7.0.3; since then cached_tokens repeats the writes where nothing was read
+        read = cached
     whole_input = None if sent_input is None else _sum(sent_input, read, written)
     if not total or total == _sum(sent_input, output):
         total = _sum(whole_input, output)
-    return whole_input, output, counts["reasoning_tokens"], total, read, written
+    return whole_input, output, reasoning, total, read, written
 
 
-def _inclusive_usage(counts: dict[str, int | None], thoughts_apart: bool) -> _Usage:
+def _inclusive_usage(counts: _Usage, thoughts_apart: bool) -> _Usage:
     """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
-    output, reasoning = counts["output_tokens"], counts["reasoning_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
     if thoughts_apart and output is not None:
         output = _sum(output, reasoning)
-    total = counts["total_tokens"] or _sum(counts["input_tokens"], output)
     # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    cached = counts["cache_read_tokens"] or counts["cached_tokens"]
-    return counts["input_tokens"], output, reasoning, total, cached, counts["cache_creation_tokens"]
+    return sent_input, output, reasoning, total or _sum(sent_input, output), read or cached, written
 
 
 _SECRETS = re.compile(
@@ -979,14 +1026,13 @@ def without_secrets(text: str, limit: int = 160) -> str:
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
-def _failure(fail: Any) -> tuple[int | None, str | None]:
-    """Give (HTTP status, short reason) of ``fail``; never its free body, which can echo a prompt."""
+def _status_of(fail: Any) -> int | None:
+    """Give the HTTP status of ``fail``; 0 stands for none."""
     if fail is None:
-        return None, None
+        return None
     if not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    status = _number(fail.get("status_code"), "fail.status_code") or None
-    return status, failure_reason(status, fail.get("body"))
+    return _number(fail.get("status_code"), "fail.status_code") or None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
@@ -1211,6 +1257,44 @@ SUM_NAMES = (
     "total_tokens",
 )
 
+# The columns of an event that SUM_NAMES counts, after the event itself.
+_counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES[1:]))
+
+
+class _RollUp(NamedTuple):
+    """Hold a table of sums: the seconds of its buckets, what it keeps apart, and where a cell's sums go in it.
+
+    A cell is the finest there is: (15-minute bucket, identity, model).
+    """
+
+    table: str
+    seconds: int
+    keys: tuple[str, ...]
+    key_of: Callable[[int, int, int], tuple[int, ...]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the columns that are unique together."""
+        return ("bucket", *self.keys)
+
+
+_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, identity, model: (bucket,))
+_BY_ACCOUNT = _RollUp(
+    "usage_by_account", BUCKET_S, ("identity_id",), lambda bucket, identity, model: (bucket, identity)
+)
+_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, ("model_id",), lambda bucket, identity, model: (bucket, model))
+_BOTH_KEYS = ("identity_id", "model_id")
+_BY_HOUR = _RollUp("usage_by_hour", 3600, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 4, identity, model))
+_BY_DAY = _RollUp("usage_by_day", 86400, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 96, identity, model))
+_ROLL_UPS = (_BY_TIME, _BY_ACCOUNT, _BY_MODEL, _BY_HOUR, _BY_DAY)
+# What a question has to keep apart or to narrow down decides where its sums are; the edges are left to the next.
+_LEVELS = {
+    (): (_BY_TIME,),
+    ("identity_id",): (_BY_DAY, _BY_ACCOUNT),
+    ("model_id",): (_BY_DAY, _BY_MODEL),
+    _BOTH_KEYS: (_BY_DAY, _BY_HOUR),
+}
+
 _ORIGINAL_COLUMNS = {
     "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
     "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER",
@@ -1235,10 +1319,6 @@ _OWN_TABLES = (
     "endpoint TEXT NOT NULL, auth_type TEXT NOT NULL, alias TEXT NOT NULL, reasoning_effort TEXT NOT NULL, "
     "service_tier TEXT NOT NULL, api_key TEXT NOT NULL, "
     "UNIQUE(identity_id, provider, endpoint, auth_type, alias, reasoning_effort, service_tier, api_key))",
-    "CREATE TABLE usage_by_account(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, {sums}, "
-    "PRIMARY KEY(bucket, identity_id)) WITHOUT ROWID",
-    "CREATE TABLE usage_by_model(bucket INTEGER NOT NULL, model_id INTEGER NOT NULL, {sums}, "
-    "PRIMARY KEY(bucket, model_id)) WITHOUT ROWID",
     "CREATE TABLE rejected_events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, reason TEXT, length INTEGER, "
     "event TEXT)",
     "CREATE TABLE outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL)",
@@ -1267,9 +1347,12 @@ def _step_original_tables(db) -> None:
 def _step_own_tables(db) -> None:
     for table, columns in _OWN_COLUMNS.items():
         _add_columns(db, table, columns)
-    sums = ", ".join(f"{name} INTEGER NOT NULL" for name in SUM_NAMES)
     for statement in _OWN_TABLES:
-        db.execute(statement.format(sums=sums))
+        db.execute(statement)
+    for roll_up in _ROLL_UPS:
+        columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
+        keys = ", ".join(roll_up.columns)
+        db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
     if not _has_time_index(db):
         db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
     last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
@@ -1288,12 +1371,52 @@ def _has_time_index(db) -> bool:
     return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
 
 
+def _step_losses(db) -> None:
+    _add_columns(db, "outages", "lost INTEGER")
+
+
 def _put_meta(db, key: str, value: Any) -> None:
     db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
 
 
-def _step_losses(db) -> None:
-    _add_columns(db, "outages", "lost INTEGER")
+def _find_or_add(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = {}) -> int:
+    """Give the id of a row by what is unique of it, added with ``more`` where there is none."""
+    where = " AND ".join(f"{name} = ?" for name in unique)
+    row = db.execute(f"SELECT id FROM {table} WHERE {where}", tuple(unique.values())).fetchone()
+    if row is not None:
+        return row[0]
+    values = {**unique, **more}
+    columns, marks = ", ".join(values), ", ".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
+
+
+_Sums = Tuple[int, ...]
+
+
+def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int], _Sums]) -> list[_Sums]:
+    """Add up rows of (bucket, identity, model, sums …) that have one key; gives rows of (key …, sums …)."""
+    groups: dict[_Sums, list[_Sums]] = {}
+    for row in rows:
+        groups.setdefault(key_of(*row[:3]), []).append(row[3:])
+    return [(*key, *map(sum, zip(*members))) for key, members in groups.items()]
+
+
+def _roll_up(db, cells: Iterable[_Sums]) -> None:
+    """Add cells to every roll-up."""
+    cells = list(cells)
+    for roll_up in _ROLL_UPS:
+        db.executemany(_ADD_TO[roll_up], _cells(cells, roll_up.key_of))
+
+
+def _statement_of(roll_up: _RollUp) -> str:
+    columns, keys = (*roll_up.columns, *SUM_NAMES), ", ".join(roll_up.columns)
+    return (
+        f"INSERT INTO {roll_up.table}({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+    )
+
+
+_ADD_TO = {roll_up: _statement_of(roll_up) for roll_up in _ROLL_UPS}
 
 
 def _step_quota_calls(db) -> None:
@@ -1323,18 +1446,10 @@ _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
-_ADD_SUMS = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUM_NAMES)
-_ROLL_UP_BY_ACCOUNT = (
-    f"INSERT INTO usage_by_account(bucket, identity_id, {', '.join(SUM_NAMES)}) "
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, {_EVENT_SUMS} FROM {_EVENTS} "
-    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
-    f"ON CONFLICT(bucket, identity_id) DO UPDATE SET {_ADD_SUMS}"
-)
-_ROLL_UP_BY_MODEL = (
-    f"INSERT INTO usage_by_model(bucket, model_id, {', '.join(SUM_NAMES)}) "
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, m.id AS i, {_EVENT_SUMS} FROM events e "
-    f"JOIN models m ON m.name = {_MODEL_OF} WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
-    f"ON CONFLICT(bucket, model_id) DO UPDATE SET {_ADD_SUMS}"
+_CELLS_OF_ROWS = (
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_EVENT_SUMS} "
+    f"FROM {_EVENTS} JOIN models m ON m.name = {_MODEL_OF} "
+    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id"
 )
 _EVENT_COLUMNS = Event._fields[:17]
 _INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
@@ -1385,6 +1500,21 @@ class QuotaCall(NamedTuple):
     parked: str | None = None
 
 
+class _Ids(NamedTuple):
+    """Hold the ids of what an event has in common with others."""
+
+    identity_id: int
+    context_id: int
+    model_id: int
+
+
+def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
+    """Give what a batch's events of one identity tell of it, as _TOUCH_IDENTITY takes it."""
+    times = [event.ts_epoch for event in events]
+    provider, plan = (next(filter(None, values), "") for values in zip(*((e.provider, e.plan) for e in events[::-1])))
+    return min(times), max(times), provider, plan, plan, identity_id
+
+
 class Store:
     """Keep events, roll-ups and quota readings in one SQLite file; the only place with SQL.
 
@@ -1399,8 +1529,7 @@ class Store:
         self.changes = 0
         self._sqlite = sqlite3
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
-        self._identity_ids: dict[tuple[str, str], int] = {}
-        self._context_ids: dict[tuple[Any, ...], int] = {}
+        self._ids: dict[tuple[Any, ...], _Ids] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._identity_changes = 0
         try:
@@ -1458,8 +1587,7 @@ class Store:
         return _Transaction(self, self._reader, self._read_lock, "BEGIN", "ROLLBACK")
 
     def _forget_caches(self) -> None:
-        self._identity_ids.clear()
-        self._context_ids.clear()
+        self._ids.clear()
 
     # Writing
 
@@ -1488,65 +1616,31 @@ class Store:
         return True
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
-        last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
-        rows, seen = [], {}
+        rows, counted, by_identity = [], [], {}
         for event in events:
-            identity_id = self._identity_id(db, event)
-            rows.append(event[:17] + (self._context_id(db, identity_id, event[17:24]),))
-            first_at, last_at, provider, plan = seen.get(identity_id, (event.ts_epoch, event.ts_epoch, "", ""))
-            seen[identity_id] = (
-                min(first_at, event.ts_epoch),
-                max(last_at, event.ts_epoch),
-                event.provider or provider,
-                event.plan or plan,
-            )
+            ids = self._ids.get(event[2:5] + event[17:24]) or self._find_ids(db, event)
+            rows.append((*event[:17], ids.context_id))
+            sums = _counted(event)
+            if None in sums:
+                sums = tuple(number or 0 for number in sums)
+            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, 1, *sums))
+            by_identity.setdefault(ids.identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
-        db.executemany(
-            _TOUCH_IDENTITY,
-            [(first, last, provider, plan, plan, key) for key, (first, last, provider, plan) in seen.items()],
-        )
+        db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         self._identity_changes += 1
-        self._roll_up(db, last_id + 1, last_id + len(rows))
+        _roll_up(db, _cells(counted, lambda *key: key))
 
-    def _identity_id(self, db, event: Event) -> int:
-        key = (event.auth_index or "", event.source)
-        known = self._identity_ids.get(key)
-        if known is None:
-            db.execute(
-                "INSERT INTO identities(auth_index, source, provider, plan, first_at, last_at) "
-                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(auth_index, source) DO NOTHING",
-                (*key, event.provider, event.plan, event.ts_epoch, event.ts_epoch),
-            )
-            found = db.execute("SELECT id FROM identities WHERE auth_index = ? AND source = ?", key)
-            known = self._identity_ids[key] = found.fetchone()[0]
-        return known
-
-    def _context_id(self, db, identity_id: int, context: tuple[str, ...]) -> int:
-        key = (identity_id, *context)
-        known = self._context_ids.get(key)
-        if known is None:
-            columns = ("identity_id", *_CONTEXT_COLUMNS)
-            db.execute(
-                f"INSERT INTO contexts({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-                f"ON CONFLICT({', '.join(columns)}) DO NOTHING",
-                key,
-            )
-            found = db.execute(
-                f"SELECT id FROM contexts WHERE {' AND '.join(f'{column} = ?' for column in columns)}", key
-            )
-            known = self._context_ids[key] = found.fetchone()[0]
-        return known
-
-    @staticmethod
-    def _roll_up(db, first_id: int, last_id: int) -> None:
-        ids = (first_id, last_id)
-        db.execute(
-            f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
-            "ON CONFLICT(name) DO NOTHING",
-            ids,
+    def _find_ids(self, db, event: Event) -> _Ids:
+        identity = {"auth_index": event.auth_index or "", "source": event.source}
+        times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
+        identity_id = _find_or_add(db, "identities", identity, times)
+        context = dict(zip(_CONTEXT_COLUMNS, event[17:24]))
+        ids = _Ids(
+            identity_id,
+            _find_or_add(db, "contexts", {"identity_id": identity_id, **context}),
+            _find_or_add(db, "models", {"name": event.model}),
         )
-        db.execute(_ROLL_UP_BY_ACCOUNT, ids)
-        db.execute(_ROLL_UP_BY_MODEL, ids)
+        return remember(self._ids, event[2:5] + event[17:24], ids)
 
     @staticmethod
     def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
@@ -1580,7 +1674,12 @@ class Store:
                 "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
                 ids,
             )
-            self._roll_up(db, *ids)
+            db.execute(
+                f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
+                "ON CONFLICT(name) DO NOTHING",
+                ids,
+            )
+            _roll_up(db, db.execute(_CELLS_OF_ROWS, ids))
             counts = dict(self._counts)
             counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[0]
             self._put_counts(db, counts)
@@ -1764,7 +1863,7 @@ class Store:
             low, high = db.execute(
                 "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_model").fetchone()[0]
+            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
@@ -1777,17 +1876,18 @@ class Store:
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
         window = window or Window(float("-inf"), float("inf"))
-        at, row_id = before or (window.end, 0)
+        end, row_id = before or (window.end, 0)
         with self._read() as db:
             accounts = self._accounts_in(db)
-            where, values = _event_conditions(filters, accounts)
-            rows = db.execute(
-                f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
-                "LEFT JOIN identities i ON i.id = c.identity_id "
-                f"WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){where} "
-                "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?",
-                (window.start, at, at, row_id, *values, limit),
-            ).fetchall()
+            condition, values = _event_conditions(filters, accounts)
+            rows: list[Any] = []
+            spans = [window] if self._adopting_in(db) else _spans_to_search(db, window, end, filters, accounts)
+            for span in spans:
+                stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
+                bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
+                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                if len(rows) >= limit:
+                    break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
@@ -1953,12 +2053,18 @@ class Store:
                 f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,)
             ).fetchone()
             faults = []
-            for table in ("usage_by_account", "usage_by_model"):
-                sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-                rolled = db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (floor,)).fetchone()
-                if rolled != tuple(value or 0 for value in rows):
+            for table in ("usage_by_time", "usage_by_account", "usage_by_model"):
+                if _sums_in(db, table, floor) != tuple(value or 0 for value in rows):
                     faults.append(f"{table} does not add up to the events")
+            for table in ("usage_by_hour", "usage_by_day"):
+                if _sums_in(db, table) != _sums_in(db, "usage_by_time"):
+                    faults.append(f"{table} does not add up to the 15-minute sums")
         return faults
+
+
+def _sums_in(db, table: str, from_bucket: int = 0) -> tuple[int, ...]:
+    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
+    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
 
 
 class _Transaction:
@@ -2090,6 +2196,30 @@ _REQUEST_COLUMNS = ", ".join(
 )
 
 
+_LIST_EVENTS = (
+    f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
+    "LEFT JOIN identities i ON i.id = c.identity_id "
+    "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
+    "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
+)
+
+
+def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
+    """Name the spans that hold what the filters ask for, newest first, so that no others are read."""
+    if filters._replace(text=None) == _NO_FILTERS:
+        yield window
+        return
+    roll_up = _levels_for(filters.account is not None, filters.model is not None)[-1]
+    condition, values = _roll_up_conditions(filters, accounts)
+    buckets = db.execute(
+        f"SELECT DISTINCT r.bucket FROM {roll_up.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
+        "ORDER BY r.bucket DESC",
+        (window.start / roll_up.seconds - 1, end / roll_up.seconds, *values),
+    )
+    for (bucket,) in buckets:
+        yield Window(bucket * roll_up.seconds, (bucket + 1) * roll_up.seconds)
+
+
 def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     *values, shown_index, identity_id, sent_index = row
     request = dict(zip(_REQUEST_NAMES, values))
@@ -2145,39 +2275,44 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
     return "".join(f" AND {part}" for part in parts), values
 
 
+def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
+    """Write the filters as SQL conditions on a roll-up ``r``: which buckets have anything to do with them."""
+    parts, values = [], []
+    if filters.account is not None:
+        ids = ", ".join(map(str, _account_ids(filters.account, accounts)))
+        parts.append(f"r.identity_id IN ({ids})")
+    if filters.model is not None:
+        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
+        values.append(filters.model)
+    if filters.status is not None:
+        parts.append("r.failed > 0" if filters.status == "failed" else "r.requests > r.failed")
+    return "".join(f" AND {part}" for part in parts), values
+
+
+def _levels_for(by_account: bool, by_model: bool) -> Sequence[_RollUp]:
+    return _LEVELS[tuple(key for key, needed in zip(_BOTH_KEYS, (by_account, by_model)) if needed)]
+
+
 class _UsagePlan:
-    """Choose for one question between a roll-up with its cut edges from the rows, and the rows alone."""
+    """Choose for one question between the roll-ups, with their cut edges from the rows, and the rows alone."""
 
     def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
-        self._window, self._filters, self._rows_only = window, filters, rows_only
-        self._account_ids = None if filters.account is None else _account_ids(filters.account, accounts)
+        self._window, self._filters = window, filters
+        self._rows_only = rows_only or filters.status is not None  # no roll-up tells the tokens of failed ones apart
         self._conditions = _event_conditions(filters, accounts)
-        # Below the floor single events were deleted, so a cut bucket counts whole there.
-        self._first = _bucket_at(window.start, up=window.start >= floor * BUCKET_S)
-        self._last = _bucket_at(window.end, up=window.end < floor * BUCKET_S)
+        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
+        self._floor_at = floor * BUCKET_S
 
     def sums(self, db, group: str, bucket_s: int = BUCKET_S, offset_s: int = 0) -> dict[Any, tuple[int, ...]]:
         """Sum up by ``bucket``, ``model`` or ``account``; keys are local bucket numbers, names or identities."""
-        row_keys = {
-            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
-            "model": _MODEL_OF,
-            "account": _IDENTITY_OF,
-        }
+        levels = self._levels(group, bucket_s, offset_s)
         parts, values = [], []
-        table = self._roll_up_for(group, bucket_s)
-        spans = [(self._window.start, self._window.end)]
-        if table and self._first < self._last:
-            part, bound = self._roll_up_part(table, group, bucket_s, offset_s)
+        for roll_up, start, end in self._spans(levels, self._window.start, self._window.end):
+            if roll_up is None:
+                part, bound = self._rows_part(group, bucket_s, offset_s)
+            else:
+                part, bound = self._roll_up_part(roll_up, group, bucket_s, offset_s)
             parts.append(part)
-            values += bound
-            edges = (self._window.start, self._first * BUCKET_S), (self._last * BUCKET_S, self._window.end)
-            spans = [span for span in edges if span[0] < span[1]]
-        where, bound = self._conditions
-        for start, end in spans:
-            parts.append(
-                f"SELECT {row_keys[group]} AS k, {_EVENT_SUMS} FROM {_EVENTS} "
-                f"WHERE e.ts_epoch >= ? AND e.ts_epoch < ?{where} GROUP BY k"
-            )
             values += [start, end, *bound]
         if not parts:
             return {}
@@ -2185,41 +2320,60 @@ class _UsagePlan:
         rows = db.execute(f"SELECT k, {sums} FROM ({' UNION ALL '.join(parts)}) GROUP BY k", values)
         return {row[0]: tuple(row[1:]) for row in rows}
 
-    def _roll_up_for(self, group: str, bucket_s: int) -> str | None:
-        """Name the roll-up that can answer; it knows its own dimension and time, and nothing of a status."""
+    def _levels(self, group: str, bucket_s: int, offset_s: int) -> list[_RollUp]:
+        """Name the roll-ups that can answer, the coarsest first."""
+        if self._rows_only:
+            return []
         filters = self._filters
-        if self._rows_only or filters.status is not None or (group == "bucket" and bucket_s % BUCKET_S):
-            return None
-        if group != "account" and filters.account is None:
-            return "usage_by_model"
-        if group != "model" and filters.model is None:
-            return "usage_by_account"
-        return None
+        levels = _levels_for(
+            group == "account" or filters.account is not None, group == "model" or filters.model is not None
+        )
+        if group != "bucket":
+            return list(levels)
+        return [one for one in levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]
 
-    def _roll_up_part(self, table: str, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
-        by_model = table == "usage_by_model"
-        keys = {
-            "bucket": f"(r.bucket * {BUCKET_S} + {offset_s}) / {bucket_s}",
-            "model": "m.name",
-            "account": "r.identity_id",
-        }
-        source = f"{table} r JOIN models m ON m.id = r.model_id" if by_model else f"{table} r"
-        where, values = "r.bucket >= ? AND r.bucket < ?", [self._first, self._last]
-        if by_model and self._filters.model is not None:
-            where += " AND m.name = ?"
-            values.append(self._filters.model)
-        if not by_model and self._account_ids is not None:
-            where += f" AND r.identity_id IN ({', '.join(map(str, self._account_ids))})"
+    def _spans(
+        self, levels: Sequence[_RollUp], start: float, end: float
+    ) -> Iterable[tuple[_RollUp | None, float, float]]:
+        """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows at the edges."""
+        if not levels:
+            if start < end:
+                yield None, start, end
+            return
+        roll_up, finer = levels[0], levels[1:]
+        first, last = -int(-start // roll_up.seconds), int(end // roll_up.seconds)
+        if not finer:  # below the floor single events were deleted, so a cut bucket counts whole there
+            if start < self._floor_at:
+                first = int(start // roll_up.seconds)
+            if end % roll_up.seconds and last * roll_up.seconds < self._floor_at:
+                last += 1
+        if first >= last:
+            yield from self._spans(finer, start, end)
+            return
+        yield from self._spans(finer, start, first * roll_up.seconds)
+        yield roll_up, first, last
+        yield from self._spans(finer, last * roll_up.seconds, end)
+
+    def _rows_part(self, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
+        key = {
+            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
+            "model": _MODEL_OF,
+            "account": _IDENTITY_OF,
+        }[group]
+        where, values = self._conditions
+        condition = f"e.ts_epoch >= ? AND e.ts_epoch < ?{where}"
+        return f"SELECT {key} AS k, {_EVENT_SUMS} FROM {_EVENTS} WHERE {condition} GROUP BY k", values
+
+    def _roll_up_part(self, roll_up: _RollUp, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
+        key, grouped = {
+            "bucket": (f"(r.bucket * {roll_up.seconds} + {offset_s}) / {bucket_s}", "k"),
+            "model": ("(SELECT name FROM models WHERE id = r.model_id)", "r.model_id"),
+            "account": ("r.identity_id", "k"),
+        }[group]
+        condition, values = self._roll_up_conditions
         sums = ", ".join(f"SUM(r.{name}) AS {name}" for name in SUM_NAMES)
-        return f"SELECT {keys[group]} AS k, {sums} FROM {source} WHERE {where} GROUP BY k", values
-
-
-def _bucket_at(at: float, up: bool) -> int:
-    """Give the number of the bucket that begins at or before ``at``, or with ``up`` at or after it."""
-    if at in (float("inf"), float("-inf")):
-        return 2**40 if at > 0 else 0
-    number = int(at // BUCKET_S)
-    return number + 1 if up and number * BUCKET_S < at else number
+        where = f"r.bucket >= ? AND r.bucket < ?{condition}"
+        return f"SELECT {key} AS k, {sums} FROM {roll_up.table} r WHERE {where} GROUP BY {grouped}", values
 
 
 # ------------------------------------------------------------------ quota
@@ -4567,13 +4721,22 @@ def make_answer(body: bytes, etag: str | None, content_type: str, level: int) ->
     return Answer(etag, body, zipped, content_type)
 
 
+class _Question:
+    """Hold the last answer to one question, and the lock under which it is made."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.answer: Answer | None = None
+        self.begun_at = 0.0
+
+
 class Answers:
     """Answer equal questions once: an answer is kept while the data and the minute are the same."""
 
     def __init__(self, app: App, kept: int = 64):
         self._app, self._kept = app, kept
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, str], Answer] = {}
+        self._questions: dict[tuple[Any, ...], _Question] = {}
         self._run = os.urandom(4).hex()
 
     def etag(self, path: str, query: Query) -> str | None:
@@ -4585,19 +4748,29 @@ class Answers:
         return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
 
     def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it."""
+        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
+
+        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
+        """
         if ROUTES[path].version is None:
             return self._make(path, query, None)
+        asked_at = time.monotonic()
+        question = self._question((path, *sorted(query.items())))
+        with question.lock:
+            etag = self.etag(path, query)
+            answer = question.answer
+            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
+                question.begun_at = time.monotonic()
+                answer = question.answer = self._make(path, query, etag)
+            return answer
+
+    def _question(self, key: tuple[Any, ...]) -> _Question:
         with self._lock:
-            etag, key = self.etag(path, query), (path, json.dumps(sorted(query.items())))
-            known = self._known.get(key)
-            if known is None or known.etag != etag:
-                known = self._make(path, query, etag)
-                self._known.pop(key, None)
-                self._known[key] = known
-                while len(self._known) > self._kept:
-                    del self._known[next(iter(self._known))]
-            return known
+            question = self._questions.pop(key, None) or _Question()
+            self._questions[key] = question
+            if len(self._questions) > self._kept:
+                del self._questions[next(iter(self._questions))]
+            return question
 
     def _make(self, path: str, query: Query, etag: str | None) -> Answer:
         return json_answer(ROUTES[path].answer(self._app, query), etag)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
+import itertools
 import json
 import socket
 import sqlite3
@@ -307,6 +308,84 @@ def test_unchanged_answer_is_304_without_a_query_and_a_new_event_changes_it(site
     next_tag = changed.headers["ETag"]
     site.now += 60
     assert site.ask("/api/summary?range=24h", If_None_Match=next_tag)[0].status == 200
+
+
+class Held:
+    """A clock that the thread named "held" waits for until `go` is set; from then on each look is a minute later."""
+
+    def __init__(self):
+        self.waits, self.go = threading.Event(), threading.Event()
+        self._minutes = itertools.count(1)
+
+    def __call__(self):
+        if threading.current_thread().name == "held":
+            self.waits.set()
+            self.go.wait(10)
+        return NOW + (60 * next(self._minutes) if self.go.is_set() else 0)
+
+
+class Announced(dict):
+    """A query that tells when it is looked at."""
+
+    def __init__(self, seen, **values):
+        super().__init__(values)
+        self._seen = seen
+
+    def items(self):
+        self._seen.release()
+        return super().items()
+
+
+@pytest.fixture
+def held(site):
+    """Answers of which one to a summary is being made and is held up."""
+    clock = Held()
+    answers = app.Answers(app.App(site.config, site.store, site.refresher, lambda: dict(site.status), clock=clock))
+    made = []
+    thread = threading.Thread(target=lambda: made.append(answers.get("/api/summary", {"range": "7d"})), name="held")
+    thread.start()
+    assert clock.waits.wait(10)
+    yield answers, clock, thread, made
+    clock.go.set()
+    thread.join()
+
+
+def test_question_does_not_wait_for_the_answer_to_another(held):
+    answers, _, _, made = held
+    for path, query in (("/api/summary", {"range": "24h"}), ("/api/requests", {}), ("/api/health", {})):
+        assert answers.get(path, query).body
+    assert made == []
+
+
+def test_equal_questions_at_the_same_time_are_answered_once_while_events_stream_in(site, held):
+    answers, clock, thread, _ = held
+    seen, shared = threading.Semaphore(0), []
+    put(site.store, at(1))
+    asking = [
+        threading.Thread(target=lambda: shared.append(answers.get("/api/summary", Announced(seen, range="7d"))))
+        for _ in range(7)
+    ]
+    for one in asking:
+        one.start()
+    assert all(seen.acquire(timeout=10) for _ in asking)
+    clock.go.set()
+    for one in (thread, *asking):
+        one.join()
+    assert len({id(answer) for answer in shared}) == 1
+    assert json.loads(shared[0].body)["summary"]["requests"] == 1
+    put(site.store, at(1))
+    assert json.loads(answers.get("/api/summary", {"range": "7d"}).body)["summary"]["requests"] == 2
+
+
+def test_page_load_takes_a_handful_of_queries(site):
+    put(site.store, at(1), at(2))
+    statements = []
+    site.store._reader.set_trace_callback(statements.append)
+    for path in ("/api/summary?range=7d", "/api/requests?limit=100&range=7d", "/api/quota", "/api/health"):
+        site.json(path)
+    site.store._reader.set_trace_callback(None)
+    assert 5 < len([one for one in statements if one.startswith("SELECT")]) <= 16
+    assert statements.count("BEGIN") == statements.count("ROLLBACK") > 0  # no reader keeps a transaction open
 
 
 def test_answer_is_compressed_where_the_client_takes_it(site):
