@@ -2078,6 +2078,7 @@ class _Transaction:
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
+            self._forget_pages()
             self._lock.release()
             raise StoreError(_store_reason(self._store.path, error)) from error
         return self._db
@@ -2094,6 +2095,8 @@ class _Transaction:
                 self._store._forget_caches()  # ids of rows that were rolled back
             if self._db.in_transaction:
                 self._roll_back()
+            if isinstance(error, sqlite_error):
+                self._forget_pages()
             self._lock.release()
         if isinstance(error, sqlite_error):
             raise StoreError(_store_reason(self._store.path, error)) from error
@@ -2103,6 +2106,13 @@ class _Transaction:
             self._db.execute("ROLLBACK")
         except self._store._sqlite.Error:
             pass  # SQLite has rolled back by itself, as it does on a full disk
+
+    def _forget_pages(self) -> None:
+        """Have the file read anew next time: SQLite would keep the pages of a damaged one after it was mended."""
+        try:
+            self._db.execute("PRAGMA shrink_memory")
+        except self._store._sqlite.Error:
+            pass  # closed, or damaged beyond even that
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -3167,6 +3177,7 @@ _REFUSALS = ("wrong_password", "no_password")
 _NOT_THERE = ("refused", "unreachable")
 _RECORDING = ("recording", "waiting", "publishing_off")
 _BATCH_FIRST, _BATCH_LARGEST = 16, 500
+_POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
 PROXY_PORT = 8317
 
 
@@ -3263,6 +3274,13 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _merged(batches: Sequence[Parsed]) -> Parsed:
+    """Make one batch of several, in their order."""
+    events = [event for batch in batches for event in batch.events]
+    rejects = [reject for batch in batches for reject in batch.rejects]
+    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
+
+
 def _batch_of_json(content: Any) -> tuple[int, Parsed]:
     sequence, names, events, rejects, ignored = content
     rows = [_event_of_names(dict(zip(names, row))) for row in events]
@@ -3340,14 +3358,14 @@ class PopSource:
     """Take values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
 
     mode = "pop"
+    largest_batch = _POPS_IN_FLIGHT
+    unread = 0
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
         self._client: RespClient | None = None
-        self.asked = 0
         self._early: list[Any] = []
-        self._broken: QueueFault | None = None
         self.is_proxy = False
         self.list_length: int | None = None
 
@@ -3380,37 +3398,31 @@ class PopSource:
         if reply is not None:
             self._early.append(reply)
 
-    def ask(self, count: int) -> None:
-        """Send so many pops without waiting for their replies; a broken connection is told by take().
+    def take(self, count: int) -> Handed:
+        """Send so many pops and read their replies.
 
-        It must not be raised here: the caller may hold values that are not stored yet.
+        The whole ones count, also where the connection breaks behind them or an error stands between them.
         """
         assert self._client is not None
+        values, self._early, empty, fault = self._early, [], False, None
         try:
             self._client.send(self._pop * count)
-        except QueueFault as fault:
-            self._broken = fault
-            return
-        self.asked += count
-
-    def take(self) -> Handed:
-        """Read the replies asked for; the whole ones count even where the connection breaks behind them."""
-        assert self._client is not None
-        values, self._early, empty = self._early, [], False
-        while self.asked:
-            try:
+            for _ in range(count):
                 reply = self._client.receive()
-            except QueueFault as fault:
-                self.asked = 0
-                return Handed(values, False, fault)
-            self.asked -= 1
-            if isinstance(reply, ErrorReply):
-                return Handed(values, False, _fault_of_reply(reply, during_auth=False))
-            if reply is None:
-                empty = True
-            else:
-                values.append(reply)
-        return Handed(values, not empty and self._broken is None, self._broken)
+                if isinstance(reply, ErrorReply):
+                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                elif reply is None:
+                    empty = True
+                else:
+                    values.append(reply)
+        except QueueFault as broken:
+            fault = fault or broken
+        return Handed(values, not empty and fault is None, fault)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left, self._early = self._early, []
+        return left
 
     def close(self) -> None:
         """Close the connection."""
@@ -3484,26 +3496,20 @@ class HttpSource:
     """Take values off the queue by the management API, for proxies that do not speak RESP here."""
 
     mode = "http"
+    largest_batch = _BATCH_LARGEST
+    unread = 0
     is_proxy = True
     list_length: int | None = None
 
     def __init__(self, api: ProxyApi):
         self._api = api
-        self.asked = 0
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue. Raises QueueFault."""
         self._api.get("/v0/management/usage-statistics-enabled")
 
-    def ask(self, count: int) -> None:
-        """Note how many to ask for."""
-        self.asked = count
-
-    def take(self) -> Handed:
-        """Ask for them; the answer is whole or none."""
-        count, self.asked = self.asked, 0
-        if not count:
-            return Handed([], False, None)
+    def take(self, count: int) -> Handed:
+        """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
         except QueueFault as fault:
@@ -3511,6 +3517,10 @@ class HttpSource:
         if not isinstance(values, list):
             return Handed([], False, NotResp("the management API did not answer with a list"))
         return Handed(values, len(values) >= count, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken: nothing, since an answer is taken whole."""
+        return []
 
     def close(self) -> None:
         """Close the connection."""
@@ -3525,6 +3535,7 @@ class SubscribeSource:
     """
 
     mode = "subscribe"
+    largest_batch = _BATCH_LARGEST
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
@@ -3566,24 +3577,20 @@ class SubscribeSource:
                 self._inbox.put(frame[2])
 
     @property
-    def asked(self) -> int:
+    def unread(self) -> int:
         """Tell how many values have come already."""
         return 0 if self._inbox is None else self._inbox.qsize()
 
-    def ask(self, count: int) -> None:
-        """Do nothing: what comes next is sent unasked."""
-
-    def take(self) -> Handed:
+    def take(self, count: int) -> Handed:
         """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
         import queue
 
         if self._drain is not None:
-            self._drain.ask(_BATCH_LARGEST)
-            handed = self._drain.take()
+            handed = self._drain.take(min(count, self._drain.largest_batch))
             if not handed.full:
                 self._drain.close()
                 self._drain = None
-            return handed._replace(full=True) if handed.fault is None else handed
+            return handed
         values: list[Any] = []
         try:
             value = self._inbox.get(timeout=self._wait_s)
@@ -3591,12 +3598,19 @@ class SubscribeSource:
                 if isinstance(value, QueueFault):
                     return Handed(values, False, value)
                 values.append(value)
-                if len(values) >= _BATCH_LARGEST:
+                if len(values) >= count:
                     break
                 value = self._inbox.get_nowait()
         except queue.Empty:
             pass
-        return Handed(values, True, None)
+        return Handed(values, self.unread > 0, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left = [] if self._drain is None else self._drain.leave()
+        while self.unread:
+            left.append(self._inbox.get_nowait())
+        return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
         """Close both connections."""
@@ -3700,6 +3714,9 @@ class Collector:
             self._source = None
             source.close()
             self._forget_api()
+            left = source.leave()
+            if left:
+                self._hold(parse_events(left))
 
     def hurry(self) -> None:
         """Break off a wait for the other side: replies that are not here by now are given up."""
@@ -3722,30 +3739,30 @@ class Collector:
         return self.status()
 
     def _collect(self, source: Any) -> None:
-        """Pop, store and wait in turn; while a full batch is stored, the next one is on its way."""
-        count = _BATCH_FIRST
-        while source.asked or not self._stop.is_set():
-            if not source.asked:
-                source.ask(count)
-            handed = source.take()
+        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
+
+        No reply is on its way while the database is written, so that a kill or a lock then costs none.
+        """
+        goal = _BATCH_FIRST
+        while source.unread or not self._stop.is_set():
+            handed = source.take(min(goal, source.largest_batch))
             more = handed.full and handed.fault is None and not self._stop.is_set()
-            count = min(count * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
-            if more and source.mode == "pop":
-                source.ask(count)
             parsed = parse_events(handed.values)
             if handed.values:
-                self._keep(parsed)
+                self._hold(parsed)
+            if not more or self._held >= goal:
+                goal = min(goal * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
+                self._keep()
                 self._settle(source)
             if isinstance(handed.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(handed.fault), "unreachable") from handed.fault
             if handed.fault is not None:
                 raise handed.fault
             self._note_turn(bool(parsed.events or parsed.rejects))
-            if not handed.full:
+            if not handed.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _keep(self, parsed: Parsed) -> None:
-        self._hold(parsed)
+    def _keep(self) -> None:
         try:
             self._flush()
         except StoreError as error:
@@ -3755,12 +3772,12 @@ class Collector:
     def _settle(self, source: Any) -> None:
         """Bring what is pending into the database before anything more is popped.
 
-        What was asked for already is taken and spooled, so that it does not wait in a connection that may break.
+        What a subscription has heard meanwhile is spooled, so that it does not wait in memory alone.
         """
         waits, fault = Backoff(0.5, 10.0), None
         while self._pending and not self._stop.is_set():
-            if source.asked:
-                handed = source.take()
+            if source.unread:
+                handed = source.take(source.largest_batch)
                 fault = handed.fault
                 self._hold(parse_events(handed.values))
             self._stop.wait(waits.next())
@@ -3770,6 +3787,11 @@ class Collector:
                 self._enter("storage_error", str(error))
         if fault is not None:
             raise fault
+
+    @property
+    def _held(self) -> int:
+        """Count what is pending."""
+        return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
 
     def _hold(self, parsed: Parsed) -> None:
         """Write a batch to the spool; on a full disk it is held in memory alone."""
@@ -3783,15 +3805,14 @@ class Collector:
     def _flush(self) -> None:
         if not self._pending:
             return
-        while self._pending:
-            sequence, parsed = self._pending[0]
-            self._store.store_batch(parsed, sequence, self._clock())
-            self._pending.pop(0)
-            self._traffic.note(parsed.events)
-            if parsed.events:
-                newest = max(event.ts_epoch for event in parsed.events)
-                with self._lock:
-                    self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
+        sequence, parsed = self._pending[-1][0], _merged([batch for _, batch in self._pending])
+        self._store.store_batch(parsed, sequence, self._clock())
+        self._pending.clear()
+        self._traffic.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
+            with self._lock:
+                self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
         try:
             self._spool.clear()
         except OSError as error:
@@ -4807,15 +4828,16 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _HEAD_S, _SEND_S = 75.0, 10.0, 20.0
+_IDLE_S, _SEND_S = 75.0, 20.0
 _LARGEST_HEAD = 16 * 1024
 _MOST_CONNECTIONS = 128
 
 
-def make_server(host: str, port: int) -> Any:
+def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
     """Bind the port and return the server, with ``app`` and ``page`` still to be set.
 
-    Raises DashboardError that names the port. Nothing is looked up in the DNS.
+    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
+    Raises DashboardError that names the port.
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from urllib.parse import parse_qsl, urlsplit
@@ -4898,7 +4920,7 @@ def make_server(host: str, port: int) -> Any:
         def _read_head(self) -> bytes | None:
             """Read one request's head within its limits of size and time; None where the client went away."""
             self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
+            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
             while b"\r\n\r\n" not in self._received:
                 self._refuse_large(self._received)
                 left = deadline - time.monotonic()
@@ -4912,7 +4934,7 @@ def make_server(host: str, port: int) -> Any:
                 if not piece:
                     return None
                 if not self._received:
-                    deadline = time.monotonic() + _HEAD_S
+                    deadline = time.monotonic() + head_s
                 self._received += piece
             self.server.connections.busy(self.connection)
             self.connection.settimeout(_SEND_S)

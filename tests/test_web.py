@@ -5,6 +5,7 @@ import gzip
 import http.client
 import itertools
 import json
+import select
 import socket
 import sqlite3
 import threading
@@ -22,7 +23,7 @@ NOW = 1_793_534_400.0
 class Site:
     """Serve a real store on a free port; `status` is what the collector would say."""
 
-    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", **settings):
+    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", head_s=10.0, **settings):
         self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
         self.now = NOW
         self.store = app.Store(folder / "usage.db")
@@ -38,7 +39,7 @@ class Site:
             gap_s=(0, 0),
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
-        self.server = app.make_server("127.0.0.1", 0)
+        self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
         self.thread.start()
@@ -455,6 +456,47 @@ def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
     finally:
         for connection in slow:
             connection.close()
+
+
+def test_connection_limit_ends_the_one_that_has_kept_its_request_to_itself_longest():
+    connections = app._Connections()
+    pairs = [socket.socketpair() for _ in range(130)]
+    try:
+        for here, _ in pairs[:128]:
+            assert connections.add(here)
+            connections.wait(here)
+        connections.busy(pairs[0][0])  # the oldest, but its answer is being made
+        assert connections.add(pairs[128][0])
+        ended = [number for number, (_, there) in enumerate(pairs) if select.select([there], [], [], 0)[0]]
+        assert ended == [1] and pairs[1][1].recv(1) == b""
+        for here, _ in pairs[:129]:
+            connections.busy(here)
+        assert not connections.add(pairs[129][0])
+    finally:
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+def test_head_that_comes_a_byte_at_a_time_is_given_up_at_its_deadline(tmp_path):
+    site = Site(tmp_path, head_s=0.3)
+    try:
+        with socket.create_connection(("127.0.0.1", site.port), timeout=10) as slow:
+            slow.settimeout(0.02)
+            for _ in range(1000):  # never so many: 20 s go by without a deadline
+                try:
+                    slow.sendall(b"G")
+                    if slow.recv(1) == b"":
+                        break
+                except socket.timeout:
+                    continue
+                except OSError:
+                    break
+            else:
+                pytest.fail("it was never given up")
+        assert site.json("/api/health")["ok"] is True
+    finally:
+        site.close()
 
 
 @pytest.mark.parametrize(
