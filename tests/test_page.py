@@ -17,17 +17,31 @@ HOUR = 3600
 
 
 def dictionary():
-    block = re.search(r'<script type="application/json" id="i18n">(.*?)</script>', PAGE, re.S).group(1)
-    return json.loads(block)
+    """Give each word's key with its English and its Vietnamese text."""
+    block = re.search(r'<script type="text/plain" id="i18n">\n(.*?)\n</script>', PAGE, re.S).group(1)
+    return {key: texts for key, *texts in (line.split(" | ") for line in block.split("\n"))}
 
 
-def test_both_languages_have_the_same_keys_and_places():
+def test_every_word_is_there_in_both_languages_with_the_same_places():
+    block = re.search(r'id="i18n">\n(.*?)\n</script>', PAGE, re.S).group(1)
     words = dictionary()
-    assert set(words) == {"en", "vi"} and set(words["en"]) == set(words["vi"]) and len(words["en"]) > 100
-    for key, english in words["en"].items():
-        # A plural has its singular under the key with ".one"; places are {n}, {v}, …
-        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", words["vi"][key])), key
-        assert bool(words["vi"][key].strip()) == bool(english.strip()), key
+    assert len(words) == block.count("\n") + 1 > 200  # no key twice
+    for key, texts in words.items():
+        assert len(texts) == 2 and all(text.strip() for text in texts), key
+        places = [sorted(set(re.findall(r"{\w+}", text))) for text in texts]
+        assert places[0] == places[1], key
+
+
+def test_every_word_is_used_and_every_used_word_is_there():
+    script = re.search(r'<script type="module">(.*?)</script>', PAGE, re.S).group(1)
+    markup = PAGE[PAGE.index("<body") : PAGE.index('<script type="text/plain"')]
+    words = dictionary()
+    plain = set(re.findall(r"\b(?:t|plural)\('([\w.]+)'", script)) | set(re.findall(r'data-(?:t|label)="([\w.]+)"', markup))
+    assert plain <= set(words) and len(plain) > 80
+    quoted = set(re.findall(r"['`]([\w.]+)['`]", script))
+    made = set(re.findall(r"`([a-z]+(?:\.[a-z]+)*)\.\$\{", script)) | set(re.findall(r"worded\('([\w.]+)'", script))
+    for key in words:
+        assert key in plain | quoted or key.rpartition(".")[0] in made, key
 
 
 def test_page_has_no_text_outside_the_dictionary():
@@ -54,14 +68,13 @@ def test_page_keeps_its_own_rules():
     assert not re.search(r"fetch\(\s*['\"`]/", PAGE)  # relative, so that a sub-path works
 
 
-def test_every_state_of_the_program_has_words_in_both_languages():
-    words = dictionary()["en"]
+def test_every_state_of_the_program_has_words_and_a_remedy_in_both_languages():
+    words = dictionary()
     for state in app.STATE_REMEDIES:
-        assert f"state.{state}" in words and (
-            f"remedy.{state}" in words or state in ("starting", "recording", "waiting")
-        ), state
-    for state in set(app.QUOTA_MESSAGES) - {"proxy_unsupported"}:
-        assert any(key.startswith("q") and key.endswith(f".{state}") for key in words), state
+        assert f"state.{state}" in words, state
+        assert (f"remedy.{state}" in words) != (state in ("starting", "recording", "waiting")), state
+    for state in app.QUOTA_MESSAGES:
+        assert f"quota.state.{state}" in words and f"quota.fix.{state}" in words, state
 
 
 def test_page_is_small_enough_for_a_small_board():
