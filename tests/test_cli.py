@@ -165,6 +165,24 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, p
     assert running.terminate() == 0
 
 
+def test_program_reads_the_quota_from_the_requests_without_any_call(program, proxy, chatgpt):
+    events = [json.loads(line) for line in shifted() if b"X-Codex-Primary" in line]
+    for event in events:
+        ahead = {"X-Codex-Primary-Reset-At": 3600, "X-Codex-Secondary-Reset-At": 86400}
+        event["response_headers"].update({name: [str(int(time.time()) + s)] for name, s in ahead.items()})
+    proxy.push(*(json.dumps(event).encode() for event in events))
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env=chatgpt.environment)
+    running.wait_for(lambda: len(get(port, "/api/quota")["quotas"]) == 2)
+    rows = {row["email"]: row for row in get(port, "/api/quota")["quotas"]}
+    shown = {mail: (row["primary_remaining_percent"], row["secondary_remaining_percent"]) for mail, row in rows.items()}
+    assert shown == {"dev.one@example.com": (58, 83), "dev.two@example.org": (97, 39)}
+    assert {row["source"] for row in rows.values()} == {"traffic"} and chatgpt.requests == []
+    assert b"__cf_bm" not in b"".join(path.read_bytes() for path in program.folder.glob("usage.db*"))
+    assert "from a request" in program.run("quota").stdout
+    assert running.terminate() == 0
+
+
 def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(program, proxy, chatgpt):
     write_accounts(program, 1)
     chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
