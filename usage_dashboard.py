@@ -1247,6 +1247,7 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
+_LARGEST_LOG = 16 * 1024 * 1024  # bytes that the write-ahead log keeps on the disk after it was larger for once
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = (
@@ -1355,9 +1356,9 @@ def _step_own_tables(db) -> None:
         columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
         keys = ", ".join(roll_up.columns)
         db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
-    if not _has_time_index(db):
-        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
     last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
+    if not _has_time_index(db) and (last_id or 0) <= _INDEXED_AT_ONCE:
+        db.execute(_CREATE_TIME_INDEX)
     if last_id is not None:
         first_id = db.execute("SELECT MIN(id) FROM events").fetchone()[0]
         db.executemany("INSERT INTO meta VALUES (?, ?)", [("adopt_next", first_id), ("adopt_last", last_id)])
@@ -1366,6 +1367,10 @@ def _step_own_tables(db) -> None:
         "ELSE 'ok' END, NULL, ts_epoch, id FROM quota_snapshots WHERE id IN "
         "(SELECT MAX(id) FROM quota_snapshots WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
     )
+
+
+_CREATE_TIME_INDEX = "CREATE INDEX events_by_time ON events(ts_epoch)"
+_INDEXED_AT_ONCE = 100_000  # more rows would hold up the start; Store.build_index makes up for it
 
 
 def _has_time_index(db) -> bool:
@@ -1509,6 +1514,7 @@ class Store:
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
         self._ids: dict[tuple[Any, ...], _Ids] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._indexing = False
         self._identity_changes = 0
         try:
             make_private(path)
@@ -1520,6 +1526,7 @@ class Store:
             self._reader = self._connect(busy_timeout_s)
             self._reader.execute("PRAGMA query_only = ON")
             self._counts = self._read_counts()
+            self._indexed = _has_time_index(self._writer)
         except sqlite3.Error as error:
             self._writer.close()
             raise StoreError(_store_reason(path, error)) from error
@@ -1542,6 +1549,7 @@ class Store:
             )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
         for number, step in enumerate(_SCHEMA_STEPS[version:], start=version + 1):
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -1630,6 +1638,31 @@ class Store:
             "DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - ?",
             (_KEPT_REJECTS,),
         )
+
+    @property
+    def needs_index(self) -> bool:
+        """Tell whether this is a large adopted database without an index on its time."""
+        return not self._indexed
+
+    def build_index(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Index an adopted database by time, unless ``stopped`` says so meanwhile; tells whether it is done.
+
+        SQLite can do that in one go only. Nothing can be stored until then, which StoreError says to whoever tries.
+        """
+        with self._write_lock:
+            self._indexing = True
+        db = self._connect(60.0)
+        db.set_progress_handler(stopped, 10_000)
+        try:
+            self._guard(lambda: db.execute(_CREATE_TIME_INDEX))
+            self._indexed = True
+        except StoreError:
+            if not stopped():
+                raise
+        finally:
+            db.close()
+            self._indexing = False
+        return self._indexed
 
     def adopt_some(self, rows: int = 5000) -> bool:
         """Take the next rows of an adopted database into the roll-ups; False once none is left.
@@ -1838,8 +1871,10 @@ class Store:
     def span(self) -> tuple[float, float] | None:
         """Give the times of the first and the last event ever counted; None where there is none."""
         with self._read() as db:
+            order = "ts_epoch" if self._indexed else "id"
             low, high = db.execute(
-                "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
+                f"SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} LIMIT 1), "
+                f"(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} DESC LIMIT 1)"
             ).fetchone()
             oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
@@ -1975,6 +2010,9 @@ class _Transaction:
 
     def __enter__(self):
         self._lock.acquire()
+        if self._store._indexing and self._lock is self._store._write_lock:
+            self._lock.release()
+            raise StoreError(f"{self._store.path} is being indexed, once; recording goes on by itself after that")
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
@@ -3839,6 +3877,11 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.announce_accounts()
+        if self._store.needs_index:
+            self._log.event("housekeeping", indexing="the rows of an existing database; nothing is recorded meanwhile")
+            if not self._store.build_index(self._stop.is_set):
+                return
+            self._log.event("housekeeping", indexed="all rows")
         if self._store.adopting:
             self._log.event("housekeeping", adopting="rows of an existing database")
             while self._store.adopt_some():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import stat
+import threading
 
 import pytest
 from bench import PACE_S, in_batches, payloads
@@ -252,6 +253,74 @@ def test_original_database_that_lacks_a_column_gets_it(tmp_path):
     assert store.requests(5)[0]["model"] == "gpt-5.4"
     assert sum(sums[0] for _, sums in store.usage(EVERYTHING, 3600, 0)[1]) == 1
     store.close()
+
+
+def make_large_original(path, rows=3000):
+    """Write a database of the original that looks large by its ids."""
+    make_original(path, [])
+    db = sqlite3.connect(str(path))
+    db.executemany(
+        "INSERT INTO events(id, ts_epoch, source, model, total_tokens) VALUES (?, ?, 'a@x.com', 'gpt-5.4', 11)",
+        [(5_000_000 + number, NOON + number) for number in range(rows)],
+    )
+    db.commit()
+    db.close()
+
+
+def test_large_original_database_opens_without_an_index_and_answers_from_its_rows(tmp_path):
+    make_large_original(tmp_path / "usage.db")
+    store = app.Store(tmp_path / "usage.db")
+    assert store.needs_index and store.adopting
+    assert steps_of(store, store.span) <= 1 and store.span() == (NOON, NOON + 2999)
+    assert store.usage(EVERYTHING, 3600, 0)[1] == [("gpt-5.4", (3000, 0, 0, 0, 0, 0, 33000))]
+    assert put(store, event()) is True
+    assert store.build_index() and not store.needs_index
+    while store.adopt_some():
+        pass
+    assert (store.event_count, store.find_faults()) == (3001, [])
+    store.close()
+    again = app.Store(tmp_path / "usage.db")
+    assert not again.needs_index
+    again.close()
+
+
+def test_index_that_is_being_built_is_the_reason_why_nothing_is_stored_and_all_is_readable(tmp_path):
+    make_large_original(tmp_path / "usage.db")
+    store = app.Store(tmp_path / "usage.db")
+    begun, go = threading.Event(), threading.Event()
+
+    def hold():
+        begun.set()
+        return not go.wait(10)
+
+    builder = threading.Thread(target=store.build_index, args=(hold,))
+    builder.start()
+    assert begun.wait(10)
+    with pytest.raises(app.StoreError, match="is being indexed, once; recording goes on by itself"):
+        put(store, event(), sequence=1)
+    assert len(store.requests(10)) == 10 and store.get_meta("adopt_next") == 5_000_000
+    go.set()
+    builder.join()
+    assert put(store, event(), sequence=1) is True and not store.needs_index
+    store.close()
+
+
+def test_index_whose_building_is_stopped_is_built_the_next_time(tmp_path):
+    make_large_original(tmp_path / "usage.db")
+    store = app.Store(tmp_path / "usage.db")
+    assert store.build_index(lambda: True) is False and store.needs_index
+    assert put(store, event()) is True
+    assert store.build_index() is True
+    store.close()
+
+
+def test_write_ahead_log_stays_small_while_answers_are_given(store):
+    for _ in range(80):
+        put(store, *[event(at=NOON + number, error="x" * 150) for number in range(500)])
+        store.usage(EVERYTHING, 3600, 0)
+        store.requests(10)
+    assert store.path.stat().st_size > 8_000_000
+    assert (store.path.parent / "usage.db-wal").stat().st_size < 6_000_000
 
 
 def test_file_of_a_newer_version_is_not_touched(tmp_path):
