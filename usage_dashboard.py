@@ -1267,13 +1267,13 @@ _counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES
 class _RollUp(NamedTuple):
     """Hold a table of sums: the seconds of its buckets, what it keeps apart, and where a cell's sums go in it.
 
-    A cell is the finest there is: (15-minute bucket, identity, model).
+    A cell is the finest there is: (15-minute bucket, identity, model, status), where status is 1 for failed ones.
     """
 
     table: str
     seconds: int
     keys: tuple[str, ...]
-    key_of: Callable[[int, int, int], tuple[int, ...]]
+    key_of: Callable[[int, int, int, int], tuple[int, ...]]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -1281,22 +1281,23 @@ class _RollUp(NamedTuple):
         return ("bucket", *self.keys)
 
 
-_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, identity, model: (bucket,))
-_BY_ACCOUNT = _RollUp(
-    "usage_by_account", BUCKET_S, ("identity_id",), lambda bucket, identity, model: (bucket, identity)
-)
-_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, ("model_id",), lambda bucket, identity, model: (bucket, model))
-_BOTH_KEYS = ("identity_id", "model_id")
-_BY_HOUR = _RollUp("usage_by_hour", 3600, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 4, identity, model))
-_BY_DAY = _RollUp("usage_by_day", 86400, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 96, identity, model))
+_ALL_KEYS = ("identity_id", "model_id", "status")
+_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, *_: (bucket,))
+_BY_ACCOUNT = _RollUp("usage_by_account", BUCKET_S, _ALL_KEYS[:1], lambda bucket, identity, *_: (bucket, identity))
+_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, _ALL_KEYS[1:2], lambda bucket, identity, model, _: (bucket, model))
+_BY_HOUR = _RollUp("usage_by_hour", 3600, _ALL_KEYS, lambda bucket, *keys: (bucket // 4, *keys))
+_BY_DAY = _RollUp("usage_by_day", 86400, _ALL_KEYS, lambda bucket, *keys: (bucket // 96, *keys))
 _ROLL_UPS = (_BY_TIME, _BY_ACCOUNT, _BY_MODEL, _BY_HOUR, _BY_DAY)
-# What a question has to keep apart or to narrow down decides where its sums are; the edges are left to the next.
-_LEVELS = {
-    (): (_BY_TIME,),
-    ("identity_id",): (_BY_DAY, _BY_ACCOUNT),
-    ("model_id",): (_BY_DAY, _BY_MODEL),
-    _BOTH_KEYS: (_BY_DAY, _BY_HOUR),
-}
+
+
+def _levels_for(by_account: bool, by_model: bool, by_status: bool) -> tuple[_RollUp, ...]:
+    """Name the roll-ups that keep apart what a question asks for; the coarsest first, whose edges the next fills."""
+    if by_status or (by_account and by_model):
+        return _BY_DAY, _BY_HOUR
+    if by_account:
+        return _BY_DAY, _BY_ACCOUNT
+    return (_BY_DAY, _BY_MODEL) if by_model else (_BY_TIME,)
+
 
 _ORIGINAL_COLUMNS = {
     "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
@@ -1400,11 +1401,11 @@ def _find_or_add(db, table: str, unique: Mapping[str, Any], more: Mapping[str, A
 _Sums = Tuple[int, ...]
 
 
-def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int], _Sums]) -> list[_Sums]:
-    """Add up rows of (bucket, identity, model, sums …) that have one key; gives rows of (key …, sums …)."""
+def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int, int], _Sums]) -> list[_Sums]:
+    """Add up rows of (bucket, identity, model, status, sums …) that have one key; gives rows of (key …, sums …)."""
     groups: dict[_Sums, list[_Sums]] = {}
     for row in rows:
-        groups.setdefault(key_of(*row[:3]), []).append(row[3:])
+        groups.setdefault(key_of(*row[:4]), []).append(row[4:])
     return [(*key, *map(sum, zip(*members))) for key, members in groups.items()]
 
 
@@ -1434,14 +1435,16 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_STATUS_OF = "IFNULL(e.failed, 0)"
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _CELLS_OF_ROWS = (
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_EVENT_SUMS} "
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_STATUS_OF} AS s, "
+    f"{_EVENT_SUMS} "
     f"FROM {_EVENTS} JOIN models m ON m.name = {_MODEL_OF} "
-    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id"
+    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id, s"
 )
 _EVENT_COLUMNS = Event._fields[:17]
 _INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
@@ -1609,7 +1612,7 @@ class Store:
             sums = _counted(event)
             if None in sums:
                 sums = tuple(number or 0 for number in sums)
-            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, 1, *sums))
+            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, event.failed, 1, *sums))
             by_identity.setdefault(ids.identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
@@ -2108,7 +2111,7 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
     if filters._replace(text=None) == _NO_FILTERS:
         yield window
         return
-    roll_up = _levels_for(filters.account is not None, filters.model is not None)[-1]
+    roll_up = _levels_of(filters)[-1]
     condition, values = _roll_up_conditions(filters, accounts)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM {roll_up.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
@@ -2164,7 +2167,7 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
         parts.append(f"{_MODEL_OF} = ?")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append("IFNULL(e.failed, 0) = ?")
+        parts.append(f"{_STATUS_OF} = ?")
         values.append(int(filters.status == "failed"))
     if filters.text:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
@@ -2175,7 +2178,7 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
 
 
 def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Write the filters as SQL conditions on a roll-up ``r``: which buckets have anything to do with them."""
+    """Write the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
         ids = ", ".join(map(str, _account_ids(filters.account, accounts)))
@@ -2184,12 +2187,17 @@ def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[
         parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append("r.failed > 0" if filters.status == "failed" else "r.requests > r.failed")
+        parts.append("r.status = ?")
+        values.append(int(filters.status == "failed"))
     return "".join(f" AND {part}" for part in parts), values
 
 
-def _levels_for(by_account: bool, by_model: bool) -> Sequence[_RollUp]:
-    return _LEVELS[tuple(key for key, needed in zip(_BOTH_KEYS, (by_account, by_model)) if needed)]
+def _levels_of(filters: Filters, group: str = "") -> tuple[_RollUp, ...]:
+    return _levels_for(
+        group == "account" or filters.account is not None,
+        group == "model" or filters.model is not None,
+        filters.status is not None,
+    )
 
 
 class _UsagePlan:
@@ -2197,7 +2205,7 @@ class _UsagePlan:
 
     def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
         self._window, self._filters = window, filters
-        self._rows_only = rows_only or filters.status is not None  # no roll-up tells the tokens of failed ones apart
+        self._rows_only = rows_only
         self._conditions = _event_conditions(filters, accounts)
         self._roll_up_conditions = _roll_up_conditions(filters, accounts)
         self._floor_at = floor * BUCKET_S
@@ -2223,10 +2231,7 @@ class _UsagePlan:
         """Name the roll-ups that can answer, the coarsest first."""
         if self._rows_only:
             return []
-        filters = self._filters
-        levels = _levels_for(
-            group == "account" or filters.account is not None, group == "model" or filters.model is not None
-        )
+        levels = _levels_of(self._filters, group)
         if group != "bucket":
             return list(levels)
         return [one for one in levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]

@@ -464,7 +464,7 @@ def put_days(store, days, each):
             source=f"user{number % 3}@x.com",
             auth_index=str(number % 3),
             model=f"m{number // 3 % 2}",
-            failed=int(number % 50 == 0),
+            failed=int(number % 4 == 0),
         )
         for number in numbers
     ]
@@ -477,10 +477,12 @@ SEVERAL_FILTERS = [
     app.Filters(account="user1@x.com"),
     app.Filters(model="m1"),
     app.Filters(account="user1@x.com", model="m1"),
+    app.Filters(status="failed"),
+    app.Filters(account="user1@x.com", status="ok"),
 ]
 
 
-@pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(status="failed"), app.Filters(account="nobody")])
+@pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(account="nobody")])
 def test_every_roll_up_says_the_same_as_the_rows(store, filters):
     put_days(store, days=4, each=6)
     for start, end in [(0, 4 * 86400), (1, 4 * 86400 - 1), (80_000, 100_000), (3600 * 5, 86400 * 3 + 3600 * 7), (950, 1800)]:
@@ -504,9 +506,7 @@ def test_summary_of_whole_hours_takes_as_many_steps_for_ten_times_the_events(tmp
     assert steps[1] <= steps[0] + 1
 
 
-@pytest.mark.parametrize(
-    "filters", [*SEVERAL_FILTERS, app.Filters(status="failed"), app.Filters(account="user1@x.com", status="failed")]
-)
+@pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(account="user1@x.com", status="failed")])
 def test_first_page_of_requests_reads_a_part_of_the_rows_only(store, filters):
     put_days(store, days=10, each=30)
     rare = event(at=DAY + 86400, source="rare@x.com", auth_index="rare", model="rare", failed=1)
@@ -521,7 +521,7 @@ def test_first_page_of_requests_reads_a_part_of_the_rows_only(store, filters):
 
 def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):
     put_days(store, days=1, each=4)  # some lie exactly at a mark
-    for filters in [*SEVERAL_FILTERS, app.Filters(status="ok")]:
+    for filters in SEVERAL_FILTERS:
         whole, pages, before = store.requests(500, filters=filters), [], None
         while True:
             page = store.requests(7, filters=filters, before=before)
