@@ -74,9 +74,7 @@ class Log:
         self.line(" ".join(parts))
 
 
-_RFC3339 = re.compile(
-    r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII
-)
+_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
 _minutes: dict[tuple[str, str], tuple[int, str]] = {}
@@ -1427,8 +1425,23 @@ def _statement_of(roll_up: _RollUp) -> str:
 _ADD_TO = {roll_up: _statement_of(roll_up) for roll_up in _ROLL_UPS}
 
 
+def _step_quota_calls(db) -> None:
+    _add_columns(
+        db,
+        "quota_accounts",
+        "subscription_until TEXT, failures INTEGER, retry_at REAL, parked TEXT",
+    )
+    # A reading that says the same as the one before makes no row: how long it was true, and how often it was said.
+    _add_columns(db, "quota_snapshots", "last_at REAL, readings INTEGER")
+
+
 # Never edited after a release; a new step goes at the end.
-_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables, _step_losses)
+_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (
+    _step_original_tables,
+    _step_own_tables,
+    _step_losses,
+    _step_quota_calls,
+)
 
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
@@ -1484,6 +1497,15 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
+
+
+class QuotaCall(NamedTuple):
+    """Hold what the next round has to know of an account: failures in a row, until when not to ask (epoch seconds),
+    and the version of the account file that is of no use, until which changes it is not asked."""
+
+    failures: int = 0
+    retry_at: float | None = None
+    parked: str | None = None
 
 
 class _Ids(NamedTuple):
@@ -1911,36 +1933,102 @@ class Store:
     # Quota
 
     def save_reading(self, reading: Mapping[str, Any]) -> None:
-        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest."""
-        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
-        key = (reading["email"], reading["account_id_tag"])
-        with self._write() as db:
-            snapshot_id = db.execute(
-                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                [reading[name] for name in columns],
-            ).lastrowid
-            self._put_quota_state(db, key, reading["plan"], reading["state"], None, reading["ts_epoch"], snapshot_id)
-        self.changes += 1
+        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
 
-    def save_quota_state(
-        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
-    ) -> None:
-        """Note why an account has no new reading; the last good one stays beside it."""
+        One of ``source`` traffic is left out where a newer one is there, and makes no row where nothing changed.
+        """
+        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
         with self._write() as db:
-            self._put_quota_state(db, (email, tag), plan, state, message, now, None)
+            snapshot_id = None
+            if reading["source"] == "traffic":
+                before = self._newest_reading(db, reading)
+                if before and before["read_at"] > reading["ts_epoch"]:
+                    return
+                if before:
+                    reading = _with_extra_meters(reading, before)
+                    snapshot_id = before["id"] if _says_the_same(reading, before) else None
+                if snapshot_id is not None:
+                    db.execute(
+                        "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
+                        (reading["ts_epoch"], snapshot_id),
+                    )
+            if snapshot_id is None:
+                snapshot_id = db.execute(
+                    f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                    [reading[name] for name in columns],
+                ).lastrowid
+            self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
+            if reading["source"] != "traffic":
+                self._put_quota_call(db, reading, QuotaCall())
         self.changes += 1
 
     @staticmethod
-    def _put_quota_state(db, key, plan, state, message, at, snapshot_id) -> None:
+    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
+        columns = ("id", "read_at", *_READING_COLUMNS)
+        row = db.execute(
+            "SELECT s.id, IFNULL(s.last_at, s.ts_epoch), "
+            f"{', '.join(f's.{name}' for name in _READING_COLUMNS)} FROM quota_accounts a "
+            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
+            (account["email"], account["account_id_tag"]),
+        ).fetchone()
+        return dict(zip(columns, row)) if row else None
+
+    def save_quota_state(
+        self,
+        email: str,
+        tag: str,
+        plan: str | None,
+        state: str,
+        message: str | None,
+        now: float,
+        call: QuotaCall | None = None,
+    ) -> None:
+        """Note why an account has no new reading; the last good one stays beside it.
+
+        ``call`` is what the next round has to know; None leaves that as it was.
+        """
+        account = {"email": email, "account_id_tag": tag, "plan": plan, "state": state, "message": message}
+        with self._write() as db:
+            self._put_quota_state(db, account, now, None)
+            if call is not None:
+                self._put_quota_call(db, account, call)
+        self.changes += 1
+
+    @staticmethod
+    def _put_quota_state(db, account: Mapping[str, Any], at: float, snapshot_id: int | None) -> None:
+        key = (account["email"], account["account_id_tag"])
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
             "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
             "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
-            (*key, plan, state, message, at, snapshot_id),
+            (*key, account["plan"], account["state"], account.get("message"), at, snapshot_id),
         )
         if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
+
+    @staticmethod
+    def _put_quota_call(db, account: Mapping[str, Any], call: QuotaCall) -> None:
+        db.execute(
+            "UPDATE quota_accounts SET failures = ?, retry_at = ?, parked = ? WHERE email = ? AND account_id_tag = ?",
+            (*call, account["email"], account["account_id_tag"]),
+        )
+
+    def quota_calls(self) -> dict[tuple[str, str], QuotaCall]:
+        """Give by (email, tag) what is known of the calls that failed."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT email, account_id_tag, IFNULL(failures, 0), retry_at, parked FROM quota_accounts"
+            ).fetchall()
+        return {row[:2]: QuotaCall(*row[2:]) for row in rows}
+
+    def put_subscriptions(self, ends: Iterable[tuple[str | None, str, str]]) -> None:
+        """Note until when accounts are paid for: (ISO UTC text, email, tag)."""
+        with self._write() as db:
+            db.executemany(
+                "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?", ends
+            )
+        self.changes += 1
 
     def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
         """Take accounts off the quota table that no account file names any more; their readings stay."""
@@ -1952,20 +2040,32 @@ class Store:
         self.changes += 1
 
     def quotas(self) -> list[dict[str, Any]]:
-        """List each account's state with its last good reading, by mail."""
+        """List each account's state with its last good reading, by mail; ``read_at`` is when that was last true."""
         columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until", "retry_at")
         with self._read() as db:
             rows = db.execute(
-                "SELECT a.email, a.account_id_tag, a.plan, a.state, a.message, a.state_at, s.id, s.timestamp, "
-                f"{columns} "
+                f"SELECT {', '.join(f'a.{name}' for name in own)}, s.id, IFNULL(s.last_at, s.ts_epoch), {columns} "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "id", "timestamp")
+        names = (*own, "id", "read_at", *_SNAPSHOT_COLUMNS[2:])
         quotas = []
         for row in rows:
-            snapshot = dict(zip(_SNAPSHOT_COLUMNS[2:], row[8:]))
-            quotas.append({**dict(zip(own, row)), **snapshot, "plan": snapshot["plan"] or row[2]})
+            quota = dict(zip(names, row))  # the reading's own plan comes last and wins, where there is one
+            quotas.append({**quota, "plan": quota["plan"] or row[2]})
         return quotas
+
+    def readings_since(self, since: float, most: int = 20_000) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Give by (email, tag) the rows of readings since then, without a scan: they are in order of time."""
+        names = ("email", "account_id_tag", "ts_epoch", "last_at", "readings", *_READING_COLUMNS)
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        with self._read() as db:
+            rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
+            for row in rows:
+                if row[2] is None or row[2] < since - 120:  # one from traffic may come up to a minute late
+                    break
+                found.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+        return found
 
     def thin_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
@@ -2020,6 +2120,7 @@ class _Transaction:
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
+            self._forget_pages()
             self._lock.release()
             raise StoreError(_store_reason(self._store.path, error)) from error
         return self._db
@@ -2036,6 +2137,8 @@ class _Transaction:
                 self._store._forget_caches()  # ids of rows that were rolled back
             if self._db.in_transaction:
                 self._roll_back()
+            if isinstance(error, sqlite_error):
+                self._forget_pages()
             self._lock.release()
         if isinstance(error, sqlite_error):
             raise StoreError(_store_reason(self._store.path, error)) from error
@@ -2045,6 +2148,13 @@ class _Transaction:
             self._db.execute("ROLLBACK")
         except self._store._sqlite.Error:
             pass  # SQLite has rolled back by itself, as it does on a full disk
+
+    def _forget_pages(self) -> None:
+        """Have the file read anew next time: SQLite would keep the pages of a damaged one after it was mended."""
+        try:
+            self._db.execute("PRAGMA shrink_memory")
+        except self._store._sqlite.Error:
+            pass  # closed, or damaged beyond even that
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -2090,7 +2200,46 @@ _SNAPSHOT_COLUMNS = (
     "raw_json",
     "source",
     "windows",
+    "last_at",
+    "readings",
 )
+_READING_COLUMNS = (
+    "plan",
+    "primary_used_percent",
+    "primary_remaining_percent",
+    "primary_reset_at",
+    "secondary_used_percent",
+    "secondary_remaining_percent",
+    "secondary_reset_at",
+    "credits_balance",
+    "windows",
+)
+
+
+def _with_extra_meters(reading: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the extra meters that a request's headers do not tell of, as they were last read."""
+    windows = json.loads(reading["windows"])
+    told = {window["meter"] for window in windows}
+    kept = [window for window in json.loads(before["windows"] or "[]") if window["meter"] not in told | {None}]
+    return {**reading, "windows": json.dumps(windows + kept, ensure_ascii=False)}
+
+
+def _says_the_same(reading: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Tell whether two readings differ in nothing but a reset that moved by less than two minutes."""
+
+    def said(row: Mapping[str, Any]) -> list[Any]:
+        windows = [{**window, "reset_at": None} for window in json.loads(row["windows"] or "[]")]
+        return [row["plan"], row["credits_balance"], windows]
+
+    def resets(row: Mapping[str, Any]) -> list[float]:
+        return [parse_time(window["reset_at"])[0] for window in json.loads(row["windows"]) if window["reset_at"]]
+
+    if said(reading) != said(before):
+        return False
+    mine, theirs = resets(reading), resets(before)
+    return len(mine) == len(theirs) and all(abs(a - b) < 120 for a, b in zip(mine, theirs))
+
+
 _REQUEST_NAMES = ("id", *(name for name in _EVENT_COLUMNS if name != "auth_index"), *_CONTEXT_COLUMNS)
 _REQUEST_COLUMNS = ", ".join(
     ["e.id", *(f"e.{name}" for name in _EVENT_COLUMNS if name != "auth_index")]
@@ -2290,7 +2439,11 @@ _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class AccountFile(NamedTuple):
-    """Hold what is needed of one account file; the token goes to chatgpt.com alone."""
+    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
+
+    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
+    v7.0.0, where both see it under the same path.
+    """
 
     name: str
     email: str
@@ -2300,6 +2453,9 @@ class AccountFile(NamedTuple):
     disabled: bool
     proxy_url: str
     freshness: str
+    version: str = ""
+    auth_index: str = ""
+    subscription_until: str | None = None
 
     @property
     def tag(self) -> str:
@@ -2343,9 +2499,9 @@ class QuotaFault(DashboardError):
 
     code = "quota_fault"
 
-    def __init__(self, state: str):
+    def __init__(self, state: str, retry_after_s: float = 0.0):
         super().__init__(QUOTA_MESSAGES[state])
-        self.state = state
+        self.state, self.retry_after_s = state, retry_after_s
 
 
 QUOTA_MESSAGES = {
@@ -2380,11 +2536,18 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
             folder = candidate
             break
     newest: dict[tuple[str, str], AccountFile] = {}
-    for file in found:
-        known = newest.get((file.account_id, file.email))
+    for file in sorted(found, key=lambda file: not file.account_id):
+        key = _login_of(file, newest)
+        known = newest.get(key)
         if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[(file.account_id, file.email)] = file
+            newest[key] = file._replace(account_id=file.account_id or key[0])
     return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+
+
+def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
+    same_mail = [key for key in known if key[1] == file.email]
+    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
@@ -2416,7 +2579,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     """
     for attempt in range(attempts):
         try:
-            content = _read_json_file(path)
+            content, written_at = _read_json_file(path)
             break
         except ValueError:
             if attempt == attempts - 1:
@@ -2441,19 +2604,28 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _freshness(content),
+        short_tag(token, str(written_at)),
+        auth_index_of(os.path.abspath(str(path))),
+        _any_time(about.get("chatgpt_subscription_active_until")),
     )
 
 
-def _read_json_file(path: Path) -> Any:
+def auth_index_of(path: str) -> str:
+    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
+    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _read_json_file(path: Path) -> tuple[Any, int]:
+    """Give a file's content and when it was written, in nanoseconds."""
     try:
         with open(str(path), "rb") as stream:
-            data = stream.read(_LARGEST_BODY + 1)
+            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
     except OSError as error:
         raise ValueError(os_reason(error)) from error
     if len(data) > _LARGEST_BODY:
         raise ValueError("it is too large for an account file")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig")), written_at
     except (ValueError, RecursionError):
         raise ValueError("it is empty, half-written or not JSON") from None
 
@@ -2484,6 +2656,15 @@ def _freshness(content: Mapping[str, Any]) -> str:
     return ""
 
 
+def _any_time(value: Any) -> str | None:
+    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
+    try:
+        return utc_text(parse_time(_word(value))[0])
+    except ValueError:
+        at = _finite(value)
+        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+
+
 def parse_quota(payload: Any, now: float) -> Reading:
     """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
@@ -2497,7 +2678,9 @@ def parse_quota(payload: Any, now: float) -> Reading:
     allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
     main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
     five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
-    if reached or allowed is False or (weekly is not None and weekly.remaining_percent == 0):
+    # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
+    binding = [weekly] if allowed else [weekly, five_hour]
+    if reached or allowed is False or any(meter is not None and meter.remaining_percent == 0 for meter in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2606,6 +2789,46 @@ def _credits_balance(credits: Any) -> str | None:
     return _printable(str(balance)[:32])
 
 
+def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Put the ``x-codex-…`` headers of a reply into the shape of the usage endpoint's answer.
+
+    A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
+    with a limit name of its own is an extra meter.
+    """
+    groups = [name[len("x-codex-") : -len("-limit-name")] for name in headers if name.endswith("-limit-name")]
+    extra = [
+        {"limit_name": headers[f"x-codex-{group}-limit-name"], "rate_limit": _limits_of_headers(headers, f"{group}-")}
+        for group in groups
+        if group and group not in ("primary", "secondary")
+    ]
+    return {
+        "plan_type": headers.get("x-codex-plan-type"),
+        "rate_limit": _limits_of_headers(headers, ""),
+        "additional_rate_limits": extra,
+        "credits": {
+            "unlimited": headers.get("x-codex-credits-unlimited", "").lower() == "true",
+            "balance": headers.get("x-codex-credits-balance") or None,
+        },
+    }
+
+
+def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
+    return {
+        f"{slot}_window": _window_of_headers(headers, f"x-codex-{group}{slot}-") for slot in ("primary", "secondary")
+    }
+
+
+def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
+    minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
+    window = {
+        "used_percent": used,
+        "limit_window_seconds": None if minutes is None else minutes * 60,
+        "reset_at": headers.get(prefix + "reset-at"),
+        "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
+    }
+    return window if used is not None and minutes and minutes > 0 and _reset_at(window, 1.0) is not None else None
+
+
 def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
     """Name the state that an HTTP status other than 200 stands for, by status and error code."""
     text = body.decode("utf-8", "replace")
@@ -2642,10 +2865,11 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
     try:
-        body = _open_url(request, file.proxy_url, deadline_s)
+        body = _open_url(request, proxies_of(file), deadline_s)
     except HTTPError as error:
         with error:
-            raise QuotaFault(classify_failure(error.code, error.headers, _error_body(error))) from None
+            state = classify_failure(error.code, error.headers, _error_body(error))
+            raise QuotaFault(state, _retry_after_s(error.headers.get("Retry-After"))) from None
     except (URLError, OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
@@ -2655,6 +2879,24 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
         raise QuotaFault("bad_response") from None
 
 
+def _retry_after_s(text: str | None) -> float:
+    """Read Retry-After, seconds or an HTTP date; 0 where there is none."""
+    seconds = _finite(text)
+    if seconds is None:
+        seconds = _clock_ahead(text)
+    return max(0.0, seconds or 0.0)
+
+
+def _clock_ahead(date: str | None) -> float | None:
+    """Give by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return None
+
+
 def _error_body(error: Any) -> bytes:
     try:
         return error.read(64 * 1024)
@@ -2662,11 +2904,19 @@ def _error_body(error: Any) -> bytes:
         return b""
 
 
-def _open_url(request: Any, proxy_url: str, deadline_s: float) -> bytes:
-    """Make the call with urllib, through the account's own http(s) proxy or the environment's."""
+def proxies_of(file: AccountFile) -> dict[str, str]:
+    """Give the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    from urllib.request import getproxies
+
+    if file.proxy_url.lower() in ("direct", "none"):
+        return {}
+    return {"https": file.proxy_url} if file.proxy_url else getproxies()
+
+
+def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes:
+    """Make the call with urllib, which follows no redirect here."""
     import urllib.request
 
-    proxies = {"https": proxy_url} if proxy_url else urllib.request.getproxies()
     if proxies.get("https", "").lower().startswith("socks"):
         raise QuotaFault("proxy_unsupported")
 
@@ -2741,19 +2991,23 @@ class _Deadline:
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
     """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
-    reading = parse_quota(payload, now)
+    row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
+    row.update(source="refresh", raw_json=json.dumps(_without_identity(payload), ensure_ascii=False))
+    return row
+
+
+def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float) -> dict[str, Any]:
+    """Make the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
     row: dict[str, Any] = {
-        "timestamp": utc_text(now),
-        "ts_epoch": now,
-        "email": file.email,
-        "account_id_tag": file.tag,
-        "plan": reading.plan or file.plan or None,
+        "timestamp": utc_text(at),
+        "ts_epoch": at,
+        "email": account[0],
+        "account_id_tag": account[1],
+        "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
         "credits_balance": reading.credits_balance,
-        "source": "refresh",
         "state": reading.state,
-        "raw_json": json.dumps(_without_identity(payload), ensure_ascii=False),
         "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
     }
     for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
@@ -2792,6 +3046,152 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else None
 
 
+def windows_at(row: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
+    """Give a reading's windows as they stand now: one whose reset has passed is ``due``, its percentages unknown."""
+    windows = _windows_of(row)
+    for window in windows:
+        reset_at = _epoch(window["reset_at"])
+        window["due"] = reset_at is not None and reset_at <= now
+        if window["due"]:
+            window.update(used_percent=None, remaining_percent=None)
+    return windows
+
+
+def _windows_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the list of windows of a reading; the original kept two, in columns only."""
+    if row["windows"]:
+        return json.loads(row["windows"])
+    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+    return [
+        {
+            "label": label,
+            "seconds": seconds,
+            "used_percent": row[f"{place}_used_percent"],
+            "remaining_percent": row[f"{place}_remaining_percent"],
+            "reset_at": row[f"{place}_reset_at"],
+            "meter": None,
+        }
+        for place, label, seconds in places
+        if row[f"{place}_used_percent"] is not None
+    ]
+
+
+def _epoch(text: str | None) -> float | None:
+    try:
+        return parse_time(text or "")[0]
+    except ValueError:
+        return None  # the original kept local times
+
+
+def state_at(state: str, windows: Sequence[Mapping[str, Any]]) -> str:
+    """Give an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
+    main = [window for window in windows if window["meter"] is None]
+    still = any(window["remaining_percent"] == 0 for window in main)
+    return "reset_due" if state == "limited" and not still and any(window["due"] for window in main) else state
+
+
+class Span(NamedTuple):
+    """Hold what readings said of one window: from when until when (epoch seconds), how much was used, when it
+    resets (epoch seconds), and how many readings said so."""
+
+    began_at: float
+    ended_at: float
+    used_percent: float
+    reset_at: float
+    readings: int
+
+
+_FEWEST_READINGS, _SHORTEST_SPAN_S, _OLDEST_READING_S = 3, 600.0, 900.0
+PACE_S = 3600.0  # the pace is that of the last hour
+
+
+def spans_by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Span]]:
+    """Sort what an account's rows of ``quota_snapshots`` said of its main windows; what is unknown is left out."""
+    spans: dict[str, dict[float, Span]] = {}
+    for row in rows:
+        for window in _windows_of(row):
+            reset_at, at = _epoch(window["reset_at"]), row["ts_epoch"]
+            if window["meter"] is None and window["used_percent"] is not None and reset_at is not None:
+                span = Span(at, row["last_at"] or at, window["used_percent"], reset_at, row["readings"] or 1)
+                spans.setdefault(window["label"], {})[at] = span
+    return {label: [by_time[at] for at in sorted(by_time)] for label, by_time in spans.items()}
+
+
+def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
+    """Say whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
+
+    ``spans`` in order of time. Told from at least three readings of this same window over ten minutes, the newest
+    at most fifteen old. ``runs_out_at`` None means that it lasts.
+    """
+    same: list[Span] = []
+    for span in spans:
+        if span.ended_at < now - PACE_S:
+            continue
+        if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
+            same = []  # it was reset in between, or has not begun
+        same.append(span)
+    if sum(span.readings for span in same) < _FEWEST_READINGS:
+        return None
+    first, last = same[0], same[-1]
+    lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
+    if lasted_s < _SHORTEST_SPAN_S or now - last.ended_at > _OLDEST_READING_S:
+        return None
+    if last.used_percent >= 100 or last.reset_at <= now:
+        return None
+    per_second = (last.used_percent - first.used_percent) / lasted_s
+    runs_out_at = last.ended_at + (100 - last.used_percent) / per_second if per_second else None
+    if runs_out_at is not None and runs_out_at >= last.reset_at:
+        runs_out_at = None
+    return {"used_per_hour": round(per_second * 3600, 2), "runs_out_at": utc_text(runs_out_at)}
+
+
+def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Sum up the main windows of all accounts by length: how much is left, and whether it lasts.
+
+    An account that is limited has nothing left in any window. Percentages of different plans are not the same
+    amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
+    """
+    by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for row in quotas:
+        for window in row["windows"]:
+            if window["meter"] is None and window["remaining_percent"] is not None:
+                by_label.setdefault(window["label"], []).append((row, window))
+    ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
+    return [_pool_of_label(label, members, now) for label, members in ordered]
+
+
+def _pool_of_label(
+    label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
+) -> dict[str, Any]:
+    left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in members]
+    resets = [reset_at for _, window in members for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
+    next_reset_at = min(resets, default=None)
+    return {
+        "label": label,
+        "accounts": len(members),
+        "remaining_percent": round(sum(left) / len(left), 1),
+        "next_reset_at": utc_text(next_reset_at),
+        "forecast": None if next_reset_at is None else _pool_forecast(members, left, next_reset_at, now),
+    }
+
+
+def _pool_forecast(
+    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    left: Sequence[float],
+    next_reset_at: float,
+    now: float,
+) -> dict[str, Any] | None:
+    """Say whether the pool lasts until one of its windows comes back; a limited account has no pace."""
+    paces = [window["forecast"] for (_, window), remaining in zip(members, left) if remaining]
+    if not paces or None in paces or len({row["plan"] for row, _ in members}) > 1:
+        return None
+    per_hour = sum(pace["used_per_hour"] for pace in paces)
+    runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else None
+    if runs_out_at is not None and runs_out_at >= next_reset_at:
+        runs_out_at = None
+    return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
+
+
 # ------------------------------------------------------------------ collector
 
 
@@ -2821,6 +3221,7 @@ _REFUSALS = ("wrong_password", "no_password")
 _NOT_THERE = ("refused", "unreachable")
 _RECORDING = ("recording", "waiting", "publishing_off")
 _BATCH_FIRST, _BATCH_LARGEST = 16, 500
+_POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
 PROXY_PORT = 8317
 
 
@@ -2917,6 +3318,13 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _merged(batches: Sequence[Parsed]) -> Parsed:
+    """Make one batch of several, in their order."""
+    events = [event for batch in batches for event in batch.events]
+    rejects = [reject for batch in batches for reject in batch.rejects]
+    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
+
+
 def _batch_of_json(content: Any) -> tuple[int, Parsed]:
     sequence, names, events, rejects, ignored = content
     rows = [_event_of_names(dict(zip(names, row))) for row in events]
@@ -2994,14 +3402,14 @@ class PopSource:
     """Take values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
 
     mode = "pop"
+    largest_batch = _POPS_IN_FLIGHT
+    unread = 0
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
         self._client: RespClient | None = None
-        self.asked = 0
         self._early: list[Any] = []
-        self._broken: QueueFault | None = None
         self.is_proxy = False
         self.list_length: int | None = None
 
@@ -3034,37 +3442,31 @@ class PopSource:
         if reply is not None:
             self._early.append(reply)
 
-    def ask(self, count: int) -> None:
-        """Send so many pops without waiting for their replies; a broken connection is told by take().
+    def take(self, count: int) -> Handed:
+        """Send so many pops and read their replies.
 
-        It must not be raised here: the caller may hold values that are not stored yet.
+        The whole ones count, also where the connection breaks behind them or an error stands between them.
         """
         assert self._client is not None
+        values, self._early, empty, fault = self._early, [], False, None
         try:
             self._client.send(self._pop * count)
-        except QueueFault as fault:
-            self._broken = fault
-            return
-        self.asked += count
-
-    def take(self) -> Handed:
-        """Read the replies asked for; the whole ones count even where the connection breaks behind them."""
-        assert self._client is not None
-        values, self._early, empty = self._early, [], False
-        while self.asked:
-            try:
+            for _ in range(count):
                 reply = self._client.receive()
-            except QueueFault as fault:
-                self.asked = 0
-                return Handed(values, False, fault)
-            self.asked -= 1
-            if isinstance(reply, ErrorReply):
-                return Handed(values, False, _fault_of_reply(reply, during_auth=False))
-            if reply is None:
-                empty = True
-            else:
-                values.append(reply)
-        return Handed(values, not empty and self._broken is None, self._broken)
+                if isinstance(reply, ErrorReply):
+                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                elif reply is None:
+                    empty = True
+                else:
+                    values.append(reply)
+        except QueueFault as broken:
+            fault = fault or broken
+        return Handed(values, not empty and fault is None, fault)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left, self._early = self._early, []
+        return left
 
     def close(self) -> None:
         """Close the connection."""
@@ -3125,15 +3527,6 @@ class ProxyApi:
             self._connection = None
 
 
-def _clock_ahead(date: str | None) -> float | None:
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
-
-
 def _fault_of_status(status: int, content: bytes) -> QueueFault:
     if status in (401, 403):
         return _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
@@ -3147,26 +3540,20 @@ class HttpSource:
     """Take values off the queue by the management API, for proxies that do not speak RESP here."""
 
     mode = "http"
+    largest_batch = _BATCH_LARGEST
+    unread = 0
     is_proxy = True
     list_length: int | None = None
 
     def __init__(self, api: ProxyApi):
         self._api = api
-        self.asked = 0
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue. Raises QueueFault."""
         self._api.get("/v0/management/usage-statistics-enabled")
 
-    def ask(self, count: int) -> None:
-        """Note how many to ask for."""
-        self.asked = count
-
-    def take(self) -> Handed:
-        """Ask for them; the answer is whole or none."""
-        count, self.asked = self.asked, 0
-        if not count:
-            return Handed([], False, None)
+    def take(self, count: int) -> Handed:
+        """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
         except QueueFault as fault:
@@ -3174,6 +3561,10 @@ class HttpSource:
         if not isinstance(values, list):
             return Handed([], False, NotResp("the management API did not answer with a list"))
         return Handed(values, len(values) >= count, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken: nothing, since an answer is taken whole."""
+        return []
 
     def close(self) -> None:
         """Close the connection."""
@@ -3188,6 +3579,7 @@ class SubscribeSource:
     """
 
     mode = "subscribe"
+    largest_batch = _BATCH_LARGEST
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
@@ -3229,24 +3621,20 @@ class SubscribeSource:
                 self._inbox.put(frame[2])
 
     @property
-    def asked(self) -> int:
+    def unread(self) -> int:
         """Tell how many values have come already."""
         return 0 if self._inbox is None else self._inbox.qsize()
 
-    def ask(self, count: int) -> None:
-        """Do nothing: what comes next is sent unasked."""
-
-    def take(self) -> Handed:
+    def take(self, count: int) -> Handed:
         """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
         import queue
 
         if self._drain is not None:
-            self._drain.ask(_BATCH_LARGEST)
-            handed = self._drain.take()
+            handed = self._drain.take(min(count, self._drain.largest_batch))
             if not handed.full:
                 self._drain.close()
                 self._drain = None
-            return handed._replace(full=True) if handed.fault is None else handed
+            return handed
         values: list[Any] = []
         try:
             value = self._inbox.get(timeout=self._wait_s)
@@ -3254,12 +3642,19 @@ class SubscribeSource:
                 if isinstance(value, QueueFault):
                     return Handed(values, False, value)
                 values.append(value)
-                if len(values) >= _BATCH_LARGEST:
+                if len(values) >= count:
                     break
                 value = self._inbox.get_nowait()
         except queue.Empty:
             pass
-        return Handed(values, True, None)
+        return Handed(values, self.unread > 0, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left = [] if self._drain is None else self._drain.leave()
+        while self.unread:
+            left.append(self._inbox.get_nowait())
+        return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
         """Close both connections."""
@@ -3293,6 +3688,7 @@ class Collector:
         self._sequence = store.counts["sequence"]
         self._backoff = Backoff()
         self._lock = threading.Lock()
+        self._traffic = TrafficReadings(config.auth_dirs(), store, clock, steady)
         self._api: ProxyApi | None = None
         self._source: Any = None
         self._proven = False  # whether this connection has given a good reply to a pop
@@ -3362,6 +3758,9 @@ class Collector:
             self._source = None
             source.close()
             self._forget_api()
+            left = source.leave()
+            if left:
+                self._hold(parse_events(left))
 
     def hurry(self) -> None:
         """Break off a wait for the other side: replies that are not here by now are given up."""
@@ -3384,30 +3783,30 @@ class Collector:
         return self.status()
 
     def _collect(self, source: Any) -> None:
-        """Pop, store and wait in turn; while a full batch is stored, the next one is on its way."""
-        count = _BATCH_FIRST
-        while source.asked or not self._stop.is_set():
-            if not source.asked:
-                source.ask(count)
-            handed = source.take()
+        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
+
+        No reply is on its way while the database is written, so that a kill or a lock then costs none.
+        """
+        goal = _BATCH_FIRST
+        while source.unread or not self._stop.is_set():
+            handed = source.take(min(goal, source.largest_batch))
             more = handed.full and handed.fault is None and not self._stop.is_set()
-            count = min(count * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
-            if more and source.mode == "pop":
-                source.ask(count)
             parsed = parse_events(handed.values)
             if handed.values:
-                self._keep(parsed)
+                self._hold(parsed)
+            if not more or self._held >= goal:
+                goal = min(goal * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
+                self._keep()
                 self._settle(source)
             if isinstance(handed.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(handed.fault), "unreachable") from handed.fault
             if handed.fault is not None:
                 raise handed.fault
             self._note_turn(bool(parsed.events or parsed.rejects))
-            if not handed.full:
+            if not handed.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _keep(self, parsed: Parsed) -> None:
-        self._hold(parsed)
+    def _keep(self) -> None:
         try:
             self._flush()
         except StoreError as error:
@@ -3417,12 +3816,12 @@ class Collector:
     def _settle(self, source: Any) -> None:
         """Bring what is pending into the database before anything more is popped.
 
-        What was asked for already is taken and spooled, so that it does not wait in a connection that may break.
+        What a subscription has heard meanwhile is spooled, so that it does not wait in memory alone.
         """
         waits, fault = Backoff(0.5, 10.0), None
         while self._pending and not self._stop.is_set():
-            if source.asked:
-                handed = source.take()
+            if source.unread:
+                handed = source.take(source.largest_batch)
                 fault = handed.fault
                 self._hold(parse_events(handed.values))
             self._stop.wait(waits.next())
@@ -3432,6 +3831,11 @@ class Collector:
                 self._enter("storage_error", str(error))
         if fault is not None:
             raise fault
+
+    @property
+    def _held(self) -> int:
+        """Count what is pending."""
+        return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
 
     def _hold(self, parsed: Parsed) -> None:
         """Write a batch to the spool; on a full disk it is held in memory alone."""
@@ -3445,14 +3849,14 @@ class Collector:
     def _flush(self) -> None:
         if not self._pending:
             return
-        while self._pending:
-            sequence, parsed = self._pending[0]
-            self._store.store_batch(parsed, sequence, self._clock())
-            self._pending.pop(0)
-            if parsed.events:
-                newest = max(event.ts_epoch for event in parsed.events)
-                with self._lock:
-                    self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
+        sequence, parsed = self._pending[-1][0], _merged([batch for _, batch in self._pending])
+        self._store.store_batch(parsed, sequence, self._clock())
+        self._pending.clear()
+        self._traffic.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
+            with self._lock:
+                self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
         try:
             self._spool.clear()
         except OSError as error:
@@ -3564,6 +3968,10 @@ class Collector:
             self._log.event("spool", fault=os_reason(error))
         if self._pending:
             return
+        try:
+            self._traffic.save_due()
+        except StoreError as error:  # readings come anew with the next requests; events are not held up for them
+            self._log.event("quota", fault=error)
         if not self._proven:
             self._note_recording(now)
         self._note_gap(now)
@@ -3724,6 +4132,109 @@ class Collector:
                 return
 
 
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
+    """
+
+    _GAP_S = 60.0
+    _KEPT_REQUESTS = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
+    ):
+        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s: dict[tuple[str | None, str], float] = {}
+        self._seen: dict[str, tuple[str | None, dict[str, str]]] = {}
+        self._files: list[AccountFile] = []
+        self._looked_s = float("-inf")
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Keep the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event):
+                key = (event.auth_index, event.source)
+                known = self._waiting.get(key)
+                if known is None or event.ts_epoch >= known.ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event) -> bool:
+        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. Of failures only a used-up quota is believed, where the headers say the same.
+        """
+        assert event.quota_headers is not None
+        if event.request_id:
+            index, headers = self._seen.get(event.request_id, (event.auth_index, event.quota_headers))
+            if index != event.auth_index and headers == event.quota_headers:
+                return False
+            self._seen.pop(event.request_id, None)
+            self._seen[event.request_id] = (event.auth_index, event.quota_headers)
+            if len(self._seen) > self._KEPT_REQUESTS:
+                del self._seen[next(iter(self._seen))]
+        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
+
+    def save_due(self) -> None:
+        """Save what has waited long enough since its account's last reading."""
+        now_s = self._steady()
+        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
+        for key in due:
+            self._next_s[key] = now_s + self._GAP_S
+            self._save(self._waiting.pop(key))
+
+    def _save(self, event: Event) -> None:
+        assert event.quota_headers is not None
+        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        payload = payload_of_headers(event.quota_headers)
+        reading = parse_quota(payload, read_at)
+        owner = self._owner_of(event, reading.plan or "")
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading({**row, "source": "traffic", "raw_json": None})
+
+    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
+        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        files = self._account_files()
+        by_index = [file for file in files if file.auth_index == event.auth_index]
+        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
+        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(same_mail) > 1:
+            same_mail = [file for file in same_mail if file.plan == plan]
+            if len(same_mail) != 1:
+                return None
+        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
+            (file,) = same_mail
+            return None if file.disabled else (file.email, file.tag)
+        return (mail, "#" + short_tag(event.auth_index or "", mail)) if mail else None
+
+    def _mail_of_index(self, auth_index: str | None) -> str:
+        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
+        accounts = self._store.accounts() if auth_index else []
+        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
+
+    def _has_several(self, mail: str) -> bool:
+        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
+
+    def _account_files(self) -> list[AccountFile]:
+        """Read the account files again at most once a minute."""
+        if self._steady() >= self._looked_s + self._GAP_S:
+            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
+        return self._files
+
+
+def _is_used_up(headers: Mapping[str, str]) -> bool:
+    return any(
+        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
+    )
+
+
 class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
 
@@ -3801,13 +4312,16 @@ class QuotaRefresher:
     def announce_accounts(self) -> None:
         """List accounts that were never asked, so that the quota table names them from the start."""
         files, _ = self._find_files()
-        known = {(row["email"], row["account_id_tag"]) for row in self._store.quotas()}
+        known = {(row["email"], row["account_id_tag"]): row["state"] for row in self._store.quotas()}
         for file in files:
-            if (file.email, file.tag) not in known:
-                state = "disabled" if file.disabled else "never"
-                self._store.save_quota_state(
-                    file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], self._clock()
-                )
+            state = known.get((file.email, file.tag))
+            if state is None or file.disabled != (state == "disabled"):
+                self._put_state(file, "disabled" if file.disabled else "never")
+        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+
+    def _put_state(self, file: AccountFile, state: str, call: QuotaCall | None = None) -> None:
+        message = QUOTA_MESSAGES[state]
+        self._store.save_quota_state(file.email, file.tag, file.plan or None, state, message, self._clock(), call)
 
     def _refresh_all(self) -> None:
         files, problems = self._find_files()
@@ -3816,34 +4330,111 @@ class QuotaRefresher:
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
         self._progress = (0, len(files))
+        calls = self._store.quota_calls()
+        asked_before, in_vain = False, 0
         for number, file in enumerate(files):
-            if number and self._stop.wait(random.uniform(*self._gap_s)):
-                return
-            try:
-                self._refresh(file)
-            except StoreError:
-                raise
-            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-                self._log.event("refresh_quota", fault=where_raised(error))
+            call = calls.get((file.email, file.tag), QuotaCall())
+            if self._is_to_be_asked(file, call):
+                if asked_before and self._stop.wait(random.uniform(*self._gap_s)):
+                    return
+                asked_before = True
+                in_vain = in_vain + 1 if self._refresh_or_log(file, call) in _ROUND_ENDS_AFTER else 0
             self._progress = (number + 1, len(files))
+            if in_vain == _MOST_IN_VAIN:
+                self._log.line(f"refresh_quota: stopped after {in_vain} failures in a row")
+                break
+        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
         if files and not problems:
-            self._store.forget_quota_accounts((file.email, file.tag) for file in files)
+            self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _is_to_be_asked(self, file: AccountFile, call: QuotaCall) -> bool:
+        """Tell whether to call for this account; a disabled one, a dead login and one that backs off are not."""
+        if file.disabled:
+            self._put_state(file, "disabled")
+            return False
+        if call.parked is not None and call.parked == file.version:
+            self._log.line(f"refresh_quota: {mask_mail(file.email)} is asked again when its file changes")
+            return False
+        wait_s = 0.0 if call.retry_at is None else call.retry_at - self._clock()
+        if 0 < wait_s <= _LONGEST_WAIT_S:  # a longer one is left from a clock that was set back
+            self._log.line(f"refresh_quota: {mask_mail(file.email)} is not asked for {wait_s:.0f} more seconds")
+            return False
+        return True
+
+    def _refresh_or_log(self, file: AccountFile, call: QuotaCall) -> str | None:
         try:
-            if file.disabled:
-                raise QuotaFault("disabled")
-            self._log.line(f"refresh_quota: fetching quota for {name}...")
-            row = snapshot_of(file, self._fetch(file), self._clock())
+            return self._refresh(file, call)
+        except StoreError:
+            raise
+        except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+            self._log.event("refresh_quota", fault=where_raised(error))
+            return None
+
+    def _refresh(self, file: AccountFile, call: QuotaCall) -> str | None:
+        """Ask for one account and keep what was said; the state of a failure is returned, None after a reading."""
+        name = mask_mail(file.email)
+        self._log.line(f"refresh_quota: fetching quota for {name}...")
+        try:
+            file, payload = self._fetch_fresh(file)
+            row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            self._store.save_quota_state(
-                file.email, file.tag, file.plan or None, fault.state, str(fault), self._clock()
-            )
+            self._put_state(file, fault.state, self._next_call(file, call, fault))
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return
+            return fault.state
         self._store.save_reading(row)
         self._log.line(f"refresh_quota: saved quota for {name}")
+        return None
+
+    def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
+        """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
+        try:
+            return file, self._fetch(file)
+        except QuotaFault as fault:
+            if fault.state not in ("expired", "relogin"):
+                raise
+            newer = next((one for one in self._find_files()[0] if one.tag == file.tag), file)
+            if newer.access_token == file.access_token or newer.disabled:
+                raise
+        return newer, self._fetch(newer)
+
+    def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
+        """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
+        if fault.state in _PARKING:
+            return QuotaCall(parked=file.version)
+        if fault.state not in _FIRST_WAITS_S:
+            return QuotaCall()
+        wait_s = _FIRST_WAITS_S[fault.state] * 2 ** min(call.failures, 10)
+        wait_s = min(_LONGEST_WAIT_S, max(wait_s, fault.retry_after_s))
+        return QuotaCall(call.failures + 1, self._clock() + wait_s)
+
+    def _forget_absent(self, files: Sequence[AccountFile]) -> None:
+        """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
+        now, mails = self._clock(), {file.email for file in files}
+        seen = [
+            (row["email"], row["account_id_tag"])
+            for row in self._store.quotas()
+            if row["source"] == "traffic" and row["email"] not in mails and now - row["read_at"] < _WEEK_S
+        ]
+        self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
+
+
+# A login in one of these states is dead until its file is another one.
+_PARKING = ("expired", "relogin", "deactivated", "no_token")
+# Seconds not to ask after the first failure. The cool-down between two rounds comes first, so that trouble on the
+# way, which passes, costs a wait of its own only when it stays.
+_FIRST_WAITS_S = {
+    "rate_limited": 600.0,
+    "blocked": 600.0,
+    "region_blocked": 600.0,
+    "network": 120.0,
+    "timeout": 120.0,
+    "server_error": 120.0,
+    "bad_response": 120.0,
+}
+_LONGEST_WAIT_S = 3600.0
+# These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
+_ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
+_MOST_IN_VAIN = 3
 
 
 class RefreshRefused(DashboardError):
@@ -4098,9 +4689,9 @@ def _cursor(text: str | None) -> tuple[float, int] | None:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    accounts = app.store.accounts()
-    quotas = [_quota_json(row, accounts, now) for row in app.store.quotas()]
-    return {"quotas": quotas, **app.refresher.state()}
+    accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
+    quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
 def force_quota(app: App, query: Query) -> dict[str, Any]:
@@ -4113,31 +4704,28 @@ def force_quota(app: App, query: Query) -> dict[str, Any]:
     return api_quota(app, query)
 
 
-def _quota_json(row: dict[str, Any], accounts: Sequence[Account], now: float) -> dict[str, Any]:
-    measured_at = row["ts_epoch"]
+def _quota_json(
+    row: dict[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
+    windows = windows_at(row, now)
+    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    for window in windows:
+        told = window["meter"] is None and not window["due"]
+        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
+    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
+    for place, label in (("primary", "5h"), ("secondary", "7d")):
+        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
+            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
     return {
-        **row,
+        **shown,
         "account": _account_of_quota(row, accounts),
-        "age_seconds": None if measured_at is None else max(0, int(now - measured_at)),
-        "windows": json.loads(row["windows"]) if row["windows"] else _windows_of_columns(row),
+        "age_seconds": None if read_at is None else max(0, int(now - read_at)),
+        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
     }
-
-
-def _windows_of_columns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Make the list of windows for a reading of the original, which kept two in columns only."""
-    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
-    return [
-        {
-            "label": label,
-            "seconds": seconds,
-            "used_percent": row[f"{place}_used_percent"],
-            "remaining_percent": row[f"{place}_remaining_percent"],
-            "reset_at": row[f"{place}_reset_at"],
-            "meter": None,
-        }
-        for place, label, seconds in places
-        if row[f"{place}_used_percent"] is not None
-    ]
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
@@ -4289,15 +4877,16 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _HEAD_S, _SEND_S = 75.0, 10.0, 20.0
+_IDLE_S, _SEND_S = 75.0, 20.0
 _LARGEST_HEAD = 16 * 1024
 _MOST_CONNECTIONS = 128
 
 
-def make_server(host: str, port: int) -> Any:
+def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
     """Bind the port and return the server, with ``app`` and ``page`` still to be set.
 
-    Raises DashboardError that names the port. Nothing is looked up in the DNS.
+    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
+    Raises DashboardError that names the port.
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from urllib.parse import parse_qsl, urlsplit
@@ -4380,7 +4969,7 @@ def make_server(host: str, port: int) -> Any:
         def _read_head(self) -> bytes | None:
             """Read one request's head within its limits of size and time; None where the client went away."""
             self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
+            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
             while b"\r\n\r\n" not in self._received:
                 self._refuse_large(self._received)
                 left = deadline - time.monotonic()
@@ -4394,7 +4983,7 @@ def make_server(host: str, port: int) -> Any:
                 if not piece:
                     return None
                 if not self._received:
-                    deadline = time.monotonic() + _HEAD_S
+                    deadline = time.monotonic() + head_s
                 self._received += piece
             self.server.connections.busy(self.connection)
             self.connection.settimeout(_SEND_S)
@@ -4642,9 +5231,11 @@ class DemoWorld:
         self._sequence = 0
         self._state = "recording"
         self._last_event: float | None = None
+        self._born_at = now
         self._write_account_files()
         self._write_week(now)
-        self._write_old_reading(now - 3 * 3600)
+        self._write_readings(now)
+        self._traffic = TrafficReadings([self.auth_dir], self.store)
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
@@ -4670,11 +5261,13 @@ class DemoWorld:
         self.store.begin_outage(now - 33 * 3600, "unreachable")
         self.store.end_outage(now - 32.2 * 3600)
 
-    def _write_old_reading(self, at: float) -> None:
-        """Give the account that has to sign in again a last good reading."""
+    def _write_readings(self, now: float) -> None:
+        """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
         for file in find_account_files([self.auth_dir])[1]:
-            if file.email.startswith("old"):
-                self.store.save_reading(snapshot_of(file, self._quota_of(file), at))
+            for minutes_ago in [180] if file.email.startswith("old") else range(60, 0, -10):
+                at = now - minutes_ago * 60
+                row = snapshot_of(file, self._quota_of(file, at), at)
+                self.store.save_reading({**row, "source": "traffic", "raw_json": None})
 
     @staticmethod
     def _busyness(at: float) -> float:
@@ -4688,7 +5281,8 @@ class DemoWorld:
         dice = self._dice
         if dice.random() < 0.02:
             return self._key_event(at)
-        account = dice.choices(_DEMO_ACCOUNTS, [one.share for one in _DEMO_ACCOUNTS])[0]
+        number = dice.choices(range(len(_DEMO_ACCOUNTS)), [one.share for one in _DEMO_ACCOUNTS])[0]
+        account = _DEMO_ACCOUNTS[number]
         failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
         model = dice.choice(account.models)
         if failed:
@@ -4697,7 +5291,9 @@ class DemoWorld:
         cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
         out = int(dice.lognormvariate(6.4, 0.8))
         thought = int(out * dice.triangular(0.1, 0.85, 0.5))
-        return self._make(at, account, model, (into, out, thought, cached), int(1200 + out * dice.uniform(6, 18)), None)
+        latency_ms = int(1200 + out * dice.uniform(6, 18))
+        made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
+        return made._replace(quota_headers=self._headers_of(number, at))
 
     def _key_event(self, at: float) -> Event:
         account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
@@ -4747,7 +5343,10 @@ class DemoWorld:
     def live(self, stop: threading.Event) -> None:
         """Let a request arrive every few seconds until ``stop``."""
         while not stop.wait(self._dice.uniform(1.0, 5.0)):
-            self._put([self._event(time.time())], time.time())
+            event = self._event(time.time())
+            self._put([event], time.time())
+            self._traffic.note([event])
+            self._traffic.save_due()
 
     def status(self) -> dict[str, Any]:
         """Give a collector's state as it would be with a proxy."""
@@ -4774,21 +5373,34 @@ class DemoWorld:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
             raise QuotaFault("relogin")
-        return self._quota_of(file)
+        return self._quota_of(file, time.time())
 
-    @staticmethod
-    def _quota_of(file: AccountFile) -> dict[str, Any]:
+    def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
+        """Give an account's windows at a time: each fills evenly and begins anew at its reset."""
+        account = _DEMO_ACCOUNTS[number]
+        lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
+        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
+        windows = []
+        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
+            began_at = self._born_at - seconds * (1 - left)
+            began_at += (at - began_at) // seconds * seconds
+            percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
+            reset_at = int(began_at + seconds)
+            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
+        return windows
+
+    def _headers_of(self, number: int, at: float) -> dict[str, str]:
+        headers = {"x-codex-plan-type": _DEMO_ACCOUNTS[number].plan}
+        for slot, window in zip(("primary", "secondary"), self._windows_of(number, at)):
+            headers[f"x-codex-{slot}-used-percent"] = str(window["used_percent"])
+            headers[f"x-codex-{slot}-window-minutes"] = str(window["limit_window_seconds"] // 60)
+            headers[f"x-codex-{slot}-reset-at"] = str(window["reset_at"])
+        return headers
+
+    def _quota_of(self, file: AccountFile, at: float) -> dict[str, Any]:
         number = int(file.access_token)
         account = _DEMO_ACCOUNTS[number]
-        windows = [
-            {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": int(seconds * left)}
-            for used, seconds, left in zip(
-                account.used, (_FIVE_HOURS_S, _WEEK_S), ((3 * number % 8 + 1) / 9, (5 * number % 7 + 1) / 8)
-            )
-            if used is not None
-        ]
-        if account.plan == "free":
-            windows = [{"used_percent": 23, "limit_window_seconds": 30 * 86400, "reset_after_seconds": 18 * 86400}]
+        windows = self._windows_of(number, at)
         spent = any(window["used_percent"] == 100 for window in windows)
         limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
         return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
@@ -5063,8 +5675,8 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         local(row["primary_reset_at"]),
         percent(row["secondary_remaining_percent"]),
         local(row["secondary_reset_at"]),
-        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"]),
-        "never" if age is None else f"{age // 60} min ago",
+        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")),
+        "never" if age is None else f"{age // 60} min ago" + (", from a request" if row["source"] == "traffic" else ""),
     ]
 
 

@@ -304,10 +304,8 @@ def pop_rate(redis: RedisServer, events: list[bytes]) -> float:
     source.open()
 
     def pop_all() -> None:
-        while True:
-            source.ask(BATCH)
-            if not source.take().full:
-                return
+        while source.take(source.largest_batch).full:
+            pass
 
     seconds = timed(pop_all)
     source.close()

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import csv
+import http.server
+import io
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -17,17 +21,31 @@ HOUR = 3600
 
 
 def dictionary():
-    block = re.search(r'<script type="application/json" id="i18n">(.*?)</script>', PAGE, re.S).group(1)
-    return json.loads(block)
+    """Give each word's key with its English and its Vietnamese text."""
+    block = re.search(r'<script type="text/plain" id="i18n">\n(.*?)\n</script>', PAGE, re.S).group(1)
+    return {key: texts for key, *texts in (line.split(" | ") for line in block.split("\n"))}
 
 
-def test_both_languages_have_the_same_keys_and_places():
+def test_every_word_is_there_in_both_languages_with_the_same_places():
+    block = re.search(r'id="i18n">\n(.*?)\n</script>', PAGE, re.S).group(1)
     words = dictionary()
-    assert set(words) == {"en", "vi"} and set(words["en"]) == set(words["vi"]) and len(words["en"]) > 100
-    for key, english in words["en"].items():
-        # A plural has its singular under the key with ".one"; places are {n}, {v}, …
-        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", words["vi"][key])), key
-        assert bool(words["vi"][key].strip()) == bool(english.strip()), key
+    assert len(words) == block.count("\n") + 1 > 200  # no key twice
+    for key, texts in words.items():
+        assert len(texts) == 2 and all(text.strip() for text in texts), key
+        places = [sorted(set(re.findall(r"{\w+}", text))) for text in texts]
+        assert places[0] == places[1], key
+
+
+def test_every_word_is_used_and_every_used_word_is_there():
+    script = re.search(r'<script type="module">(.*?)</script>', PAGE, re.S).group(1)
+    markup = PAGE[PAGE.index("<body") : PAGE.index('<script type="text/plain"')]
+    words = dictionary()
+    plain = set(re.findall(r"\b(?:t|plural)\('([\w.]+)'", script)) | set(re.findall(r'data-(?:t|label)="([\w.]+)"', markup))
+    assert plain <= set(words) and len(plain) > 80
+    quoted = set(re.findall(r"['`]([\w.]+)['`]", script))
+    made = set(re.findall(r"`([a-z]+(?:\.[a-z]+)*)\.\$\{", script)) | set(re.findall(r"worded\('([\w.]+)'", script))
+    for key in words:
+        assert key in plain | quoted or key.rpartition(".")[0] in made, key
 
 
 def test_page_has_no_text_outside_the_dictionary():
@@ -54,14 +72,13 @@ def test_page_keeps_its_own_rules():
     assert not re.search(r"fetch\(\s*['\"`]/", PAGE)  # relative, so that a sub-path works
 
 
-def test_every_state_of_the_program_has_words_in_both_languages():
-    words = dictionary()["en"]
+def test_every_state_of_the_program_has_words_and_a_remedy_in_both_languages():
+    words = dictionary()
     for state in app.STATE_REMEDIES:
-        assert f"state.{state}" in words and (
-            f"remedy.{state}" in words or state in ("starting", "recording", "waiting")
-        ), state
-    for state in set(app.QUOTA_MESSAGES) - {"proxy_unsupported"}:
-        assert any(key.startswith("q") and key.endswith(f".{state}") for key in words), state
+        assert f"state.{state}" in words, state
+        assert (f"remedy.{state}" in words) != (state in ("starting", "recording", "waiting")), state
+    for state in app.QUOTA_MESSAGES:
+        assert f"quota.state.{state}" in words and f"quota.fix.{state}" in words, state
 
 
 def test_page_is_small_enough_for_a_small_board():
@@ -164,25 +181,110 @@ def fill(site):
     site.store.save_quota_state("old@example.com", "#old", "plus", "relogin", "sign in again", site.now)
 
 
+class Between:
+    """Stand between the browser and a dashboard.
+
+    `changes` edit the answer of a path, `faults` take its place: functions of the handler, which has reply().
+    """
+
+    def __init__(self, site):
+        self.changes, self.faults, self.asked = {}, {}, []
+        between = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = self.path.partition("?")[0]
+                between.asked.append(self.path)
+                fault = between.faults.get(path + "?force=1" if "force=1" in self.path else path)
+                if fault:
+                    return fault(self)
+                answer, body = site.ask(self.path)
+                if path in between.changes:
+                    content = json.loads(body)
+                    between.changes[path](content)
+                    body = json.dumps(content).encode()
+                kept = {name: answer.headers[name] for name in ("Content-Type", "Content-Security-Policy")}
+                self.reply(answer.status, body, **kept)
+
+            def reply(self, status, body, **headers):
+                self.send_response(status)
+                for name, text in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), text)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def refuse(self, status, code, **headers):
+                self.reply(status, json.dumps({"error": "said in English", "code": code}).encode(), **headers)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
 @pytest.fixture
-def page(browser, site):
-    """Open the page as a first visitor with an English browser sees it."""
-    browser.resize(1440, 900)
-    browser.emulate(dark=False)
+def between(site):
+    made = Between(site)
+    yield made
+    made.close()
 
-    def show(query="?range=24h", fresh=True):
-        browser.goto(f"http://127.0.0.1:{site.port}/{query}")
+
+class Shown:
+    """Open pages in the browser as a first visitor sees them; what goes wrong in them fails the test."""
+
+    def __init__(self, browser):
+        self.browser, self.hosts, self.faults_expected = browser, set(), False
+
+    def __call__(self, server, query="?range=24h", fresh=True, ready=True):
+        address = f"http://127.0.0.1:{server.port}/{query}"
+        self.hosts.add(f"http://127.0.0.1:{server.port}/")
         if fresh:
-            browser.script("localStorage.clear(); sessionStorage.clear()")
-            browser.console_errors()
-            browser.requested_urls()
-            browser.goto(f"http://127.0.0.1:{site.port}/{query}")
-        browser.wait_until("document.querySelector('#kpi-requests').dataset.value !== undefined")
-        return browser
+            self.browser.goto(f"http://127.0.0.1:{server.port}/favicon.ico")  # of the same origin, without the page
+            self.browser.script("localStorage.clear(); sessionStorage.clear()")
+            self.browser.console_errors()
+        self.browser.goto(address)
+        if ready:
+            self.browser.wait_until("document.querySelector('#kpi-requests').dataset.value !== undefined")
+            self.browser.wait_until("!document.body.classList.contains('booting')")
+        return self.browser
 
-    yield show
-    browser.resize(1440, 900)
+    def check(self):
+        errors = self.browser.console_errors()
+        if self.faults_expected:  # the browser notes each failed load itself
+            errors = [error for error in errors if "Failed to load resource" not in error]
+        assert errors == []
+        others = [url for url in self.browser.requested_urls() if not url.startswith((*self.hosts, "data:"))]
+        assert others == []
+
+
+@pytest.fixture
+def show(browser):
+    """Open a server's page in an English browser; console errors and requests to another host fail the test."""
+    browser.resize(1440, 900, 1)
     browser.emulate(dark=False)
+    browser.goto("about:blank")
+    browser.console_errors()
+    browser.requested_urls()
+    shown = Shown(browser)
+    yield shown
+    shown.check()
+    browser.goto("about:blank")  # so that nothing asks on while the servers close
+    browser.resize(1440, 900, 1)
+    browser.emulate(dark=False, print=False)
+
+
+@pytest.fixture
+def page(show, site):
+    """Open the page of the site."""
+    return lambda *args, **options: show(site, *args, **options)
 
 
 def value(browser, name):
@@ -201,14 +303,11 @@ def test_figures_on_the_page_equal_what_the_api_says(page, site):
         2_502,
     ]
     assert "98,303" in shown.script("return document.querySelector('#kpi-total').title")
-    assert shown.console_errors() == []
-    assert all(url.startswith((f"http://127.0.0.1:{site.port}/", "data:")) for url in shown.requested_urls())
 
 
-def test_bars_are_as_high_as_their_tokens_and_drawn_in_their_colours(page, site):
+def test_bars_are_as_high_as_their_tokens(page, site):
     fill(site)
     shown = page()
-    shown.wait_until("window.__page.geometry().length > 0")
     bars = shown.script("return window.__page.geometry().map(b => ({...b}))")
     heights = {}
     for bar in bars:
@@ -216,18 +315,31 @@ def test_bars_are_as_high_as_their_tokens_and_drawn_in_their_colours(page, site)
     assert {"cached", "input", "output", "reasoning"} <= set(heights)
     biggest = max(heights["cached"])
     assert max(heights["input"]) == pytest.approx(biggest * 2_122 / 88_000, abs=1.6)
-    ratio = shown.script(
-        "const c = document.querySelector('#chart'); return c.width / c.clientWidth / devicePixelRatio"
-    )
-    assert ratio == pytest.approx(1, abs=0.01)
-    colours = shown.script("""
-      const c = document.querySelector('#chart'), b = window.__page.geometry().filter(x => x.kind === 'cached').sort((p, q) => q.h - p.h)[0];
-      const k = c.width / c.clientWidth, p = c.getContext('2d').getImageData((b.x + b.w / 2) * k, (b.y + b.h / 2) * k, 1, 1).data;
-      const probe = document.createElement('i'); probe.style.color = 'var(--s-cached)'; document.body.append(probe);
-      const want = getComputedStyle(probe).color; probe.remove();
-      return [Array.from(p).slice(0, 3).join(), want.match(/\\d+/g).slice(0, 3).join()];""")
-    drawn, token = ([int(part) for part in colour.split(",")] for colour in colours)
-    assert drawn == token or max(abs(a - b) for a, b in zip(drawn, token)) < 60  # the running bucket is lighter
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("dark", [False, True])
+def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_tokens(page, site, browser, scale, dark):
+    hour = int(site.now) // HOUR * HOUR
+    sums = {"input_tokens": 5000, "cached_tokens": 2000, "output_tokens": 4000, "reasoning_tokens": 2000, "total_tokens": 9500}
+    put(site.store, event(at=hour - 1800, **sums), event(at=hour - 1800, failed=1, **sums))
+    browser.resize(1440, 900, scale)
+    browser.emulate(dark=dark)
+    shown = page()
+    size = shown.script("const c = document.querySelector('#chart'); return [c.width, c.height, c.clientWidth, c.clientHeight]")
+    assert size[:2] == [size[2] * scale, size[3] * scale]
+    drawn, wanted = shown.script("""
+      const c = document.querySelector('#chart'), probe = document.createElement('i'), drawn = {}, wanted = {};
+      document.body.append(probe);
+      for (const b of window.__page.geometry()) {
+        drawn[b.kind] = `rgb(${[...c.getContext('2d').getImageData((b.x + b.w / 2) * arguments[0], (b.y + b.h / 2) * arguments[0], 1, 1).data].slice(0, 3).join(', ')})`;
+        probe.style.color = `var(--s-${b.kind})`;
+        wanted[b.kind] = getComputedStyle(probe).color;
+      }
+      probe.remove();
+      return [drawn, wanted];""", scale)
+    assert set(drawn) == {"cached", "input", "output", "reasoning", "other", "failed"} and len(set(drawn.values())) == 6
+    assert drawn == wanted
 
 
 def cell_texts(browser, account):
@@ -300,7 +412,6 @@ def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
     assert "Total Tokens" not in left and "Refresh Quota" not in left and "Remaining" not in left
     page(fresh=False)
     shown.wait_until("document.documentElement.lang === 'vi'")  # kept over a reload
-    assert shown.console_errors() == []
 
 
 @pytest.mark.browser
@@ -422,3 +533,614 @@ def test_names_are_masked_but_stay_distinguishable(page, site):
     names = shown.script("return [...document.querySelectorAll('#accounts tbody tr')].map(r => r.cells[0].innerText)")
     assert len(set(names)) == len(names) >= 4
     shown.click("#privacy")
+
+
+# ---- what the dashboard says about quota ----------------------------------------------------------------------
+
+
+def test_countdown_pace_and_source_of_a_reading_are_told(show, site, between):
+    fill(site)
+    between.changes["/api/quota"] = lambda body: body["quotas"][0].update(source="traffic")
+    shown = show(between)
+    row = "document.querySelector('#accounts tr[data-email=\"an@example.com\"]')"
+    # 62 % are left two hours before a 5-hour reset: an even pace would have left 40 %.
+    assert "62% left. An even pace would leave" in shown.script(f"return {row}.querySelector('.l5 .win').title")
+    assert re.search(r"62%\s1h 5\dm|62%\s2h", shown.script(f"return {row}.querySelector('.l5').innerText"))
+    tick = shown.script(f"return parseFloat({row}.querySelector('.l5 .meter b').style.left)")
+    assert tick == pytest.approx(40, abs=1)
+    assert re.search(r"Read \dm ago, from a request", shown.script(f"return {row}.querySelector('.age').title"))
+    other = shown.script("return document.querySelector('#accounts tr[data-email=\"b@example.com\"] .age').textContent")
+    assert re.search(r"^↻ \dmRead \dm ago, by a refresh$", other)
+
+
+def test_window_whose_reset_has_passed_is_due_in_words_and_without_a_percentage(show, site, between):
+    fill(site)
+
+    def passed(body):
+        row = next(row for row in body["quotas"] if row["email"] == "an@example.com")
+        row.update(state="reset_due", primary_remaining_percent=None, primary_used_percent=None)
+        row["windows"][0].update(due=True, remaining_percent=None, used_percent=None, reset_at=app.utc_text(site.now - 60))
+
+    between.changes["/api/quota"] = passed
+    shown = show(between)
+    text = cell_texts(shown, "an@example.com")
+    assert "reset due" in text and "Reset due" in text and "62%" not in text and "5%" in text
+    shown.click("#lang-vi")
+    shown.wait_until("document.querySelector('#accounts').innerText.includes('đến giờ đặt lại')")
+
+
+def test_forecasts_are_told_only_where_there_are_any(show, site, between):
+    fill(site)
+    assert "pace" not in cell_texts(show(between), "an@example.com")
+
+    def add(body):
+        row = next(row for row in body["quotas"] if row["email"] == "an@example.com")
+        row["windows"][0]["forecast"] = {"used_per_hour": 50, "runs_out_at": app.utc_text(site.now + 2900)}
+        row["windows"][1]["forecast"] = {"used_per_hour": 0.1, "runs_out_at": None}
+        reset = app.utc_text(site.now + 3 * HOUR)
+        body["pool"] = [
+            {"label": "5h", "accounts": 2, "remaining_percent": 41, "next_reset_at": reset,
+             "forecast": {"runs_out_at": app.utc_text(site.now + HOUR), "until": reset}},
+            {"label": "7d", "accounts": 3, "remaining_percent": 54.7, "next_reset_at": reset, "forecast": None},
+            {"label": "9h", "accounts": 1, "remaining_percent": 70, "next_reset_at": reset,
+             "forecast": {"runs_out_at": None, "until": reset}},
+        ]  # fmt: skip
+
+    between.changes["/api/quota"] = add
+    shown = show(between)
+    assert "empty in 48m at this pace" in cell_texts(shown, "an@example.com")
+    assert "empty in" not in cell_texts(shown, "b@example.com")
+    titles = shown.script("return [...document.querySelectorAll('#accounts tr[data-email=\"an@example.com\"] .win')].map(w => w.title)")
+    assert "At the pace of the last hour it is empty" in titles[0] and "lasts until the reset" in titles[1]
+    clock = "new Intl.DateTimeFormat('en-GB', {hour: '2-digit', minute: '2-digit'}).format(arguments[0] * 1000)"
+    note = shown.text("#accounts-note")
+    dry, lasts = (shown.script(f"return {clock}", site.now + hours * HOUR) for hours in (1, 3))
+    assert re.search(rf"5h 41% left \(runs dry (\w+ )?{dry}\)", note)
+    assert "7d 54% left9h" in note.replace(" · ", "")  # without a forecast nothing is said
+    assert re.search(rf"9h 70% left \(lasts to (\w+ )?{lasts}\)", note)
+
+
+def test_windows_of_other_lengths_and_meters_stand_beneath_under_their_own_names(show, site, between):
+    fill(site)
+
+    def add(body):
+        rows = {row["email"]: row for row in body["quotas"]}
+        reset = app.utc_text(site.now + 50 * HOUR)
+        window = {"seconds": None, "used_percent": 23, "remaining_percent": 77, "reset_at": reset, "meter": None}
+        rows["weekly@example.com"].update(windows=[{**window, "label": "30d", "seconds": 30 * 24 * HOUR}])
+        rows["an@example.com"]["windows"] += [{**window, "label": "9h"}, {**window, "label": "5h", "remaining_percent": 33, "meter": "spark"}]
+
+    between.changes["/api/quota"] = add
+    shown = show(between)
+    row = "[...document.querySelectorAll('#accounts tr')].find(r => r.dataset.email === arguments[0])"
+    monthly = shown.script(f"const r = {row}; return [r.querySelector('.l5').innerText, r.querySelector('.l7').innerText, r.querySelector('.more').innerText]", "weekly@example.com")
+    assert monthly[:2] == ["—", "—"] and re.search(r"30d window\s+77%\s+2d", monthly[2])
+    more = shown.script(f"return {row}.querySelector('.more').innerText", "an@example.com")
+    assert re.search(r"9h window\s+77%.*spark\s+33%", more, re.S)
+    assert "62%" in shown.script(f"return {row}.querySelector('.l5').innerText", "an@example.com")
+
+
+def test_failures_stand_in_words_beside_the_last_good_value_and_its_age(show, site, between):
+    fill(site)
+
+    def fail(body):
+        for row in body["quotas"]:
+            if row["email"] == "an@example.com":
+                row.update(state="rate_limited", message="said in English", ts_epoch=site.now - 3 * HOUR, retry_at=app.utc_text(site.now + 900))
+            if row["email"] == "weekly@example.com":
+                row.update(state="disabled", message="said in English")
+
+    between.changes["/api/quota"] = fail
+    shown = show(between)
+    failed = cell_texts(shown, "an@example.com")
+    assert "Backing off" in failed and "62%" in failed and "last good reading 3h ago" in failed
+    assert re.search(r"asked again from \d\d:\d\d on", failed)
+    assert "Switched off" in cell_texts(shown, "weekly@example.com")
+    assert "0 of 3 with quota left" in shown.text("#accounts-note")  # who is switched off does not count
+    shown.click("#lang-vi")
+    shown.wait_until("document.querySelector('#accounts').innerText.includes('số liệu tốt gần nhất 3 giờ trước')")
+    assert "said in English" not in shown.script("return document.documentElement.outerHTML")
+
+
+@pytest.mark.parametrize("state", sorted(set(app.QUOTA_MESSAGES) - {"disabled"}))
+def test_every_quota_state_is_told_with_what_to_do_in_both_languages(show, site, between, state):
+    site.store.save_quota_state("an@example.com", "#an", "plus", state, "said in English", site.now)
+    shown = show(between)
+    words = dictionary()
+    for lang in (0, 1):
+        shown.click(("#lang-en", "#lang-vi")[lang])
+        shown.wait_until(f"document.documentElement.lang === '{('en', 'vi')[lang]}'")
+        row = cell_texts(shown, "an@example.com")
+        assert words[f"quota.state.{state}"][lang] in row and words[f"quota.fix.{state}"][lang] in row
+        assert "said in English" not in row
+
+
+@pytest.mark.parametrize("state", sorted(set(app.STATE_REMEDIES) - {"starting", "recording", "waiting"}))
+def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(page, site, state):
+    site.status.update(state=state, message="said in English", until=site.now + 600, publishing=None, retention_seconds=60)
+    fill(site)
+    shown = page()
+    words = dictionary()
+    for lang in (0, 1):
+        shown.click(("#lang-en", "#lang-vi")[lang])
+        shown.wait_until(f"document.documentElement.lang === '{('en', 'vi')[lang]}'")
+        assert words[f"state.{state}"][lang] in shown.text("#status")
+        told, remedy = shown.text("#remedy"), re.split(r"{\w+}", words[f"remedy.{state}"][lang])
+        assert all(part in told for part in remedy) and "{" not in told
+        assert words["forgets"][lang].replace("{t}", ("1m", "1 phút")[lang]) in told
+        assert "said in English" not in shown.script("return document.documentElement.outerHTML")
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code, status, key", [
+    ("internal_error", 500, "why.internal_error"), ("foreign_host", 403, "why.foreign_host"),
+    ("password_needed", 401, "why.password_needed"), ("bad_start", 400, "why.bad"), ("of_a_newer_version", 418, "why.http"),
+])  # fmt: skip
+def test_refusals_are_told_in_the_page_s_own_words(show, site, between, code, status, key):
+    fill(site)
+    shown = show(between)
+    show.faults_expected = True
+    between.faults["/api/summary"] = lambda handler: handler.refuse(status, code)
+    shown.click("#refresh")
+    shown.wait_until("!document.querySelector('#stale').hidden")
+    for lang in (0, 1):
+        shown.click(("#lang-en", "#lang-vi")[lang])
+        expected = dictionary()[key][lang].replace("{v}", str(status))
+        shown.wait_until(f"document.querySelector('#stale').textContent.includes({json.dumps(expected)})")
+        assert "said in English" not in shown.text("#stale")
+    assert value(shown, "requests") == 3
+
+
+def test_server_cut_in_mid_answer_leaves_the_numbers_greyed_until_it_is_back(show, site, between):
+    fill(site)
+    shown = show(between)
+    show.faults_expected = True
+
+    def cut(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "5000")
+        handler.end_headers()
+        handler.wfile.write(b'{"summary": {"requests": 9')
+        handler.close_connection = True
+
+    between.faults["/api/summary"] = cut
+    shown.click("#refresh")
+    shown.wait_until("!document.querySelector('#stale').hidden")
+    assert "Usage could not be loaded" in shown.text("#stale")
+    assert value(shown, "requests") == 3
+    assert shown.script("return getComputedStyle(document.querySelector('#kpis')).filter") == "grayscale(1)"
+    del between.faults["/api/summary"]
+    shown.click("#refresh")
+    shown.wait_until("document.querySelector('#stale').hidden")
+    assert shown.script("return getComputedStyle(document.querySelector('#kpis')).filter") == "none"
+
+
+def test_first_load_that_fails_says_so_and_recovers(show, site, between):
+    fill(site)
+    show.faults_expected = True
+    between.faults["/api/summary"] = lambda handler: handler.reply(200, b"<html>a proxy's own page</html>")
+    shown = show(between, ready=False)
+    shown.wait_until("document.querySelector('#error').textContent.includes('the answer was not understood')")
+    assert shown.text("#kpi-requests") == "—"
+    del between.faults["/api/summary"]
+    shown.click("#refresh")
+    shown.wait_until("document.querySelector('#error').hidden && document.querySelector('#kpi-requests').textContent === '3'")
+
+
+def test_refresh_of_quota_that_runs_elsewhere_is_followed(show, site, between):
+    fill(site)
+    running = {"refreshing": False, "progress": {"done": 2, "total": 5}}
+    between.changes["/api/quota"] = lambda body: body.update(running)
+    shown = show(between)
+    show.faults_expected = True
+    running["refreshing"] = True
+    between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(409, "refresh_running")
+    shown.click("#refresh-quota")
+    shown.wait_until("document.querySelector('#refresh-quota').textContent === 'Reading 2 of 5'")
+    assert shown.script("return document.querySelector('#refresh-quota').disabled && document.querySelector('#error').hidden")
+    running.update(refreshing=False, cooldown_seconds=120)
+    shown.wait_until("/^Refresh Quota · [12]:\\\\d\\\\d$/.test(document.querySelector('#refresh-quota').textContent)".replace("\\\\", "\\"))
+
+
+def test_refresh_of_quota_inside_the_cool_down_tells_when_it_opens(show, site, between):
+    fill(site)
+    shown = show(between)
+    show.faults_expected = True
+    between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(429, "cooldown", Retry_After="200")
+    shown.click("#refresh-quota")
+    shown.wait_until("!document.querySelector('#error').hidden")
+    assert re.search(r"the button opens at \d\d:\d\d", shown.text("#error"))
+    assert re.search(r"^Refresh Quota · 3:[0-2]\d$", shown.text("#refresh-quota"))
+    assert shown.script("return document.querySelector('#refresh-quota').disabled")
+
+
+# ---- the chart --------------------------------------------------------------------------------------------------
+
+
+def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(show, site, between):
+    fill(site)
+    hour = int(site.now) // HOUR * HOUR
+    between.changes["/api/summary"] = lambda body: body.update(outages=[
+        {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
+        {"from": hour - 10 * HOUR, "to": hour - 9 * HOUR, "reason": "unreachable", "lost": False},
+        {"from": hour - 6 * HOUR, "to": hour - 5 * HOUR, "reason": "unreachable"},
+    ])  # fmt: skip
+    shown = show(between)
+    reds = """
+      const c = document.querySelector('#chart').getContext('2d'), g = window.__page.picture();
+      return g.outages.map((o) => { const d = c.getImageData(o.x, g.plot.y, o.w, g.plot.h).data; let inked = 0, red = 0;
+        for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 40) { inked += 1; if (d[i] > d[i + 1] + 40) red += 1; }
+        return [inked > 50, red > 50, inked]; });"""
+    lost, kept, unknown = shown.script(reds)
+    assert lost[:2] == [True, True] and kept[:2] == [True, False] and unknown[:2] == [True, False]
+    assert kept[2] < unknown[2]
+    words = dictionary()
+    for back, told in ((20, "chart.lost"), (10, "chart.kept"), (6, None)):
+        index = shown.script("return window.__page.picture().buckets.findIndex(b => b.start === arguments[0])", hour - back * HOUR)
+        x, y = shown.script("const g = window.__page.picture(); return [g.plot.x + (arguments[0] + .5) * g.slot, g.plot.y + 20]", index)
+        shown.move_to("#chart", x, y)
+        shown.wait_until("document.querySelector('#chart-readout').textContent.includes('not recording')")
+        shown.wait_until(f"document.querySelector('#chart').getAttribute('aria-valuenow') === '{index}'")
+        text = shown.text("#chart-readout")
+        assert [key for key in ("chart.lost", "chart.kept") if words[key][0] in text] == ([told] if told else [])
+
+
+def moments(*texts):
+    return [app.parse_time(text)[0] for text in texts]
+
+
+@pytest.mark.parametrize("start, end, days, expected", [
+    # Berlin, autumn: 26 October 2025 has 25 hours, and October as seen from winter lies in summer time.
+    ("2025-10-20T00:00:00+02:00", "2025-11-02T00:00:00+01:00", 13,
+     {"2025-10-25T23:30:00+02:00": 5, "2025-10-26T00:30:00+02:00": 6, "2025-10-26T23:30:00+01:00": 6, "2025-10-27T00:30:00+01:00": 7}),
+    # Spring: 30 March 2025 has 23 hours.
+    ("2025-03-24T00:00:00+01:00", "2025-04-06T00:00:00+02:00", 13,
+     {"2025-03-29T23:30:00+01:00": 5, "2025-03-30T00:30:00+01:00": 6, "2025-03-30T23:30:00+02:00": 6, "2025-03-31T00:30:00+02:00": 7}),
+    # Wholly in the other half of the year than most of the days on which this test runs.
+    ("2025-07-01T00:00:00+02:00", "2025-07-14T00:00:00+02:00", 13,
+     {"2025-07-02T00:30:00+02:00": 1, "2025-07-02T23:30:00+02:00": 1, "2025-07-03T00:10:00+02:00": 2}),
+    ("2025-01-01T00:00:00+01:00", "2025-01-14T00:00:00+01:00", 13,
+     {"2025-01-02T00:30:00+01:00": 1, "2025-01-02T23:30:00+01:00": 1, "2025-01-03T00:10:00+01:00": 2}),
+])  # fmt: skip
+def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, site, browser, start, end, days, expected):
+    put(site.store, *[event(at=at) for at in moments(*expected)])
+    first, last = moments(start, end)
+    browser.cdp("Emulation.setTimezoneOverride", timezoneId="Europe/Berlin")
+    try:
+        shown = page(f"?range=7d&start={first:.0f}&end={last:.0f}")
+        buckets = shown.script("""return window.__page.picture().buckets.map((b) => {
+          const d = new Date(b.start * 1000); return [d.getHours() * 60 + d.getMinutes(), b.requests, b.start, b.end]; })""")
+    finally:
+        browser.cdp("Emulation.setTimezoneOverride", timezoneId="")
+    assert [minutes for minutes, *_ in buckets] == [0] * days
+    counted = [0] * days
+    for day in expected.values():
+        counted[day] += 1
+    assert [requests for _, requests, *_ in buckets] == counted
+    assert [buckets[i][3] for i in range(days - 1)] == [bucket[2] for bucket in buckets[1:]]
+
+
+def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, site, browser):
+    put(site.store, *[event(at=at) for at in moments("2025-10-24T05:59:00+02:00", "2025-10-28T06:00:00+01:00")])
+    first, last = moments("2025-10-22T00:00:00+02:00", "2025-10-29T00:00:00+01:00")
+    browser.cdp("Emulation.setTimezoneOverride", timezoneId="Europe/Berlin")
+    try:
+        shown = page(f"?range=7d&start={first:.0f}&end={last:.0f}")
+        hours, used = shown.script("""const b = window.__page.picture().buckets;
+          return [b.map((x) => new Date(x.start * 1000).getHours()), b.filter((x) => x.requests).map((x) => new Date(x.start * 1000).getHours())]""")
+        labels = shown.script("return window.__page.picture().xTicks.filter((t) => t.strong).length")
+    finally:
+        browser.cdp("Emulation.setTimezoneOverride", timezoneId="")
+    assert hours == list(range(0, 24, 3)) * 7
+    assert used == [3, 6]
+    assert labels == 7 or labels == 0  # days are either all marked, or labels of their own
+
+
+def test_legend_isolates_a_kind_and_rescales(page, site):
+    fill(site)
+    shown = page()
+    highest = "Math.max(...window.__page.geometry().filter(b => b.kind === arguments[0]).map(b => b.h))"
+    before, plot = shown.script(f"return [{highest}, window.__page.picture().plot.h]", "reasoning")
+    shown.click("#legend [data-kind=reasoning]")
+    shown.wait_until("window.__page.geometry().length > 0 && window.__page.geometry().every(b => ['reasoning', 'failed'].includes(b.kind))")
+    after = shown.script(f"return {highest}", "reasoning")
+    assert before < plot / 10 and after > plot * 0.6
+    assert "Reasoning tokens" in shown.text("#chart-title")
+    shown.click("#legend [data-kind=reasoning]")
+    shown.wait_until("new Set(window.__page.geometry().map(b => b.kind)).size === 5")
+
+
+def bar_place(browser, kind="cached"):
+    """Give the middle of the highest bar of a kind, in pixels of the canvas, with its bucket."""
+    return browser.script(
+        "const b = window.__page.geometry().filter(b => b.kind === arguments[0]).sort((p, q) => q.h - p.h)[0];"
+        "return [b.x + b.w / 2, b.y + Math.min(b.h / 2, 20), b.index]", kind)  # fmt: skip
+
+
+def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
+    fill(site)
+    shown = page()
+    x, y, index = bar_place(shown)
+    start, end, requests, total = shown.script(
+        "const b = window.__page.picture().buckets[arguments[0]]; return [b.start, b.end, b.requests, b.total_tokens]", index
+    )
+    shown.move_to("#chart", x, y)
+    shown.wait_until(f"document.querySelector('#chart-readout').dataset.total === '{total}'")
+    assert 0 < requests < 3
+    shown.press_mouse()
+    shown.wait_until(f"document.querySelector('#kpi-requests').dataset.value === '{requests}'")
+    assert shown.script("return location.search").endswith(f"start={start}&end={end}")
+    shown.wait_until(f"document.querySelectorAll('#requests tr[data-id]').length === {requests}")
+    assert shown.script("return document.querySelectorAll('#filters .chip').length") == 1
+    shown.script("history.back()")
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '3'")
+    assert shown.script("return document.querySelector('#filters').hidden")
+
+
+def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):
+    fill(site)
+    shown = page()
+    x, y, _ = bar_place(shown)
+    shown.tap("#chart", x, y)
+    shown.wait_until("document.querySelector('#chart-readout').textContent.includes('–')")
+    assert "start=" not in shown.script("return location.search")
+    shown.tap("#chart", x, y)
+    shown.wait_until("location.search.includes('start=')")
+
+
+def test_models_accounts_and_chips_filter_everything(page, site):
+    fill(site)
+    shown = page()
+    shown.click("#models li[data-model='gpt-5.5'] button")
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '1'")
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 1")
+    shown.click("#filters .chip")
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '3'")
+    shown.click("#accounts tr[data-account='b@example.com'] .link")
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '2'")
+    shown.wait_until("document.querySelectorAll('#accounts tbody tr').length === 1")
+    page("?range=24h&account=b%40example.com", fresh=False)  # a bookmark
+    assert value(shown, "requests") == 2 and "b@example.com" in shown.text("#filters")
+
+
+# ---- the list of requests ---------------------------------------------------------------------------------------
+
+
+def many(site, count):
+    put(site.store, *[event(at=site.now - 30 - 10 * n, input_tokens=1000 + n, total_tokens=1020 + n, request_id=f"r{n}") for n in range(count)])
+
+
+def first_cells(browser, column):
+    return browser.script("return [...document.querySelectorAll('#requests tr[data-id]')].map(r => r.cells[arguments[0]].textContent)", column)
+
+
+def test_rows_load_as_one_scrolls_until_there_are_no_more(page, site):
+    many(site, 350)
+    shown = page()
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length >= 100")
+    for _ in range(6):
+        count = shown.script("const s = document.querySelector('#scroll'); s.scrollTop = s.scrollHeight; return document.querySelectorAll('#requests tr[data-id]').length")
+        if count == 350:
+            break
+        shown.wait_until(f"document.querySelectorAll('#requests tr[data-id]').length > {count}")
+    ids = shown.script("return [...document.querySelectorAll('#requests tr[data-id]')].map(r => Number(r.dataset.id))")
+    assert len(ids) == len(set(ids)) == 350
+    assert "That is all" in shown.text("#more")
+
+
+def test_rows_are_sorted_by_a_click_on_the_head_both_ways(page, site):
+    many(site, 30)
+    shown = page()
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 30")
+    shown.click("#requests-head [data-sort=total]")
+    down = [int(text.replace(",", "")) for text in first_cells(shown, 3)]
+    assert down == sorted(down, reverse=True) and len(set(down)) == 30
+    assert shown.script("return document.activeElement.dataset.sort") == "total"
+    shown.click("#requests-head [data-sort=total]")
+    assert [int(text.replace(",", "")) for text in first_cells(shown, 3)] == down[::-1]
+    heights = shown.script("return [...new Set([...document.querySelectorAll('#requests tr[data-id]')].map(r => r.offsetHeight))]")
+    assert all(24 <= height <= 28 for height in heights)
+
+
+def test_row_opens_to_all_that_is_known_of_the_request(page, site):
+    put(site.store, event(at=site.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias", failed=1,
+                          status_code=503, error="503 server_error: overloaded", service_tier="priority"))  # fmt: skip
+    shown = page()
+    shown.wait_until("document.querySelector('#requests tr[data-id]')")
+    shown.script("document.querySelector('#requests tr[data-id] button').focus()")
+    shown.press("Enter")
+    shown.wait_until("document.querySelector('#requests .detail')")
+    facts = shown.script("return Object.fromEntries([...document.querySelectorAll('.detail dl > div')].map(d => [d.firstChild.textContent, d.lastChild.textContent]))")
+    assert facts["Alias"] == "an-alias" and facts["Endpoint"] == "POST /v1/responses" and facts["Effort"] == "high"
+    assert facts["Tier"] == "priority" and facts["First token"] == "1.0s" and facts["Latency"] == "5.0s"
+    assert facts["Output speed"] == "50 tokens/s"  # 200 tokens in the four seconds after the first
+    assert facts["Reason"] == "503 server_error: overloaded" and facts["Status code"] == "503"
+    assert facts["Written to cache"] == "—"
+    shown.press("Enter")
+    shown.wait_until("!document.querySelector('#requests .detail')")
+
+
+def test_view_is_copied_as_csv_and_masked_with_the_page(page, site, browser):
+    fill(site)
+    put(site.store, event(at=site.now - 90, model='=cmd,"x"'))
+    browser.cdp("Browser.setPermission", permission={"name": "clipboard-read"}, setting="granted")
+    shown = page()
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 4")
+
+    def copied(button):
+        shown.click(button)
+        shown.wait_until("/copied/.test(document.querySelector('#live').textContent)")
+        shown.script("document.querySelector('#live').textContent = ''")
+        return list(csv.reader(io.StringIO(shown.script("return navigator.clipboard.readText()"))))
+
+    head, *rows = copied("#copy-csv")
+    assert len(rows) == 4 and head[:4] == ["Time", "Account", "Model", "Tokens"]
+    newest = dict(zip(head, rows[0]))
+    assert newest["Model"] == "'=cmd,\"x\"" and newest["Tokens"] == "120" and newest["Status"] == "OK"
+    assert app.parse_time(newest["Time"])[0] == pytest.approx(site.now - 90, abs=0.01)
+    head, *rows = copied("#copy-accounts")
+    an = next(dict(zip(head, row)) for row in rows if row[0] == "an@example.com")
+    assert an["5h Remaining"] == "62" and an["7d Remaining"] == "5" and an["Plan"] == "plus"
+    shown.click("#privacy")
+    for button in ("#copy-csv", "#copy-accounts"):
+        assert "@example.com" not in str(copied(button))
+
+
+# ---- keeping calm -----------------------------------------------------------------------------------------------
+
+
+def test_refresh_keeps_rows_scroll_selection_and_open_details(page, site):
+    many(site, 120)
+    shown = page()
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length >= 100")
+    shown.script("""
+      const rows = [...document.querySelectorAll('#requests tr[data-id]')];
+      rows.forEach((r) => { r.kept = true; });
+      rows[40].querySelector('button').click();
+      document.querySelector('#scroll').scrollTop = 700;
+      getSelection().selectAllChildren(rows[42].cells[2]);""")
+    put(site.store, event(at=site.now - 5, request_id="new"))
+    site.now += 1  # another answer than before
+    shown.click("#refresh")
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '121'")
+    shown.wait_until("document.querySelector('#requests tr[data-id]').kept === undefined")
+    kept, scroll, selected, detail = shown.script("""
+      const rows = [...document.querySelectorAll('#requests tr[data-id]')];
+      return [rows.filter((r) => r.kept).length, document.querySelector('#scroll').scrollTop, String(getSelection()), rows[41].nextSibling.className];""")
+    assert kept >= 100 and selected == "gpt-5.4" and detail == "detail"
+    assert scroll >= 700
+
+
+def test_last_data_of_the_tab_are_painted_before_any_answer(show, site, between):
+    fill(site)
+    shown = show(between)
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 3 && sessionStorage.last")
+    held = threading.Event()
+
+    def hold(handler):
+        held.wait(20)
+        handler.close_connection = True
+
+    for path in ("/api/summary", "/api/quota", "/api/requests", "/api/health"):
+        between.faults[path] = hold
+    show.faults_expected = True
+    try:
+        show(between, fresh=False)
+        assert value(shown, "requests") == 3
+        assert "62%" in cell_texts(shown, "an@example.com")
+        assert len(first_cells(shown, 0)) == 3
+    finally:
+        between.faults.clear()
+        held.set()
+
+
+def test_address_of_a_masked_page_holds_no_name(page, site):
+    fill(site)
+    shown = page("?range=24h&account=b%40example.com&q=b%40example.com")
+    shown.click("#privacy")
+    shown.wait_until("!decodeURIComponent(location.search).includes('@')")
+    masked_address = shown.script("return location.search")
+    assert "account=b***" in shown.script("return decodeURIComponent(location.search).replaceAll('+', ' ')")
+    assert value(shown, "requests") == 2
+    page(masked_address, fresh=False)  # a bookmark of it finds its account again
+    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '2'")
+    assert "@" not in shown.script("return decodeURIComponent(location.search)")
+    assert "@" not in shown.script("return document.body.innerText")
+    shown.click("#privacy")
+    shown.wait_until("decodeURIComponent(location.search).includes('b@example.com')")
+
+
+# ---- for everyone -----------------------------------------------------------------------------------------------
+
+
+def test_keyboard_alone_reaches_and_operates_everything(page, site):
+    fill(site)
+    shown = page()
+    shown.script("document.activeElement.blur()")
+    reached = []
+    for _ in range(120):
+        shown.press("Tab")
+        at = shown.script("""const e = document.activeElement; if (e === document.body) return null;
+          const s = getComputedStyle(e); return [e.id || e.dataset.kind || e.dataset.sort || e.className || e.tagName, s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2];""")
+        if at is None:
+            break
+        reached.append(at)
+    names = [name for name, _ in reached]
+    for wanted in ("skip", "range", "refresh-quota", "refresh", "lang-en", "lang-vi", "theme", "cached", "failed", "chart", "privacy",
+                   "copy-accounts", "search", "failed-only", "copy-csv", "link", "total"):  # fmt: skip
+        assert wanted in names, wanted
+    assert all(seen for _, seen in reached), [name for name, seen in reached if not seen]
+    shown.script("document.querySelector('#range').focus()")
+    shown.press("1", "h")  # as a select is operated
+    shown.script("document.querySelector('#theme').focus()")
+    shown.press("Enter")
+    shown.wait_until("document.documentElement.dataset.theme === 'dark'")
+    shown.script("document.querySelector('#chart').focus()")
+    shown.press("Home", "End", "ArrowLeft", "ArrowRight", "Enter")
+    shown.wait_until("location.search.includes('start=')")
+    shown.press("Escape")
+    shown.wait_until("!location.search.includes('start=')")
+    shown.script("document.querySelector('#models button').focus()")
+    shown.press("Space")
+    shown.wait_until("location.search.includes('model=')")
+
+
+def test_table_behind_the_canvas_holds_the_same_numbers(page, site):
+    fill(site)
+    shown = page()
+    rows = shown.script("return [...document.querySelectorAll('#chart-body tr')].map(r => [...r.cells].map(c => c.textContent))")
+    buckets = shown.script("return window.__page.picture().buckets.map(b => [b.requests, b.total_tokens, b.failed])")
+    assert [[int(row[i].replace(",", "")) for i in (1, 2, 8)] for row in rows] == buckets
+    assert shown.script("return document.querySelector('#chart').getAttribute('aria-valuetext')").startswith("Last 24 hours, 98.3k tokens")
+
+
+@pytest.mark.parametrize("lang", ["en", "vi"])
+def test_no_label_is_cut_on_the_narrowest_phone(show, site, between, browser, lang):
+    fill(site)
+    browser.resize(360, 800)
+    between.changes["/api/quota"] = lambda body: body.update(cooldown_seconds=299)
+    shown = show(between)
+    shown.click(f"#lang-{lang}")
+    shown.wait_until(f"document.documentElement.lang === '{lang}' && /\\d:\\d\\d/.test(document.querySelector('#refresh-quota').textContent)")
+    shown.script("document.querySelector('#requests tr[data-id] button').click()")
+    cut = shown.script("""
+      const words = 'h1, h2, button:not(.link, .chip, #models *), dt, dd, .note, .notice, .tag, .left, .st, .rst span, .more, .figure, .sub, #status, #chart-readout, footer span, option:checked';
+      return [...document.querySelectorAll(words)].filter((e) => e.offsetParent && !e.closest('.vh'))
+        .filter((e) => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline' || e.getBoundingClientRect().right > innerWidth + .5)
+        .map((e) => `${e.className} ${e.textContent}`);""")
+    assert cut == []
+    wide = shown.script("const s = document.querySelector('#range'), c = document.createElement('canvas').getContext('2d'); c.font = getComputedStyle(s).font; return [s.clientWidth, c.measureText(s.selectedOptions[0].textContent).width]")
+    assert wide[0] >= wide[1] + 30  # the arrow and the edges
+
+
+def test_paper_is_white_whole_and_without_controls(page, site, browser):
+    many(site, 60)
+    browser.emulate(dark=True)
+    shown = page()
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 60")
+    browser.emulate(print=True)
+    shown.wait_until("document.documentElement.dataset.theme === 'light'")
+    assert shown.script("""return ['.controls', '.tools', '#more'].map((css) => getComputedStyle(document.querySelector(css)).display)""") == ["none"] * 3
+    assert shown.script("const s = document.querySelector('#scroll'); return s.scrollHeight <= s.clientHeight")
+    browser.emulate(print=False)
+    shown.wait_until("document.documentElement.dataset.theme === 'dark'")
+
+
+@pytest.mark.parametrize("feature, value", [("prefers-contrast", "more"), ("forced-colors", "active")])
+def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, browser, feature, value):
+    fill(site)
+    shown = page()
+    axis = """
+      const c = document.querySelector('#chart'), g = window.__page.picture();
+      return [...c.getContext('2d').getImageData(g.plot.x + 5, g.base, 1, 1).data].slice(0, 3).join()"""
+    before = shown.script(axis)
+    browser.cdp("Emulation.setEmulatedMedia", media="", features=[{"name": feature, "value": value}])
+    shown.wait_until(f"matchMedia('({feature}: {value})').matches")
+    ink = shown.script("""const i = document.createElement('i'); i.style.cssText = 'forced-color-adjust: none; color: var(--ink)'; document.body.append(i);
+      const c = getComputedStyle(i).color; i.remove(); return c.match(/\\d+/g).slice(0, 3).join()""")
+    shown.wait_until(f"(() => {{ {axis} }})() === '{ink}'")
+    assert before != ink
+    faint = shown.script("return getComputedStyle(document.querySelector('.kpi dt')).color.match(/\\d+/g).slice(0, 3).join()")
+    assert faint == ink

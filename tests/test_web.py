@@ -5,6 +5,7 @@ import gzip
 import http.client
 import itertools
 import json
+import select
 import socket
 import sqlite3
 import threading
@@ -22,7 +23,7 @@ NOW = 1_793_534_400.0
 class Site:
     """Serve a real store on a free port; `status` is what the collector would say."""
 
-    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", **settings):
+    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", head_s=10.0, **settings):
         self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
         self.now = NOW
         self.store = app.Store(folder / "usage.db")
@@ -38,7 +39,7 @@ class Site:
             gap_s=(0, 0),
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
-        self.server = app.make_server("127.0.0.1", 0)
+        self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
         self.thread.start()
@@ -457,6 +458,47 @@ def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
             connection.close()
 
 
+def test_connection_limit_ends_the_one_that_has_kept_its_request_to_itself_longest():
+    connections = app._Connections()
+    pairs = [socket.socketpair() for _ in range(130)]
+    try:
+        for here, _ in pairs[:128]:
+            assert connections.add(here)
+            connections.wait(here)
+        connections.busy(pairs[0][0])  # the oldest, but its answer is being made
+        assert connections.add(pairs[128][0])
+        ended = [number for number, (_, there) in enumerate(pairs) if select.select([there], [], [], 0)[0]]
+        assert ended == [1] and pairs[1][1].recv(1) == b""
+        for here, _ in pairs[:129]:
+            connections.busy(here)
+        assert not connections.add(pairs[129][0])
+    finally:
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+def test_head_that_comes_a_byte_at_a_time_is_given_up_at_its_deadline(tmp_path):
+    site = Site(tmp_path, head_s=0.3)
+    try:
+        with socket.create_connection(("127.0.0.1", site.port), timeout=10) as slow:
+            slow.settimeout(0.02)
+            for _ in range(1000):  # never so many: 20 s go by without a deadline
+                try:
+                    slow.sendall(b"G")
+                    if slow.recv(1) == b"":
+                        break
+                except socket.timeout:
+                    continue
+                except OSError:
+                    break
+            else:
+                pytest.fail("it was never given up")
+        assert site.json("/api/health")["ok"] is True
+    finally:
+        site.close()
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -514,6 +556,63 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
         0,
         None,
     )
+
+
+def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@example.com", reset_in=7200, **changes):
+    """Save readings of the five hours, the last one now."""
+    for number, used in enumerate(used_percents):
+        when = NOW - (len(used_percents) - 1 - number) * every_s
+        headers = {"x-codex-plan-type": plan, "x-codex-primary-used-percent": str(used),
+                   "x-codex-primary-window-minutes": "300", "x-codex-primary-reset-at": str(NOW + reset_in)}  # fmt: skip
+        row = app.reading_row(app.parse_quota(app.payload_of_headers(headers), when), (email, "#" + email), "", when)
+        store.save_reading({**row, "source": "traffic", "raw_json": None, **changes})
+
+
+def test_quota_says_how_long_it_lasts_for_an_account_and_for_the_pool(site):
+    write_readings(site.store, 50, 52, 55, 58, 60)
+    write_readings(site.store, 10, 10, 10, email="bo@example.com", reset_in=3600)
+    answer = site.json("/api/quota")
+    # 10 % in 20 minutes; 40 % take 80 more. The pool has 40 + 90 %, and one of its windows comes back in an hour.
+    runs_out_at = app.utc_text(NOW + 4800)
+    told = [row["windows"][0]["forecast"] for row in answer["quotas"]]
+    assert told == [{"used_per_hour": 30, "runs_out_at": runs_out_at}, {"used_per_hour": 0, "runs_out_at": None}]
+    assert answer["pool"] == [
+        {
+            "label": "5h",
+            "accounts": 2,
+            "remaining_percent": 65,
+            "next_reset_at": app.utc_text(NOW + 3600),
+            "forecast": {"runs_out_at": None, "until": app.utc_text(NOW + 3600)},
+        }
+    ]
+
+
+def test_quota_forecast_counts_a_reading_that_was_only_confirmed(site):
+    write_readings(site.store, 20, 20, every_s=600)
+    assert site.json("/api/quota")["quotas"][0]["windows"][0]["forecast"] is None
+    write_readings(site.store, 20)
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["ts_epoch"], row["last_at"], row["readings"]) == (NOW - 600, NOW, 3)
+    assert row["age_seconds"] == 0 and row["windows"][0]["forecast"] == {"used_per_hour": 0, "runs_out_at": None}
+
+
+def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(site):
+    write_readings(site.store, 100, reset_in=60)
+    assert site.json("/api/quota")["quotas"][0]["state"] == "limited"
+    site.now += 60
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["state"], row["primary_used_percent"], row["primary_remaining_percent"]) == ("reset_due", None, None)
+    (window,) = row["windows"]
+    assert (window["due"], window["remaining_percent"], window["forecast"]) == (True, None, None)
+    assert window["reset_at"] == row["primary_reset_at"] == app.utc_text(NOW + 60)
+    assert site.json("/api/quota")["pool"] == []
+
+
+def test_quota_tells_until_when_an_account_is_not_asked(site):
+    site.store.save_quota_state("a@x.com", "#a", None, "rate_limited", "", NOW, app.QuotaCall(1, NOW + 600.0))
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] == app.utc_text(NOW + 600)
+    site.now += 600
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] is None
 
 
 def write_account(folder, number):

@@ -146,6 +146,10 @@ class Browser:
         """Run the body of a function in the page; `arguments` are args, a promise is awaited."""
         return self._call("POST", "/execute/sync", {"script": source, "args": list(args)})
 
+    def run_async(self, source: str, *args: Any) -> Any:
+        """Run the body of a function in the page, and return what it hands to its last argument, a function."""
+        return self._call("POST", "/execute/async", {"script": source, "args": list(args)})
+
     def wait_until(self, expression: str, timeout: float = 10) -> Any:
         """Return the expression's first true value; AssertionError when there is none in time."""
         deadline = time.monotonic() + timeout
@@ -195,7 +199,7 @@ class Browser:
                 actions += [{"type": "keyUp", "value": code} for code in reversed(codes)]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
-    def move_to(self, css: str, x: int, y: int) -> None:
+    def move_to(self, css: str, x: float, y: float) -> None:
         """Put the mouse at an offset in CSS pixels from the top left corner of an element."""
         left, top = self.script(
             "const e = arguments[0]; e.scrollIntoView({block: 'nearest', behavior: 'instant'});"
@@ -205,6 +209,20 @@ class Browser:
         move = {"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)}
         mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
         self._call("POST", "/actions", {"actions": [mouse]})
+
+    def press_mouse(self) -> None:
+        """Press and release the left button where the mouse is."""
+        actions = [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": actions}
+        self._call("POST", "/actions", {"actions": [mouse]})
+
+    def tap(self, css: str, x: float, y: float) -> None:
+        """Touch an element with a finger, at an offset in CSS pixels from its top left corner."""
+        left, top = self.script("const box = arguments[0].getBoundingClientRect(); return [box.left, box.top];", self.find(css))
+        actions = [{"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)},
+                   {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]  # fmt: skip
+        finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}, "actions": actions}
+        self._call("POST", "/actions", {"actions": [finger]})
 
     # -- the window
 

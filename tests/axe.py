@@ -1,0 +1,77 @@
+"""Look for faults of accessibility with axe-core, in both themes and languages, wide and narrow.
+
+python3 tests/axe.py path/to/axe.min.js [address of a running dashboard]
+
+axe.min.js is no part of the dashboard; `npm install axe-core` in a folder elsewhere brings it. Without an address
+a demo is started. It prints each violation, and ends with 1 where there is one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support import free_port
+from webdriver import Browser
+
+SCRIPT = Path(__file__).resolve().parent.parent / "usage_dashboard.py"
+WIDTHS = (1440, 390)
+READY = "document.body && !document.body.classList.contains('booting') && document.querySelectorAll('#requests tbody tr').length > 0"
+LOOK = """
+const [source, done] = arguments;
+if (!window.axe) new Function(source)();
+window.axe.run(document, {resultTypes: ['violations', 'incomplete']}).then(
+  ({violations}) => done(violations.map((v) => ({id: v.id, help: v.help, nodes: v.nodes.map((n) => `${n.target.join(' ')}: ${n.failureSummary}`)}))),
+  (fault) => done([{id: 'axe', help: String(fault), nodes: []}]));
+"""
+
+
+def views() -> Iterator[tuple[int, str, bool]]:
+    """Give every width, language and theme."""
+    return ((width, lang, dark) for width in WIDTHS for lang in ("en", "vi") for dark in (False, True))
+
+
+def violations(browser: Browser, address: str, axe: str, width: int, lang: str, dark: bool) -> list[dict[str, Any]]:
+    """Open a view with the details of a request unfolded, and return what axe finds there."""
+    browser.resize(width, 1000)
+    browser.emulate(dark=dark, reduced_motion=True)
+    browser.goto(address)
+    browser.script("localStorage.clear(); localStorage.setItem('lang', arguments[0])", lang)
+    browser.goto(address)
+    browser.wait_until(READY)
+    browser.script("document.querySelector('#requests tbody button').click()")
+    browser.wait_until("document.querySelector('#requests .detail')")
+    return browser.run_async(LOOK, axe)
+
+
+def main(arguments: list[str]) -> int:
+    axe = Path(arguments[0]).read_text(encoding="utf-8")
+    port, demo = free_port(), None
+    address = arguments[1] if len(arguments) > 1 else f"http://127.0.0.1:{port}/?range=7d"
+    if len(arguments) < 2:
+        command = [sys.executable, str(SCRIPT), "demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port)]
+        demo = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
+        assert demo.stdout is not None
+        next(line for line in demo.stdout if "Demo with made-up data" in line)
+    found = 0
+    try:
+        with Browser() as browser:
+            for view in views():
+                faults = violations(browser, address, axe, *view)
+                found += len(faults)
+                print(*view, "no violation" if not faults else "")
+                for fault in faults:
+                    print(f"  {fault['id']}: {fault['help']}", *fault["nodes"], sep="\n    ")
+    finally:
+        if demo is not None:
+            demo.terminate()
+            demo.communicate()
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
