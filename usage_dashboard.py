@@ -54,6 +54,7 @@ class Log:
 
     def __init__(self, stream=None):
         self._stream = stream if stream is not None else sys.stdout
+        self._last: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
     def line(self, text: str) -> None:
@@ -63,6 +64,12 @@ class Log:
                 print(text, file=self._stream, flush=True)
             except (OSError, ValueError):
                 pass
+
+    def once(self, name: str, **values: Any) -> None:
+        """Write an event, unless it says what the last one of its name said."""
+        if self._last.get(name) != values:
+            self._last[name] = values
+            self.event(name, **values)
 
     def event(self, name: str, **values: Any) -> None:
         """Write ``name key=value …``, with values that hold spaces in quotes."""
@@ -1932,21 +1939,23 @@ class Store:
 
     # Quota
 
-    def save_reading(self, reading: Mapping[str, Any]) -> None:
+    def save_reading(self, reading: Mapping[str, Any], now: float | None = None) -> None:
         """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
 
-        One of ``source`` traffic is left out where a newer one is there, and makes no row where nothing changed.
+        One of ``source`` traffic is left out where a newer one is there, unless that is of the future, and makes no
+        row where nothing changed since the last one of its kind.
         """
         columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
         with self._write() as db:
             snapshot_id = None
             if reading["source"] == "traffic":
                 before = self._newest_reading(db, reading)
-                if before and before["read_at"] > reading["ts_epoch"]:
+                if before and reading["ts_epoch"] < before["read_at"] <= (now or reading["ts_epoch"]):
                     return
                 if before:
                     reading = _with_extra_meters(reading, before)
-                    snapshot_id = before["id"] if _says_the_same(reading, before) else None
+                    same = before["source"] == "traffic" and before["read_at"] <= reading["ts_epoch"]
+                    snapshot_id = before["id"] if same and _says_the_same(reading, before) else None
                 if snapshot_id is not None:
                     db.execute(
                         "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
@@ -1960,6 +1969,9 @@ class Store:
             self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
             if reading["source"] != "traffic":
                 self._put_quota_call(db, reading, QuotaCall())
+            else:  # the login works
+                key = (reading["email"], reading["account_id_tag"])
+                db.execute("UPDATE quota_accounts SET parked = NULL WHERE email = ? AND account_id_tag = ?", key)
         self.changes += 1
 
     @staticmethod
@@ -2204,6 +2216,7 @@ _SNAPSHOT_COLUMNS = (
     "readings",
 )
 _READING_COLUMNS = (
+    "source",
     "plan",
     "primary_used_percent",
     "primary_remaining_percent",
@@ -2495,13 +2508,16 @@ class Reading(NamedTuple):
 
 
 class QuotaFault(DashboardError):
-    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
+    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it.
+
+    ``is_final`` is true of a login that is of no use until its file changes.
+    """
 
     code = "quota_fault"
 
-    def __init__(self, state: str, retry_after_s: float = 0.0):
+    def __init__(self, state: str, retry_after_s: float = 0.0, is_final: bool = False):
         super().__init__(QUOTA_MESSAGES[state])
-        self.state, self.retry_after_s = state, retry_after_s
+        self.state, self.retry_after_s, self.is_final = state, retry_after_s, is_final
 
 
 QUOTA_MESSAGES = {
@@ -2597,7 +2613,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
-        _word(content.get("email")) or _word(claims.get("email")) or path.stem,
+        _word(content.get("email")) or _word(claims.get("email")) or _printable(path.stem),
         account_id,
         _word(about.get("chatgpt_plan_type")).lower()[:32],
         token,
@@ -2679,8 +2695,8 @@ def parse_quota(payload: Any, now: float) -> Reading:
     main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
     five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
     # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
-    binding = [weekly] if allowed else [weekly, five_hour]
-    if reached or allowed is False or any(meter is not None and meter.remaining_percent == 0 for meter in binding):
+    binding = [meter for meter in main if meter.label != "5h" or not allowed]
+    if reached or allowed is False or any(meter.remaining_percent == 0 for meter in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2855,7 +2871,7 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     most 1 MiB is read.
     """
     if not file.access_token:
-        raise QuotaFault("no_token")
+        raise QuotaFault("no_token", is_final=True)
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import Request
@@ -2869,7 +2885,8 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     except HTTPError as error:
         with error:
             state = classify_failure(error.code, error.headers, _error_body(error))
-            raise QuotaFault(state, _retry_after_s(error.headers.get("Retry-After"))) from None
+            wait_s, is_final = _retry_after_s(error.headers.get("Retry-After")), error.code in (401, 402)
+            raise QuotaFault(state, wait_s, is_final) from None
     except (URLError, OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
@@ -2917,7 +2934,7 @@ def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes
     """Make the call with urllib, which follows no redirect here."""
     import urllib.request
 
-    if proxies.get("https", "").lower().startswith("socks"):
+    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
         raise QuotaFault("proxy_unsupported")
 
     class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -3130,7 +3147,7 @@ def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
         if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
         same.append(span)
-    if sum(span.readings for span in same) < _FEWEST_READINGS:
+    if sum(_readings_since(span, now - PACE_S) for span in same) < _FEWEST_READINGS:
         return None
     first, last = same[0], same[-1]
     lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
@@ -3138,11 +3155,26 @@ def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
         return None
     if last.used_percent >= 100 or last.reset_at <= now:
         return None
-    per_second = (last.used_percent - first.used_percent) / lasted_s
-    runs_out_at = last.ended_at + (100 - last.used_percent) / per_second if per_second else None
-    if runs_out_at is not None and runs_out_at >= last.reset_at:
-        runs_out_at = None
-    return {"used_per_hour": round(per_second * 3600, 2), "runs_out_at": utc_text(runs_out_at)}
+    rise = last.used_percent - first.used_percent
+    slow, likely, fast = (_runs_out_at(last, max(0, rise + off), lasted_s) for off in (-1, 0, 1))
+    if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
+        return None
+    return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
+
+
+def _readings_since(span: Span, since: float) -> int:
+    """Give how many of a span's readings came since then, as if they had come evenly; its last one did."""
+    if span.began_at >= since:
+        return span.readings
+    return max(1, int(span.readings * (span.ended_at - since) / (span.ended_at - span.began_at)))
+
+
+def _runs_out_at(last: Span, rise: float, lasted_s: float) -> float | None:
+    """Give when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+    if rise <= 0:
+        return None
+    at = last.ended_at + (100 - last.used_percent) / rise * lasted_s
+    return at if at < last.reset_at else None
 
 
 def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
@@ -3154,24 +3186,30 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for row in quotas:
         for window in row["windows"]:
-            if window["meter"] is None and window["remaining_percent"] is not None:
+            if window["meter"] is None and row["state"] not in _OUT_OF_THE_POOL:
                 by_label.setdefault(window["label"], []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
-    return [_pool_of_label(label, members, now) for label, members in ordered]
+    pools = (_pool_of_label(label, members, now) for label, members in ordered)
+    return [pool for pool in pools if pool["accounts"]]
+
+
+_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
 
 
 def _pool_of_label(
     label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
 ) -> dict[str, Any]:
-    left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in members]
-    resets = [reset_at for _, window in members for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
+    known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
+    left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
+    resets = [reset_at for _, window in known for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
     next_reset_at = min(resets, default=None)
+    told = next_reset_at is not None and len(known) == len(members)  # one that came back may be full
     return {
         "label": label,
-        "accounts": len(members),
-        "remaining_percent": round(sum(left) / len(left), 1),
+        "accounts": len(known),
+        "remaining_percent": round(sum(left) / len(left), 1) if left else None,
         "next_reset_at": utc_text(next_reset_at),
-        "forecast": None if next_reset_at is None else _pool_forecast(members, left, next_reset_at, now),
+        "forecast": _pool_forecast(known, left, next_reset_at, now) if told else None,
     }
 
 
@@ -3264,6 +3302,7 @@ class Spool:
     def __init__(self, path: Path):
         self._path = path
         self._touched_at = 0.0
+        self.set_aside: Path | None = None
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
@@ -3281,7 +3320,7 @@ class Spool:
     def read(self) -> list[tuple[int, Parsed]]:
         """Give the batches that a previous run left, in their order. Raises OSError.
 
-        A file with a batch that this version does not understand is set aside under another name.
+        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
         """
         try:
             lines = self._path.read_bytes().splitlines()
@@ -3295,7 +3334,9 @@ class Spool:
             try:
                 batches.append(_batch_of_json(json.loads(text)))
             except (TypeError, ValueError, AttributeError):
-                os.replace(str(self._path), f"{self._path}.unreadable")
+                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
+        if self.set_aside is not None:
+            os.replace(str(self._path), str(self.set_aside))
         return batches
 
     def clear(self) -> None:
@@ -3558,7 +3599,10 @@ class ProxyApi:
 
 def _fault_of_status(status: int, content: bytes) -> QueueFault:
     if status in (401, 403):
-        return _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+        fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+        if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
+            return QueueFault("the management key is refused", "wrong_password")
+        return fault
     if status == 404:
         what = "has its management API switched off or is older than v6.10.8"
         return QueueFault(f"the proxy {what}", "closed")
@@ -3727,8 +3771,9 @@ class Collector:
         self._api: ProxyApi | None = None
         self._source: Any = None
         self._proven = False  # whether this connection has given a good reply to a pop
+        self._doubted = False  # whether events came from a proxy that is said not to publish
         self._unpublished = False  # whether an outage is open since the proxy does not publish
-        self._blocked_at: float | None = None
+        self._unnoted: tuple[float, str] | None = None  # an outage that could not be written
         self._turn_at: float | None = None  # by the steady clock
         self._asked_api_at = 0.0
         span = store.span()
@@ -3752,6 +3797,7 @@ class Collector:
         with self._lock:
             status = dict(self._status)
         status["since"] = min(status["since"], self._clock())  # the clock may have been set back meanwhile
+        status["message"] = status["message"].replace(str(self._store.path), self._store.path.name)
         counts = self._store.counts
         return dict(status, events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
 
@@ -3767,6 +3813,7 @@ class Collector:
                     self._note_outage(fault.state)
                     self._wait_after(fault)
                 except StoreError as error:
+                    self._unnoted = self._unnoted or (self._clock(), "storage_error")
                     self._enter("storage_error", str(error))
                     self._stop.wait(self._backoff.next())
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
@@ -3787,6 +3834,8 @@ class Collector:
             self._show(mode=source.mode, publishing=None, retention_seconds=None)
             if not source.is_proxy:
                 self._learn_retention(_FOR_EVER_S)
+            elif self._store.get_meta("retention_s") == _FOR_EVER_S:
+                self._store.put_meta("retention_s", None)
             self._ask_api()
             self._collect(source)
         finally:
@@ -3805,6 +3854,8 @@ class Collector:
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
+        if self._config.collect_mode == "subscribe":  # what is published to a listener is lost with it
+            self._config = replace(self._config, collect_mode="pop")
         try:
             self._raise_remembered_refusal()
             source = self._open_source()
@@ -3845,7 +3896,7 @@ class Collector:
         try:
             self._flush()
         except StoreError as error:
-            self._blocked_at, self._turn_at = self._blocked_at or self._clock(), None
+            self._unnoted, self._turn_at = self._unnoted or (self._clock(), "storage_error"), None
             self._enter("storage_error", str(error))
 
     def _settle(self, source: Any) -> None:
@@ -3879,7 +3930,7 @@ class Collector:
         try:
             self._spool.append(self._sequence, parsed)
         except OSError as error:
-            self._log.event("spool", fault=os_reason(error))
+            self._log.once("spool", fault=os_reason(error))
 
     def _flush(self) -> None:
         if not self._pending:
@@ -3895,19 +3946,25 @@ class Collector:
         try:
             self._spool.clear()
         except OSError as error:
-            self._log.event("spool", fault=os_reason(error))
-        if self._blocked_at is not None:
-            blocked_at, self._blocked_at = self._blocked_at, None
-            self._store.begin_outage(blocked_at, "storage_error")
+            self._log.once("spool", fault=os_reason(error))
+        if self._unnoted is not None:
+            self._begin_unnoted()
             self._store.end_outage(self._clock())
+
+    def _begin_unnoted(self) -> None:
+        if self._unnoted is not None:
+            self._store.begin_outage(*self._unnoted)
+            self._unnoted = None
 
     def _replay(self) -> None:
         """Store what a previous run had popped but not committed, and note since when nobody recorded."""
         try:
             alive_at, left = self._spool.alive_at(), self._spool.read()
         except OSError as error:
-            self._log.event("spool", fault=os_reason(error))
+            self._log.once("spool", fault=os_reason(error))
             return
+        if self._spool.set_aside is not None:
+            self._log.event("spool", fault="batches of another version", kept_in=self._spool.set_aside.name)
         fresh = [item for item in left if item[0] > self._sequence]
         if fresh:
             self._log.event("spool", replayed=sum(len(parsed.events) for _, parsed in fresh))
@@ -3918,7 +3975,8 @@ class Collector:
             if left and not fresh:
                 self._spool.clear()
             if alive_at is not None:
-                self._store.begin_outage(min(alive_at, self._clock()), "stopped")
+                self._unnoted = (min(alive_at, self._clock()), "stopped")
+                self._begin_unnoted()
         except StoreError as error:
             self._enter("storage_error", str(error))
 
@@ -4000,7 +4058,7 @@ class Collector:
         try:
             self._spool.touch(now)
         except OSError as error:
-            self._log.event("spool", fault=os_reason(error))
+            self._log.once("spool", fault=os_reason(error))
         if self._pending:
             return
         try:
@@ -4010,23 +4068,32 @@ class Collector:
         if not self._proven:
             self._note_recording(now)
         self._note_gap(now)
-        if got_values:
-            self._note_publishing(True if self._api else self._status["publishing"])
+        state, publishing = self._status["state"], self._status["publishing"]
+        if got_values and (publishing is not False or self._api is None):
+            self._asked_api_at = now  # an event tells as much
+            self._note_publishing(True if self._api else None)
             self._enter("recording")
-        elif self._status["state"] != "recording":
-            quiet_s = 15.0 if self._status["publishing"] is False else 300.0
-            if not 0 <= now - self._asked_api_at < quiet_s:
-                self._ask_api()
-                self._note_publishing(self._status["publishing"])
-            self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
-        elif now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600:
+            return
+        if got_values:  # left from before it was switched off, or it is on again: asked in two seconds
+            self._asked_api_at, self._doubted = min(self._asked_api_at, now - 13.0), True
+        if not 0 <= now - self._asked_api_at < (15.0 if publishing is False else 300.0):
+            self._ask_api()
+            self._note_publishing(self._status["publishing"])
+        long_quiet = now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600
+        if self._status["publishing"] is False:
+            self._enter("publishing_off")
+        elif self._doubted:
+            self._enter("recording")
+        elif state != "recording" or long_quiet:
             self._enter("waiting")
+        self._doubted = self._doubted and self._status["publishing"] is False
 
     def _note_recording(self, now: float) -> None:
         """Note once a connection that the first good pop has proven it."""
         self._proven = True
         self._backoff.reset()
         self._store.put_meta("refused", None)
+        self._begin_unnoted()
         self._store.end_outage(now)
         self._note_publishing(self._status["publishing"])
         self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
@@ -4055,17 +4122,17 @@ class Collector:
         self._asked_api_at = self._clock()
         try:
             said = self._api.get("/v0/management/usage-statistics-enabled")
+            publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
+            self._show(
+                publishing=publishing if isinstance(publishing, bool) else None,
+                proxy_version=self._api.version,
+                clock_ahead_seconds=self._api.clock_ahead_s,
+            )
             if self._status["retention_seconds"] is None:
                 self._learn_retention(_retention_of(self._api.get("/v0/management/config")))
         except QueueFault:
             self._forget_api()  # not asked again on this connection: a refusal here would count
             return
-        publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
-        self._show(
-            publishing=publishing if isinstance(publishing, bool) else None,
-            proxy_version=self._api.version,
-            clock_ahead_seconds=self._api.clock_ahead_s,
-        )
         self._api.close()
 
     def _learn_retention(self, seconds: float) -> None:
@@ -4121,6 +4188,10 @@ class Collector:
             self._wait_for_change(fault.state, remembered)
         elif isinstance(fault, BannedFault):
             self._stop.wait(fault.seconds + 1)
+            try:
+                self._config = self._load()  # the key may have been corrected meanwhile
+            except ConfigError as error:
+                self._log.once("config", fault=error)
         else:
             self._stop.wait(self._backoff.next())
 
@@ -4159,7 +4230,7 @@ class Collector:
             try:
                 self._config = self._load()
             except ConfigError as error:
-                self._log.line(str(error))
+                self._log.once("config", fault=error)
                 self._stop.wait(12.0)
                 continue
             if self._login() != before:
@@ -4174,7 +4245,7 @@ class TrafficReadings:
     """
 
     _GAP_S = 60.0
-    _KEPT_REQUESTS = 2000
+    _KEPT_REPLIES = 2000
 
     def __init__(
         self,
@@ -4186,7 +4257,7 @@ class TrafficReadings:
         self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
         self._waiting: dict[tuple[str | None, str], Event] = {}
         self._next_s: dict[tuple[str | None, str], float] = {}
-        self._seen: dict[str, tuple[str | None, dict[str, str]]] = {}
+        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
         self._files: list[AccountFile] = []
         self._looked_s = float("-inf")
 
@@ -4203,17 +4274,17 @@ class TrafficReadings:
         """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
 
         The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. Of failures only a used-up quota is believed, where the headers say the same.
+        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
+        quota is believed, where the headers say the same.
         """
         assert event.quota_headers is not None
-        if event.request_id:
-            index, headers = self._seen.get(event.request_id, (event.auth_index, event.quota_headers))
-            if index != event.auth_index and headers == event.quota_headers:
-                return False
-            self._seen.pop(event.request_id, None)
-            self._seen[event.request_id] = (event.auth_index, event.quota_headers)
-            if len(self._seen) > self._KEPT_REQUESTS:
-                del self._seen[next(iter(self._seen))]
+        said = tuple(event.quota_headers.items())
+        index = self._seen.pop(said, event.auth_index)
+        self._seen[said] = index
+        if len(self._seen) > self._KEPT_REPLIES:
+            del self._seen[next(iter(self._seen))]
+        if index != event.auth_index:
+            return False
         return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
 
     def save_due(self) -> None:
@@ -4232,7 +4303,7 @@ class TrafficReadings:
         owner = self._owner_of(event, reading.plan or "")
         if reading.state != "no_windows" and owner is not None:
             row = reading_row(reading, owner, "", read_at)
-            self._store.save_reading({**row, "source": "traffic", "raw_json": None})
+            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
 
     def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
         """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
@@ -4247,7 +4318,14 @@ class TrafficReadings:
         if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
             (file,) = same_mail
             return None if file.disabled else (file.email, file.tag)
-        return (mail, "#" + short_tag(event.auth_index or "", mail)) if mail else None
+        return (mail, self._tag_without_file(event, mail)) if mail else None
+
+    def _tag_without_file(self, event: Event, mail: str) -> str:
+        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
+        accounts = [account for account in self._store.accounts() if account.mail == mail]
+        if len(accounts) > 1:
+            accounts = [account for account in accounts if account.auth_index == event.auth_index]
+        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
 
     def _mail_of_index(self, auth_index: str | None) -> str:
         """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
@@ -4309,11 +4387,13 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Give the whole seconds until the next round may start; a clock that jumped back cannot prolong it."""
-        started_at, wait_s = self._round_at, self._config.quota_refresh_seconds
-        if started_at is None:
+        """Give the whole seconds until the next round may start; a round in the future, by a clock that was wrong
+        then or is now, does not count."""
+        if self._round_at is None:
             return 0
-        return int(min(wait_s, max(0.0, started_at + wait_s - self._clock())) + 0.999)
+        wait_s = self._config.quota_refresh_seconds
+        left_s = self._round_at + wait_s - self._clock()
+        return int(left_s + 0.999) if 0 < left_s <= wait_s else 0
 
     def start(self) -> threading.Thread:
         """Begin a round in the background and return its thread. Raises RefreshRefused."""
@@ -4434,13 +4514,13 @@ class QuotaRefresher:
 
     def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
         """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
-        if fault.state in _PARKING:
+        if fault.is_final:
             return QuotaCall(parked=file.version)
-        if fault.state not in _FIRST_WAITS_S:
+        if fault.state not in _WAITS_S:
             return QuotaCall()
-        wait_s = _FIRST_WAITS_S[fault.state] * 2 ** min(call.failures, 10)
-        wait_s = min(_LONGEST_WAIT_S, max(wait_s, fault.retry_after_s))
-        return QuotaCall(call.failures + 1, self._clock() + wait_s)
+        first_s, longest_s = _WAITS_S[fault.state]
+        wait_s = min(longest_s, first_s * 2 ** min(call.failures, 10))
+        return QuotaCall(call.failures + 1, self._clock() + max(wait_s, min(fault.retry_after_s, _LONGEST_WAIT_S)))
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
@@ -4453,20 +4533,20 @@ class QuotaRefresher:
         self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
 
 
-# A login in one of these states is dead until its file is another one.
-_PARKING = ("expired", "relogin", "deactivated", "no_token")
-# Seconds not to ask after the first failure. The cool-down between two rounds comes first, so that trouble on the
-# way, which passes, costs a wait of its own only when it stays.
-_FIRST_WAITS_S = {
-    "rate_limited": 600.0,
-    "blocked": 600.0,
-    "region_blocked": 600.0,
-    "network": 120.0,
-    "timeout": 120.0,
-    "server_error": 120.0,
-    "bad_response": 120.0,
-}
 _LONGEST_WAIT_S = 3600.0
+# Seconds not to ask after the first failure, and at the longest. The cool-down between two rounds comes first; trouble
+# on the way, which passes, costs little more than that.
+_WAITS_S = {
+    "rate_limited": (600.0, _LONGEST_WAIT_S),
+    "blocked": (600.0, _LONGEST_WAIT_S),
+    "region_blocked": (600.0, _LONGEST_WAIT_S),
+    "relogin": (600.0, _LONGEST_WAIT_S),
+    "deactivated": (600.0, _LONGEST_WAIT_S),
+    "server_error": (120.0, _LONGEST_WAIT_S),
+    "bad_response": (120.0, _LONGEST_WAIT_S),
+    "network": (120.0, 600.0),
+    "timeout": (120.0, 600.0),
+}
 # These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
 _ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
 _MOST_IN_VAIN = 3
@@ -4758,7 +4838,7 @@ def _quota_json(
     return {
         **shown,
         "account": _account_of_quota(row, accounts),
-        "age_seconds": None if read_at is None else max(0, int(now - read_at)),
+        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
         "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
     }
 
@@ -5051,13 +5131,12 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
                 raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
 
         def _route(self) -> None:
-            parts = urlsplit(self.path)
+            parts, query = self._question()
             if parts.path == "/":
                 self._send(200, self.server.page.answer, policy=self.server.page.policy)
                 return
             if parts.path not in ROUTES:
                 raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
             forced = query.pop("force", None) == "1" and self.command == "GET"
             if parts.path == "/api/quota" and forced:
                 self._refuse_other_sites()
@@ -5069,6 +5148,14 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
                 return
             self._send(200, self.server.answers.get(parts.path, query))
 
+        def _question(self) -> tuple[Any, dict[str, str]]:
+            try:
+                parts = urlsplit(self.path)
+                fields = parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace")
+            except ValueError as error:
+                raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
+            return parts, dict(fields)
+
         def _refuse_other_sites(self) -> None:
             """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
             said = self.headers.get("Sec-Fetch-Site")
@@ -5077,7 +5164,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
             if said is not None:
                 foreign = said not in ("same-origin", "none")
             else:
-                foreign = any(url and urlsplit(url).netloc not in own_hosts for url in sent)
+                foreign = any(url and _host_of(url) not in own_hosts for url in sent)
             if foreign:
                 raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
@@ -5161,6 +5248,15 @@ _COMMON_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _host_of(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return url
 
 
 def _is_loopback_name(host: str | None) -> bool:
@@ -5505,6 +5601,7 @@ def _load(options: Any) -> tuple[Config, list[str]]:
 
 def run_start(options: Any) -> int:
     """Serve and collect until SIGTERM or Ctrl+C. The port is bound before the first event is popped."""
+    stop = _stop_on_signal()
     config, warnings = _load(options)
     log = Log()
     for warning in warnings:
@@ -5516,7 +5613,6 @@ def run_start(options: Any) -> int:
     except DashboardError:
         server.server_close()
         raise
-    stop = _stop_on_signal()
     config_path = options.config or BASE_DIR / "config.json"
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
@@ -5554,7 +5650,8 @@ def _stop_on_signal() -> threading.Event:
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        # Not here: the signal may come while this very thread holds the event's lock.
+        signal.signal(number, lambda *_: threading.Thread(target=stop.set, daemon=True).start())
     return stop
 
 
@@ -5591,7 +5688,7 @@ def _run_until_stopped(
         _open_browser(_address(app.config, server.server_port))
     while not stop.wait(1.0):
         pass  # on some systems a wait without an end is deaf to signals
-    patience_s = time.monotonic() + 1.5
+    patience_s = time.monotonic() + 1.0
     server.shutdown()
     server.server_close()
     for thread in threads:
@@ -5664,21 +5761,12 @@ def run_quota(options: Any) -> int:
     answer, said = None, None
     if options.force:
         try:
-            answer = _ask_dashboard(config, "/api/quota?force=1", 30.0)
+            answer = _refresh_at_dashboard(config)
         except DashboardError as error:
             said = str(error)
     if answer is None:
-        store = Store(config.database_path) if options.force else _open_for_reading(config)
-        try:
-            app = _reading_app(config, store, Log(sys.stderr))
-            if options.force and said is None:
-                try:
-                    app.refresher.start().join()
-                except RefreshRefused as refused:
-                    said = str(refused)
-            answer = api_quota(app, {})
-        finally:
-            store.close()
+        answer, refused = _quota_of_database(config, options.force and said is None)
+        said = said or refused
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
     else:
@@ -5686,6 +5774,30 @@ def run_quota(options: Any) -> int:
     if said:
         print(f"usage_dashboard: {said}", file=sys.stderr)
     return 1 if said else 0
+
+
+def _refresh_at_dashboard(config: Config) -> Any:
+    """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
+    answer = _ask_dashboard(config, "/api/quota?force=1", 40.0)
+    while answer is not None and answer["refreshing"]:
+        time.sleep(1.0)
+        answer = _ask_dashboard(config, "/api/quota", 10.0)
+    return answer
+
+
+def _quota_of_database(config: Config, force: bool) -> tuple[dict[str, Any], str | None]:
+    """Read the quota table from the database, after a round of its own with ``force``; also why there was none."""
+    store, refused = Store(config.database_path) if force else _open_for_reading(config), None
+    try:
+        app = _reading_app(config, store, Log(sys.stderr))
+        if force:
+            try:
+                app.refresher.start().join()
+            except RefreshRefused as error:
+                refused = str(error)
+        return api_quota(app, {}), refused
+    finally:
+        store.close()
 
 
 def _quota_table(answer: Mapping[str, Any]) -> str:
@@ -5728,6 +5840,8 @@ def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
         connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
         reply = connection.getresponse()
         content = json.loads(reply.read())
+    except socket.timeout as error:
+        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
     except (OSError, http.client.HTTPException, ValueError):
         return None
     finally:
@@ -5756,7 +5870,7 @@ def run_check(options: Any) -> int:
             findings += look(config, options)
     for level, found, remedy in findings:
         print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
-    return 1 if any(level == "fault" for level, _, _ in findings) else 0
+    return 0 if all(level == "ok" for level, _, _ in findings) else 1
 
 
 def _check_modes(config: Config, options: Any) -> list[_Finding]:
@@ -5780,11 +5894,9 @@ def _check_database(config: Config, options: Any) -> list[_Finding]:
     path = config.database_path
     if not os.access(str(path.parent), os.W_OK):
         return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
-    findings: list[_Finding] = []
-    free = shutil.disk_usage(str(path.parent)).free
-    if free < 200 * 1024 * 1024:
-        level = "fault" if free < 20 * 1024 * 1024 else "warning"
-        findings.append((level, f"only {free // 1048576} MiB are free on the database's disk", "free some room"))
+    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
+    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
+    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
     if not path.exists():
         return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
     try:
@@ -5858,10 +5970,8 @@ def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[
 def _check_queue(config: Config, options: Any) -> list[_Finding]:
     if not config.management_password:
         return _check_without_key(config)
-    if not config.database_path.exists():
-        return _probe(config, None, options)
     try:
-        store = Store(config.database_path)
+        store = Store(config.database_path)  # made here if need be: a refused key must be remembered
     except StoreError:
         return []  # told by the database's own line
     try:
@@ -5873,6 +5983,7 @@ def _check_queue(config: Config, options: Any) -> list[_Finding]:
 def _check_without_key(config: Config) -> list[_Finding]:
     """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
     needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
+    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
     for port in dict.fromkeys(
         [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
     ):
@@ -5887,7 +5998,7 @@ def _check_without_key(config: Config) -> list[_Finding]:
             if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
                 return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
             last = fault
-    return [("fault", str(last), STATE_REMEDIES[last.state])]
+    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
 
 
 def _check_clock(ahead_s: float | None) -> list[_Finding]:
@@ -5899,19 +6010,11 @@ def _check_clock(ahead_s: float | None) -> list[_Finding]:
     return [("warning", found, "let both machines set their clocks by NTP")]
 
 
-def _probe(config: Config, store: Store | None, options: Any) -> list[_Finding]:
+def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
     """Log in as the collector would, remember a refusal as it would, and pop nothing."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        used = store or Store(Path(folder) / "probe.db")
-        try:
-            path = options.config or BASE_DIR / "config.json"
-            collector = Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path)
-            return _findings_of_status(collector.probe(), config)
-        finally:
-            if store is None:
-                used.close()
+    path = options.config or BASE_DIR / "config.json"
+    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
+    return _findings_of_status(collector.probe(), config)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,48 @@ def test_wrong_key_is_sent_once_over_restarts_and_check(program, proxy):
     assert proxy.auth_attempts == 1
 
 
+def test_check_before_the_first_start_sends_a_wrong_key_once(program, proxy):
+    configure(program, cliproxy_port=proxy.port, management_password="wrong-key")
+    for _ in range(3):
+        assert "wrong_password" in program.run("check").stdout
+    assert proxy.failures == 1
+
+
+@pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish"])
+def test_check_without_a_key_names_a_strange_server(program, answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        configure(program, cliproxy_port=server.getsockname()[1])
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = program.run("check")
+        thread.join(10)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"^fault", done.stdout, re.M)
+
+
+def test_forced_quota_of_many_accounts_waits_for_the_end_of_the_round(program, proxy, chatgpt):
+    write_accounts(program, 2)
+    chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
+    chatgpt.answer("tok-secret-1", body=BY_NAME["plus_5h_7d"]["body"], hold=True)
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env=chatgpt.environment)
+    forcing = threading.Thread(target=lambda: get(port, "/api/quota?force=1"), daemon=True)
+    forcing.start()
+    chatgpt.wait_for(lambda: len(chatgpt.requests) == 2)
+    refused = program.run("quota", "--force")
+    assert refused.returncode == 1 and "already running" in refused.stderr
+    chatgpt.release()
+    forcing.join(10)
+    assert running.terminate() == 0
+
+
 def test_corrected_key_is_noticed_without_a_restart(program, proxy):
     port = configure(program, cliproxy_port=proxy.port, management_password="wrong")
     proxy.push(*shifted())

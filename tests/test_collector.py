@@ -883,6 +883,72 @@ def test_collector_whose_clock_was_set_ahead_notes_no_outage(collect, proxy, sto
     assert store.outages(ALWAYS, time.time()) == []
 
 
+def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_ever(collect, proxy, store):
+    ahead = [0.0]
+    proxy.publishing = False
+    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run.wait_for_state("publishing_off")
+    proxy.ban()  # over HTTP alone, as behind a reverse proxy that forwards another address
+    asked = len(proxy.http_requests)
+    ahead[0] = 20.0
+    run.wait_for(lambda: len(proxy.http_requests) > asked)
+    proxy.publishing = True
+    proxy.push(event(1))
+    run.wait_for_state("recording")
+    assert [outage["to"] is not None for outage in store.outages(ALWAYS, time.time())] == [True]
+
+
+def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing_ended(collect, proxy):
+    ahead = [0.0]
+    proxy.push(event(1), event(2))
+    proxy.publishing = False
+    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run.wait_for_events(2)
+    run.wait_for_state("publishing_off")
+    ahead[0] = 3.0
+    wait_a_while(run)
+    assert run.state == "publishing_off"
+
+
+def test_collector_that_was_recording_notices_within_minutes_that_publishing_ended(collect, proxy):
+    ahead = [0.0]
+    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    proxy.push(event(1))
+    run.wait_for_state("recording")
+    proxy.publishing = False
+    ahead[0] = 301.0
+    run.wait_for_state("publishing_off")
+
+
+def test_collector_that_leaves_a_redis_for_a_proxy_forgets_that_nothing_is_forgotten(collect, proxy, store):
+    store.put_meta("retention_s", 1e9)
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    assert store.get_meta("retention_s") == 60
+
+
+def test_collector_started_on_a_locked_database_notes_the_outage_afterwards(collect, open_store, proxy, store):
+    ended = collect(proxy)
+    ended.wait_for_state("waiting")
+    ended.end()
+    locker = lock(store)
+    run = collect(proxy, on=open_store(), clock=lambda: time.time() + 7200)
+    run.wait_for_state("storage_error")
+    locker.close()
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] == "stopped" and 7190 <= outage["to"] - outage["from"] <= 7210
+
+
+def test_collector_shows_no_path_of_the_database_and_logs_it(collect, proxy, store):
+    locker = lock(store)
+    run = collect(proxy)
+    run.wait_for_state("storage_error")
+    locker.close()
+    assert str(store.path) in run.log and str(store.path.parent) not in run.status["message"]
+    assert "usage.db is locked" in run.status["message"]
+
+
 def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
     # banned over HTTP alone, as behind a reverse proxy that forwards another address
     run = collect(proxy)
@@ -1378,6 +1444,22 @@ def test_spool_with_a_torn_line_takes_the_next_batch_whole(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     app.Spool(path).append(2, parsed(2))
     assert app.Spool(path).read() == [(2, parsed(2))]
+
+
+def test_spool_of_another_version_is_set_aside_and_its_sound_batches_stored(collect, proxy, store):
+    path = Path(f"{store.path}.spool")
+    spool = app.Spool(path)
+    for sequence in (1, 2, 3):
+        spool.append(sequence, app.parse_events([event(sequence)]))
+    lines = path.read_bytes().splitlines()
+    for number in (1, 2):
+        text = b'["odd"]'
+        lines.insert(number, app.hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text)
+    path.write_bytes(b"\n".join(lines))
+    run = collect(proxy)
+    run.wait_for_events(3)
+    (aside,) = path.parent.glob("*.unreadable-*")
+    assert b'["odd"]' in aside.read_bytes() and aside.name in run.log
 
 
 @pytest.mark.parametrize("content", [b"\n\n\n", b"\x00" * 500, b"garbage", b"0123456789abcdef []\n", b"\xff" * 99])

@@ -75,6 +75,12 @@ def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
     assert [(meter.meter, meter.used_percent) for meter in extra] == [("GPT-5.3-Codex-Spark", 99)]
 
 
+def test_plan_with_a_monthly_window_alone_is_limited_when_that_is_used_up():
+    monthly = {"x_codex_primary_used_percent": "100", "x_codex_primary_window_minutes": "43200",
+               "x_codex_secondary_window_minutes": "0"}  # fmt: skip
+    assert read(**monthly).state == "limited"
+
+
 @pytest.mark.parametrize("slot", ["primary", "secondary"])
 def test_headers_of_a_used_up_window_are_limited(slot):
     assert read(**{f"x_codex_{slot}_used_percent": "100"}).state == "limited"
@@ -227,6 +233,22 @@ def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world):
     assert world.shown() == [("c@example.com", "plus", 12)]
 
 
+def test_headers_of_another_accounts_attempt_are_told_without_a_request_id_too(world):
+    fail = {"status_code": 429, "body": ""}
+    world.take(
+        world.event(used(100), auth_index="aa", source="a@example.com", failed=True, fail=fail),
+        world.event(used(100), auth_index="bb", source="b@example.com", failed=True, fail=fail),
+    )
+    assert world.shown() == [("a@example.com", "plus", 100)]
+
+
+def test_account_without_a_file_stays_one_row_over_a_new_login(world):
+    world.take(world.event())
+    world.later_s = 3600
+    world.take(world.event(used(50), at=3600, auth_index="new"))
+    assert world.shown() == [("an@example.com", "plus", 50)]
+
+
 @pytest.mark.parametrize(
     ("status", "percent", "booked"), [(429, 100, True), (429, 60, False), (401, 100, False), (500, 100, False)]
 )
@@ -259,6 +281,29 @@ def test_reading_that_says_the_same_makes_no_row_and_is_fresh_all_the_same(world
     world.later_s = 1200
     world.take(world.event(used(43), at=1200))
     assert world.count() == 2
+
+
+def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
+    world.take(world.event())
+    db = sqlite3.connect(str(world.store.path))
+    with db:
+        db.execute("UPDATE quota_snapshots SET ts_epoch = ?, last_at = NULL", (NOW + 864000,))
+    db.close()
+    world.later_s = 61
+    world.take(world.event(used(90), at=61))
+    assert (world.shown()[0][2], world.store.quotas()[0]["read_at"]) == (90, NOW + 61)
+
+
+def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
+    world.file("an@example.com")
+    (file,) = app.find_account_files([world.accounts])[1]
+    windows = {"primary_window": {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200},
+               "secondary_window": {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}}  # fmt: skip
+    reply = {"plan_type": "plus", "rate_limit": {"allowed": False, "limit_reached": True, **windows}}
+    world.store.save_reading(app.snapshot_of(file, reply, NOW - 60))
+    world.take(world.event())
+    (row,) = world.store.quotas()
+    assert (row["source"], row["state"], row["allowed"], row["limit_reached"]) == ("traffic", "ok", None, None)
 
 
 def test_older_reading_never_replaces_a_newer_one(world):
@@ -368,6 +413,17 @@ def test_forecast_counts_how_long_and_how_often_a_reading_was_confirmed():
     assert app.forecast([steady, app.Span(NOW, NOW, 30, NOW + 7200, 1)], NOW)["used_per_hour"] == 10
 
 
+def test_forecast_does_not_count_what_was_said_before_the_hour():
+    long_ago = app.Span(NOW - 7200, NOW - 3500, 20, NOW + 7200, 30)
+    assert app.forecast([long_ago, app.Span(NOW, NOW, 20, NOW + 7200, 1)], NOW) is None
+
+
+def test_forecast_says_nothing_where_one_percent_more_or_less_would_turn_it():
+    # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
+    assert app.forecast(line(10, 10, 11, reset_at=NOW + 6 * 86400), NOW) is None
+    assert app.forecast(line(10, 30, 60, reset_at=NOW + 6 * 86400), NOW)["runs_out_at"] is not None
+
+
 def member(left: float, pace: float | None, *, plan: str = "plus", state: str = "ok", reset_in: float = 7200) -> dict:
     window = {"label": "5h", "seconds": 18000, "meter": None, "remaining_percent": left,
               "reset_at": app.utc_text(NOW + reset_in),
@@ -393,6 +449,17 @@ def test_pool_counts_a_limited_account_as_empty_whatever_its_bar_says():
     (pool,) = app.pool_of([member(30, 60), member(90, None, state="limited")], NOW)
     assert pool["remaining_percent"] == 15
     assert pool["forecast"]["runs_out_at"] == app.utc_text(NOW + 1800)
+
+
+def test_pool_leaves_out_accounts_that_are_of_no_use():
+    dead = [member(100, None, state=state) for state in ("disabled", "deactivated", "relogin", "no_token")]
+    (pool,) = app.pool_of([member(10, 30), *dead], NOW)
+    assert (pool["accounts"], pool["remaining_percent"]) == (1, 10)
+
+
+def test_pool_with_a_window_that_came_back_says_nothing_of_the_time_to_come():
+    (pool,) = app.pool_of([member(10, 30), member(None, None)], NOW)
+    assert (pool["accounts"], pool["remaining_percent"], pool["forecast"]) == (1, 10, None)
 
 
 @pytest.mark.parametrize(

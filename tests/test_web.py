@@ -558,6 +558,16 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     )
 
 
+@pytest.mark.parametrize("path", ["http://[/api/health", "/api/summary?" + "&".join(f"a{n}=1" for n in range(60))])
+def test_address_that_is_none_or_has_too_many_parameters_is_400(site, path):
+    assert site.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).startswith(b"HTTP/1.1 400 ")
+    assert site.log.read_text() == ""
+
+
+def test_force_from_an_origin_that_is_none_is_refused(site):
+    assert site.error("/api/quota?force=1", 403, Origin="http://[")["code"] == "foreign_site"
+
+
 def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@example.com", reset_in=7200, **changes):
     """Save readings of the five hours, the last one now."""
     for number, used in enumerate(used_percents):
