@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import io
 import json
+import operator
 import os
 import random
 import re
@@ -73,13 +74,18 @@ class Log:
         self.line(" ".join(parts))
 
 
-_RFC3339 = re.compile(
-    r"(\d{4}-\d{2}-\d{2})[Tt ](\d{2}:\d{2}):(\d{2})(?:\.(\d{1,9}))?(?:([Zz])|([+-])(\d{2}):(\d{2}))\Z",
-    re.ASCII,
-)
+_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minute_cache: dict[tuple[str, str], int] = {}
+_minutes: dict[tuple[str, str], tuple[int, str]] = {}
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 4096) -> Any:
+    """Keep a value that is dear to work out and asked for again and again; returns it."""
+    if len(known) >= most:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def parse_time(text: str) -> tuple[float, str]:
@@ -91,34 +97,27 @@ def parse_time(text: str) -> tuple[float, str]:
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
-    day, clock, seconds, fraction, zulu, sign, offset_hours, offset_minutes = match.groups()
-    minute = _minute_epoch(day, clock)
-    if not zulu:
-        if int(offset_hours) > 23 or int(offset_minutes) > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = int(offset_hours) * 3600 + int(offset_minutes) * 60
-        minute += -offset if sign == "+" else offset
-    whole = minute + int(seconds)
-    if int(seconds) > 59:
+    minute, seconds, zone = match.groups()
+    if seconds >= "60":
         raise ValueError("the seconds are over 59")
-    if not _EARLIEST_AT <= whole < _LATEST_AT:
+    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
+
+
+def _read_minute(minute: str, zone: str) -> tuple[int, str]:
+    """Give a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
+    from calendar import timegm
+
+    epoch = timegm(time.strptime(f"{minute[:10]} {minute[11:]}", "%Y-%m-%d %H:%M"))
+    if zone not in "Zz":
+        hours, minutes = int(zone[1:3]), int(zone[4:])
+        if hours > 23 or minutes > 59:
+            raise ValueError("the offset is not a time of day")
+        offset = hours * 3600 + minutes * 60
+        epoch += -offset if zone[0] == "+" else offset
+    if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    digits = ((fraction or "") + "000000")[:6]
-    return whole + float("0." + (fraction or "0")), f"{_utc_second(whole)}.{digits}Z"
-
-
-def _minute_epoch(day: str, clock: str) -> int:
-    """Give the epoch second of a UTC minute; events of one minute share one computation."""
-    key = (day, clock)
-    known = _minute_cache.get(key)
-    if known is None:
-        from calendar import timegm
-
-        known = timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M"))
-        if len(_minute_cache) > 4096:
-            _minute_cache.clear()
-        _minute_cache[key] = known
-    return known
+    return remember(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), most=500)
 
 
 def _utc_second(epoch_s: float) -> str:
@@ -128,6 +127,13 @@ def _utc_second(epoch_s: float) -> str:
 def utc_text(epoch_s: float | None) -> str | None:
     """Write epoch seconds as ISO UTC text to the second; None stays None."""
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
+
+
+def steady_s() -> float:
+    """Give seconds that no setting of the clock moves, and that go on while the machine sleeps where it can tell."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
 
 
 class Backoff:
@@ -532,14 +538,18 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
         plain.close()
-        raise QueueFault(
-            f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
-            "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem",
-            state="closed",
-        ) from error
+        raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
         raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
+
+
+def _untrusted(host: str, port: int, error: Any) -> QueueFault:
+    said = (
+        f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
+        "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
+    )
+    return QueueFault(said, "closed", says_remedy=True)
 
 
 def os_reason(error: BaseException) -> str:
@@ -616,6 +626,8 @@ class Event(NamedTuple):
     """Hold one upstream attempt as it will be stored; None is unknown, zero is measured.
 
     ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider.
+    ``quota_headers`` are the ``x-codex-…`` headers of the reply, on their way to the account's quota; they are no
+    part of the stored event.
     """
 
     timestamp: str
@@ -643,6 +655,7 @@ class Event(NamedTuple):
     service_tier: str
     api_key: str
     plan: str
+    quota_headers: dict[str, str] | None = None
 
 
 class Reject(NamedTuple):
@@ -666,6 +679,7 @@ _MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
 _LARGEST_NUMBER = 2**53 - 1
 _CLAUDE = frozenset(["claude"])
 _THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
+_MOST_QUOTA_HEADERS = 80  # eight groups of ten
 _CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
 
 
@@ -688,17 +702,8 @@ def mask_mail(mail: str) -> str:
     return f"{name[:1]}***@{domain}" if at else "***"
 
 
-_masks: dict[str, str] = {}
-
-
 def _mask_source(text: str) -> str:
-    """Mask a source once; the same few come with every event."""
-    masked = _masks.get(text)
-    if masked is None:
-        if len(_masks) > 4096:
-            _masks.clear()
-        masked = _masks[text] = text if looks_like_mail(text) else mask_key(text)
-    return masked
+    return text if looks_like_mail(text) else mask_key(text)
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
@@ -723,8 +728,16 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
     return parsed._replace(ignored=ignored)
 
 
-def _decode_all(raws: Sequence[Any]) -> list[Any]:
-    """Decode a batch in one call, as one array with a zero between every two events.
+_DECODED_AT_ONCE = 100  # more are not quicker, and decoded events take ten times the room of their JSON
+
+
+def _decode_all(raws: Sequence[Any]) -> Iterable[Any]:
+    for first in range(0, len(raws), _DECODED_AT_ONCE):
+        yield from _decode_some(raws[first : first + _DECODED_AT_ONCE])
+
+
+def _decode_some(raws: Sequence[Any]) -> list[Any]:
+    """Decode events in one call, as one array with a zero between every two.
 
     The zeros prove that each event was one JSON value by itself; otherwise each is decoded alone.
     """
@@ -787,32 +800,87 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    provider = _text(get("provider"), "provider").lower()
-    status, reason = _failure(get("fail"))
+    sender = _sender(content)
+    provider = sender.provider
+    status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, provider)
+    quota_headers = _quota_headers(get("response_headers")) if provider == "codex" else None
     return Event(
         timestamp,
         ts_epoch,
-        _auth_index(get("auth_index")),
-        _mask_source(_text(get("source"), "source", 512)),
-        _text(get("model"), "model") or "unknown",
+        sender.auth_index,
+        sender.source,
+        sender.model,
         *usage[:4],
         _number(get("latency_ms"), "latency_ms"),
         failed,
         *usage[4:],
         _number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status,
-        reason if failed else None,
+        failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
         _text(get("request_id"), "request_id", 64) or None,
-        provider,
-        _text(get("endpoint"), "endpoint"),
-        _text(get("auth_type"), "auth_type", 32),
-        _text(get("alias"), "alias"),
-        _text(get("reasoning_effort"), "reasoning_effort", 32),
-        _text(get("service_tier"), "service_tier", 32),
-        mask_key(_text(get("api_key"), "api_key", 512)),
-        "" if failed else _plan_of(get("response_headers")),
+        *sender[3:],
+        "" if failed or not quota_headers else quota_headers.get("x-codex-plan-type", "").strip().lower()[:32],
+        quota_headers,
+    )
+
+
+class _Sender(NamedTuple):
+    """Hold what repeats from event to event, cleaned and masked."""
+
+    auth_index: str | None
+    source: str
+    model: str
+    provider: str
+    endpoint: str
+    auth_type: str
+    alias: str
+    reasoning_effort: str
+    service_tier: str
+    api_key: str
+
+
+_senders: dict[tuple[Any, ...], _Sender] = {}
+
+
+def _sender(content: Mapping[str, Any]) -> _Sender:
+    """Clean and mask what an event says of its sender, once for all events that say the same."""
+    said = tuple(map(content.get, _Sender._fields))
+    try:
+        return _senders[said]
+    except KeyError:
+        sender = _read_sender(*said)
+    except TypeError:  # a list or an object, where a text belongs
+        return _read_sender(*said)
+    # Texts alone are looked up safely: 1 and true are equal as keys. Long ones are not worth their memory.
+    repeats = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in said)
+    return remember(_senders, said, sender) if repeats else sender
+
+
+def _read_sender(
+    auth_index: Any,
+    source: Any,
+    model: Any,
+    provider: Any,
+    endpoint: Any,
+    auth_type: Any,
+    alias: Any,
+    reasoning_effort: Any,
+    service_tier: Any,
+    api_key: Any,
+) -> _Sender:
+    return _Sender(
+        _auth_index(auth_index),
+        _mask_source(_text(source, "source", 512)),
+        _text(model, "model") or "unknown",
+        _text(provider, "provider").lower(),
+        _text(endpoint, "endpoint"),
+        _text(auth_type, "auth_type", 32),
+        _text(alias, "alias"),
+        _text(reasoning_effort, "reasoning_effort", 32),
+        _text(service_tier, "service_tier", 32),
+        mask_key(_text(api_key, "api_key", 512)),
     )
 
 
@@ -858,11 +926,16 @@ def _failed_flag(value: Any, status: int | None) -> int:
     raise Rejected("failed is neither true nor false")
 
 
-def _plan_of(headers: Any) -> str:
-    """Read the plan from the reply headers of a Codex call; a failed call may carry another account's."""
-    values = headers.get("X-Codex-Plan-Type") if isinstance(headers, dict) else None
-    first = values[0] if isinstance(values, list) and values else None
-    return _printable(first[:32].strip().lower()) if isinstance(first, str) else ""
+def _quota_headers(headers: Any) -> dict[str, str] | None:
+    """Keep the quota headers of a reply and no other: the rest holds cookies and ids."""
+    if not isinstance(headers, dict):
+        return None
+    kept = {
+        name.lower(): _printable(values[0][:100])
+        for name, values in headers.items()
+        if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
+    }
+    return kept if kept and len(kept) <= _MOST_QUOTA_HEADERS else None
 
 
 _Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, cache write
@@ -881,7 +954,7 @@ def _usage(content: dict[str, Any], provider: str) -> _Usage:
         return (None,) * 6
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    counts = {name: _number(tokens.get(name), f"tokens.{name}") for name in _TOKEN_NAMES}
+    counts = tuple(map(_number, map(tokens.get, _TOKEN_NAMES), _TOKEN_LABELS))
     if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
         return _claude_usage(counts)
     return _inclusive_usage(counts, thoughts_apart=provider in _THOUGHTS_APART)
@@ -891,26 +964,25 @@ _TOKEN_NAMES = (
     "input_tokens",
     "output_tokens",
     "reasoning_tokens",
-    "cached_tokens",
     "total_tokens",
+    "cached_tokens",
     "cache_read_tokens",
     "cache_creation_tokens",
 )
+_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _TOKEN_NAMES)
 
 
 def _breakdown_usage(breakdown: dict[str, Any]) -> _Usage:
     into, out = breakdown["input"], breakdown["output"]
-    return tuple(
-        _number(part[name], name)
-        for part, name in (
-            (into, "total_tokens"),
-            (out, "total_tokens"),
-            (out, "reasoning_tokens"),
-            (breakdown, "total_tokens"),
-            (into, "cache_read_tokens"),
-            (into, "cache_write_tokens"),
-        )
+    counts = (
+        into["total_tokens"],
+        out["total_tokens"],
+        out["reasoning_tokens"],
+        breakdown["total_tokens"],
+        into["cache_read_tokens"],
+        into["cache_write_tokens"],
     )
+    return tuple(_number(count, "token_breakdown") for count in counts)
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -919,27 +991,24 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(counts: dict[str, int | None]) -> _Usage:
+def _claude_usage(counts: _Usage) -> _Usage:
     """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    sent_input, output, total = counts["input_tokens"], counts["output_tokens"], counts["total_tokens"]
-    written = counts["cache_creation_tokens"]
-    # Before v7.0.3 there is only cached_tokens; since then that repeats the writes where nothing was read.
-    read = counts["cached_tokens"] if counts["cache_read_tokens"] is None else counts["cache_read_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
+    if read is None:  # before v7.0.3; since then cached_tokens repeats the writes where nothing was read
+        read = cached
     whole_input = None if sent_input is None else _sum(sent_input, read, written)
     if not total or total == _sum(sent_input, output):
         total = _sum(whole_input, output)
-    return whole_input, output, counts["reasoning_tokens"], total, read, written
+    return whole_input, output, reasoning, total, read, written
 
 
-def _inclusive_usage(counts: dict[str, int | None], thoughts_apart: bool) -> _Usage:
+def _inclusive_usage(counts: _Usage, thoughts_apart: bool) -> _Usage:
     """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
-    output, reasoning = counts["output_tokens"], counts["reasoning_tokens"]
+    sent_input, output, reasoning, total, cached, read, written = counts
     if thoughts_apart and output is not None:
         output = _sum(output, reasoning)
-    total = counts["total_tokens"] or _sum(counts["input_tokens"], output)
     # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    cached = counts["cache_read_tokens"] or counts["cached_tokens"]
-    return counts["input_tokens"], output, reasoning, total, cached, counts["cache_creation_tokens"]
+    return sent_input, output, reasoning, total or _sum(sent_input, output), read or cached, written
 
 
 _SECRETS = re.compile(
@@ -957,14 +1026,13 @@ def without_secrets(text: str, limit: int = 160) -> str:
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
-def _failure(fail: Any) -> tuple[int | None, str | None]:
-    """Give (HTTP status, short reason) of ``fail``; never its free body, which can echo a prompt."""
+def _status_of(fail: Any) -> int | None:
+    """Give the HTTP status of ``fail``; 0 stands for none."""
     if fail is None:
-        return None, None
+        return None
     if not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    status = _number(fail.get("status_code"), "fail.status_code") or None
-    return status, failure_reason(status, fail.get("body"))
+    return _number(fail.get("status_code"), "fail.status_code") or None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
@@ -1189,6 +1257,44 @@ SUM_NAMES = (
     "total_tokens",
 )
 
+# The columns of an event that SUM_NAMES counts, after the event itself.
+_counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES[1:]))
+
+
+class _RollUp(NamedTuple):
+    """Hold a table of sums: the seconds of its buckets, what it keeps apart, and where a cell's sums go in it.
+
+    A cell is the finest there is: (15-minute bucket, identity, model).
+    """
+
+    table: str
+    seconds: int
+    keys: tuple[str, ...]
+    key_of: Callable[[int, int, int], tuple[int, ...]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the columns that are unique together."""
+        return ("bucket", *self.keys)
+
+
+_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, identity, model: (bucket,))
+_BY_ACCOUNT = _RollUp(
+    "usage_by_account", BUCKET_S, ("identity_id",), lambda bucket, identity, model: (bucket, identity)
+)
+_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, ("model_id",), lambda bucket, identity, model: (bucket, model))
+_BOTH_KEYS = ("identity_id", "model_id")
+_BY_HOUR = _RollUp("usage_by_hour", 3600, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 4, identity, model))
+_BY_DAY = _RollUp("usage_by_day", 86400, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 96, identity, model))
+_ROLL_UPS = (_BY_TIME, _BY_ACCOUNT, _BY_MODEL, _BY_HOUR, _BY_DAY)
+# What a question has to keep apart or to narrow down decides where its sums are; the edges are left to the next.
+_LEVELS = {
+    (): (_BY_TIME,),
+    ("identity_id",): (_BY_DAY, _BY_ACCOUNT),
+    ("model_id",): (_BY_DAY, _BY_MODEL),
+    _BOTH_KEYS: (_BY_DAY, _BY_HOUR),
+}
+
 _ORIGINAL_COLUMNS = {
     "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
     "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER",
@@ -1213,10 +1319,6 @@ _OWN_TABLES = (
     "endpoint TEXT NOT NULL, auth_type TEXT NOT NULL, alias TEXT NOT NULL, reasoning_effort TEXT NOT NULL, "
     "service_tier TEXT NOT NULL, api_key TEXT NOT NULL, "
     "UNIQUE(identity_id, provider, endpoint, auth_type, alias, reasoning_effort, service_tier, api_key))",
-    "CREATE TABLE usage_by_account(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, {sums}, "
-    "PRIMARY KEY(bucket, identity_id)) WITHOUT ROWID",
-    "CREATE TABLE usage_by_model(bucket INTEGER NOT NULL, model_id INTEGER NOT NULL, {sums}, "
-    "PRIMARY KEY(bucket, model_id)) WITHOUT ROWID",
     "CREATE TABLE rejected_events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, reason TEXT, length INTEGER, "
     "event TEXT)",
     "CREATE TABLE outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL)",
@@ -1245,9 +1347,12 @@ def _step_original_tables(db) -> None:
 def _step_own_tables(db) -> None:
     for table, columns in _OWN_COLUMNS.items():
         _add_columns(db, table, columns)
-    sums = ", ".join(f"{name} INTEGER NOT NULL" for name in SUM_NAMES)
     for statement in _OWN_TABLES:
-        db.execute(statement.format(sums=sums))
+        db.execute(statement)
+    for roll_up in _ROLL_UPS:
+        columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
+        keys = ", ".join(roll_up.columns)
+        db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
     if not _has_time_index(db):
         db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
     last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
@@ -1266,12 +1371,71 @@ def _has_time_index(db) -> bool:
     return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
 
 
+def _step_losses(db) -> None:
+    _add_columns(db, "outages", "lost INTEGER")
+
+
 def _put_meta(db, key: str, value: Any) -> None:
     db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
 
 
+def _find_or_add(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = {}) -> int:
+    """Give the id of a row by what is unique of it, added with ``more`` where there is none."""
+    where = " AND ".join(f"{name} = ?" for name in unique)
+    row = db.execute(f"SELECT id FROM {table} WHERE {where}", tuple(unique.values())).fetchone()
+    if row is not None:
+        return row[0]
+    values = {**unique, **more}
+    columns, marks = ", ".join(values), ", ".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
+
+
+_Sums = Tuple[int, ...]
+
+
+def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int], _Sums]) -> list[_Sums]:
+    """Add up rows of (bucket, identity, model, sums …) that have one key; gives rows of (key …, sums …)."""
+    groups: dict[_Sums, list[_Sums]] = {}
+    for row in rows:
+        groups.setdefault(key_of(*row[:3]), []).append(row[3:])
+    return [(*key, *map(sum, zip(*members))) for key, members in groups.items()]
+
+
+def _roll_up(db, cells: Iterable[_Sums]) -> None:
+    """Add cells to every roll-up."""
+    cells = list(cells)
+    for roll_up in _ROLL_UPS:
+        db.executemany(_ADD_TO[roll_up], _cells(cells, roll_up.key_of))
+
+
+def _statement_of(roll_up: _RollUp) -> str:
+    columns, keys = (*roll_up.columns, *SUM_NAMES), ", ".join(roll_up.columns)
+    return (
+        f"INSERT INTO {roll_up.table}({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+    )
+
+
+_ADD_TO = {roll_up: _statement_of(roll_up) for roll_up in _ROLL_UPS}
+
+
+def _step_quota_calls(db) -> None:
+    _add_columns(
+        db,
+        "quota_accounts",
+        "subscription_until TEXT, failures INTEGER, retry_at REAL, parked TEXT",
+    )
+    # A reading that says the same as the one before makes no row: how long it was true, and how often it was said.
+    _add_columns(db, "quota_snapshots", "last_at REAL, readings INTEGER")
+
+
 # Never edited after a release; a new step goes at the end.
-_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (_step_original_tables, _step_own_tables)
+_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (
+    _step_original_tables,
+    _step_own_tables,
+    _step_losses,
+    _step_quota_calls,
+)
 
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
@@ -1282,18 +1446,10 @@ _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
-_ADD_SUMS = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUM_NAMES)
-_ROLL_UP_BY_ACCOUNT = (
-    f"INSERT INTO usage_by_account(bucket, identity_id, {', '.join(SUM_NAMES)}) "
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, {_EVENT_SUMS} FROM {_EVENTS} "
-    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
-    f"ON CONFLICT(bucket, identity_id) DO UPDATE SET {_ADD_SUMS}"
-)
-_ROLL_UP_BY_MODEL = (
-    f"INSERT INTO usage_by_model(bucket, model_id, {', '.join(SUM_NAMES)}) "
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, m.id AS i, {_EVENT_SUMS} FROM events e "
-    f"JOIN models m ON m.name = {_MODEL_OF} WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i "
-    f"ON CONFLICT(bucket, model_id) DO UPDATE SET {_ADD_SUMS}"
+_CELLS_OF_ROWS = (
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_EVENT_SUMS} "
+    f"FROM {_EVENTS} JOIN models m ON m.name = {_MODEL_OF} "
+    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id"
 )
 _EVENT_COLUMNS = Event._fields[:17]
 _INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
@@ -1303,6 +1459,17 @@ _TOUCH_IDENTITY = (
     "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
 )
 _KEPT_REJECTS = 1000
+
+
+# An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
+_OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
+_SHORTEST_RETENTION_S = 60.0
+
+
+def _retention_in(db) -> float:
+    """Give how long the queue keeps what nobody takes, as far as was learnt; never less than any proxy does."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
+    return row[0] if row else _SHORTEST_RETENTION_S
 
 
 class Window(NamedTuple):
@@ -1324,6 +1491,30 @@ class Filters(NamedTuple):
 _NO_FILTERS = Filters()
 
 
+class QuotaCall(NamedTuple):
+    """Hold what the next round has to know of an account: failures in a row, until when not to ask (epoch seconds),
+    and the version of the account file that is of no use, until which changes it is not asked."""
+
+    failures: int = 0
+    retry_at: float | None = None
+    parked: str | None = None
+
+
+class _Ids(NamedTuple):
+    """Hold the ids of what an event has in common with others."""
+
+    identity_id: int
+    context_id: int
+    model_id: int
+
+
+def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
+    """Give what a batch's events of one identity tell of it, as _TOUCH_IDENTITY takes it."""
+    times = [event.ts_epoch for event in events]
+    provider, plan = (next(filter(None, values), "") for values in zip(*((e.provider, e.plan) for e in events[::-1])))
+    return min(times), max(times), provider, plan, plan, identity_id
+
+
 class Store:
     """Keep events, roll-ups and quota readings in one SQLite file; the only place with SQL.
 
@@ -1338,8 +1529,7 @@ class Store:
         self.changes = 0
         self._sqlite = sqlite3
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
-        self._identity_ids: dict[tuple[str, str], int] = {}
-        self._context_ids: dict[tuple[Any, ...], int] = {}
+        self._ids: dict[tuple[Any, ...], _Ids] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._identity_changes = 0
         try:
@@ -1397,8 +1587,7 @@ class Store:
         return _Transaction(self, self._reader, self._read_lock, "BEGIN", "ROLLBACK")
 
     def _forget_caches(self) -> None:
-        self._identity_ids.clear()
-        self._context_ids.clear()
+        self._ids.clear()
 
     # Writing
 
@@ -1427,65 +1616,31 @@ class Store:
         return True
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
-        last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
-        rows, seen = [], {}
+        rows, counted, by_identity = [], [], {}
         for event in events:
-            identity_id = self._identity_id(db, event)
-            rows.append(event[:17] + (self._context_id(db, identity_id, event[17:24]),))
-            first_at, last_at, provider, plan = seen.get(identity_id, (event.ts_epoch, event.ts_epoch, "", ""))
-            seen[identity_id] = (
-                min(first_at, event.ts_epoch),
-                max(last_at, event.ts_epoch),
-                event.provider or provider,
-                event.plan or plan,
-            )
+            ids = self._ids.get(event[2:5] + event[17:24]) or self._find_ids(db, event)
+            rows.append((*event[:17], ids.context_id))
+            sums = _counted(event)
+            if None in sums:
+                sums = tuple(number or 0 for number in sums)
+            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, 1, *sums))
+            by_identity.setdefault(ids.identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
-        db.executemany(
-            _TOUCH_IDENTITY,
-            [(first, last, provider, plan, plan, key) for key, (first, last, provider, plan) in seen.items()],
-        )
+        db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         self._identity_changes += 1
-        self._roll_up(db, last_id + 1, last_id + len(rows))
+        _roll_up(db, _cells(counted, lambda *key: key))
 
-    def _identity_id(self, db, event: Event) -> int:
-        key = (event.auth_index or "", event.source)
-        known = self._identity_ids.get(key)
-        if known is None:
-            db.execute(
-                "INSERT INTO identities(auth_index, source, provider, plan, first_at, last_at) "
-                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(auth_index, source) DO NOTHING",
-                (*key, event.provider, event.plan, event.ts_epoch, event.ts_epoch),
-            )
-            found = db.execute("SELECT id FROM identities WHERE auth_index = ? AND source = ?", key)
-            known = self._identity_ids[key] = found.fetchone()[0]
-        return known
-
-    def _context_id(self, db, identity_id: int, context: tuple[str, ...]) -> int:
-        key = (identity_id, *context)
-        known = self._context_ids.get(key)
-        if known is None:
-            columns = ("identity_id", *_CONTEXT_COLUMNS)
-            db.execute(
-                f"INSERT INTO contexts({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-                f"ON CONFLICT({', '.join(columns)}) DO NOTHING",
-                key,
-            )
-            found = db.execute(
-                f"SELECT id FROM contexts WHERE {' AND '.join(f'{column} = ?' for column in columns)}", key
-            )
-            known = self._context_ids[key] = found.fetchone()[0]
-        return known
-
-    @staticmethod
-    def _roll_up(db, first_id: int, last_id: int) -> None:
-        ids = (first_id, last_id)
-        db.execute(
-            f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
-            "ON CONFLICT(name) DO NOTHING",
-            ids,
+    def _find_ids(self, db, event: Event) -> _Ids:
+        identity = {"auth_index": event.auth_index or "", "source": event.source}
+        times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
+        identity_id = _find_or_add(db, "identities", identity, times)
+        context = dict(zip(_CONTEXT_COLUMNS, event[17:24]))
+        ids = _Ids(
+            identity_id,
+            _find_or_add(db, "contexts", {"identity_id": identity_id, **context}),
+            _find_or_add(db, "models", {"name": event.model}),
         )
-        db.execute(_ROLL_UP_BY_ACCOUNT, ids)
-        db.execute(_ROLL_UP_BY_MODEL, ids)
+        return remember(self._ids, event[2:5] + event[17:24], ids)
 
     @staticmethod
     def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
@@ -1519,7 +1674,12 @@ class Store:
                 "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
                 ids,
             )
-            self._roll_up(db, *ids)
+            db.execute(
+                f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
+                "ON CONFLICT(name) DO NOTHING",
+                ids,
+            )
+            _roll_up(db, db.execute(_CELLS_OF_ROWS, ids))
             counts = dict(self._counts)
             counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[0]
             self._put_counts(db, counts)
@@ -1623,21 +1783,33 @@ class Store:
         self.changes += 1
 
     def end_outage(self, at: float, shortest_s: float = 60.0) -> None:
-        """Note that recording goes on; one shorter than the proxy's memory lost nothing and is forgotten."""
+        """Note that recording goes on, and whether the queue had forgotten something by then.
+
+        One that is shorter than ``shortest_s``, which every proxy remembers, is not worth keeping.
+        """
         with self._write() as db:
-            db.execute("DELETE FROM outages WHERE to_at IS NULL AND from_at > ?", (at - shortest_s,))
-            db.execute("UPDATE outages SET to_at = ? WHERE to_at IS NULL", (at,))
+            db.execute(
+                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
+                (at - shortest_s,),
+            )
+            db.execute(
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, at, _retention_in(db)),
+            )
         self.changes += 1
 
-    def outages(self, window: Window) -> list[dict[str, Any]]:
-        """List the spans in which nobody recorded; ``to`` None is still going on."""
+    def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
+        """List the spans in which nobody recorded; ``to`` None is still going on.
+
+        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
+        """
         with self._read() as db:
             rows = db.execute(
-                "SELECT from_at, to_at, reason FROM outages WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) "
-                "ORDER BY from_at LIMIT 500",
-                (window.end, window.start),
+                f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
+                "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
+                (now, _retention_in(db), window.end, window.start),
             ).fetchall()
-        return [{"from": start, "to": end, "reason": reason} for start, end, reason in rows]
+        return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
 
     # Reading usage
 
@@ -1691,7 +1863,7 @@ class Store:
             low, high = db.execute(
                 "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_model").fetchone()[0]
+            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
@@ -1704,53 +1876,120 @@ class Store:
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
         window = window or Window(float("-inf"), float("inf"))
-        at, row_id = before or (window.end, 0)
+        end, row_id = before or (window.end, 0)
         with self._read() as db:
             accounts = self._accounts_in(db)
-            where, values = _event_conditions(filters, accounts)
-            rows = db.execute(
-                f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
-                "LEFT JOIN identities i ON i.id = c.identity_id "
-                f"WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){where} "
-                "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?",
-                (window.start, at, at, row_id, *values, limit),
-            ).fetchall()
+            condition, values = _event_conditions(filters, accounts)
+            rows: list[Any] = []
+            spans = [window] if self._adopting_in(db) else _spans_to_search(db, window, end, filters, accounts)
+            for span in spans:
+                stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
+                bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
+                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                if len(rows) >= limit:
+                    break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
     # Quota
 
     def save_reading(self, reading: Mapping[str, Any]) -> None:
-        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest."""
-        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
-        key = (reading["email"], reading["account_id_tag"])
-        with self._write() as db:
-            snapshot_id = db.execute(
-                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                [reading[name] for name in columns],
-            ).lastrowid
-            self._put_quota_state(db, key, reading["plan"], reading["state"], None, reading["ts_epoch"], snapshot_id)
-        self.changes += 1
+        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
 
-    def save_quota_state(
-        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
-    ) -> None:
-        """Note why an account has no new reading; the last good one stays beside it."""
+        One of ``source`` traffic is left out where a newer one is there, and makes no row where nothing changed.
+        """
+        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
         with self._write() as db:
-            self._put_quota_state(db, (email, tag), plan, state, message, now, None)
+            snapshot_id = None
+            if reading["source"] == "traffic":
+                before = self._newest_reading(db, reading)
+                if before and before["read_at"] > reading["ts_epoch"]:
+                    return
+                if before:
+                    reading = _with_extra_meters(reading, before)
+                    snapshot_id = before["id"] if _says_the_same(reading, before) else None
+                if snapshot_id is not None:
+                    db.execute(
+                        "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
+                        (reading["ts_epoch"], snapshot_id),
+                    )
+            if snapshot_id is None:
+                snapshot_id = db.execute(
+                    f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                    [reading[name] for name in columns],
+                ).lastrowid
+            self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
+            if reading["source"] != "traffic":
+                self._put_quota_call(db, reading, QuotaCall())
         self.changes += 1
 
     @staticmethod
-    def _put_quota_state(db, key, plan, state, message, at, snapshot_id) -> None:
+    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
+        columns = ("id", "read_at", *_READING_COLUMNS)
+        row = db.execute(
+            "SELECT s.id, IFNULL(s.last_at, s.ts_epoch), "
+            f"{', '.join(f's.{name}' for name in _READING_COLUMNS)} FROM quota_accounts a "
+            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
+            (account["email"], account["account_id_tag"]),
+        ).fetchone()
+        return dict(zip(columns, row)) if row else None
+
+    def save_quota_state(
+        self,
+        email: str,
+        tag: str,
+        plan: str | None,
+        state: str,
+        message: str | None,
+        now: float,
+        call: QuotaCall | None = None,
+    ) -> None:
+        """Note why an account has no new reading; the last good one stays beside it.
+
+        ``call`` is what the next round has to know; None leaves that as it was.
+        """
+        account = {"email": email, "account_id_tag": tag, "plan": plan, "state": state, "message": message}
+        with self._write() as db:
+            self._put_quota_state(db, account, now, None)
+            if call is not None:
+                self._put_quota_call(db, account, call)
+        self.changes += 1
+
+    @staticmethod
+    def _put_quota_state(db, account: Mapping[str, Any], at: float, snapshot_id: int | None) -> None:
+        key = (account["email"], account["account_id_tag"])
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
             "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
             "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
-            (*key, plan, state, message, at, snapshot_id),
+            (*key, account["plan"], account["state"], account.get("message"), at, snapshot_id),
         )
         if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
+
+    @staticmethod
+    def _put_quota_call(db, account: Mapping[str, Any], call: QuotaCall) -> None:
+        db.execute(
+            "UPDATE quota_accounts SET failures = ?, retry_at = ?, parked = ? WHERE email = ? AND account_id_tag = ?",
+            (*call, account["email"], account["account_id_tag"]),
+        )
+
+    def quota_calls(self) -> dict[tuple[str, str], QuotaCall]:
+        """Give by (email, tag) what is known of the calls that failed."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT email, account_id_tag, IFNULL(failures, 0), retry_at, parked FROM quota_accounts"
+            ).fetchall()
+        return {row[:2]: QuotaCall(*row[2:]) for row in rows}
+
+    def put_subscriptions(self, ends: Iterable[tuple[str | None, str, str]]) -> None:
+        """Note until when accounts are paid for: (ISO UTC text, email, tag)."""
+        with self._write() as db:
+            db.executemany(
+                "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?", ends
+            )
+        self.changes += 1
 
     def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
         """Take accounts off the quota table that no account file names any more; their readings stay."""
@@ -1762,20 +2001,32 @@ class Store:
         self.changes += 1
 
     def quotas(self) -> list[dict[str, Any]]:
-        """List each account's state with its last good reading, by mail."""
+        """List each account's state with its last good reading, by mail; ``read_at`` is when that was last true."""
         columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until", "retry_at")
         with self._read() as db:
             rows = db.execute(
-                "SELECT a.email, a.account_id_tag, a.plan, a.state, a.message, a.state_at, s.id, s.timestamp, "
-                f"{columns} "
+                f"SELECT {', '.join(f'a.{name}' for name in own)}, s.id, IFNULL(s.last_at, s.ts_epoch), {columns} "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "id", "timestamp")
+        names = (*own, "id", "read_at", *_SNAPSHOT_COLUMNS[2:])
         quotas = []
         for row in rows:
-            snapshot = dict(zip(_SNAPSHOT_COLUMNS[2:], row[8:]))
-            quotas.append({**dict(zip(own, row)), **snapshot, "plan": snapshot["plan"] or row[2]})
+            quota = dict(zip(names, row))  # the reading's own plan comes last and wins, where there is one
+            quotas.append({**quota, "plan": quota["plan"] or row[2]})
         return quotas
+
+    def readings_since(self, since: float, most: int = 20_000) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Give by (email, tag) the rows of readings since then, without a scan: they are in order of time."""
+        names = ("email", "account_id_tag", "ts_epoch", "last_at", "readings", *_READING_COLUMNS)
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        with self._read() as db:
+            rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
+            for row in rows:
+                if row[2] is None or row[2] < since - 120:  # one from traffic may come up to a minute late
+                    break
+                found.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+        return found
 
     def thin_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
@@ -1802,12 +2053,18 @@ class Store:
                 f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,)
             ).fetchone()
             faults = []
-            for table in ("usage_by_account", "usage_by_model"):
-                sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-                rolled = db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (floor,)).fetchone()
-                if rolled != tuple(value or 0 for value in rows):
+            for table in ("usage_by_time", "usage_by_account", "usage_by_model"):
+                if _sums_in(db, table, floor) != tuple(value or 0 for value in rows):
                     faults.append(f"{table} does not add up to the events")
+            for table in ("usage_by_hour", "usage_by_day"):
+                if _sums_in(db, table) != _sums_in(db, "usage_by_time"):
+                    faults.append(f"{table} does not add up to the 15-minute sums")
         return faults
+
+
+def _sums_in(db, table: str, from_bucket: int = 0) -> tuple[int, ...]:
+    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
+    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
 
 
 class _Transaction:
@@ -1821,6 +2078,7 @@ class _Transaction:
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
+            self._forget_pages()
             self._lock.release()
             raise StoreError(_store_reason(self._store.path, error)) from error
         return self._db
@@ -1837,6 +2095,8 @@ class _Transaction:
                 self._store._forget_caches()  # ids of rows that were rolled back
             if self._db.in_transaction:
                 self._roll_back()
+            if isinstance(error, sqlite_error):
+                self._forget_pages()
             self._lock.release()
         if isinstance(error, sqlite_error):
             raise StoreError(_store_reason(self._store.path, error)) from error
@@ -1846,6 +2106,13 @@ class _Transaction:
             self._db.execute("ROLLBACK")
         except self._store._sqlite.Error:
             pass  # SQLite has rolled back by itself, as it does on a full disk
+
+    def _forget_pages(self) -> None:
+        """Have the file read anew next time: SQLite would keep the pages of a damaged one after it was mended."""
+        try:
+            self._db.execute("PRAGMA shrink_memory")
+        except self._store._sqlite.Error:
+            pass  # closed, or damaged beyond even that
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -1891,13 +2158,76 @@ _SNAPSHOT_COLUMNS = (
     "raw_json",
     "source",
     "windows",
+    "last_at",
+    "readings",
 )
+_READING_COLUMNS = (
+    "plan",
+    "primary_used_percent",
+    "primary_remaining_percent",
+    "primary_reset_at",
+    "secondary_used_percent",
+    "secondary_remaining_percent",
+    "secondary_reset_at",
+    "credits_balance",
+    "windows",
+)
+
+
+def _with_extra_meters(reading: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the extra meters that a request's headers do not tell of, as they were last read."""
+    windows = json.loads(reading["windows"])
+    told = {window["meter"] for window in windows}
+    kept = [window for window in json.loads(before["windows"] or "[]") if window["meter"] not in told | {None}]
+    return {**reading, "windows": json.dumps(windows + kept, ensure_ascii=False)}
+
+
+def _says_the_same(reading: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Tell whether two readings differ in nothing but a reset that moved by less than two minutes."""
+
+    def said(row: Mapping[str, Any]) -> list[Any]:
+        windows = [{**window, "reset_at": None} for window in json.loads(row["windows"] or "[]")]
+        return [row["plan"], row["credits_balance"], windows]
+
+    def resets(row: Mapping[str, Any]) -> list[float]:
+        return [parse_time(window["reset_at"])[0] for window in json.loads(row["windows"]) if window["reset_at"]]
+
+    if said(reading) != said(before):
+        return False
+    mine, theirs = resets(reading), resets(before)
+    return len(mine) == len(theirs) and all(abs(a - b) < 120 for a, b in zip(mine, theirs))
+
+
 _REQUEST_NAMES = ("id", *(name for name in _EVENT_COLUMNS if name != "auth_index"), *_CONTEXT_COLUMNS)
 _REQUEST_COLUMNS = ", ".join(
     ["e.id", *(f"e.{name}" for name in _EVENT_COLUMNS if name != "auth_index")]
     + [f"c.{name}" for name in _CONTEXT_COLUMNS]
     + ["CAST(e.auth_index AS TEXT)"]
 )
+
+
+_LIST_EVENTS = (
+    f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
+    "LEFT JOIN identities i ON i.id = c.identity_id "
+    "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
+    "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
+)
+
+
+def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
+    """Name the spans that hold what the filters ask for, newest first, so that no others are read."""
+    if filters._replace(text=None) == _NO_FILTERS:
+        yield window
+        return
+    roll_up = _levels_for(filters.account is not None, filters.model is not None)[-1]
+    condition, values = _roll_up_conditions(filters, accounts)
+    buckets = db.execute(
+        f"SELECT DISTINCT r.bucket FROM {roll_up.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
+        "ORDER BY r.bucket DESC",
+        (window.start / roll_up.seconds - 1, end / roll_up.seconds, *values),
+    )
+    for (bucket,) in buckets:
+        yield Window(bucket * roll_up.seconds, (bucket + 1) * roll_up.seconds)
 
 
 def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
@@ -1955,39 +2285,44 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
     return "".join(f" AND {part}" for part in parts), values
 
 
+def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
+    """Write the filters as SQL conditions on a roll-up ``r``: which buckets have anything to do with them."""
+    parts, values = [], []
+    if filters.account is not None:
+        ids = ", ".join(map(str, _account_ids(filters.account, accounts)))
+        parts.append(f"r.identity_id IN ({ids})")
+    if filters.model is not None:
+        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
+        values.append(filters.model)
+    if filters.status is not None:
+        parts.append("r.failed > 0" if filters.status == "failed" else "r.requests > r.failed")
+    return "".join(f" AND {part}" for part in parts), values
+
+
+def _levels_for(by_account: bool, by_model: bool) -> Sequence[_RollUp]:
+    return _LEVELS[tuple(key for key, needed in zip(_BOTH_KEYS, (by_account, by_model)) if needed)]
+
+
 class _UsagePlan:
-    """Choose for one question between a roll-up with its cut edges from the rows, and the rows alone."""
+    """Choose for one question between the roll-ups, with their cut edges from the rows, and the rows alone."""
 
     def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
-        self._window, self._filters, self._rows_only = window, filters, rows_only
-        self._account_ids = None if filters.account is None else _account_ids(filters.account, accounts)
+        self._window, self._filters = window, filters
+        self._rows_only = rows_only or filters.status is not None  # no roll-up tells the tokens of failed ones apart
         self._conditions = _event_conditions(filters, accounts)
-        # Below the floor single events were deleted, so a cut bucket counts whole there.
-        self._first = _bucket_at(window.start, up=window.start >= floor * BUCKET_S)
-        self._last = _bucket_at(window.end, up=window.end < floor * BUCKET_S)
+        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
+        self._floor_at = floor * BUCKET_S
 
     def sums(self, db, group: str, bucket_s: int = BUCKET_S, offset_s: int = 0) -> dict[Any, tuple[int, ...]]:
         """Sum up by ``bucket``, ``model`` or ``account``; keys are local bucket numbers, names or identities."""
-        row_keys = {
-            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
-            "model": _MODEL_OF,
-            "account": _IDENTITY_OF,
-        }
+        levels = self._levels(group, bucket_s, offset_s)
         parts, values = [], []
-        table = self._roll_up_for(group, bucket_s)
-        spans = [(self._window.start, self._window.end)]
-        if table and self._first < self._last:
-            part, bound = self._roll_up_part(table, group, bucket_s, offset_s)
+        for roll_up, start, end in self._spans(levels, self._window.start, self._window.end):
+            if roll_up is None:
+                part, bound = self._rows_part(group, bucket_s, offset_s)
+            else:
+                part, bound = self._roll_up_part(roll_up, group, bucket_s, offset_s)
             parts.append(part)
-            values += bound
-            edges = (self._window.start, self._first * BUCKET_S), (self._last * BUCKET_S, self._window.end)
-            spans = [span for span in edges if span[0] < span[1]]
-        where, bound = self._conditions
-        for start, end in spans:
-            parts.append(
-                f"SELECT {row_keys[group]} AS k, {_EVENT_SUMS} FROM {_EVENTS} "
-                f"WHERE e.ts_epoch >= ? AND e.ts_epoch < ?{where} GROUP BY k"
-            )
             values += [start, end, *bound]
         if not parts:
             return {}
@@ -1995,41 +2330,60 @@ class _UsagePlan:
         rows = db.execute(f"SELECT k, {sums} FROM ({' UNION ALL '.join(parts)}) GROUP BY k", values)
         return {row[0]: tuple(row[1:]) for row in rows}
 
-    def _roll_up_for(self, group: str, bucket_s: int) -> str | None:
-        """Name the roll-up that can answer; it knows its own dimension and time, and nothing of a status."""
+    def _levels(self, group: str, bucket_s: int, offset_s: int) -> list[_RollUp]:
+        """Name the roll-ups that can answer, the coarsest first."""
+        if self._rows_only:
+            return []
         filters = self._filters
-        if self._rows_only or filters.status is not None or (group == "bucket" and bucket_s % BUCKET_S):
-            return None
-        if group != "account" and filters.account is None:
-            return "usage_by_model"
-        if group != "model" and filters.model is None:
-            return "usage_by_account"
-        return None
+        levels = _levels_for(
+            group == "account" or filters.account is not None, group == "model" or filters.model is not None
+        )
+        if group != "bucket":
+            return list(levels)
+        return [one for one in levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]
 
-    def _roll_up_part(self, table: str, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
-        by_model = table == "usage_by_model"
-        keys = {
-            "bucket": f"(r.bucket * {BUCKET_S} + {offset_s}) / {bucket_s}",
-            "model": "m.name",
-            "account": "r.identity_id",
-        }
-        source = f"{table} r JOIN models m ON m.id = r.model_id" if by_model else f"{table} r"
-        where, values = "r.bucket >= ? AND r.bucket < ?", [self._first, self._last]
-        if by_model and self._filters.model is not None:
-            where += " AND m.name = ?"
-            values.append(self._filters.model)
-        if not by_model and self._account_ids is not None:
-            where += f" AND r.identity_id IN ({', '.join(map(str, self._account_ids))})"
+    def _spans(
+        self, levels: Sequence[_RollUp], start: float, end: float
+    ) -> Iterable[tuple[_RollUp | None, float, float]]:
+        """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows at the edges."""
+        if not levels:
+            if start < end:
+                yield None, start, end
+            return
+        roll_up, finer = levels[0], levels[1:]
+        first, last = -int(-start // roll_up.seconds), int(end // roll_up.seconds)
+        if not finer:  # below the floor single events were deleted, so a cut bucket counts whole there
+            if start < self._floor_at:
+                first = int(start // roll_up.seconds)
+            if end % roll_up.seconds and last * roll_up.seconds < self._floor_at:
+                last += 1
+        if first >= last:
+            yield from self._spans(finer, start, end)
+            return
+        yield from self._spans(finer, start, first * roll_up.seconds)
+        yield roll_up, first, last
+        yield from self._spans(finer, last * roll_up.seconds, end)
+
+    def _rows_part(self, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
+        key = {
+            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
+            "model": _MODEL_OF,
+            "account": _IDENTITY_OF,
+        }[group]
+        where, values = self._conditions
+        condition = f"e.ts_epoch >= ? AND e.ts_epoch < ?{where}"
+        return f"SELECT {key} AS k, {_EVENT_SUMS} FROM {_EVENTS} WHERE {condition} GROUP BY k", values
+
+    def _roll_up_part(self, roll_up: _RollUp, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
+        key, grouped = {
+            "bucket": (f"(r.bucket * {roll_up.seconds} + {offset_s}) / {bucket_s}", "k"),
+            "model": ("(SELECT name FROM models WHERE id = r.model_id)", "r.model_id"),
+            "account": ("r.identity_id", "k"),
+        }[group]
+        condition, values = self._roll_up_conditions
         sums = ", ".join(f"SUM(r.{name}) AS {name}" for name in SUM_NAMES)
-        return f"SELECT {keys[group]} AS k, {sums} FROM {source} WHERE {where} GROUP BY k", values
-
-
-def _bucket_at(at: float, up: bool) -> int:
-    """Give the number of the bucket that begins at or before ``at``, or with ``up`` at or after it."""
-    if at in (float("inf"), float("-inf")):
-        return 2**40 if at > 0 else 0
-    number = int(at // BUCKET_S)
-    return number + 1 if up and number * BUCKET_S < at else number
+        where = f"r.bucket >= ? AND r.bucket < ?{condition}"
+        return f"SELECT {key} AS k, {sums} FROM {roll_up.table} r WHERE {where} GROUP BY {grouped}", values
 
 
 # ------------------------------------------------------------------ quota
@@ -2041,7 +2395,11 @@ _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class AccountFile(NamedTuple):
-    """Hold what is needed of one account file; the token goes to chatgpt.com alone."""
+    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
+
+    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
+    v7.0.0, where both see it under the same path.
+    """
 
     name: str
     email: str
@@ -2051,6 +2409,9 @@ class AccountFile(NamedTuple):
     disabled: bool
     proxy_url: str
     freshness: str
+    version: str = ""
+    auth_index: str = ""
+    subscription_until: str | None = None
 
     @property
     def tag(self) -> str:
@@ -2094,9 +2455,9 @@ class QuotaFault(DashboardError):
 
     code = "quota_fault"
 
-    def __init__(self, state: str):
+    def __init__(self, state: str, retry_after_s: float = 0.0):
         super().__init__(QUOTA_MESSAGES[state])
-        self.state = state
+        self.state, self.retry_after_s = state, retry_after_s
 
 
 QUOTA_MESSAGES = {
@@ -2131,11 +2492,18 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
             folder = candidate
             break
     newest: dict[tuple[str, str], AccountFile] = {}
-    for file in found:
-        known = newest.get((file.account_id, file.email))
+    for file in sorted(found, key=lambda file: not file.account_id):
+        key = _login_of(file, newest)
+        known = newest.get(key)
         if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[(file.account_id, file.email)] = file
+            newest[key] = file._replace(account_id=file.account_id or key[0])
     return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+
+
+def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
+    same_mail = [key for key in known if key[1] == file.email]
+    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
@@ -2167,7 +2535,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     """
     for attempt in range(attempts):
         try:
-            content = _read_json_file(path)
+            content, written_at = _read_json_file(path)
             break
         except ValueError:
             if attempt == attempts - 1:
@@ -2192,19 +2560,28 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _freshness(content),
+        short_tag(token, str(written_at)),
+        auth_index_of(os.path.abspath(str(path))),
+        _any_time(about.get("chatgpt_subscription_active_until")),
     )
 
 
-def _read_json_file(path: Path) -> Any:
+def auth_index_of(path: str) -> str:
+    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
+    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _read_json_file(path: Path) -> tuple[Any, int]:
+    """Give a file's content and when it was written, in nanoseconds."""
     try:
         with open(str(path), "rb") as stream:
-            data = stream.read(_LARGEST_BODY + 1)
+            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
     except OSError as error:
         raise ValueError(os_reason(error)) from error
     if len(data) > _LARGEST_BODY:
         raise ValueError("it is too large for an account file")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig")), written_at
     except (ValueError, RecursionError):
         raise ValueError("it is empty, half-written or not JSON") from None
 
@@ -2235,6 +2612,15 @@ def _freshness(content: Mapping[str, Any]) -> str:
     return ""
 
 
+def _any_time(value: Any) -> str | None:
+    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
+    try:
+        return utc_text(parse_time(_word(value))[0])
+    except ValueError:
+        at = _finite(value)
+        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+
+
 def parse_quota(payload: Any, now: float) -> Reading:
     """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
@@ -2248,7 +2634,9 @@ def parse_quota(payload: Any, now: float) -> Reading:
     allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
     main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
     five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
-    if reached or allowed is False or (weekly is not None and weekly.remaining_percent == 0):
+    # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
+    binding = [weekly] if allowed else [weekly, five_hour]
+    if reached or allowed is False or any(meter is not None and meter.remaining_percent == 0 for meter in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2357,6 +2745,46 @@ def _credits_balance(credits: Any) -> str | None:
     return _printable(str(balance)[:32])
 
 
+def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Put the ``x-codex-…`` headers of a reply into the shape of the usage endpoint's answer.
+
+    A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
+    with a limit name of its own is an extra meter.
+    """
+    groups = [name[len("x-codex-") : -len("-limit-name")] for name in headers if name.endswith("-limit-name")]
+    extra = [
+        {"limit_name": headers[f"x-codex-{group}-limit-name"], "rate_limit": _limits_of_headers(headers, f"{group}-")}
+        for group in groups
+        if group and group not in ("primary", "secondary")
+    ]
+    return {
+        "plan_type": headers.get("x-codex-plan-type"),
+        "rate_limit": _limits_of_headers(headers, ""),
+        "additional_rate_limits": extra,
+        "credits": {
+            "unlimited": headers.get("x-codex-credits-unlimited", "").lower() == "true",
+            "balance": headers.get("x-codex-credits-balance") or None,
+        },
+    }
+
+
+def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
+    return {
+        f"{slot}_window": _window_of_headers(headers, f"x-codex-{group}{slot}-") for slot in ("primary", "secondary")
+    }
+
+
+def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
+    minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
+    window = {
+        "used_percent": used,
+        "limit_window_seconds": None if minutes is None else minutes * 60,
+        "reset_at": headers.get(prefix + "reset-at"),
+        "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
+    }
+    return window if used is not None and minutes and minutes > 0 and _reset_at(window, 1.0) is not None else None
+
+
 def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
     """Name the state that an HTTP status other than 200 stands for, by status and error code."""
     text = body.decode("utf-8", "replace")
@@ -2393,10 +2821,11 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
     try:
-        body = _open_url(request, file.proxy_url, deadline_s)
+        body = _open_url(request, proxies_of(file), deadline_s)
     except HTTPError as error:
         with error:
-            raise QuotaFault(classify_failure(error.code, error.headers, _error_body(error))) from None
+            state = classify_failure(error.code, error.headers, _error_body(error))
+            raise QuotaFault(state, _retry_after_s(error.headers.get("Retry-After"))) from None
     except (URLError, OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
@@ -2406,6 +2835,24 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
         raise QuotaFault("bad_response") from None
 
 
+def _retry_after_s(text: str | None) -> float:
+    """Read Retry-After, seconds or an HTTP date; 0 where there is none."""
+    seconds = _finite(text)
+    if seconds is None:
+        seconds = _clock_ahead(text)
+    return max(0.0, seconds or 0.0)
+
+
+def _clock_ahead(date: str | None) -> float | None:
+    """Give by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return None
+
+
 def _error_body(error: Any) -> bytes:
     try:
         return error.read(64 * 1024)
@@ -2413,11 +2860,19 @@ def _error_body(error: Any) -> bytes:
         return b""
 
 
-def _open_url(request: Any, proxy_url: str, deadline_s: float) -> bytes:
-    """Make the call with urllib, through the account's own http(s) proxy or the environment's."""
+def proxies_of(file: AccountFile) -> dict[str, str]:
+    """Give the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    from urllib.request import getproxies
+
+    if file.proxy_url.lower() in ("direct", "none"):
+        return {}
+    return {"https": file.proxy_url} if file.proxy_url else getproxies()
+
+
+def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes:
+    """Make the call with urllib, which follows no redirect here."""
     import urllib.request
 
-    proxies = {"https": proxy_url} if proxy_url else urllib.request.getproxies()
     if proxies.get("https", "").lower().startswith("socks"):
         raise QuotaFault("proxy_unsupported")
 
@@ -2492,19 +2947,23 @@ class _Deadline:
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
     """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
-    reading = parse_quota(payload, now)
+    row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
+    row.update(source="refresh", raw_json=json.dumps(_without_identity(payload), ensure_ascii=False))
+    return row
+
+
+def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float) -> dict[str, Any]:
+    """Make the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
     row: dict[str, Any] = {
-        "timestamp": utc_text(now),
-        "ts_epoch": now,
-        "email": file.email,
-        "account_id_tag": file.tag,
-        "plan": reading.plan or file.plan or None,
+        "timestamp": utc_text(at),
+        "ts_epoch": at,
+        "email": account[0],
+        "account_id_tag": account[1],
+        "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
         "credits_balance": reading.credits_balance,
-        "source": "refresh",
         "state": reading.state,
-        "raw_json": json.dumps(_without_identity(payload), ensure_ascii=False),
         "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
     }
     for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
@@ -2543,6 +3002,152 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else None
 
 
+def windows_at(row: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
+    """Give a reading's windows as they stand now: one whose reset has passed is ``due``, its percentages unknown."""
+    windows = _windows_of(row)
+    for window in windows:
+        reset_at = _epoch(window["reset_at"])
+        window["due"] = reset_at is not None and reset_at <= now
+        if window["due"]:
+            window.update(used_percent=None, remaining_percent=None)
+    return windows
+
+
+def _windows_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the list of windows of a reading; the original kept two, in columns only."""
+    if row["windows"]:
+        return json.loads(row["windows"])
+    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+    return [
+        {
+            "label": label,
+            "seconds": seconds,
+            "used_percent": row[f"{place}_used_percent"],
+            "remaining_percent": row[f"{place}_remaining_percent"],
+            "reset_at": row[f"{place}_reset_at"],
+            "meter": None,
+        }
+        for place, label, seconds in places
+        if row[f"{place}_used_percent"] is not None
+    ]
+
+
+def _epoch(text: str | None) -> float | None:
+    try:
+        return parse_time(text or "")[0]
+    except ValueError:
+        return None  # the original kept local times
+
+
+def state_at(state: str, windows: Sequence[Mapping[str, Any]]) -> str:
+    """Give an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
+    main = [window for window in windows if window["meter"] is None]
+    still = any(window["remaining_percent"] == 0 for window in main)
+    return "reset_due" if state == "limited" and not still and any(window["due"] for window in main) else state
+
+
+class Span(NamedTuple):
+    """Hold what readings said of one window: from when until when (epoch seconds), how much was used, when it
+    resets (epoch seconds), and how many readings said so."""
+
+    began_at: float
+    ended_at: float
+    used_percent: float
+    reset_at: float
+    readings: int
+
+
+_FEWEST_READINGS, _SHORTEST_SPAN_S, _OLDEST_READING_S = 3, 600.0, 900.0
+PACE_S = 3600.0  # the pace is that of the last hour
+
+
+def spans_by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Span]]:
+    """Sort what an account's rows of ``quota_snapshots`` said of its main windows; what is unknown is left out."""
+    spans: dict[str, dict[float, Span]] = {}
+    for row in rows:
+        for window in _windows_of(row):
+            reset_at, at = _epoch(window["reset_at"]), row["ts_epoch"]
+            if window["meter"] is None and window["used_percent"] is not None and reset_at is not None:
+                span = Span(at, row["last_at"] or at, window["used_percent"], reset_at, row["readings"] or 1)
+                spans.setdefault(window["label"], {})[at] = span
+    return {label: [by_time[at] for at in sorted(by_time)] for label, by_time in spans.items()}
+
+
+def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
+    """Say whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
+
+    ``spans`` in order of time. Told from at least three readings of this same window over ten minutes, the newest
+    at most fifteen old. ``runs_out_at`` None means that it lasts.
+    """
+    same: list[Span] = []
+    for span in spans:
+        if span.ended_at < now - PACE_S:
+            continue
+        if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
+            same = []  # it was reset in between, or has not begun
+        same.append(span)
+    if sum(span.readings for span in same) < _FEWEST_READINGS:
+        return None
+    first, last = same[0], same[-1]
+    lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
+    if lasted_s < _SHORTEST_SPAN_S or now - last.ended_at > _OLDEST_READING_S:
+        return None
+    if last.used_percent >= 100 or last.reset_at <= now:
+        return None
+    per_second = (last.used_percent - first.used_percent) / lasted_s
+    runs_out_at = last.ended_at + (100 - last.used_percent) / per_second if per_second else None
+    if runs_out_at is not None and runs_out_at >= last.reset_at:
+        runs_out_at = None
+    return {"used_per_hour": round(per_second * 3600, 2), "runs_out_at": utc_text(runs_out_at)}
+
+
+def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Sum up the main windows of all accounts by length: how much is left, and whether it lasts.
+
+    An account that is limited has nothing left in any window. Percentages of different plans are not the same
+    amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
+    """
+    by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for row in quotas:
+        for window in row["windows"]:
+            if window["meter"] is None and window["remaining_percent"] is not None:
+                by_label.setdefault(window["label"], []).append((row, window))
+    ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
+    return [_pool_of_label(label, members, now) for label, members in ordered]
+
+
+def _pool_of_label(
+    label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
+) -> dict[str, Any]:
+    left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in members]
+    resets = [reset_at for _, window in members for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
+    next_reset_at = min(resets, default=None)
+    return {
+        "label": label,
+        "accounts": len(members),
+        "remaining_percent": round(sum(left) / len(left), 1),
+        "next_reset_at": utc_text(next_reset_at),
+        "forecast": None if next_reset_at is None else _pool_forecast(members, left, next_reset_at, now),
+    }
+
+
+def _pool_forecast(
+    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    left: Sequence[float],
+    next_reset_at: float,
+    now: float,
+) -> dict[str, Any] | None:
+    """Say whether the pool lasts until one of its windows comes back; a limited account has no pace."""
+    paces = [window["forecast"] for (_, window), remaining in zip(members, left) if remaining]
+    if not paces or None in paces or len({row["plan"] for row, _ in members}) > 1:
+        return None
+    per_hour = sum(pace["used_per_hour"] for pace in paces)
+    runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else None
+    if runs_out_at is not None and runs_out_at >= next_reset_at:
+        runs_out_at = None
+    return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
+
+
 # ------------------------------------------------------------------ collector
 
 
@@ -2572,7 +3177,29 @@ _REFUSALS = ("wrong_password", "no_password")
 _NOT_THERE = ("refused", "unreachable")
 _RECORDING = ("recording", "waiting", "publishing_off")
 _BATCH_FIRST, _BATCH_LARGEST = 16, 500
+_POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
 PROXY_PORT = 8317
+
+
+_FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
+
+
+def _retention_of(config: Any) -> float:
+    """Read from the proxy's configuration how many seconds its queue remembers; all else in there is left alone.
+
+    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
+    """
+    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+    return min(float(seconds), 3600.0) if known else _SHORTEST_RETENTION_S
+
+
+def retention_warning(retention_s: float, poll_interval_s: float) -> str:
+    """Say what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
+    return (
+        f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
+        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+    )
 
 
 class Handed(NamedTuple):
@@ -2647,6 +3274,13 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _merged(batches: Sequence[Parsed]) -> Parsed:
+    """Make one batch of several, in their order."""
+    events = [event for batch in batches for event in batch.events]
+    rejects = [reject for batch in batches for reject in batch.rejects]
+    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
+
+
 def _batch_of_json(content: Any) -> tuple[int, Parsed]:
     sequence, names, events, rejects, ignored = content
     rows = [_event_of_names(dict(zip(names, row))) for row in events]
@@ -2655,7 +3289,7 @@ def _batch_of_json(content: Any) -> tuple[int, Parsed]:
 
 def _event_of_names(values: Mapping[str, Any]) -> Event:
     """Make an event of a spool that another version of this program may have written."""
-    return Event(*(values.get(name, "") for name in Event._fields))
+    return Event(*(values.get(name, Event._field_defaults.get(name, "")) for name in Event._fields))
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
@@ -2724,14 +3358,14 @@ class PopSource:
     """Take values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
 
     mode = "pop"
+    largest_batch = _POPS_IN_FLIGHT
+    unread = 0
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
         self._client: RespClient | None = None
-        self.asked = 0
         self._early: list[Any] = []
-        self._broken: QueueFault | None = None
         self.is_proxy = False
         self.list_length: int | None = None
 
@@ -2764,37 +3398,31 @@ class PopSource:
         if reply is not None:
             self._early.append(reply)
 
-    def ask(self, count: int) -> None:
-        """Send so many pops without waiting for their replies; a broken connection is told by take().
+    def take(self, count: int) -> Handed:
+        """Send so many pops and read their replies.
 
-        It must not be raised here: the caller may hold values that are not stored yet.
+        The whole ones count, also where the connection breaks behind them or an error stands between them.
         """
         assert self._client is not None
+        values, self._early, empty, fault = self._early, [], False, None
         try:
             self._client.send(self._pop * count)
-        except QueueFault as fault:
-            self._broken = fault
-            return
-        self.asked += count
-
-    def take(self) -> Handed:
-        """Read the replies asked for; the whole ones count even where the connection breaks behind them."""
-        assert self._client is not None
-        values, self._early, empty = self._early, [], False
-        while self.asked:
-            try:
+            for _ in range(count):
                 reply = self._client.receive()
-            except QueueFault as fault:
-                self.asked = 0
-                return Handed(values, False, fault)
-            self.asked -= 1
-            if isinstance(reply, ErrorReply):
-                return Handed(values, False, _fault_of_reply(reply, during_auth=False))
-            if reply is None:
-                empty = True
-            else:
-                values.append(reply)
-        return Handed(values, not empty and self._broken is None, self._broken)
+                if isinstance(reply, ErrorReply):
+                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                elif reply is None:
+                    empty = True
+                else:
+                    values.append(reply)
+        except QueueFault as broken:
+            fault = fault or broken
+        return Handed(values, not empty and fault is None, fault)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left, self._early = self._early, []
+        return left
 
     def close(self) -> None:
         """Close the connection."""
@@ -2824,6 +3452,8 @@ class ProxyApi:
             status, content = self._exchange(path)
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            if hasattr(error, "verify_message"):
+                raise _untrusted(self._host, self._port, error) from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
@@ -2853,15 +3483,6 @@ class ProxyApi:
             self._connection = None
 
 
-def _clock_ahead(date: str | None) -> float | None:
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
-
-
 def _fault_of_status(status: int, content: bytes) -> QueueFault:
     if status in (401, 403):
         return _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
@@ -2875,26 +3496,20 @@ class HttpSource:
     """Take values off the queue by the management API, for proxies that do not speak RESP here."""
 
     mode = "http"
+    largest_batch = _BATCH_LARGEST
+    unread = 0
     is_proxy = True
     list_length: int | None = None
 
     def __init__(self, api: ProxyApi):
         self._api = api
-        self.asked = 0
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue. Raises QueueFault."""
         self._api.get("/v0/management/usage-statistics-enabled")
 
-    def ask(self, count: int) -> None:
-        """Note how many to ask for."""
-        self.asked = count
-
-    def take(self) -> Handed:
-        """Ask for them; the answer is whole or none."""
-        count, self.asked = self.asked, 0
-        if not count:
-            return Handed([], False, None)
+    def take(self, count: int) -> Handed:
+        """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
         except QueueFault as fault:
@@ -2902,6 +3517,10 @@ class HttpSource:
         if not isinstance(values, list):
             return Handed([], False, NotResp("the management API did not answer with a list"))
         return Handed(values, len(values) >= count, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken: nothing, since an answer is taken whole."""
+        return []
 
     def close(self) -> None:
         """Close the connection."""
@@ -2916,6 +3535,7 @@ class SubscribeSource:
     """
 
     mode = "subscribe"
+    largest_batch = _BATCH_LARGEST
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
@@ -2957,24 +3577,20 @@ class SubscribeSource:
                 self._inbox.put(frame[2])
 
     @property
-    def asked(self) -> int:
+    def unread(self) -> int:
         """Tell how many values have come already."""
         return 0 if self._inbox is None else self._inbox.qsize()
 
-    def ask(self, count: int) -> None:
-        """Do nothing: what comes next is sent unasked."""
-
-    def take(self) -> Handed:
+    def take(self, count: int) -> Handed:
         """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
         import queue
 
         if self._drain is not None:
-            self._drain.ask(_BATCH_LARGEST)
-            handed = self._drain.take()
+            handed = self._drain.take(min(count, self._drain.largest_batch))
             if not handed.full:
                 self._drain.close()
                 self._drain = None
-            return handed._replace(full=True) if handed.fault is None else handed
+            return handed
         values: list[Any] = []
         try:
             value = self._inbox.get(timeout=self._wait_s)
@@ -2982,12 +3598,19 @@ class SubscribeSource:
                 if isinstance(value, QueueFault):
                     return Handed(values, False, value)
                 values.append(value)
-                if len(values) >= _BATCH_LARGEST:
+                if len(values) >= count:
                     break
                 value = self._inbox.get_nowait()
         except queue.Empty:
             pass
-        return Handed(values, True, None)
+        return Handed(values, self.unread > 0, None)
+
+    def leave(self) -> list[Any]:
+        """Give what has come and was not taken."""
+        left = [] if self._drain is None else self._drain.leave()
+        while self.unread:
+            left.append(self._inbox.get_nowait())
+        return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
         """Close both connections."""
@@ -3011,20 +3634,23 @@ class Collector:
         load: Callable[[], Config] | None = None,
         config_path: Path | None = None,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
+        self._steady = steady
         self._load, self._config_path = load or (lambda: config), config_path
         self._spool = Spool(Path(f"{store.path}.spool"))
         self._pending: list[tuple[int, Parsed]] = []
         self._sequence = store.counts["sequence"]
         self._backoff = Backoff()
         self._lock = threading.Lock()
+        self._traffic = TrafficReadings(config.auth_dirs(), store, clock, steady)
         self._api: ProxyApi | None = None
         self._source: Any = None
         self._proven = False  # whether this connection has given a good reply to a pop
+        self._unpublished = False  # whether an outage is open since the proxy does not publish
         self._blocked_at: float | None = None
-        self._turn_at: float | None = None
-        self.clock_ahead_s: float | None = None
+        self._turn_at: float | None = None  # by the steady clock
         self._asked_api_at = 0.0
         span = store.span()
         self._status: dict[str, Any] = {
@@ -3037,12 +3663,16 @@ class Collector:
             "last_event": span[1] if span else None,
             "publishing": None,
             "proxy_version": None,
+            "retention_seconds": None,
+            "clock_ahead_seconds": None,
+            "warning": None,
         }
 
     def status(self) -> dict[str, Any]:
         """Give the state for people and programs, with what was stored, rejected and ignored."""
         with self._lock:
             status = dict(self._status)
+        status["since"] = min(status["since"], self._clock())  # the clock may have been set back meanwhile
         counts = self._store.counts
         return dict(status, events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
 
@@ -3074,14 +3704,19 @@ class Collector:
         self._raise_remembered_refusal()
         source = self._source = self._open_source()
         try:
-            self._proven = False
-            self._show(mode=source.mode)
+            self._proven = self._unpublished = False
+            self._show(mode=source.mode, publishing=None, retention_seconds=None)
+            if not source.is_proxy:
+                self._learn_retention(_FOR_EVER_S)
             self._ask_api()
             self._collect(source)
         finally:
             self._source = None
             source.close()
             self._forget_api()
+            left = source.leave()
+            if left:
+                self._hold(parse_events(left))
 
     def hurry(self) -> None:
         """Break off a wait for the other side: replies that are not here by now are given up."""
@@ -3104,30 +3739,30 @@ class Collector:
         return self.status()
 
     def _collect(self, source: Any) -> None:
-        """Pop, store and wait in turn; while a full batch is stored, the next one is on its way."""
-        count = _BATCH_FIRST
-        while source.asked or not self._stop.is_set():
-            if not source.asked:
-                source.ask(count)
-            handed = source.take()
+        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
+
+        No reply is on its way while the database is written, so that a kill or a lock then costs none.
+        """
+        goal = _BATCH_FIRST
+        while source.unread or not self._stop.is_set():
+            handed = source.take(min(goal, source.largest_batch))
             more = handed.full and handed.fault is None and not self._stop.is_set()
-            count = min(count * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
-            if more and source.mode == "pop":
-                source.ask(count)
             parsed = parse_events(handed.values)
             if handed.values:
-                self._keep(parsed)
+                self._hold(parsed)
+            if not more or self._held >= goal:
+                goal = min(goal * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
+                self._keep()
                 self._settle(source)
             if isinstance(handed.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(handed.fault), "unreachable") from handed.fault
             if handed.fault is not None:
                 raise handed.fault
             self._note_turn(bool(parsed.events or parsed.rejects))
-            if not handed.full:
+            if not handed.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _keep(self, parsed: Parsed) -> None:
-        self._hold(parsed)
+    def _keep(self) -> None:
         try:
             self._flush()
         except StoreError as error:
@@ -3137,12 +3772,12 @@ class Collector:
     def _settle(self, source: Any) -> None:
         """Bring what is pending into the database before anything more is popped.
 
-        What was asked for already is taken and spooled, so that it does not wait in a connection that may break.
+        What a subscription has heard meanwhile is spooled, so that it does not wait in memory alone.
         """
         waits, fault = Backoff(0.5, 10.0), None
         while self._pending and not self._stop.is_set():
-            if source.asked:
-                handed = source.take()
+            if source.unread:
+                handed = source.take(source.largest_batch)
                 fault = handed.fault
                 self._hold(parse_events(handed.values))
             self._stop.wait(waits.next())
@@ -3152,6 +3787,11 @@ class Collector:
                 self._enter("storage_error", str(error))
         if fault is not None:
             raise fault
+
+    @property
+    def _held(self) -> int:
+        """Count what is pending."""
+        return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
 
     def _hold(self, parsed: Parsed) -> None:
         """Write a batch to the spool; on a full disk it is held in memory alone."""
@@ -3165,14 +3805,14 @@ class Collector:
     def _flush(self) -> None:
         if not self._pending:
             return
-        while self._pending:
-            sequence, parsed = self._pending[0]
-            self._store.store_batch(parsed, sequence, self._clock())
-            self._pending.pop(0)
-            if parsed.events:
-                newest = max(event.ts_epoch for event in parsed.events)
-                with self._lock:
-                    self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
+        sequence, parsed = self._pending[-1][0], _merged([batch for _, batch in self._pending])
+        self._store.store_batch(parsed, sequence, self._clock())
+        self._pending.clear()
+        self._traffic.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
+            with self._lock:
+                self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
         try:
             self._spool.clear()
         except OSError as error:
@@ -3284,16 +3924,21 @@ class Collector:
             self._log.event("spool", fault=os_reason(error))
         if self._pending:
             return
+        try:
+            self._traffic.save_due()
+        except StoreError as error:  # readings come anew with the next requests; events are not held up for them
+            self._log.event("quota", fault=error)
         if not self._proven:
             self._note_recording(now)
         self._note_gap(now)
         if got_values:
-            self._show(publishing=True if self._api else self._status["publishing"])
+            self._note_publishing(True if self._api else self._status["publishing"])
             self._enter("recording")
         elif self._status["state"] != "recording":
             quiet_s = 15.0 if self._status["publishing"] is False else 300.0
             if not 0 <= now - self._asked_api_at < quiet_s:
                 self._ask_api()
+                self._note_publishing(self._status["publishing"])
             self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
         elif now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600:
             self._enter("waiting")
@@ -3304,29 +3949,56 @@ class Collector:
         self._backoff.reset()
         self._store.put_meta("refused", None)
         self._store.end_outage(now)
+        self._note_publishing(self._status["publishing"])
         self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
 
+    def _note_publishing(self, publishing: bool | None) -> None:
+        """Note a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
+        self._show(publishing=publishing)
+        if publishing is False and not self._unpublished:
+            self._store.begin_outage(self._clock(), "publishing_off")
+        elif publishing is not False and self._unpublished:
+            self._store.end_outage(self._clock())
+        self._unpublished = publishing is False
+
     def _note_gap(self, now: float) -> None:
-        """Note an outage where this machine slept: the last turn is longer ago than the proxy remembers."""
-        before, self._turn_at = self._turn_at, now
-        if before is not None and now - before > 60 + 2 * self._config.poll_interval_seconds:
-            self._store.begin_outage(before, "stopped")
+        """Note an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        before, self._turn_at = self._turn_at, self._steady()
+        gap_s = 0.0 if before is None else self._turn_at - before
+        if gap_s > 60 + 2 * self._config.poll_interval_seconds:
+            self._store.begin_outage(now - gap_s, "stopped")
             self._store.end_outage(now)
 
     def _ask_api(self) -> None:
-        """Learn whether the proxy publishes, and its version; only with a key that has just worked."""
+        """Learn of the proxy whether it publishes, for how long, and its version; only with a proven key."""
         if self._api is None:
             return
         self._asked_api_at = self._clock()
         try:
             said = self._api.get("/v0/management/usage-statistics-enabled")
+            if self._status["retention_seconds"] is None:
+                self._learn_retention(_retention_of(self._api.get("/v0/management/config")))
         except QueueFault:
             self._forget_api()  # not asked again on this connection: a refusal here would count
             return
         publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
-        self._show(publishing=publishing if isinstance(publishing, bool) else None, proxy_version=self._api.version)
-        self.clock_ahead_s = self._api.clock_ahead_s
+        self._show(
+            publishing=publishing if isinstance(publishing, bool) else None,
+            proxy_version=self._api.version,
+            clock_ahead_seconds=self._api.clock_ahead_s,
+        )
         self._api.close()
+
+    def _learn_retention(self, seconds: float) -> None:
+        """Note how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
+        if self._store.get_meta("retention_s") != seconds:
+            self._store.put_meta("retention_s", seconds)
+        short = seconds < 2 * self._config.poll_interval_seconds
+        if short and self._status["warning"] is None:
+            self._log.event("collector", warning=retention_warning(seconds, self._config.poll_interval_seconds))
+        self._show(
+            retention_seconds=None if seconds == _FOR_EVER_S else seconds, warning="retention_short" if short else None
+        )
 
     def _forget_api(self) -> None:
         if self._api is not None:
@@ -3416,6 +4088,109 @@ class Collector:
                 return
 
 
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
+    """
+
+    _GAP_S = 60.0
+    _KEPT_REQUESTS = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
+    ):
+        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s: dict[tuple[str | None, str], float] = {}
+        self._seen: dict[str, tuple[str | None, dict[str, str]]] = {}
+        self._files: list[AccountFile] = []
+        self._looked_s = float("-inf")
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Keep the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event):
+                key = (event.auth_index, event.source)
+                known = self._waiting.get(key)
+                if known is None or event.ts_epoch >= known.ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event) -> bool:
+        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. Of failures only a used-up quota is believed, where the headers say the same.
+        """
+        assert event.quota_headers is not None
+        if event.request_id:
+            index, headers = self._seen.get(event.request_id, (event.auth_index, event.quota_headers))
+            if index != event.auth_index and headers == event.quota_headers:
+                return False
+            self._seen.pop(event.request_id, None)
+            self._seen[event.request_id] = (event.auth_index, event.quota_headers)
+            if len(self._seen) > self._KEPT_REQUESTS:
+                del self._seen[next(iter(self._seen))]
+        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
+
+    def save_due(self) -> None:
+        """Save what has waited long enough since its account's last reading."""
+        now_s = self._steady()
+        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
+        for key in due:
+            self._next_s[key] = now_s + self._GAP_S
+            self._save(self._waiting.pop(key))
+
+    def _save(self, event: Event) -> None:
+        assert event.quota_headers is not None
+        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        payload = payload_of_headers(event.quota_headers)
+        reading = parse_quota(payload, read_at)
+        owner = self._owner_of(event, reading.plan or "")
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading({**row, "source": "traffic", "raw_json": None})
+
+    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
+        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        files = self._account_files()
+        by_index = [file for file in files if file.auth_index == event.auth_index]
+        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
+        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(same_mail) > 1:
+            same_mail = [file for file in same_mail if file.plan == plan]
+            if len(same_mail) != 1:
+                return None
+        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
+            (file,) = same_mail
+            return None if file.disabled else (file.email, file.tag)
+        return (mail, "#" + short_tag(event.auth_index or "", mail)) if mail else None
+
+    def _mail_of_index(self, auth_index: str | None) -> str:
+        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
+        accounts = self._store.accounts() if auth_index else []
+        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
+
+    def _has_several(self, mail: str) -> bool:
+        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
+
+    def _account_files(self) -> list[AccountFile]:
+        """Read the account files again at most once a minute."""
+        if self._steady() >= self._looked_s + self._GAP_S:
+            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
+        return self._files
+
+
+def _is_used_up(headers: Mapping[str, str]) -> bool:
+    return any(
+        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
+    )
+
+
 class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
 
@@ -3493,13 +4268,16 @@ class QuotaRefresher:
     def announce_accounts(self) -> None:
         """List accounts that were never asked, so that the quota table names them from the start."""
         files, _ = self._find_files()
-        known = {(row["email"], row["account_id_tag"]) for row in self._store.quotas()}
+        known = {(row["email"], row["account_id_tag"]): row["state"] for row in self._store.quotas()}
         for file in files:
-            if (file.email, file.tag) not in known:
-                state = "disabled" if file.disabled else "never"
-                self._store.save_quota_state(
-                    file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], self._clock()
-                )
+            state = known.get((file.email, file.tag))
+            if state is None or file.disabled != (state == "disabled"):
+                self._put_state(file, "disabled" if file.disabled else "never")
+        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+
+    def _put_state(self, file: AccountFile, state: str, call: QuotaCall | None = None) -> None:
+        message = QUOTA_MESSAGES[state]
+        self._store.save_quota_state(file.email, file.tag, file.plan or None, state, message, self._clock(), call)
 
     def _refresh_all(self) -> None:
         files, problems = self._find_files()
@@ -3508,34 +4286,111 @@ class QuotaRefresher:
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
         self._progress = (0, len(files))
+        calls = self._store.quota_calls()
+        asked_before, in_vain = False, 0
         for number, file in enumerate(files):
-            if number and self._stop.wait(random.uniform(*self._gap_s)):
-                return
-            try:
-                self._refresh(file)
-            except StoreError:
-                raise
-            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-                self._log.event("refresh_quota", fault=where_raised(error))
+            call = calls.get((file.email, file.tag), QuotaCall())
+            if self._is_to_be_asked(file, call):
+                if asked_before and self._stop.wait(random.uniform(*self._gap_s)):
+                    return
+                asked_before = True
+                in_vain = in_vain + 1 if self._refresh_or_log(file, call) in _ROUND_ENDS_AFTER else 0
             self._progress = (number + 1, len(files))
+            if in_vain == _MOST_IN_VAIN:
+                self._log.line(f"refresh_quota: stopped after {in_vain} failures in a row")
+                break
+        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
         if files and not problems:
-            self._store.forget_quota_accounts((file.email, file.tag) for file in files)
+            self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _is_to_be_asked(self, file: AccountFile, call: QuotaCall) -> bool:
+        """Tell whether to call for this account; a disabled one, a dead login and one that backs off are not."""
+        if file.disabled:
+            self._put_state(file, "disabled")
+            return False
+        if call.parked is not None and call.parked == file.version:
+            self._log.line(f"refresh_quota: {mask_mail(file.email)} is asked again when its file changes")
+            return False
+        wait_s = 0.0 if call.retry_at is None else call.retry_at - self._clock()
+        if 0 < wait_s <= _LONGEST_WAIT_S:  # a longer one is left from a clock that was set back
+            self._log.line(f"refresh_quota: {mask_mail(file.email)} is not asked for {wait_s:.0f} more seconds")
+            return False
+        return True
+
+    def _refresh_or_log(self, file: AccountFile, call: QuotaCall) -> str | None:
         try:
-            if file.disabled:
-                raise QuotaFault("disabled")
-            self._log.line(f"refresh_quota: fetching quota for {name}...")
-            row = snapshot_of(file, self._fetch(file), self._clock())
+            return self._refresh(file, call)
+        except StoreError:
+            raise
+        except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+            self._log.event("refresh_quota", fault=where_raised(error))
+            return None
+
+    def _refresh(self, file: AccountFile, call: QuotaCall) -> str | None:
+        """Ask for one account and keep what was said; the state of a failure is returned, None after a reading."""
+        name = mask_mail(file.email)
+        self._log.line(f"refresh_quota: fetching quota for {name}...")
+        try:
+            file, payload = self._fetch_fresh(file)
+            row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            self._store.save_quota_state(
-                file.email, file.tag, file.plan or None, fault.state, str(fault), self._clock()
-            )
+            self._put_state(file, fault.state, self._next_call(file, call, fault))
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return
+            return fault.state
         self._store.save_reading(row)
         self._log.line(f"refresh_quota: saved quota for {name}")
+        return None
+
+    def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
+        """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
+        try:
+            return file, self._fetch(file)
+        except QuotaFault as fault:
+            if fault.state not in ("expired", "relogin"):
+                raise
+            newer = next((one for one in self._find_files()[0] if one.tag == file.tag), file)
+            if newer.access_token == file.access_token or newer.disabled:
+                raise
+        return newer, self._fetch(newer)
+
+    def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
+        """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
+        if fault.state in _PARKING:
+            return QuotaCall(parked=file.version)
+        if fault.state not in _FIRST_WAITS_S:
+            return QuotaCall()
+        wait_s = _FIRST_WAITS_S[fault.state] * 2 ** min(call.failures, 10)
+        wait_s = min(_LONGEST_WAIT_S, max(wait_s, fault.retry_after_s))
+        return QuotaCall(call.failures + 1, self._clock() + wait_s)
+
+    def _forget_absent(self, files: Sequence[AccountFile]) -> None:
+        """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
+        now, mails = self._clock(), {file.email for file in files}
+        seen = [
+            (row["email"], row["account_id_tag"])
+            for row in self._store.quotas()
+            if row["source"] == "traffic" and row["email"] not in mails and now - row["read_at"] < _WEEK_S
+        ]
+        self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
+
+
+# A login in one of these states is dead until its file is another one.
+_PARKING = ("expired", "relogin", "deactivated", "no_token")
+# Seconds not to ask after the first failure. The cool-down between two rounds comes first, so that trouble on the
+# way, which passes, costs a wait of its own only when it stays.
+_FIRST_WAITS_S = {
+    "rate_limited": 600.0,
+    "blocked": 600.0,
+    "region_blocked": 600.0,
+    "network": 120.0,
+    "timeout": 120.0,
+    "server_error": 120.0,
+    "bad_response": 120.0,
+}
+_LONGEST_WAIT_S = 3600.0
+# These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
+_ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
+_MOST_IN_VAIN = 3
 
 
 class RefreshRefused(DashboardError):
@@ -3755,7 +4610,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             }
             for account, sums in accounts
         ],
-        "outages": app.store.outages(window),
+        "outages": app.store.outages(window, now),
     }
 
 
@@ -3785,9 +4640,9 @@ def _cursor(text: str | None) -> tuple[float, int] | None:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    accounts = app.store.accounts()
-    quotas = [_quota_json(row, accounts, now) for row in app.store.quotas()]
-    return {"quotas": quotas, **app.refresher.state()}
+    accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
+    quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
 def force_quota(app: App, query: Query) -> dict[str, Any]:
@@ -3800,31 +4655,28 @@ def force_quota(app: App, query: Query) -> dict[str, Any]:
     return api_quota(app, query)
 
 
-def _quota_json(row: dict[str, Any], accounts: Sequence[Account], now: float) -> dict[str, Any]:
-    measured_at = row["ts_epoch"]
+def _quota_json(
+    row: dict[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
+    windows = windows_at(row, now)
+    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    for window in windows:
+        told = window["meter"] is None and not window["due"]
+        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
+    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
+    for place, label in (("primary", "5h"), ("secondary", "7d")):
+        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
+            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
     return {
-        **row,
+        **shown,
         "account": _account_of_quota(row, accounts),
-        "age_seconds": None if measured_at is None else max(0, int(now - measured_at)),
-        "windows": json.loads(row["windows"]) if row["windows"] else _windows_of_columns(row),
+        "age_seconds": None if read_at is None else max(0, int(now - read_at)),
+        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
     }
-
-
-def _windows_of_columns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Make the list of windows for a reading of the original, which kept two in columns only."""
-    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
-    return [
-        {
-            "label": label,
-            "seconds": seconds,
-            "used_percent": row[f"{place}_used_percent"],
-            "remaining_percent": row[f"{place}_remaining_percent"],
-            "reset_at": row[f"{place}_reset_at"],
-            "meter": None,
-        }
-        for place, label, seconds in places
-        if row[f"{place}_used_percent"] is not None
-    ]
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
@@ -3890,13 +4742,22 @@ def make_answer(body: bytes, etag: str | None, content_type: str, level: int) ->
     return Answer(etag, body, zipped, content_type)
 
 
+class _Question:
+    """Hold the last answer to one question, and the lock under which it is made."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.answer: Answer | None = None
+        self.begun_at = 0.0
+
+
 class Answers:
     """Answer equal questions once: an answer is kept while the data and the minute are the same."""
 
     def __init__(self, app: App, kept: int = 64):
         self._app, self._kept = app, kept
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, str], Answer] = {}
+        self._questions: dict[tuple[Any, ...], _Question] = {}
         self._run = os.urandom(4).hex()
 
     def etag(self, path: str, query: Query) -> str | None:
@@ -3908,19 +4769,29 @@ class Answers:
         return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
 
     def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it."""
+        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
+
+        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
+        """
         if ROUTES[path].version is None:
             return self._make(path, query, None)
+        asked_at = time.monotonic()
+        question = self._question((path, *sorted(query.items())))
+        with question.lock:
+            etag = self.etag(path, query)
+            answer = question.answer
+            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
+                question.begun_at = time.monotonic()
+                answer = question.answer = self._make(path, query, etag)
+            return answer
+
+    def _question(self, key: tuple[Any, ...]) -> _Question:
         with self._lock:
-            etag, key = self.etag(path, query), (path, json.dumps(sorted(query.items())))
-            known = self._known.get(key)
-            if known is None or known.etag != etag:
-                known = self._make(path, query, etag)
-                self._known.pop(key, None)
-                self._known[key] = known
-                while len(self._known) > self._kept:
-                    del self._known[next(iter(self._known))]
-            return known
+            question = self._questions.pop(key, None) or _Question()
+            self._questions[key] = question
+            if len(self._questions) > self._kept:
+                del self._questions[next(iter(self._questions))]
+            return question
 
     def _make(self, path: str, query: Query, etag: str | None) -> Answer:
         return json_answer(ROUTES[path].answer(self._app, query), etag)
@@ -3957,15 +4828,16 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _HEAD_S, _SEND_S = 75.0, 10.0, 20.0
+_IDLE_S, _SEND_S = 75.0, 20.0
 _LARGEST_HEAD = 16 * 1024
 _MOST_CONNECTIONS = 128
 
 
-def make_server(host: str, port: int) -> Any:
+def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
     """Bind the port and return the server, with ``app`` and ``page`` still to be set.
 
-    Raises DashboardError that names the port. Nothing is looked up in the DNS.
+    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
+    Raises DashboardError that names the port.
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from urllib.parse import parse_qsl, urlsplit
@@ -4048,7 +4920,7 @@ def make_server(host: str, port: int) -> Any:
         def _read_head(self) -> bytes | None:
             """Read one request's head within its limits of size and time; None where the client went away."""
             self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (_HEAD_S if self._received else _IDLE_S)
+            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
             while b"\r\n\r\n" not in self._received:
                 self._refuse_large(self._received)
                 left = deadline - time.monotonic()
@@ -4062,7 +4934,7 @@ def make_server(host: str, port: int) -> Any:
                 if not piece:
                     return None
                 if not self._received:
-                    deadline = time.monotonic() + _HEAD_S
+                    deadline = time.monotonic() + head_s
                 self._received += piece
             self.server.connections.busy(self.connection)
             self.connection.settimeout(_SEND_S)
@@ -4310,9 +5182,11 @@ class DemoWorld:
         self._sequence = 0
         self._state = "recording"
         self._last_event: float | None = None
+        self._born_at = now
         self._write_account_files()
         self._write_week(now)
-        self._write_old_reading(now - 3 * 3600)
+        self._write_readings(now)
+        self._traffic = TrafficReadings([self.auth_dir], self.store)
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
@@ -4338,11 +5212,13 @@ class DemoWorld:
         self.store.begin_outage(now - 33 * 3600, "unreachable")
         self.store.end_outage(now - 32.2 * 3600)
 
-    def _write_old_reading(self, at: float) -> None:
-        """Give the account that has to sign in again a last good reading."""
+    def _write_readings(self, now: float) -> None:
+        """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
         for file in find_account_files([self.auth_dir])[1]:
-            if file.email.startswith("old"):
-                self.store.save_reading(snapshot_of(file, self._quota_of(file), at))
+            for minutes_ago in [180] if file.email.startswith("old") else range(60, 0, -10):
+                at = now - minutes_ago * 60
+                row = snapshot_of(file, self._quota_of(file, at), at)
+                self.store.save_reading({**row, "source": "traffic", "raw_json": None})
 
     @staticmethod
     def _busyness(at: float) -> float:
@@ -4356,7 +5232,8 @@ class DemoWorld:
         dice = self._dice
         if dice.random() < 0.02:
             return self._key_event(at)
-        account = dice.choices(_DEMO_ACCOUNTS, [one.share for one in _DEMO_ACCOUNTS])[0]
+        number = dice.choices(range(len(_DEMO_ACCOUNTS)), [one.share for one in _DEMO_ACCOUNTS])[0]
+        account = _DEMO_ACCOUNTS[number]
         failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
         model = dice.choice(account.models)
         if failed:
@@ -4365,7 +5242,9 @@ class DemoWorld:
         cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
         out = int(dice.lognormvariate(6.4, 0.8))
         thought = int(out * dice.triangular(0.1, 0.85, 0.5))
-        return self._make(at, account, model, (into, out, thought, cached), int(1200 + out * dice.uniform(6, 18)), None)
+        latency_ms = int(1200 + out * dice.uniform(6, 18))
+        made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
+        return made._replace(quota_headers=self._headers_of(number, at))
 
     def _key_event(self, at: float) -> Event:
         account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
@@ -4415,7 +5294,10 @@ class DemoWorld:
     def live(self, stop: threading.Event) -> None:
         """Let a request arrive every few seconds until ``stop``."""
         while not stop.wait(self._dice.uniform(1.0, 5.0)):
-            self._put([self._event(time.time())], time.time())
+            event = self._event(time.time())
+            self._put([event], time.time())
+            self._traffic.note([event])
+            self._traffic.save_due()
 
     def status(self) -> dict[str, Any]:
         """Give a collector's state as it would be with a proxy."""
@@ -4430,6 +5312,9 @@ class DemoWorld:
             "last_event": self._last_event,
             "publishing": True,
             "proxy_version": None,
+            "retention_seconds": None,
+            "clock_ahead_seconds": None,
+            "warning": None,
             "events": counts["stored"],
             "rejected": counts["rejected"],
             "ignored": counts["ignored"],
@@ -4439,21 +5324,34 @@ class DemoWorld:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
             raise QuotaFault("relogin")
-        return self._quota_of(file)
+        return self._quota_of(file, time.time())
 
-    @staticmethod
-    def _quota_of(file: AccountFile) -> dict[str, Any]:
+    def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
+        """Give an account's windows at a time: each fills evenly and begins anew at its reset."""
+        account = _DEMO_ACCOUNTS[number]
+        lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
+        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
+        windows = []
+        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
+            began_at = self._born_at - seconds * (1 - left)
+            began_at += (at - began_at) // seconds * seconds
+            percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
+            reset_at = int(began_at + seconds)
+            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
+        return windows
+
+    def _headers_of(self, number: int, at: float) -> dict[str, str]:
+        headers = {"x-codex-plan-type": _DEMO_ACCOUNTS[number].plan}
+        for slot, window in zip(("primary", "secondary"), self._windows_of(number, at)):
+            headers[f"x-codex-{slot}-used-percent"] = str(window["used_percent"])
+            headers[f"x-codex-{slot}-window-minutes"] = str(window["limit_window_seconds"] // 60)
+            headers[f"x-codex-{slot}-reset-at"] = str(window["reset_at"])
+        return headers
+
+    def _quota_of(self, file: AccountFile, at: float) -> dict[str, Any]:
         number = int(file.access_token)
         account = _DEMO_ACCOUNTS[number]
-        windows = [
-            {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": int(seconds * left)}
-            for used, seconds, left in zip(
-                account.used, (_FIVE_HOURS_S, _WEEK_S), ((3 * number % 8 + 1) / 9, (5 * number % 7 + 1) / 8)
-            )
-            if used is not None
-        ]
-        if account.plan == "free":
-            windows = [{"used_percent": 23, "limit_window_seconds": 30 * 86400, "reset_after_seconds": 18 * 86400}]
+        windows = self._windows_of(number, at)
         spent = any(window["used_percent"] == 100 for window in windows)
         limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
         return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
@@ -4728,8 +5626,8 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         local(row["primary_reset_at"]),
         percent(row["secondary_remaining_percent"]),
         local(row["secondary_reset_at"]),
-        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"]),
-        "never" if age is None else f"{age // 60} min ago",
+        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")),
+        "never" if age is None else f"{age // 60} min ago" + (", from a request" if row["source"] == "traffic" else ""),
     ]
 
 
@@ -4770,9 +5668,6 @@ def run_check(options: Any) -> int:
         findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
             ("ok", "configuration", "")
         ]
-        if config.poll_interval_seconds >= 50:
-            remedy = '"poll_interval_seconds": 2, or redis-usage-queue-retention-seconds: 3600 in the proxy'
-            findings.append(("warning", "polls hardly more often than the proxy forgets (60 s by default)", remedy))
         for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
             findings += look(config, options)
     for level, found, remedy in findings:
@@ -4842,7 +5737,7 @@ def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
         running: list[_Finding] = [
             ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
         ]
-        return running + _findings_of_status(health["collector"])
+        return running + _findings_of_status(health["collector"], config)
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -4850,12 +5745,30 @@ def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
     return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
 
 
-def _findings_of_status(status: Mapping[str, Any]) -> list[_Finding]:
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
+    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
     state = status["state"]
-    level = "ok" if state in ("recording", "waiting", "starting") else "fault"
-    text = f"queue at {status['endpoint']}: {state}"
+    connected = state in _RECORDING
+    level = "ok" if connected or state == "starting" else "fault"
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    return [(level, text + version, "" if level == "ok" else status["message"])]
+    shown = "connected" if state == "publishing_off" else state
+    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
+    if not connected:
+        return found
+    if status["publishing"] is not None:
+        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
+        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
+    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
+            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
+
+
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
+    if retention_s is None:
+        return []
+    if retention_s < 2 * poll_interval_s:
+        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
+        return [("warning", found, remedy)]
+    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
 
 
 def _check_queue(config: Config, options: Any) -> list[_Finding]:
@@ -4894,8 +5807,10 @@ def _check_without_key(config: Config) -> list[_Finding]:
 
 
 def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None or abs(ahead_s) < 60:
+    if ahead_s is None:
         return []
+    if abs(ahead_s) < 60:
+        return [("ok", "the proxy's clock and this machine's agree", "")]
     found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
     return [("warning", found, "let both machines set their clocks by NTP")]
 
@@ -4909,7 +5824,7 @@ def _probe(config: Config, store: Store | None, options: Any) -> list[_Finding]:
         try:
             path = options.config or BASE_DIR / "config.json"
             collector = Collector(config, used, Log(io.StringIO()), threading.Event(), config_path=path)
-            return _findings_of_status(collector.probe()) + _check_clock(collector.clock_ahead_s)
+            return _findings_of_status(collector.probe(), config)
         finally:
             if store is None:
                 used.close()

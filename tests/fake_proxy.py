@@ -18,6 +18,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -46,6 +47,7 @@ class Dialect:
         self.control_messages = tag >= (7, 1, 39)
         self.errors_channel = self.echoes_channel = tag >= (7, 1, 44)
         self.http_queue = tag >= (6, 10, 8)
+        self.retention_setting = tag >= (6, 10, 1)
         self.home_mode = tag >= (7, 0, 0)
         self.home_mode_text = tag >= (7, 1, 18)
         self.sniffs_in_accept_loop = tag <= (7, 0, 2)
@@ -105,15 +107,14 @@ class Wire(Stream):
 
     def send(self, data: bytes) -> None:
         """Write a reply; raises CutOff where a fault ends it early."""
-        allowed, pause_s = self.server.allowance(len(data))
+        allowed = self.server.allowance(len(data))
         chunk = data if allowed is None else data[:allowed]
-        if not pause_s:
-            self.sock.sendall(chunk)
-        else:
-            for position in range(len(chunk)):
-                self.sock.sendall(chunk[position : position + 1])
-                if self.server.closing.wait(pause_s):
-                    raise CutOff
+        sent = 0
+        while self.server.dribbles and sent < len(chunk):
+            self.sock.sendall(chunk[sent : sent + 1])
+            sent += 1
+            self.server.rest_after_a_byte()
+        self.sock.sendall(chunk[sent:])
         if allowed is not None:
             raise CutOff(whole=len(chunk) == len(data))
 
@@ -128,6 +129,7 @@ class Subscriber:
         self.outbox: deque[bytes] = deque()
         self.dismissed = False
         self.woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)  # one that is full has woken it already
 
     def message(self, payload: bytes) -> bytes:
         """Return the frame that carries a payload."""
@@ -150,13 +152,14 @@ class Subscriber:
 class FakeProxy(SocketServer):
     """A CLIProxyAPI on a loopback port; a context manager.
 
-    These may be changed while it runs: `publishing`, `allow_remote`, `home_mode`, `management`, `key`,
-    `seen_from` (the address that clients appear to have), `ban_seconds`, `sniff_seconds`, and
-    `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
+    These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
+    `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
+    `ban_seconds`, `sniff_seconds`, and `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
-    them whose reply was cut), `commands` (RESP command names in upper case), `http_requests` as
-    (method, path), `failures` (all that ever counted towards a ban), `connections` (all there ever were).
+    them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
+    names in upper case), `http_requests` as (method, path), `failures` (all that ever counted towards a ban),
+    `connections` (all there ever were).
     """
 
     stream_type = Wire
@@ -178,6 +181,7 @@ class FakeProxy(SocketServer):
         self.version = version
         self.dialect = Dialect(version)
         self.publishing = publishing
+        self.retention_seconds = 60
         self.allow_remote = allow_remote
         self.home_mode = home_mode
         self.seen_from = seen_from
@@ -187,13 +191,14 @@ class FakeProxy(SocketServer):
 
         self.handed_over: list[bytes] = []
         self.lost: list[bytes] = []
+        self.forgotten: list[bytes] = []
         self.commands: list[str] = []
         self.http_requests: list[tuple[str, str]] = []
         self.failures = 0
 
         self._management = management
         self._tls = tls
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[tuple[float, bytes]] = deque()
         self._subscribers: list[Subscriber] = []
         self._failures_of: dict[str, int] = {}
         self._banned_until: dict[str, float] = {}
@@ -286,18 +291,37 @@ class FakeProxy(SocketServer):
             self._cut_after = n_bytes
 
     def dribble(self, seconds_per_byte: float) -> None:
-        """Write replies byte by byte with this pause; 0 ends it."""
+        """Write replies byte by byte with this pause, replies already begun as well; 0 ends it at once."""
         self._seconds_per_byte = seconds_per_byte
 
-    def allowance(self, length: int) -> tuple[int | None, float]:
-        """Return how many of the next bytes may be written (None: all) and the pause after each."""
+    @property
+    def dribbles(self) -> bool:
+        """Whether replies are written byte by byte now."""
+        return self._seconds_per_byte > 0
+
+    def rest_after_a_byte(self) -> None:
+        """Wait as long as a byte takes; raises CutOff when the proxy ends meanwhile."""
+        began = time.monotonic()
+        while time.monotonic() - began < self._seconds_per_byte:
+            if self.closing.wait(min(self._seconds_per_byte, 0.02)):
+                raise CutOff
+
+    def forget(self) -> None:
+        """Lose the queue, the bans and the failures, as a restart does."""
+        with self.change():
+            self.forgotten += [payload for _, payload in self._queue]
+            self._queue.clear()
+            self.lift_ban()
+
+    def allowance(self, length: int) -> int | None:
+        """Return how many of the next bytes may be written; None: all."""
         with self.lock:
             if self._cut_after is None or length < self._cut_after:
                 if self._cut_after is not None:
                     self._cut_after -= length
-                return None, self._seconds_per_byte
+                return None
             allowed, self._cut_after = self._cut_after, None
-            return allowed, self._seconds_per_byte
+            return allowed
 
     # -- events
 
@@ -308,7 +332,14 @@ class FakeProxy(SocketServer):
             else:
                 self.lost.append(payload)
         else:
-            self._queue.append(payload)
+            self._queue.append((time.monotonic(), payload))
+        self._expire()
+
+    def _expire(self) -> None:
+        """Drop what is older than the retention, silently, as at each push and pop of the proxy."""
+        seconds = min(self.retention_seconds, 3600) if self.retention_seconds > 0 else 60
+        while self._queue and time.monotonic() - self._queue[0][0] > seconds:
+            self.forgotten.append(self._queue.popleft()[1])
 
     def _broadcast(self, channel: str, payload: bytes) -> bool:
         delivered = False
@@ -327,9 +358,12 @@ class FakeProxy(SocketServer):
         subscriber.dismissed = True
         subscriber.wake()
 
-    def _pop(self, count: int) -> list[bytes]:
+    def _pop(self, wire: Wire, count: int) -> list[bytes]:
         with self.change():
-            popped = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+            if wire.is_shut:
+                raise Hangup  # a disconnected client's commands may still wait here; they take nothing any more
+            self._expire()
+            popped = [self._queue.popleft()[1] for _ in range(min(count, len(self._queue)))]
             self.handed_over += popped
             return popped
 
@@ -466,7 +500,7 @@ class FakeProxy(SocketServer):
         if not self.dialect.any_pop_key and key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
-        popped = self._pop(count)
+        popped = self._pop(wire, count)
         if len(args) == 2:
             reply = array(*[bulk(payload) for payload in popped])
         else:
@@ -562,7 +596,7 @@ class FakeProxy(SocketServer):
     def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
         url = urlsplit(target)
         route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
-        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH")}
+        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH"), "config": ("GET",)}
         if method not in known.get(route, ()) or (route == "usage-queue" and not self.dialect.http_queue):
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
             return
@@ -576,6 +610,8 @@ class FakeProxy(SocketServer):
             self._send_json(wire, status, {"error": text})
         elif route == "usage-queue":
             self._answer_queue(wire, parse_qs(url.query).get("count", [""])[0].strip())
+        elif route == "config":
+            self._answer_config(wire)
         else:
             self._answer_publishing(wire, method, body)
 
@@ -584,9 +620,15 @@ class FakeProxy(SocketServer):
         if not 0 < wanted <= INT64_MAX:
             self._send_json(wire, 400, {"error": "count must be a positive integer"})
             return
-        popped = self._pop(wanted)
+        popped = self._pop(wire, wanted)
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
+
+    def _answer_config(self, wire: Wire) -> None:
+        config = {"api-keys": ["sk-client-secret"], "usage-statistics-enabled": self.publishing}
+        if self.dialect.retention_setting:
+            config["redis-usage-queue-retention-seconds"] = self.retention_seconds
+        self._send_json(wire, 200, config)
 
     def _answer_publishing(self, wire: Wire, method: str, body: bytes) -> None:
         if method == "GET":
@@ -611,6 +653,7 @@ class FakeProxy(SocketServer):
             "X-CPA-VERSION": self.version,
             "X-CPA-COMMIT": "0123456",
             "X-CPA-BUILD-DATE": "2026-08-22T00:00:00Z",
+            "Date": formatdate(usegmt=True),
         }
         return http_reply(status, body, "application/json; charset=utf-8", version)
 

@@ -80,6 +80,7 @@ class Stream:
         self.peer = peer
         self.server = server
         self.buffer = b""
+        self.is_shut = False
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Go over to TLS, as the server."""
@@ -93,6 +94,7 @@ class Stream:
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
         """Shut the connection down; whoever reads or writes it wakes up."""
+        self.is_shut = True
         with contextlib.suppress(OSError):
             # Not the method of SSLSocket: that pulls its state away under the thread that reads.
             socket.socket.shutdown(self.sock, how)

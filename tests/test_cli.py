@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import signal
 import socket
 import sqlite3
 import stat
+import threading
 import time
 import urllib.request
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -162,6 +165,24 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, p
     assert running.terminate() == 0
 
 
+def test_program_reads_the_quota_from_the_requests_without_any_call(program, proxy, chatgpt):
+    events = [json.loads(line) for line in shifted() if b"X-Codex-Primary" in line]
+    for event in events:
+        ahead = {"X-Codex-Primary-Reset-At": 3600, "X-Codex-Secondary-Reset-At": 86400}
+        event["response_headers"].update({name: [str(int(time.time()) + s)] for name, s in ahead.items()})
+    proxy.push(*(json.dumps(event).encode() for event in events))
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env=chatgpt.environment)
+    running.wait_for(lambda: len(get(port, "/api/quota")["quotas"]) == 2)
+    rows = {row["email"]: row for row in get(port, "/api/quota")["quotas"]}
+    shown = {mail: (row["primary_remaining_percent"], row["secondary_remaining_percent"]) for mail, row in rows.items()}
+    assert shown == {"dev.one@example.com": (58, 83), "dev.two@example.org": (97, 39)}
+    assert {row["source"] for row in rows.values()} == {"traffic"} and chatgpt.requests == []
+    assert b"__cf_bm" not in b"".join(path.read_bytes() for path in program.folder.glob("usage.db*"))
+    assert "from a request" in program.run("quota").stdout
+    assert running.terminate() == 0
+
+
 def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(program, proxy, chatgpt):
     write_accounts(program, 1)
     chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
@@ -288,6 +309,117 @@ def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(program, p
     assert running.terminate(timeout=3) == 0
 
 
+def numbered(count):
+    when = datetime.now(timezone.utc).isoformat()
+    return [json.dumps({"timestamp": when, "request_id": f"r{number}"}) for number in range(count)]
+
+
+def stored_numbers(program):
+    with closing(sqlite3.connect(str(program.folder / "usage.db"))) as db:
+        return [row[0] for row in db.execute("SELECT request_id FROM events ORDER BY id")]
+
+
+@pytest.mark.parametrize("moment", ["it waits for the lock", "it has said so"])
+def test_stop_while_the_database_is_locked_keeps_what_was_popped(program, proxy, moment):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port)
+    running.wait_for_line("state=waiting")
+    with closing(sqlite3.connect(str(program.folder / "usage.db"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        proxy.push(*numbered(200))
+        proxy.wait_for(lambda: len(proxy.handed_over) >= 16)
+        if moment == "it has said so":
+            running.wait_for_line("state=storage_error")
+        assert running.terminate(timeout=3) == 0
+        assert len(proxy.handed_over) < 200
+    again = start(program, port)
+    wait_for_events(again, port, 200)
+    assert again.terminate() == 0
+    assert stored_numbers(program) == [f"r{number}" for number in range(200)]
+
+
+def test_stop_while_quota_is_refreshed_stores_what_was_popped(program, proxy, chatgpt):
+    write_accounts(program, 1)
+    chatgpt.answer("tok-secret-0", hold=True)
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env=chatgpt.environment)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as asking:
+        asking.sendall(b"GET /api/quota?force=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        chatgpt.wait_for(lambda: chatgpt.requests)
+        proxy.push(*numbered(100))
+        proxy.wait_for(lambda: proxy.handed_over)
+        assert running.terminate(timeout=3) == 0
+    handed = [json.loads(payload)["request_id"] for payload in proxy.handed_over]
+    assert stored_numbers(program) == handed and proxy.lost == []
+
+
+class SlowClients(threading.Thread):
+    """Connections that send their request a byte at a time, that send nothing, and that never read."""
+
+    def __init__(self, port, dribbling, idle, deaf):
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self._port = port
+        self._idle = [self._connect() for _ in range(idle)]
+        self._deaf = [self._connect(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100) for _ in range(deaf)]
+        self._dribbling = [self._connect() for _ in range(dribbling)]
+
+    def _connect(self, first=b""):
+        connection = socket.create_connection(("127.0.0.1", self._port), timeout=10)
+        connection.sendall(first)
+        return connection
+
+    def run(self):
+        while not self.ended.wait(0.2):
+            for number, connection in enumerate(self._dribbling):
+                try:
+                    connection.sendall(b"G")
+                except OSError:  # ended by the dashboard
+                    connection.close()
+                    self._dribbling[number] = self._connect()
+
+    def close(self):
+        self.ended.set()
+        self.join()
+        for connection in (*self._idle, *self._deaf, *self._dribbling):
+            connection.close()
+
+
+def test_slow_clients_keep_neither_the_page_nor_the_collector(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port)
+    slow = SlowClients(port, dribbling=60, idle=200, deaf=20)
+    slow.start()
+    try:
+        for count in range(100, 1001, 100):
+            proxy.push(*numbered(100))
+            wait_for_events(running, port, count)
+            assert get(port, "/api/summary?range=24h")["summary"]["requests"] >= count
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as page:
+                page.request("GET", "/")
+                assert page.getresponse().status == 200
+    finally:
+        slow.close()
+    assert running.terminate() == 0
+
+
+def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    proxy.push(*numbered(100))
+    running = start(program, port)
+    wait_for_events(running, port, 100)
+    assert running.terminate() == 0
+    path = program.folder / "usage.db"
+    whole = path.read_bytes()
+    proxy.push(*numbered(1))
+    for content in (b"not a database at all, really not one" * 40, whole[: len(whole) // 2], whole[:4096], whole[:700]):
+        path.write_bytes(content)
+        done = program.run("start", "--no-browser")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "damaged or no SQLite database; move it away (it is not overwritten)" in done.stderr
+        assert path.read_bytes() == content and proxy.queued == 1
+
+
 def test_check_is_well_with_a_good_set_up(program, proxy):
     write_accounts(program)
     for path in (program.home / ".cliproxyapi").iterdir():
@@ -296,17 +428,24 @@ def test_check_is_well_with_a_good_set_up(program, proxy):
     proxy.push(*shifted())
     done = program.run("check")
     assert done.returncode == 0, done.stdout
-    assert "account files: 3" in done.stdout and "proxy v7.2.140" in done.stdout
+    for text in (
+        "account files: 3",
+        "proxy v7.2.140",
+        "publishes its usage",
+        "remembers for 60 s and is asked every 0.1 s",
+        "the proxy's clock and this machine's agree",
+    ):
+        assert text in done.stdout
     assert proxy.queued == len(SAMPLES)  # nothing was popped
 
 
 def test_check_names_what_is_wrong(program, proxy):
     proxy.publishing = False
-    configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    configure(program, cliproxy_port=proxy.port, management_password="secret-key", poll_interval_seconds=45)
     os.chmod(str(program.folder / "config.json"), 0o644)
     done = program.run("check")
     assert done.returncode == 1
-    for text in ("usage-statistics-enabled: true", "chmod 600", "auth_dir"):
+    for text in ("usage-statistics-enabled: true", "chmod 600", "auth_dir", '"poll_interval_seconds": 2'):
         assert text in done.stdout
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_config_keys_in_examples_exist():
     inline = set(re.findall(r'`"(\w+)": [^`]*`', PROSE.replace(answers, ""))) - {"refreshing"}
     assert inline and inline <= known
     worded = {word for word in quoted(PROSE) if re.match(r"(cliproxy|dashboard|management|poll|retention)_\w+\Z", word)}
-    assert worded <= known
+    assert worded <= known | {"retention_seconds", "retention_short"}  # of the answers
 
 
 def test_other_names_and_limits_of_keys_are_told():
@@ -147,15 +148,17 @@ def test_error_example_is_the_real_one():
 
 @pytest.fixture
 def answers(tmp_path):
-    """The routes over a database with one request, one reading and one outage."""
+    """The routes over a database with one request, one outage, and readings enough for a forecast."""
     store = app.Store(tmp_path / "usage.db")
     line = (ROOT / "tests/data/events.jsonl").read_text(encoding="utf-8").splitlines()[0]
     store.store_batch(app.parse_events([line.encode()]), 1, 1_800_000_000.0)
     store.begin_outage(1_777_700_000.0, "unreachable")
     file = app.AccountFile("codex-a.json", "a@example.com", "id", "plus", "token", False, "", "")
-    window = {"used_percent": 23, "limit_window_seconds": 18000, "reset_after_seconds": 60}
-    reply = {"plan_type": "plus", "rate_limit": {"allowed": True, "limit_reached": False, "primary_window": window}}
-    store.save_reading(app.snapshot_of(file, reply, 1_777_800_000.0))
+    now = time.time()
+    for used, at in ((20, now - 1200), (22, now - 600), (23, now)):
+        window = {"used_percent": used, "limit_window_seconds": 18000, "reset_at": int(now) + 7200}
+        reply = {"plan_type": "plus", "rate_limit": {"allowed": True, "limit_reached": False, "primary_window": window}}
+        store.save_reading(app.snapshot_of(file, reply, at))
     config = app.Config()
     stop = threading.Event()
     log = app.Log(io.StringIO())
@@ -196,7 +199,7 @@ def test_states_are_told_with_a_remedy():
     told = {name: row for row in rows for name in quoted(row[0])}
     assert set(app.STATE_REMEDIES) <= set(told)
     assert all(len(told[state]) == 3 and told[state][2] for state in app.STATE_REMEDIES)
-    assert {"ok", "limited", "no_windows", *app.QUOTA_MESSAGES} == set(told) - set(app.STATE_REMEDIES)
+    assert {"ok", "limited", "reset_due", "no_windows", *app.QUOTA_MESSAGES} == set(told) - set(app.STATE_REMEDIES)
 
 
 def test_links_and_pictures_exist():

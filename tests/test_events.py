@@ -361,6 +361,36 @@ def test_odd_letters_cannot_break_the_store_or_a_terminal():
     assert event.model == "a\ufffdb\ufffdc" and event.alias == "модель-快速-🚀"
 
 
+QUOTA_HEADERS = {"X-Codex-Plan-Type": ["Plus "], "X-Codex-Primary-Used-Percent": ["42", "43"]}
+
+
+def test_quota_headers_of_a_codex_reply_are_kept_and_no_other_header():
+    others = {"Set-Cookie": ["__cf_bm=secret"], "X-Request-Id": ["r-1"], "X-Codex-Odd": "text", "X-Codex-None": []}
+    event = parse_one(response_headers={**QUOTA_HEADERS, **others, "X-Codex-Long": ["9" * 500]})
+    kept = {"x-codex-plan-type": "Plus ", "x-codex-primary-used-percent": "42", "x-codex-long": "9" * 100}
+    assert (event.quota_headers, event.plan) == (kept, "plus")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"provider": "claude", "response_headers": QUOTA_HEADERS},
+        {"response_headers": {"Set-Cookie": ["__cf_bm=secret"]}},
+        {"response_headers": {f"X-Codex-{number}": ["1"] for number in range(81)}},
+        {"response_headers": {"X-Codex-Plan-Type": [7]}},
+        {"response_headers": ["X-Codex-Plan-Type"]},
+        {},
+    ],
+)
+def test_reply_without_sound_quota_headers_of_codex_has_none(changes):
+    event = parse_one(**changes)
+    assert (event.quota_headers, event.plan) == (None, "")
+
+
+def test_failed_reply_tells_no_plan_since_its_headers_may_be_another_accounts():
+    assert parse_one(failed=True, response_headers=QUOTA_HEADERS).plan == ""
+
+
 def identity(number, index, source, *, plan="", first=0.0, last=100.0, provider="codex"):
     return app.Identity(number, index, source, provider, plan, first, last)
 

@@ -290,6 +290,17 @@ def test_proxy_disconnects_and_comes_back_on_the_same_port(proxy):
         assert proxy.connections == 2
 
 
+def test_proxy_takes_nothing_for_a_command_of_a_connection_that_is_gone(proxy):
+    with logged_in(proxy) as client:
+        with proxy.lock:  # the command has arrived, and waits
+            client.send("RPOP", "usage")
+            proxy.disconnect_all()
+            proxy.push("kept")
+        assert client.stream.read() == b""
+        proxy.wait_for(lambda: proxy.open_connections == 0)
+    assert (proxy.queued, proxy.handed_over, proxy.commands) == (1, [], ["AUTH", "RPOP"])
+
+
 def test_proxy_speaks_resp_and_http_in_tls_by_alpn():
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(str(DATA / "server.pem"))

@@ -228,6 +228,32 @@ def test_old_and_new_file_of_one_login_are_one_account_with_the_newer_token(tmp_
     assert len({file.tag for file in files}) == 2
 
 
+def test_old_file_without_the_account_id_is_of_the_login_that_has_its_mail(tmp_path):
+    write(tmp_path, "codex-new.json", {**CODEX, "access_token": "new", "last_refresh": "2026-05-02T00:00:00Z"})
+    old = {**CODEX, "access_token": "old", "account_id": "", "last_refresh": "2026-05-01T00:00:00Z"}
+    write(tmp_path, "codex-a.json", old)
+    (file,) = app.find_account_files([tmp_path])[1]
+    assert (file.access_token, file.account_id) == ("new", "acc-1")
+
+
+def test_file_without_the_account_id_of_a_mail_with_two_logins_stays_apart(tmp_path):
+    for number in (1, 2):
+        write(tmp_path, f"codex-{number}.json", {**CODEX, "account_id": f"acc-{number}"})
+    write(tmp_path, "codex-old.json", {**CODEX, "account_id": ""})
+    assert len(app.find_account_files([tmp_path])[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [("2027-02-01T07:00:00+07:00", "2027-02-01T00:00:00Z"), (1800000000, "2027-01-15T08:00:00Z"), (None, None),
+     ("soon", None), (-5, None), ([], None)],
+)  # fmt: skip
+def test_end_of_the_subscription_is_read_in_any_form(tmp_path, sent, shown):
+    about = {"https://api.openai.com/auth": {"chatgpt_subscription_active_until": sent}}
+    write(tmp_path, "a.json", {**CODEX, "id_token": jwt(about)})
+    assert app.find_account_files([tmp_path])[1][0].subscription_until == shown
+
+
 def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
     claims = {
         "email": "b@example.com",
@@ -343,6 +369,15 @@ def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch)
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file())
     assert raised.value.state == "proxy_unsupported"
+
+
+@pytest.mark.parametrize(
+    ("proxy_url", "used"),
+    [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)],
+)
+def test_way_to_chatgpt_is_the_accounts_own_then_the_environments(monkeypatch, proxy_url, used):
+    monkeypatch.setenv("https_proxy", "http://env:1")
+    assert app.proxies_of(account_file(proxy_url=proxy_url)).get("https") == used
 
 
 def test_own_proxy_of_the_account_is_used(chatgpt, monkeypatch):

@@ -321,6 +321,7 @@ def test_start_inside_the_cool_down_is_refused_with_429_and_the_seconds(bench, f
 
 
 def test_start_after_the_cool_down_begins_a_round(bench, folder, world):
+    world.answer(None, body=GOOD_BODY)
     account(folder)
     bench.round()
     bench.now += 300
@@ -364,6 +365,7 @@ def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, worl
 
 
 def test_cool_down_of_zero_seconds_never_refuses(folder, store, world):
+    world.answer(None, body=GOOD_BODY)
     bench = Bench(folder, store, seconds=0)
     account(folder)
     bench.round()
@@ -386,6 +388,140 @@ def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store,
 
 
 # ---- progress, stop, accounts that go --------------------------------------------------------------------
+
+
+# ---- accounts that are left alone ------------------------------------------------------------------------
+
+
+def rounds(bench, *later_s: float) -> None:
+    """Run a round at each of these seconds after NOW."""
+    for seconds in later_s:
+        bench.now = NOW + seconds
+        bench.round()
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_dead_login_is_parked_until_its_file_changes(bench, folder, store, world, status):
+    path = account(folder)
+    world.answer("tok-secret-1", status, body={"detail": {"code": "deactivated_workspace"}} if status == 402 else {})
+    rounds(bench, 0, 300, 40000)
+    assert len(world.requests) == 1
+    state = states(store)[0]
+    assert state in ("expired", "relogin", "deactivated")
+    os.utime(path, ns=(1, 1))
+    rounds(bench, 40300)
+    assert len(world.requests) == 2
+    world.answer("tok-secret-new", body=GOOD_BODY)
+    account(folder, access_token="tok-secret-new")
+    rounds(bench, 40600)
+    assert states(store) == ["ok"]
+
+
+def test_parked_login_is_not_asked_after_a_restart_either(bench, folder, store, world):
+    account(folder)
+    bench.round()
+    again = Bench(folder, store)
+    again.now = NOW + 300
+    again.round()
+    assert len(world.requests) == 1 and "asked again when its file changes" in again.stream.getvalue()
+
+
+def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder, store, world):
+    account(folder)
+    world.answer("tok-secret-1", 401, hold=True)
+    world.answer("tok-secret-new", body=GOOD_BODY)
+    thread = bench.refresher.start()
+    world.wait_for(lambda: world.requests)
+    account(folder, access_token="tok-secret-new")
+    world.release()
+    thread.join(10)
+    assert [request["token"] for request in world.requests] == ["tok-secret-1", "tok-secret-new"]
+    assert states(store) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waits"),
+    [
+        (429, {}, (600, 1200, 2400, 3600, 3600)),
+        (403, {"cf-mitigated": "challenge"}, (600, 1200, 2400, 3600, 3600)),
+        (500, {}, (120, 240, 480, 960, 1920)),
+        (429, {"Retry-After": "900"}, (900, 1200, 2400, 3600, 3600)),
+        (503, {"Retry-After": "99999"}, (3600, 3600, 3600, 3600, 3600)),
+    ],
+)
+def test_account_that_fails_is_left_alone_twice_as_long_each_time(folder, store, world, status, headers, waits):
+    bench = Bench(folder, store, seconds=0)
+    account(folder)
+    world.answer("tok-secret-1", status, headers=headers, body="<html>")
+    at = 0.0
+    for number, wait_s in enumerate(waits, 1):
+        rounds(bench, at, at + wait_s - 1)
+        assert len(world.requests) == number
+        assert store.quotas()[0]["retry_at"] == NOW + at + wait_s
+        at += wait_s
+    world.answer("tok-secret-1", body=GOOD_BODY)
+    rounds(bench, at)
+    assert (states(store), store.quotas()[0]["retry_at"]) == (["ok"], None)
+
+
+def test_wait_that_a_clock_set_back_made_endless_is_not_kept(folder, store, world):
+    bench = Bench(folder, store, seconds=0)
+    account(folder)
+    world.answer("tok-secret-1", 429)
+    rounds(bench, 0, -40000)
+    assert len(world.requests) == 2
+
+
+@pytest.mark.parametrize("status", [429, 403])
+def test_round_ends_after_three_failures_in_a_row_that_are_no_accounts_own(bench, folder, store, world, status):
+    for number in range(1, 7):
+        account(folder, number)
+        world.answer(f"tok-secret-{number}", body=GOOD_BODY)
+    for number in (2, 3, 4):
+        world.answer(f"tok-secret-{number}", status, body="<html>")
+    bench.round()
+    assert [request["token"][-1] for request in world.requests] == ["1", "2", "3", "4"]
+    assert "refresh_quota: stopped after 3 failures in a row" in bench.lines
+    assert len(store.quotas()) == 4
+
+
+def test_round_goes_on_after_any_number_of_dead_logins(bench, folder, store, world):
+    for number in range(1, 6):
+        account(folder, number)
+    world.answer("tok-secret-5", body=GOOD_BODY)
+    bench.round()
+    assert len(world.requests) == 5 and states(store)[-1] == "ok"
+
+
+def test_account_that_is_switched_off_and_on_again_says_so(bench, folder, store, world):
+    account(folder)
+    bench.refresher.announce_accounts()
+    account(folder, disabled=True)
+    bench.refresher.announce_accounts()
+    assert states(store) == ["disabled"]
+    account(folder)
+    bench.refresher.announce_accounts()
+    assert states(store) == ["never"] and world.requests == []
+
+
+def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store, world):
+    account(folder)
+    world.answer(None, body=GOOD_BODY)
+    elsewhere = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("else@example.com", "#abc"), "", NOW)
+    store.save_reading({**elsewhere, "source": "traffic", "raw_json": None})
+    rounds(bench, 300, 6 * DAY)
+    assert set(by_mail(store)) == {"u1.person@example.com", "else@example.com"}
+    rounds(bench, 7 * DAY + 1)
+    assert set(by_mail(store)) == {"u1.person@example.com"}
+
+
+def test_end_of_a_subscription_is_shown_as_the_id_token_has_it(bench, folder, store):
+    auth = {"https://api.openai.com/auth": {"chatgpt_subscription_active_until": "2027-02-01T00:00:00+00:00"}}
+    claims = base64.urlsafe_b64encode(json.dumps(auth).encode()).decode()
+    account(folder, 1, id_token=f"h.{claims}.s")
+    account(folder, 2)
+    bench.refresher.announce_accounts()
+    assert [row["subscription_until"] for row in store.quotas()] == ["2027-02-01T00:00:00Z", None]
 
 
 def test_progress_counts_the_accounts_that_are_done(bench, folder, world):

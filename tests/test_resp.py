@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import socket
 import threading
@@ -8,21 +9,6 @@ import threading
 import pytest
 
 import usage_dashboard as app
-
-
-class Trickle(io.RawIOBase):
-    """Give a byte string in pieces of the sizes that a random generator chooses."""
-
-    def __init__(self, data: bytes, seed: int):
-        self._data, self._random = data, random.Random(seed)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        size = min(len(buffer), len(self._data), self._random.choice([1, 1, 2, 3, 7, 50]))
-        buffer[:size], self._data = self._data[:size], self._data[size:]
-        return size
 
 
 def reader(data: bytes, **limits) -> app.RespReader:
@@ -54,13 +40,85 @@ def test_error_reply_is_told_from_text():
     assert not isinstance(reader(b"+ERR no\r\n").read_reply(), app.ErrorReply)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_splits_give_the_same_replies(seed):
+# ---- random replies in random pieces ---------------------------------------------------------------------
+
+
+def random_reply(dice: random.Random, depth: int = 0):
+    """Make a reply of any type: its bytes, and what is to be read of them."""
+    kind = dice.choice(["bulk"] * 4 + ["text", "error", "number", "null", "no list"] + ["list"] * (depth < 4))
+    if kind == "bulk":
+        data = bytes(dice.choices(b"\r\n$*-+:0a\xff\x00", k=dice.choice([0, 1, 2, 3, 40, 700])))
+        return b"$%d\r\n%s\r\n" % (len(data), data), data
+    if kind in ("text", "error"):
+        text = "".join(dice.choices("aZ $*:-+đ…", k=dice.randrange(12)))
+        sign, value = (b"+", text) if kind == "text" else (b"-", app.ErrorReply(text))
+        return sign + text.encode() + b"\r\n", value
+    if kind == "number":
+        number = dice.choice([0, 7, -1, 2**63 - 1, -(2**63)])
+        return b":%d\r\n" % number, number
+    if kind == "list":
+        items = [random_reply(dice, depth + 1) for _ in range(dice.randrange(4))]
+        return b"*%d\r\n" % len(items) + b"".join(wire for wire, _ in items), [value for _, value in items]
+    return (b"$-1\r\n" if kind == "null" else b"*-1\r\n"), None
+
+
+def with_types(value):
+    """Tell an error from a text of the same letters, and 1 from True, when values are compared."""
+    return [with_types(item) for item in value] if isinstance(value, list) else (type(value), value)
+
+
+class Pieces:
+    """Deliver bytes over a real socket in pieces that a random generator cuts, then close it."""
+
+    def __init__(self, wire: bytes, dice: random.Random):
+        here, self._there = socket.socketpair()
+        self.client = app.RespClient(lambda: here)
+        self._pieces = []
+        while wire:
+            size = dice.choice([1, 1, 2, 3, 7, 50, 4000])
+            self._pieces.append(wire[:size])
+            wire = wire[size:]
+        self._thread = threading.Thread(target=self._send)
+
+    def __enter__(self):
+        self._thread.start()
+        return self.client
+
+    def __exit__(self, *_):
+        self._thread.join()
+        self.client.close()
+
+    def _send(self):
+        with self._there:
+            for piece in self._pieces:
+                self._there.sendall(piece)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_replies_in_random_pieces_are_read_as_they_were_written(seed):
     dice = random.Random(seed)
-    sent = [bytes(dice.randrange(256) for _ in range(dice.choice([0, 1, 2, 90, 700]))) for _ in range(30)]
-    wire = b"".join(b"$%d\r\n%s\r\n" % (len(item), item) for item in sent)
-    replies = app.RespReader(io.BufferedReader(Trickle(wire, seed), 16))
-    assert [replies.read_reply() for _ in sent] == sent
+    replies = [random_reply(dice) for _ in range(40)]
+    with Pieces(b"".join(wire for wire, _ in replies), dice) as client:
+        assert [with_types(client.receive()) for _ in replies] == [with_types(value) for _, value in replies]
+        with pytest.raises(app.ConnectionClosed) as raised:
+            client.receive()
+    assert raised.value.clean
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_replies_cut_at_random_give_the_whole_ones_and_never_a_part(seed):
+    dice = random.Random(1000 + seed)
+    replies = [random_reply(dice) for _ in range(12)]
+    wire = b"".join(wire for wire, _ in replies)
+    cut = dice.randrange(len(wire))
+    ends = list(itertools.accumulate(len(wire) for wire, _ in replies))
+    got = []
+    with Pieces(wire[:cut], dice) as client, pytest.raises(app.ConnectionClosed) as raised:
+        while True:
+            got.append(with_types(client.receive()))
+    whole = sum(end <= cut for end in ends)
+    assert got == [with_types(value) for _, value in replies[:whole]]
+    assert raised.value.clean == (cut in (0, *ends))
 
 
 def test_stream_cut_at_any_byte_is_never_data():

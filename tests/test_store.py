@@ -5,6 +5,7 @@ import sqlite3
 import stat
 
 import pytest
+from bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
 
@@ -140,7 +141,8 @@ def test_stored_event_is_read_back_as_it_was(store):
     put(store, event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640))
     row = store.requests(10)[0]
     expected = event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640)._asdict()
-    expected.pop("plan")
+    for name in ("plan", "quota_headers"):  # they belong to the account, not to the event
+        expected.pop(name)
     assert {name: row[name] for name in expected} == expected
     assert row["account"] == "an@example.com" and row["id"] == 1
 
@@ -375,6 +377,129 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
         assert len(listed) == expected[0]
 
 
+def steps_of(store, read, *args, **options):
+    """Count the steps of SQLite's machine that some reading takes, in hundreds."""
+    steps = []
+    store._reader.set_progress_handler(lambda: steps.append(1), 100)
+    read(*args, **options)
+    store._reader.set_progress_handler(None, 0)
+    return len(steps)
+
+
+def put_days(store, days, each):
+    """Store as many events in every quarter of an hour, of three accounts and two models in turn."""
+    numbers = range(days * 96 * each)
+    events = [
+        event(
+            at=DAY + number * 900 / each,
+            source=f"user{number % 3}@x.com",
+            auth_index=str(number % 3),
+            model=f"m{number // 3 % 2}",
+            failed=int(number % 50 == 0),
+        )
+        for number in numbers
+    ]
+    put(store, *events)
+
+
+DAY = 1_779_926_400.0  # midnight UTC
+SEVERAL_FILTERS = [
+    app.Filters(),
+    app.Filters(account="user1@x.com"),
+    app.Filters(model="m1"),
+    app.Filters(account="user1@x.com", model="m1"),
+]
+
+
+@pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(status="failed"), app.Filters(account="nobody")])
+def test_every_roll_up_says_the_same_as_the_rows(store, filters):
+    put_days(store, days=4, each=6)
+    for start, end in [(0, 4 * 86400), (1, 4 * 86400 - 1), (80_000, 100_000), (3600 * 5, 86400 * 3 + 3600 * 7), (950, 1800)]:
+        for bucket_s, offset_s in [(900, 900), (3600, 0), (86400, 0), (86400, 7 * 3600)]:
+            window = app.Window(DAY + start, DAY + end)
+            quick = store.usage(window, bucket_s, offset_s, filters)
+            assert quick == store.usage(window, bucket_s, offset_s, filters, from_rows=True)
+    assert sum(sums[0] for sums in quick[0].values()) == len(store.requests(500, window, filters))
+
+
+@pytest.mark.parametrize("filters", SEVERAL_FILTERS)
+def test_summary_of_whole_hours_takes_as_many_steps_for_ten_times_the_events(tmp_path, filters):
+    steps = []
+    for each in (6, 60):
+        store = app.Store(tmp_path / f"{each}.db")
+        put_days(store, days=3, each=each)
+        window = app.Window(DAY + 3600, DAY + 3 * 86400)
+        steps.append(steps_of(store, store.usage, window, 3600, 0, filters))
+        assert steps_of(store, store.usage, window, 3600, 0, filters, from_rows=True) > 3 * steps[-1]
+        store.close()
+    assert steps[1] <= steps[0] + 1
+
+
+@pytest.mark.parametrize(
+    "filters", [*SEVERAL_FILTERS, app.Filters(status="failed"), app.Filters(account="user1@x.com", status="failed")]
+)
+def test_first_page_of_requests_reads_a_part_of_the_rows_only(store, filters):
+    put_days(store, days=10, each=30)
+    rare = event(at=DAY + 86400, source="rare@x.com", auth_index="rare", model="rare", failed=1)
+    put(store, rare)
+    every_row = steps_of(store, store.requests, 500, filters=app.Filters(text="nowhere"))
+    assert steps_of(store, store.requests, 50, filters=filters) < every_row / 3
+    narrow = app.Filters(account="rare@x.com", model="rare", status="failed")
+    assert steps_of(store, store.requests, 50, filters=narrow) < every_row / 20
+    assert [row["model"] for row in store.requests(50, filters=narrow)] == ["rare"]
+    assert steps_of(store, store.span) == 0
+
+
+def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):
+    put_days(store, days=1, each=4)  # some lie exactly at a mark
+    for filters in [*SEVERAL_FILTERS, app.Filters(status="ok")]:
+        whole, pages, before = store.requests(500, filters=filters), [], None
+        while True:
+            page = store.requests(7, filters=filters, before=before)
+            pages += page
+            if len(page) < 7:
+                break
+            before = page[-1]["ts_epoch"], page[-1]["id"]
+        assert pages == whole and len({row["id"] for row in whole}) == len(whole)
+        assert [row["ts_epoch"] for row in whole] == sorted((row["ts_epoch"] for row in whole), reverse=True)
+
+
+def test_batch_takes_a_fixed_number_of_statements(store):
+    put_days(store, days=1, each=10)  # so that accounts and models are known
+    counts = []
+    for size in (10, 500):
+        statements = []
+        store._writer.set_trace_callback(statements.append)
+        put(store, *[event(at=DAY + number, source="user1@x.com", auth_index="1", model="m1") for number in range(size)])
+        store._writer.set_trace_callback(None)
+        counts.append(len([one for one in statements if not one.startswith(("INSERT INTO events(", "-- "))]))
+    assert counts[0] == counts[1] < 20
+
+
+def test_event_takes_few_bytes_with_its_index_and_sums(tmp_path):
+    sizes = []
+    batches = list(in_batches(payloads(20_000, NOON, 20_000 * PACE_S), 500))
+    for half in (batches[:20], batches[20:]):  # accounts, models and contexts are known in the second
+        store = app.Store(tmp_path / "usage.db")
+        for batch in half:
+            assert store.store_batch(app.parse_events(batch), store.counts["sequence"] + 1, NOON)
+        store.close()
+        sizes.append(store.byte_count)
+    assert 100 < (sizes[1] - sizes[0]) / 10_000 <= 170
+
+
+def test_deleted_events_stay_in_the_sums_by_account_and_model_together(store):
+    put_days(store, days=2, each=6)
+    window, filters = app.Window(DAY, DAY + 2 * 86400), app.Filters(account="user1@x.com", model="m1")
+    whole = [store.usage(window, 3600, 0, one) for one in SEVERAL_FILTERS]
+    while store.delete_some(DAY + 86400 + 5000):
+        pass
+    assert [store.usage(window, 3600, 0, one) for one in SEVERAL_FILTERS] == whole
+    assert len(store.requests(500, filters=filters)) < 100 and store.find_faults() == []
+    within_a_deleted_hour = app.Window(DAY + 1000, DAY + 86400 + 4600)
+    assert store.usage(within_a_deleted_hour, 3600, 0, filters)[1] == store.usage(app.Window(DAY, DAY + 25 * 3600 + 3600), 3600, 0, filters)[1]
+
+
 def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     events = [event(at=NOON + 60 * minute) for minute in range(240)]
     put(store, *events)
@@ -425,12 +550,36 @@ def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
     store.begin_outage(1000, "unreachable")
     store.begin_outage(1010, "closed")
     store.end_outage(1030)
-    assert store.outages(EVERYTHING) == []
+    assert store.outages(EVERYTHING, 1030) == []
     store.begin_outage(2000, "unreachable")
-    assert store.outages(EVERYTHING) == [{"from": 2000.0, "to": None, "reason": "unreachable"}]
+    assert store.outages(EVERYTHING, 2059) == [{"from": 2000.0, "to": None, "reason": "unreachable", "lost": False}]
     store.end_outage(2500)
-    assert store.outages(app.Window(2499, 3000)) == [{"from": 2000.0, "to": 2500.0, "reason": "unreachable"}]
-    assert store.outages(app.Window(2500, 3000)) == []
+    ended = {"from": 2000.0, "to": 2500.0, "reason": "unreachable", "lost": True}
+    assert store.outages(app.Window(2499, 3000), 3000) == [ended]
+    assert store.outages(app.Window(2500, 3000), 3000) == []
+
+
+@pytest.mark.parametrize(("retention_s", "now", "lost"), [(None, 2061, True), (3600, 2061, False), (3600, 5601, True)])
+def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(store, retention_s, now, lost):
+    store.put_meta("retention_s", retention_s)
+    store.begin_outage(2000, "unreachable")
+    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+    store.end_outage(now)
+    store.put_meta("retention_s", None)  # what was learnt later changes nothing of the past
+    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+
+
+def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store):
+    store.put_meta("retention_s", 3600)
+    store.begin_outage(2000, "publishing_off")
+    store.end_outage(2010)
+    assert [(outage["to"], outage["lost"]) for outage in store.outages(EVERYTHING, 2010)] == [(2010.0, True)]
+
+
+def test_outage_over_a_clock_that_was_set_back_has_no_negative_length(store):
+    store.begin_outage(2000, "publishing_off")
+    store.end_outage(1000)
+    assert [(outage["from"], outage["to"]) for outage in store.outages(EVERYTHING, 1000)] == [(2000.0, 2000.0)]
 
 
 def reading(**changes):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
+import itertools
 import json
+import select
 import socket
 import sqlite3
 import threading
@@ -21,7 +23,7 @@ NOW = 1_793_534_400.0
 class Site:
     """Serve a real store on a free port; `status` is what the collector would say."""
 
-    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", **settings):
+    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", head_s=10.0, **settings):
         self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
         self.now = NOW
         self.store = app.Store(folder / "usage.db")
@@ -37,7 +39,7 @@ class Site:
             gap_s=(0, 0),
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
-        self.server = app.make_server("127.0.0.1", 0)
+        self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
         self.thread.start()
@@ -309,6 +311,84 @@ def test_unchanged_answer_is_304_without_a_query_and_a_new_event_changes_it(site
     assert site.ask("/api/summary?range=24h", If_None_Match=next_tag)[0].status == 200
 
 
+class Held:
+    """A clock that the thread named "held" waits for until `go` is set; from then on each look is a minute later."""
+
+    def __init__(self):
+        self.waits, self.go = threading.Event(), threading.Event()
+        self._minutes = itertools.count(1)
+
+    def __call__(self):
+        if threading.current_thread().name == "held":
+            self.waits.set()
+            self.go.wait(10)
+        return NOW + (60 * next(self._minutes) if self.go.is_set() else 0)
+
+
+class Announced(dict):
+    """A query that tells when it is looked at."""
+
+    def __init__(self, seen, **values):
+        super().__init__(values)
+        self._seen = seen
+
+    def items(self):
+        self._seen.release()
+        return super().items()
+
+
+@pytest.fixture
+def held(site):
+    """Answers of which one to a summary is being made and is held up."""
+    clock = Held()
+    answers = app.Answers(app.App(site.config, site.store, site.refresher, lambda: dict(site.status), clock=clock))
+    made = []
+    thread = threading.Thread(target=lambda: made.append(answers.get("/api/summary", {"range": "7d"})), name="held")
+    thread.start()
+    assert clock.waits.wait(10)
+    yield answers, clock, thread, made
+    clock.go.set()
+    thread.join()
+
+
+def test_question_does_not_wait_for_the_answer_to_another(held):
+    answers, _, _, made = held
+    for path, query in (("/api/summary", {"range": "24h"}), ("/api/requests", {}), ("/api/health", {})):
+        assert answers.get(path, query).body
+    assert made == []
+
+
+def test_equal_questions_at_the_same_time_are_answered_once_while_events_stream_in(site, held):
+    answers, clock, thread, _ = held
+    seen, shared = threading.Semaphore(0), []
+    put(site.store, at(1))
+    asking = [
+        threading.Thread(target=lambda: shared.append(answers.get("/api/summary", Announced(seen, range="7d"))))
+        for _ in range(7)
+    ]
+    for one in asking:
+        one.start()
+    assert all(seen.acquire(timeout=10) for _ in asking)
+    clock.go.set()
+    for one in (thread, *asking):
+        one.join()
+    assert len({id(answer) for answer in shared}) == 1
+    assert json.loads(shared[0].body)["summary"]["requests"] == 1
+    put(site.store, at(1))
+    assert json.loads(answers.get("/api/summary", {"range": "7d"}).body)["summary"]["requests"] == 2
+
+
+def test_page_load_takes_a_handful_of_queries(site):
+    put(site.store, at(1), at(2))
+    statements = []
+    site.store._reader.set_trace_callback(statements.append)
+    for path in ("/api/summary?range=7d", "/api/requests?limit=100&range=7d", "/api/quota", "/api/health"):
+        site.json(path)
+    site.store._reader.set_trace_callback(None)
+    assert 5 < len([one for one in statements if one.startswith("SELECT")]) <= 16
+    assert statements.count("BEGIN") == statements.count("ROLLBACK") > 0  # no reader keeps a transaction open
+
+
 def test_answer_is_compressed_where_the_client_takes_it(site):
     put(site.store, at(1))
     plain = site.ask("/api/summary?range=7d")[1]
@@ -378,6 +458,47 @@ def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
             connection.close()
 
 
+def test_connection_limit_ends_the_one_that_has_kept_its_request_to_itself_longest():
+    connections = app._Connections()
+    pairs = [socket.socketpair() for _ in range(130)]
+    try:
+        for here, _ in pairs[:128]:
+            assert connections.add(here)
+            connections.wait(here)
+        connections.busy(pairs[0][0])  # the oldest, but its answer is being made
+        assert connections.add(pairs[128][0])
+        ended = [number for number, (_, there) in enumerate(pairs) if select.select([there], [], [], 0)[0]]
+        assert ended == [1] and pairs[1][1].recv(1) == b""
+        for here, _ in pairs[:129]:
+            connections.busy(here)
+        assert not connections.add(pairs[129][0])
+    finally:
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+def test_head_that_comes_a_byte_at_a_time_is_given_up_at_its_deadline(tmp_path):
+    site = Site(tmp_path, head_s=0.3)
+    try:
+        with socket.create_connection(("127.0.0.1", site.port), timeout=10) as slow:
+            slow.settimeout(0.02)
+            for _ in range(1000):  # never so many: 20 s go by without a deadline
+                try:
+                    slow.sendall(b"G")
+                    if slow.recv(1) == b"":
+                        break
+                except socket.timeout:
+                    continue
+                except OSError:
+                    break
+            else:
+                pytest.fail("it was never given up")
+        assert site.json("/api/health")["ok"] is True
+    finally:
+        site.close()
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -435,6 +556,63 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
         0,
         None,
     )
+
+
+def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@example.com", reset_in=7200, **changes):
+    """Save readings of the five hours, the last one now."""
+    for number, used in enumerate(used_percents):
+        when = NOW - (len(used_percents) - 1 - number) * every_s
+        headers = {"x-codex-plan-type": plan, "x-codex-primary-used-percent": str(used),
+                   "x-codex-primary-window-minutes": "300", "x-codex-primary-reset-at": str(NOW + reset_in)}  # fmt: skip
+        row = app.reading_row(app.parse_quota(app.payload_of_headers(headers), when), (email, "#" + email), "", when)
+        store.save_reading({**row, "source": "traffic", "raw_json": None, **changes})
+
+
+def test_quota_says_how_long_it_lasts_for_an_account_and_for_the_pool(site):
+    write_readings(site.store, 50, 52, 55, 58, 60)
+    write_readings(site.store, 10, 10, 10, email="bo@example.com", reset_in=3600)
+    answer = site.json("/api/quota")
+    # 10 % in 20 minutes; 40 % take 80 more. The pool has 40 + 90 %, and one of its windows comes back in an hour.
+    runs_out_at = app.utc_text(NOW + 4800)
+    told = [row["windows"][0]["forecast"] for row in answer["quotas"]]
+    assert told == [{"used_per_hour": 30, "runs_out_at": runs_out_at}, {"used_per_hour": 0, "runs_out_at": None}]
+    assert answer["pool"] == [
+        {
+            "label": "5h",
+            "accounts": 2,
+            "remaining_percent": 65,
+            "next_reset_at": app.utc_text(NOW + 3600),
+            "forecast": {"runs_out_at": None, "until": app.utc_text(NOW + 3600)},
+        }
+    ]
+
+
+def test_quota_forecast_counts_a_reading_that_was_only_confirmed(site):
+    write_readings(site.store, 20, 20, every_s=600)
+    assert site.json("/api/quota")["quotas"][0]["windows"][0]["forecast"] is None
+    write_readings(site.store, 20)
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["ts_epoch"], row["last_at"], row["readings"]) == (NOW - 600, NOW, 3)
+    assert row["age_seconds"] == 0 and row["windows"][0]["forecast"] == {"used_per_hour": 0, "runs_out_at": None}
+
+
+def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(site):
+    write_readings(site.store, 100, reset_in=60)
+    assert site.json("/api/quota")["quotas"][0]["state"] == "limited"
+    site.now += 60
+    (row,) = site.json("/api/quota")["quotas"]
+    assert (row["state"], row["primary_used_percent"], row["primary_remaining_percent"]) == ("reset_due", None, None)
+    (window,) = row["windows"]
+    assert (window["due"], window["remaining_percent"], window["forecast"]) == (True, None, None)
+    assert window["reset_at"] == row["primary_reset_at"] == app.utc_text(NOW + 60)
+    assert site.json("/api/quota")["pool"] == []
+
+
+def test_quota_tells_until_when_an_account_is_not_asked(site):
+    site.store.save_quota_state("a@x.com", "#a", None, "rate_limited", "", NOW, app.QuotaCall(1, NOW + 600.0))
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] == app.utc_text(NOW + 600)
+    site.now += 600
+    assert site.json("/api/quota")["quotas"][0]["retry_at"] is None
 
 
 def write_account(folder, number):

@@ -1,0 +1,536 @@
+"""Measure the dashboard side by side with the bare cost of the same work; needs only a redis-server.
+
+    python3 tests/bench.py [--events N] [--idle SECONDS]
+
+Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
+figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Callable, Iterator, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from redis_server import RedisServer  # noqa: E402
+from support import free_port  # noqa: E402
+
+import usage_dashboard as app  # noqa: E402
+
+DAY_S = 86400
+HISTORY_S = 100 * DAY_S  # so that 90 days are really 90 days
+PACE_S = 30 * DAY_S / 1_000_000  # between two events of the ingest: a million in a month
+MOST_INGESTED = 300_000  # more would measure the same again, and fill the memory of redis-server
+BATCH = 500
+RANGES_S = {"24h": DAY_S, "7d": 7 * DAY_S, "30d": 30 * DAY_S, "90d": 90 * DAY_S, "all": 2 * HISTORY_S}
+
+
+# ---- events as a proxy sends them ------------------------------------------------------------------------
+
+CODEX_MODELS = ("gpt-5.5", "gpt-5.4", "gpt-5.4-mini", "gpt-5.3-codex")
+CODEX = [("codex", f"dev.{number}@example.com", CODEX_MODELS, "POST /v1/responses") for number in range(8)]
+OTHERS = [
+    ("claude", "writer@example.com", ("claude-sonnet-4-6", "claude-opus-4-7"), "POST /v1/messages"),
+    ("claude", "second@example.com", ("claude-sonnet-4-6",), "POST /v1/messages"),
+    ("gemini", "AIzaSyFAKE-fake-fake-fake-fake-000000001", ("gemini-3-pro",), "POST /v1beta/models/*action"),
+    ("openai", "sk-FAKE-provider-key-0000000001", ("qwen3-coder", "glm-5"), "POST /v1/chat/completions"),
+]
+SENDERS = CODEX + OTHERS
+CLIENT_KEYS = [f"sk-client-{number:04d}-aaaa-bbbb-{number:04d}" for number in range(12)]
+NO_LIMIT_LEFT = (
+    r"{\"error\":{\"type\":\"usage_limit_reached\",\"message\":\"The usage limit has been reached\","
+    r"\"plan_type\":\"plus\",\"resets_in_seconds\":7404}}"
+)
+
+
+def payload(dice: random.Random, at: float) -> bytes:
+    """Write one event of 350 to 900 bytes in a shape of an older or a newer proxy."""
+    provider, source, models, endpoint = dice.choice(SENDERS)
+    failed = dice.random() < 0.03
+    fresh, cached, output = (0, 0, 0) if failed else (dice.randrange(9000), dice.randrange(200_000), dice.randrange(4000))
+    reasoning = output // 3
+    total = fresh + cached + output
+    model = dice.choice(models)
+    head = (
+        f'{{"timestamp":"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z","latency_ms":{dice.randrange(300, 60000)},'
+        f'"ttft_ms":{dice.randrange(200, 4000)},"source":"{source}","auth_index":"{app.short_tag(source)}0123456789",'
+        f'"tokens":{{"input_tokens":{fresh + cached},"output_tokens":{output},"reasoning_tokens":{reasoning},'
+        f'"cached_tokens":{cached},"total_tokens":{total}}},"failed":{"true" if failed else "false"},'
+    )
+    if dice.random() < 0.6:  # newer proxies say more
+        status, body = (429, NO_LIMIT_LEFT) if failed else (200, "")
+        head += (
+            f'"client_ip":"172.18.0.1","user_agent":"codex_cli_rs/0.130.0","generate":true,'
+            f'"fail":{{"status_code":{status},"body":"{body}"}},"accounting_version":2,"token_breakdown":'
+            f'{{"schema_version":2,"quality":"complete","total_tokens":{total},"input":{{"total_tokens":{fresh + cached},'
+            f'"uncached_tokens":{fresh},"cache_read_tokens":{cached},"cache_write_tokens":0}},"output":{{"total_tokens":'
+            f'{output},"non_reasoning_tokens":{output - reasoning},"reasoning_tokens":{reasoning}}},"unclassified_tokens":0}},'
+            f'"alias":"{model}","reasoning_effort":"{dice.choice(("low", "high", ""))}","service_tier":"auto",'
+        )
+    return (
+        f'{head}"provider":"{provider}","model":"{model}","endpoint":"{endpoint}","auth_type":"oauth",'
+        f'"api_key":"{dice.choice(CLIENT_KEYS)}","request_id":"{dice.getrandbits(32):08x}"}}'
+    ).encode()
+
+
+def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[bytes]:
+    """Give events spread evenly over a span, in the order of their ends: up to a minute out of order."""
+    dice = random.Random(1)
+    for number in range(count):
+        yield payload(dice, end - 61 - span_s * (1 - number / count) + dice.uniform(0, 60))
+
+
+def in_batches(items: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """Cut a stream of events into lists."""
+    batch: list[bytes] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Print measurements as they come, as rows of a Markdown table."""
+
+    def section(self, name: str, other: str = "compared with") -> None:
+        """Begin a group of rows; `other` says what the third column holds."""
+        print(f"\n| {name} | dashboard | {other} | ratio |\n|---|--:|--:|--:|", flush=True)
+
+    def row(self, name: str, ours: float, unit: str, other: float | None = None) -> None:
+        """Print a figure, beside what it is compared with where there is such a thing."""
+        compared = ("", "") if other is None else (_figure(other, unit), f"{ours / other:.2f}" if other else "")
+        print(f"| {name} | {_figure(ours, unit)} | {compared[0]} | {compared[1]} |", flush=True)
+
+
+def _figure(value: float, unit: str) -> str:
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 20 else 2
+    return f"{value:,.{digits}f} {unit}"
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Give the seconds that some work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def median_ms(work: Callable[[], Any], runs: int = 7, patience_s: float = 2.0) -> float:
+    """Give the median of several runs in milliseconds; slow work is run less often, but once at least."""
+    times: list[float] = []
+    while len(times) < runs and sum(times) < patience_s:
+        times.append(timed(work))
+    return median(times) * 1000
+
+
+# ---- the program -----------------------------------------------------------------------------------------
+
+
+class Dashboard:
+    """The real program on a database in a folder of its own; a context manager."""
+
+    def __init__(self, folder: Path, redis: RedisServer, **settings: Any) -> None:
+        self.database = folder / "usage.db"
+        self.port = free_port()
+        config = {
+            "cliproxy_port": redis.port,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": self.port,
+            "database": str(self.database),
+            "auth_dir": str(folder / "no-accounts"),
+            **settings,
+        }
+        self._config = folder / "config.json"
+        self._config.write_text(json.dumps(config))
+        self._log = folder / "log"
+
+    def __enter__(self) -> Dashboard:
+        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", self._config]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(10)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Open a connection as soon as the program listens, and have a first answer."""
+        deadline = time.monotonic() + 120
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            try:
+                ask(connection, "/api/summary?range=24h")
+                return connection
+            except OSError:
+                connection.close()
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise SystemExit(f"the dashboard does not answer:\n{self._log.read_text()}") from None
+                time.sleep(0.005)
+
+    def memory_mb(self, name: str) -> float:
+        """Give the resident memory now (VmRSS) or at its highest (VmHWM)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 1024
+
+    def cpu_s(self) -> float:
+        """Give the processor time used so far."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ask(connection: http.client.HTTPConnection, path: str, etag: str = "") -> str:
+    """Ask a question on a kept connection and return the answer's tag."""
+    connection.request("GET", path, headers={"Accept-Encoding": "gzip", "If-None-Match": etag})
+    reply = connection.getresponse()
+    reply.read()
+    if reply.status not in (200, 304):
+        raise SystemExit(f"{path}: {reply.status}")
+    return reply.headers.get("ETag") or ""
+
+
+class Drain(NamedTuple):
+    """What watching the program empty a queue showed."""
+
+    rate: float
+    longest_gap_ms: float
+
+
+def watch_drain(database: Path, count: int) -> Drain:
+    """Watch the count of stored events grow by so many; start-up is not in the rate."""
+    while not database.exists():
+        time.sleep(0.005)
+    seen: list[tuple[float, int]] = []
+    with contextlib.closing(sqlite3.connect(str(database), timeout=10, isolation_level=None)) as db:
+        before = _stored(db)
+        while not seen or seen[-1][1] < before + count:
+            stored, now = _stored(db), time.perf_counter()
+            if stored > (seen[-1][1] if seen else before):
+                seen.append((now, stored))
+            time.sleep(0.002)
+    gaps = [late[0] - early[0] for early, late in zip(seen, seen[1:])]
+    return Drain((seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]), max(gaps) * 1000)
+
+
+def _stored(db: sqlite3.Connection) -> int:
+    try:
+        row = db.execute("SELECT value FROM meta WHERE key = 'stored'").fetchone()
+    except sqlite3.OperationalError:
+        return 0  # the tables are still to be made
+    return row[0] if row else 0
+
+
+def fill(folder: Path, count: int, end: float) -> Path:
+    """Make a database of so many events by the program's own functions, without a queue."""
+    store = app.Store(folder / "usage.db")
+    for number, batch in enumerate(in_batches(payloads(count, end), 5000), start=1):
+        store.store_batch(app.parse_events(batch), number, end)
+    store.close()
+    return folder / "usage.db"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Give the size of a database with everything that belongs to it."""
+    return sum(file.stat().st_size for file in folder.glob("usage.db*"))
+
+
+# ---- ingest ----------------------------------------------------------------------------------------------
+
+BARE_COLUMNS = ("timestamp", "auth_index", "source", "model", "latency_ms", "failed", "request_id", "endpoint", "provider")
+BARE_TOKENS = ("input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens")
+
+
+def bare_rate(events: list[bytes], folder: Path) -> float:
+    """Do the least that could be called storing: json.loads, executemany, a time index, and as safe commits."""
+    columns = BARE_COLUMNS + BARE_TOKENS
+    db = sqlite3.connect(str(folder / "bare.db"), isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {', '.join(columns)})")
+    db.execute("CREATE INDEX events_by_time ON events(timestamp)")
+    insert = f"INSERT INTO events({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+    def store_all() -> None:
+        for first in range(0, len(events), BATCH):
+            decoded = [json.loads(event) for event in events[first : first + BATCH]]
+            db.execute("BEGIN")
+            db.executemany(
+                insert,
+                [
+                    tuple(map(event.get, BARE_COLUMNS)) + tuple(map(event["tokens"].get, BARE_TOKENS))
+                    for event in decoded
+                ],
+            )
+            db.execute("COMMIT")
+
+    with contextlib.closing(db):
+        return len(events) / timed(store_all)
+
+
+def pop_rate(redis: RedisServer, events: list[bytes]) -> float:
+    """Take events off the queue by the program's own client, and do nothing with them."""
+    redis.push("usage", *events)
+    source = app.PopSource(app.tcp_connector(redis.host, redis.port), "", "usage")
+    source.open()
+
+    def pop_all() -> None:
+        while source.take(source.largest_batch).full:
+            pass
+
+    seconds = timed(pop_all)
+    source.close()
+    return len(events) / seconds
+
+
+def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path) -> tuple[Drain, float]:
+    """Let the real program empty a full queue into a new database; also give the bytes an event then takes."""
+    redis.push("usage", *events)
+    with Dashboard(folder, redis) as dashboard:
+        drain = watch_drain(dashboard.database, len(events))
+    return drain, folder_bytes(folder) / len(events)
+
+
+def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
+    """Give what each step of the collector costs an event, one after the other in one thread."""
+    store, spool = app.Store(folder / "usage.db"), app.Spool(folder / "usage.db.spool")
+    spent = {"parse and mask": 0.0, "spool": 0.0, "store with roll-ups, commit": 0.0}
+
+    def add(step: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        spent[step] += time.perf_counter() - started
+        return result
+
+    for number, batch in enumerate(in_batches(iter(events), BATCH), start=1):
+        parsed = add("parse and mask", lambda batch=batch: app.parse_events(batch))
+        add("spool", lambda number=number, parsed=parsed: spool.append(number, parsed))
+        add("store with roll-ups, commit", lambda number=number, parsed=parsed: store.store_batch(parsed, number, time.time()))
+        add("spool", spool.clear)
+    store.close()
+    return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
+
+
+def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path) -> None:
+    """Compare the whole way of an event with the bare cost on the same payloads."""
+    events = list(payloads(count, time.time(), count * PACE_S))
+    runs = range(3)
+    bare = median(bare_rate(events, new_folder(scratch)) for _ in runs)
+    drains = [ingest_rate(redis, events, new_folder(scratch)) for _ in runs]
+    table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
+    table.row("end to end: redis-server → program → SQLite", median(drain.rate for drain, _ in drains), "events/s", bare)
+    table.row("pops alone", median(pop_rate(redis, events) for _ in runs), "events/s")
+    for step, cost in microseconds_by_step(events, new_folder(scratch)).items():
+        table.row(f"an event's share: {step}", cost, "µs", 1e6 / bare)
+    table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
+
+
+# ---- queries ---------------------------------------------------------------------------------------------
+
+PLAIN_SUMS = (
+    "COUNT(*), SUM(failed), SUM(input_tokens), SUM(output_tokens), SUM(reasoning_tokens), SUM(cached_tokens), "
+    "SUM(total_tokens)"
+)
+FILTERS = {
+    "account": ({"account": "dev.1@example.com"}, "source = 'dev.1@example.com'"),
+    "model": ({"model": "gpt-5.4"}, "model = 'gpt-5.4'"),
+    "account and model": (
+        {"account": "dev.1@example.com", "model": "gpt-5.4"},
+        "source = 'dev.1@example.com' AND model = 'gpt-5.4'",
+    ),
+    "status": ({"status": "failed"}, "failed = 1"),
+}
+
+
+def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: str = "1") -> None:
+    """Answer the summary's three groupings from the rows, by an index on their time."""
+    for key in ("CAST(ts_epoch AS INTEGER) / 3600", "model", "source"):
+        db.execute(
+            f"SELECT {key}, {PLAIN_SUMS} FROM events WHERE ts_epoch >= ? AND ts_epoch < ? AND {condition} GROUP BY 1",
+            (start, end),
+        ).fetchall()
+
+
+def summary_ms(store: app.Store, span_s: float, end: float, **filters: str) -> float:
+    """Ask for a fresh summary as the page does, past every cache."""
+    bucket_s = 3600 if span_s <= 2 * DAY_S else 3 * 3600 if span_s <= 8 * DAY_S else DAY_S
+    return median_ms(lambda: store.usage(app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters)))
+
+
+def measure_queries(table: Table, small: Path, large: Path, count: int, end: float) -> None:
+    """Compare fresh summaries with the plain index on the same data, and with a tenth of the data."""
+    tenth, store = app.Store(small), app.Store(large)
+    db = sqlite3.connect(str(large))
+    table.section(f"fresh summary, {count:,} events in {HISTORY_S // DAY_S} days", "plain time index")
+    for name, span_s in RANGES_S.items():
+        plain = median_ms(lambda span_s=span_s: plain_summary(db, end - span_s, end))
+        table.row(name, summary_ms(store, span_s, end), "ms", plain)
+    for name, (filters, condition) in FILTERS.items():
+        for period in ("24h", "7d", "30d"):
+            start = end - RANGES_S[period]
+            plain = median_ms(lambda start=start, condition=condition: plain_summary(db, start, end, condition))
+            table.row(f"{period} by {name}", summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
+    table.row("newest 100 requests", median_ms(lambda: store.requests(101)), "ms")
+    filters = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
+    table.row("newest 100 requests by three filters", median_ms(lambda: store.requests(101, None, filters)), "ms")
+    table.section(f"flat? fresh summary, {count:,} events", f"{count // 10:,} events")
+    for name, span_s in RANGES_S.items():
+        table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
+    for part in (tenth, store, db):
+        part.close()
+
+
+# ---- serving ---------------------------------------------------------------------------------------------
+
+PAGE_LOAD = ("/api/summary?range=7d&tz_offset=420", "/api/requests?limit=100", "/api/quota", "/api/health")
+
+
+def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float) -> None:
+    """Start the program on the large database and load its page, idle and under load."""
+    starts = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with Dashboard(large.parent, redis) as dashboard:
+            dashboard.connect().close()
+            starts.append((time.perf_counter() - started) * 1000)
+    table.section("serving the same database")
+    table.row("start to the first answer", median(starts), "ms")
+    with Dashboard(large.parent, redis) as dashboard:
+        connection = dashboard.connect()
+        before, started = dashboard.cpu_s(), time.perf_counter()
+        time.sleep(idle_s)
+        table.row(f"processor while idle, {idle_s:g} s", (dashboard.cpu_s() - before) / (time.perf_counter() - started) * 100, "%")
+        tags = {path: ask(connection, path) for path in ("/", *PAGE_LOAD)}
+        table.row("page itself", median_ms(lambda: ask(connection, "/"), 200), "ms")
+        table.row("summary, kept answer", median_ms(lambda: ask(connection, PAGE_LOAD[0]), 200), "ms")
+        table.row("summary, unchanged (304)", median_ms(lambda: ask(connection, PAGE_LOAD[0], tags[PAGE_LOAD[0]]), 200), "ms")
+        connection.close()
+        table.row("eight clients flat out", len(eight_clients(dashboard, seconds=3)) / 3, "answers/s")
+
+
+def eight_clients(dashboard: Dashboard, seconds: float, pause_s: float = 0.0) -> list[float]:
+    """Let eight kept connections load the page's data again and again; give each answer's milliseconds."""
+    times: list[float] = []
+    ended = time.monotonic() + seconds
+
+    def load() -> None:
+        connection = dashboard.connect()
+        while time.monotonic() < ended:
+            for path in PAGE_LOAD:
+                times.append(timed(lambda path=path: ask(connection, path)) * 1000)
+            time.sleep(pause_s)
+        connection.close()
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times
+
+
+def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: Path) -> None:
+    """Let eight clients poll twice a second while the program empties a full queue into the large database."""
+    redis.push("usage", *events)
+    with Dashboard(large.parent, redis) as dashboard:
+        alone = watch_drain(large, len(events))
+    redis.push("usage", *events)
+    with Dashboard(large.parent, redis) as dashboard:
+        answers: list[float] = []
+        clients = threading.Thread(
+            target=lambda: answers.extend(eight_clients(dashboard, len(events) / alone.rate, pause_s=0.5))
+        )
+        clients.start()
+        together = watch_drain(large, len(events))
+        clients.join()
+        table.section("eight clients, twice a second, and a full ingest", "alone")
+        table.row("ingest", together.rate, "events/s", alone.rate)
+        table.row("longest time without a commit", together.longest_gap_ms, "ms", alone.longest_gap_ms)
+        table.row("an answer, median", median(answers), "ms")
+        table.row("an answer, 99 of 100 within", quantiles(answers, n=100)[98], "ms")
+        table.row("memory, highest", dashboard.memory_mb("VmHWM"), "MB")
+
+
+def measure_retention(table: Table, redis: RedisServer, events: list[bytes], large: Path, scratch: Path) -> None:
+    """Let the program delete nine tenths of a copy while it empties a full queue."""
+    folder = new_folder(scratch)
+    shutil.copy(str(large), str(folder / "usage.db"))
+    before = folder_bytes(folder)
+    redis.push("usage", *events)
+    with Dashboard(folder, redis, retention_days=10) as dashboard:
+        started = time.monotonic()
+        drain = watch_drain(dashboard.database, len(events))
+        with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
+            oldest = time.time() - 10 * DAY_S - 900
+            while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
+                time.sleep(0.05)
+            rows = db.execute("SELECT value FROM meta WHERE key = 'deleted'").fetchone()[0]
+        table.section("retention_days while a full queue is emptied")
+        table.row("ingest meanwhile", drain.rate, "events/s")
+        table.row("longest time without a commit", drain.longest_gap_ms, "ms")
+        table.row(f"{rows:,} rows deleted within", time.monotonic() - started, "s")
+    table.row("database after it, beside before it", folder_bytes(folder) / 1e6, "MB", before / 1e6)
+
+
+# ---- all of it -------------------------------------------------------------------------------------------
+
+
+def new_folder(scratch: Path) -> Path:
+    """Make a folder of its own within the scratch folder."""
+    return Path(tempfile.mkdtemp(dir=str(scratch)))
+
+
+def machine() -> str:
+    """Name what the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+
+
+def main() -> None:
+    """Measure everything and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, default=200_000, help="size of the large database (%(default)s)")
+    parser.add_argument("--idle", type=float, default=5.0, help="seconds to watch the idle program (%(default)s)")
+    options = parser.parse_args()
+    ingested = min(options.events, MOST_INGESTED)
+    table, end = Table(), time.time()
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="dashboard-bench-") as folder, RedisServer() as redis:
+        scratch = Path(folder)
+        measure_ingest(table, redis, ingested, scratch)
+        small = fill(new_folder(scratch), options.events // 10, end)
+        large = fill(new_folder(scratch), options.events, end)
+        measure_queries(table, small, large, options.events, end)
+        measure_serving(table, redis, large, options.idle)
+        events = list(payloads(ingested, time.time(), ingested * PACE_S))
+        measure_retention(table, redis, events, large, scratch)
+        measure_both(table, redis, events, large)
+
+
+if __name__ == "__main__":
+    main()

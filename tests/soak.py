@@ -1,0 +1,492 @@
+#!/usr/bin/env python3
+"""A soak: the program against a proxy with faults at random, and an account of every single event.
+
+    python3 tests/soak.py [--seconds 600] [--seed N] [--rate 1500]
+
+A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
+and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked, the program is killed and
+stopped, and HTTP clients, fast and slow, read the API. In the end what was handed over must be what is stored,
+rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event once. Exit code 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import itertools
+import json
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fake_proxy import FakeProxy  # noqa: E402
+from support import free_port  # noqa: E402
+
+import usage_dashboard as app  # noqa: E402
+
+KEY = "secret-key"
+OVER_THE_CAP = 8 * 1024 * 1024 + 1
+MOST_REJECTS = 900  # the program keeps the newest 1,000
+IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
+PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
+
+
+# ---- events ----------------------------------------------------------------------------------------------
+
+
+class Feeder(threading.Thread):
+    """Publish events at a steady rate; every payload is told apart from every other."""
+
+    def __init__(self, proxy: FakeProxy, dice: random.Random, rate: int) -> None:
+        super().__init__(daemon=True)
+        self.pushed = 0
+        self.ended = threading.Event()
+        self._proxy, self._dice, self._rate = proxy, dice, rate
+        self._rejects = 0
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        began, steady = time.monotonic(), 0
+        while not self.ended.wait(0.02):
+            due = int((time.monotonic() - began) * self._rate) - steady
+            self.burst(due)
+            steady += due
+
+    def burst(self, count: int) -> None:
+        """Publish so many events at once."""
+        with self._lock:
+            self._push([self._payload(number) for number in range(self.pushed, self.pushed + count)])
+
+    def oversized(self) -> None:
+        """Publish an event over the cap of a reply."""
+        with self._lock:
+            self._push([self._reject(b"x", OVER_THE_CAP)])
+
+    def _push(self, payloads: list[bytes]) -> None:
+        self._proxy.push(*payloads)
+        self.pushed += len(payloads)
+
+    def _payload(self, number: int) -> bytes:
+        lot = self._dice.random()
+        if lot < 0.02:
+            return self._event(f"i{number}", generate=False)
+        if lot < 0.025:
+            return b'{"refresh":true%s}' % format(number, "b").replace("0", " ").replace("1", "\t").encode()
+        if lot < 0.027 and self._rejects < MOST_REJECTS:
+            return self._reject(self._dice.choice([b"x", b"{x", b'{"timestamp": "', b'{"model": 7, "id": "']))
+        return self._event(f"e{number}")
+
+    def _event(self, name: str, **more: Any) -> bytes:
+        dice = self._dice
+        account = dice.randrange(8)
+        return json.dumps({
+            "request_id": name, "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "provider": "codex",
+            "source": f"user{account}@example.com", "auth_index": f"{account:016x}", "model": f"gpt-5.{dice.randrange(4)}",
+            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
+        }).encode()  # fmt: skip
+
+    def _reject(self, start: bytes, length: int = 100) -> bytes:
+        """Lengthen to a length that is a multiple of three and nobody else's, by which it is found again."""
+        self._rejects += 1
+        end = b'"}' if b'"' in start else b""
+        return start.ljust((length // 3 + self._rejects) * 3 - len(end), b"y") + end
+
+
+def identity(payload: bytes) -> tuple[str, Any]:
+    """Tell what is to become of a payload, and how it is found again."""
+    if payload.startswith(b'{"request_id"'):
+        name = payload[16 : payload.index(b'"', 16)].decode()
+        return ("stored" if name.startswith("e") else "ignored"), name
+    if payload.startswith(b'{"refresh"'):
+        return "ignored", payload
+    return "rejected", len(payload) // 3
+
+
+# ---- the program and its clients -------------------------------------------------------------------------
+
+
+class Clients:
+    """Read the API over and over, and beside that send requests, and read answers, a byte at a time."""
+
+    def __init__(self, port: int, slow: int = 40) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.ending = False  # what is asked while the program ends may be refused
+        self.faults: list[str] = []
+        self._port, self._slow = port, slow
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=job, daemon=True) for job in (self._read, self._read, self._dribble)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _read(self) -> None:
+        for path in itertools.cycle(PATHS):
+            if self._ended.wait(0.02):
+                return
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+            try:
+                connection.request("GET", path)
+                reply = connection.getresponse()
+                said = reply.read()
+                with self._lock:
+                    self.statuses[reply.status] += 1
+                    if reply.status != 200 and not self.ending:
+                        self.faults.append(f"{path} was answered with {reply.status} {said[:300]!r}")
+            except (OSError, http.client.HTTPException):
+                pass  # the program is being restarted
+            finally:
+                connection.close()
+
+    def _dribble(self) -> None:
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        places: list[tuple[socket.socket, int] | None] = [None] * self._slow
+        while not self._ended.wait(0.1):
+            for index, place in enumerate(places):
+                try:
+                    sock, sent = place or (socket.create_connection(("127.0.0.1", self._port), timeout=1), 0)
+                    if sent < len(request):
+                        sock.sendall(request[sent : sent + 1])
+                    elif not sock.recv(1):
+                        raise ConnectionError
+                    places[index] = (sock, sent + 1)
+                except OSError:
+                    if place:
+                        place[0].close()
+                    places[index] = None
+        for place in places:
+            if place:
+                place[0].close()
+
+
+# ---- the account -----------------------------------------------------------------------------------------
+
+
+class Book:
+    """Follow what was handed over: at each end of the program, tell what it had and what it had not yet."""
+
+    def __init__(self, proxy: FakeProxy, database: Path) -> None:
+        self._proxy, self._database = proxy, database
+        self._read_to = 0
+        self._delivered: list[bytes] = []
+        self.gone: set[bytes] = set()  # on their way, or just read, at a kill
+        self.faults: list[str] = []
+        self.losses: list[int] = []
+
+    def close_at(self, what: str, may_lose: int) -> None:
+        """Compare at an end of the program; at most so many of the last ones handed over may be gone."""
+        self._proxy.wait_for(lambda: self._proxy.open_connections == 0, 30)
+        self._read_on()
+        missing = len(self._delivered) - len(self.gone) - self._kept()
+        if not 0 <= missing <= may_lose:
+            self.faults.append(f"{missing} events are missing at a {what}, where {may_lose} may be")
+        if missing > 0:
+            self.gone.update(self._delivered[-missing:])
+        if may_lose:
+            self.losses.append(missing)
+
+    def _read_on(self) -> None:
+        with self._proxy.lock:
+            handed, lost = self._proxy.handed_over[self._read_to :], set(self._proxy.lost)
+        self._read_to += len(handed)
+        self._delivered += [payload for payload in handed if payload not in lost]
+
+    def _kept(self) -> int:
+        """Count what the database has, and what waits in the spool for the next start."""
+        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        kept = sum(meta.get(name, 0) for name in ("stored", "rejected", "ignored"))
+        for sequence, batch in app.Spool(Path(f"{self._database}.spool")).read():
+            if sequence > meta.get("sequence", 0):
+                kept += len(batch.events) + len(batch.rejects) + batch.ignored
+        return kept
+
+    def balance(self, pushed: int) -> list[str]:
+        """Compare every event with what became of it; returns what does not fit, and prints the account."""
+        proxy = self._proxy
+        lost, handed = set(proxy.lost), proxy.handed_over
+        wanted: dict[str, list[Any]] = {"stored": [], "rejected": [], "ignored": []}
+        for payload in handed:
+            if payload not in lost and payload not in self.gone:
+                kind, name = identity(payload)
+                wanted[kind].append(name)
+        stored = [name for (name,) in query(self._database, "SELECT request_id FROM events")]
+        rejected = [length // 3 for (length,) in query(self._database, "SELECT length FROM rejected_events")]
+        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
+        self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
+        found = list(self.faults)
+        for name, got in (("stored", stored), ("rejected", rejected)):
+            more, less = Counter(got) - Counter(wanted[name]), Counter(wanted[name]) - Counter(got)
+            if more or less:
+                found.append(f"{name}: {sum(more.values())} too many {list(more)[:5]}, "
+                             f"{sum(less.values())} missing {list(less)[:5]}")  # fmt: skip
+        if meta.get("ignored", 0) != len(wanted["ignored"]):
+            found.append(f"ignored: {meta.get('ignored', 0)}, where {len(wanted['ignored'])} were handed over")
+        if pushed != len(handed) + len(proxy.forgotten) + proxy.queued:
+            found.append("the proxy's own account does not balance")
+        store = app.Store(self._database)
+        found += store.find_faults()
+        store.close()
+        return found
+
+    def _print(self, pushed: int, stored: list, rejected: list, meta: dict, lost: int, unexplained: int) -> None:
+        lines = {
+            "pushed": pushed,
+            "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
+            "handed over": len(self._proxy.handed_over),
+            "  stored": len(stored),
+            "  rejected": len(rejected),
+            "  ignored": meta.get("ignored", 0),
+            "  lost in replies that were cut": lost,
+            f"  lost on their way at {len(self.losses)} kills, at most {max(self.losses, default=0)}": len(self.gone),
+            "  unexplained": unexplained,
+            "stored twice": len(stored) - len(set(stored)),
+        }
+        for name, count in lines.items():
+            print(f"{name:60}{count:>10}")
+
+
+def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
+    """Read the database as another program would."""
+    with contextlib.closing(sqlite3.connect(str(database), timeout=20)) as db:
+        return db.execute(sql).fetchall()
+
+
+# ---- the soak --------------------------------------------------------------------------------------------
+
+
+class Soak:
+    """Run the program in a folder of its own, with one fault after the other; run() gives what does not fit."""
+
+    def __init__(self, folder: Path, seconds: float, seed: int, rate: int) -> None:
+        self.dice = random.Random(seed)
+        self.folder, self.seconds = folder, seconds
+        self.pace = 1.0 if seconds >= 60 else 0.5
+        self.database = folder / "usage.db"
+        self.proxy = FakeProxy(KEY)
+        self.proxy.retention_seconds = 5
+        self.feeder = Feeder(self.proxy, random.Random(seed + 1), rate)
+        self.book = Book(self.proxy, self.database)
+        self.log, self.log_from = folder / "log", 0
+        self.port = free_port()
+        self.clients = Clients(self.port)
+        self.mode = "pop"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.counts: Counter[str] = Counter()
+        self.longest_stop_s = 0.0
+        self.found: list[str] = []
+        self._idle = threading.Event()
+
+    def run(self) -> list[str]:
+        """Soak, settle, and balance the account."""
+        ends_at = time.monotonic() + self.seconds
+        lasting = self._deck([self.locked, self.stalling, self.dribbling, contextlib.nullcontext, contextlib.nullcontext])
+        sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
+        with self.proxy, self.clients:
+            self.start()
+            self.wait_until_up()
+            self.feeder.start()
+            try:
+                while time.monotonic() < ends_at:
+                    with next(lasting)():
+                        self.rest(0.1, 1.0)
+                        next(sudden)()
+                        self.rest(0.1, 1.0)
+                    self.check_alive()
+                self.settle()
+            finally:
+                self.feeder.ended.set()
+                self.feeder.join()
+                self.process.kill()
+                self.process.wait()
+        self.found += self.book.balance(self.feeder.pushed)
+        self._look_back()
+        return self.found
+
+    def _deck(self, cards: list[Any]) -> Iterator[Any]:
+        """Deal the cards at random, each of them before any comes again."""
+        while True:
+            yield from self.dice.sample(cards, len(cards))
+
+    def rest(self, low: float, high: float) -> None:
+        """Let some time go by."""
+        self._idle.wait(self.dice.uniform(low, high) * self.pace)
+
+    def _look_back(self) -> None:
+        log = self.log.read_text(encoding="utf-8", errors="replace")
+        print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())))
+        print(f"longest stop {self.longest_stop_s:.1f} s; HTTP answers: {dict(self.clients.statuses)}")
+        self.found += self.clients.faults
+        for words in ("Traceback", "a fault of its own", "http fault="):
+            if words in log:
+                self.found.append(f"the program printed {words!r}: {log[log.index(words) - 200:][:600]}")
+
+    # The program
+
+    def start(self) -> None:
+        """Start the program, in either mode of taking."""
+        self.mode = self.dice.choice(["pop", "pop", "pop", "http"])
+        config = {
+            "cliproxy_port": self.proxy.port, "management_password": KEY, "collect_mode": self.mode,
+            "poll_interval_seconds": 0.1, "dashboard_host": "127.0.0.1", "dashboard_port": self.port,
+            "database": str(self.database), "auth_dir": str(self.folder / "accounts"),
+        }  # fmt: skip
+        path = self.folder / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        path.chmod(0o600)
+        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", str(path)]
+        with self.log.open("ab") as log:
+            self.log_from = log.tell()
+            self.clients.ending = False
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait_until_up(self) -> None:
+        """Wait for its first line; from then on it stops in order."""
+        self.proxy.wait_for(lambda: b"Usage Dashboard" in self.log.read_bytes()[self.log_from :], 30)
+
+    def check_alive(self) -> None:
+        """Start it again where it ended by itself, which it must not."""
+        if self.process.poll() is not None:
+            self.found.append(f"the program ended by itself with exit code {self.process.returncode}")
+            self.book.close_at("end of its own", 0)
+            self.start()
+
+    def kill(self) -> None:
+        """End the program under load as a power cut would, and start it again."""
+        self.counts["kill"] += 1
+        self.feeder.burst(self.dice.choice([0, 3000]))
+        self.rest(0, 0.2)
+        self.process.kill()
+        self.process.wait()
+        self._again("kill", IN_FLIGHT[self.mode])
+
+    def stop(self) -> None:
+        """Stop the program as systemd does, and start it again."""
+        self.counts["stop"] += 1
+        self.wait_until_up()
+        self._terminate()
+        # while the proxy stalls, what is on its way is given up after a while, as at a kill
+        self._again("stop", IN_FLIGHT[self.mode] if self.proxy.dribbles else 0)
+
+    def _terminate(self) -> None:
+        self.clients.ending = True
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(30)
+        self.longest_stop_s = max(self.longest_stop_s, time.monotonic() - began)
+        if code:
+            self.found.append(f"the program was stopped, with exit code {code}")
+
+    def _again(self, what: str, may_lose: int) -> None:
+        self.proxy.dribble(0)
+        self.book.close_at(what, may_lose)
+        self.start()
+
+    def settle(self) -> None:
+        """End the stream, let the program take the rest, and stop it."""
+        self.feeder.ended.set()
+        self.feeder.join()
+        self.proxy.wait_for(lambda: self.proxy.queued == 0, 60)
+        self.wait_until_up()
+        self._terminate()
+        self.book.close_at("last stop", 0)
+
+    # Faults
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the database as another program would."""
+        self.counts["locked"] += 1
+        with contextlib.closing(sqlite3.connect(str(self.database), timeout=20, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield
+            self.rest(0, 3.0)
+
+    @contextlib.contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Let the proxy say nothing for a while."""
+        self.counts["stall"] += 1
+        self.proxy.dribble(60)
+        yield
+        self.proxy.dribble(0)
+
+    @contextlib.contextmanager
+    def dribbling(self) -> Iterator[None]:
+        """Let the proxy speak slowly for a while."""
+        self.counts["dribble"] += 1
+        self.proxy.dribble(0.0005)
+        yield
+        self.proxy.dribble(0)
+
+    def cut(self) -> None:
+        """Break a connection somewhere within the replies that come."""
+        self.counts["cut"] += 1
+        self.proxy.cut_replies_after(self.dice.randrange(1, 30_000))
+        self.feeder.burst(300)
+
+    def disconnect(self) -> None:
+        """Break every connection now."""
+        self.counts["disconnect"] += 1
+        self.proxy.disconnect_all()
+
+    def restart(self) -> None:
+        """Restart the proxy, which forgets its queue."""
+        self.counts["proxy restart"] += 1
+        self.proxy.stop_listening()
+        self.proxy.disconnect_all()
+        self.proxy.forget()
+        self.rest(0, 0.5)
+        self.proxy.listen_again()
+
+    def oversized(self) -> None:
+        """Publish an event over the cap."""
+        if self.counts["oversized"] < 20:
+            self.counts["oversized"] += 1
+            self.feeder.oversized()
+
+
+def main() -> int:
+    """Run the soak of the command line."""
+    parser = argparse.ArgumentParser(description="Soak the program in faults, and balance the account of every event.")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--rate", type=int, default=1500, help="events a second")
+    options = parser.parse_args()
+    print(f"seed {options.seed}, {options.seconds:g} s, {options.rate} events a second", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="usage-dashboard-soak-"))
+    soak = Soak(folder, options.seconds, options.seed, options.rate)
+    found = soak.run()
+    if soak.longest_stop_s > 3:
+        found.append("a stop took more than 3 s")
+    for fault in found:
+        print("FAULT:", fault)
+    if found:
+        print(f"what it left is in {folder}")
+        return 1
+    print("the account balances")
+    shutil.rmtree(str(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""Quota readings from the requests' own headers, how they age, and what they let one say of the time to come."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+import usage_dashboard as app
+
+NOW = 1800000000.0
+SAMPLE = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()[2]
+HEADERS = {
+    "x-codex-plan-type": "plus",
+    "x-codex-primary-used-percent": "42",
+    "x-codex-primary-window-minutes": "300",
+    "x-codex-primary-reset-at": str(int(NOW) + 7200),
+    "x-codex-secondary-used-percent": "17",
+    "x-codex-secondary-window-minutes": "10080",
+    "x-codex-secondary-reset-at": str(int(NOW) + 86400),
+}
+
+
+# ---- what headers say ------------------------------------------------------------------------------------
+
+
+def read(**changes) -> app.Reading:
+    headers = {**HEADERS, **{name.replace("_", "-"): text for name, text in changes.items()}}
+    return app.parse_quota(app.payload_of_headers({k: v for k, v in headers.items() if v is not None}), NOW)
+
+
+def test_headers_of_a_sample_give_plan_windows_and_resets():
+    headers = app.parse_events([SAMPLE]).events[0].quota_headers
+    reading = app.parse_quota(app.payload_of_headers(headers), NOW)
+    assert (reading.plan, reading.state) == ("plus", "ok")
+    assert reading.five_hour == app.Meter("5h", 18000, 42, 1785300000, None)
+    assert reading.weekly == app.Meter("7d", 604800, 17, 1785700000, None)
+
+
+def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
+    reading = read(x_codex_primary_window_minutes="10080", x_codex_secondary_window_minutes="43200")
+    assert (reading.five_hour, reading.weekly.used_percent) == (None, 42)
+    assert [meter.label for meter in reading.meters] == ["7d", "30d"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x_codex_primary_window_minutes": "0"},
+        {"x_codex_primary_window_minutes": None},
+        {"x_codex_primary_used_percent": None},
+        {"x_codex_primary_used_percent": "nan"},
+        {"x_codex_primary_used_percent": ""},
+        {"x_codex_primary_reset_at": ""},
+    ],
+)
+def test_header_window_without_length_percentage_or_reset_is_absent(changes):
+    reading = read(**changes)
+    assert (reading.five_hour, reading.weekly.used_percent) == (None, 17)
+
+
+def test_header_reset_may_be_given_as_seconds_from_now():
+    reading = read(x_codex_primary_reset_at=None, x_codex_primary_reset_after_seconds="60")
+    assert reading.five_hour.reset_at == NOW + 60
+
+
+def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
+    spark = {"limit_name": "GPT-5.3-Codex-Spark", "primary_used_percent": "99", "primary_window_minutes": "300",
+             "primary_reset_at": str(int(NOW) + 60)}  # fmt: skip
+    reading = read(**{f"x_codex_bengalfox_{name}": text for name, text in spark.items()})
+    assert (reading.five_hour.used_percent, reading.state) == (42, "ok")
+    extra = [meter for meter in reading.meters if meter.meter]
+    assert [(meter.meter, meter.used_percent) for meter in extra] == [("GPT-5.3-Codex-Spark", 99)]
+
+
+@pytest.mark.parametrize("slot", ["primary", "secondary"])
+def test_headers_of_a_used_up_window_are_limited(slot):
+    assert read(**{f"x_codex_{slot}_used_percent": "100"}).state == "limited"
+
+
+@pytest.mark.parametrize(("sent", "shown"), [({"unlimited": "True", "balance": "1"}, "unlimited"),
+                                             ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None), ({}, None)])  # fmt: skip
+def test_headers_tell_the_credits(sent, shown):
+    assert read(**{f"x_codex_credits_{name}": text for name, text in sent.items()}).credits_balance == shown
+
+
+# ---- whose reading it is ---------------------------------------------------------------------------------
+
+
+class World:
+    """A store with a folder of account files and readings from traffic, on clocks that the test moves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.accounts = folder / "accounts"
+        self.accounts.mkdir()
+        self.store = app.Store(folder / "usage.db")
+        self.later_s = 0.0
+        self.traffic = app.TrafficReadings(
+            [self.accounts], self.store, lambda: NOW + self.later_s, lambda: 1000.0 + self.later_s
+        )
+        self.sequence = 0
+
+    def file(self, mail: str, number: int = 1, plan: str = "", **changes) -> Path:
+        claims = app.base64.urlsafe_b64encode(
+            json.dumps({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}}).encode()
+        ).decode()
+        content = {"type": "codex", "email": mail, "account_id": f"acc-{number}", "access_token": "t",
+                   "id_token": f"h.{claims}.s", **changes}  # fmt: skip
+        path = self.accounts / f"codex-{number}.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
+    def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
+        sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
+        record = {"timestamp": app.utc_text(NOW + at), "provider": "codex", "model": "m", **sent}
+        (event,) = app.parse_events([json.dumps(record).encode()]).events
+        return event._replace(quota_headers={**HEADERS, **(headers or {})}, plan=(headers or HEADERS).get(
+            "x-codex-plan-type", "plus"))  # fmt: skip
+
+    def take(self, *events: app.Event) -> None:
+        """Store the events and save the readings that are due, as the collector does."""
+        self.sequence += 1
+        self.store.store_batch(app.Parsed(list(events), [], 0), self.sequence, NOW + self.later_s)
+        self.traffic.note(events)
+        self.traffic.save_due()
+
+    def shown(self) -> list[tuple]:
+        return [(row["email"], row["plan"], row["primary_used_percent"]) for row in self.store.quotas()]
+
+    def count(self) -> int:
+        db = sqlite3.connect(str(self.store.path))
+        try:
+            return db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0]
+        finally:
+            db.close()
+
+
+@pytest.fixture
+def world(tmp_path):
+    made = World(tmp_path)
+    yield made
+    made.store.close()
+
+
+def used(percent: float) -> dict[str, str]:
+    return {"x-codex-primary-used-percent": str(percent)}
+
+
+def test_reading_of_a_request_is_its_accounts_without_any_call(world):
+    world.file("an@example.com")
+    world.take(world.event(used(42)))
+    (row,) = world.store.quotas()
+    assert (row["source"], row["state"], row["raw_json"], row["ts_epoch"]) == ("traffic", "ok", None, NOW)
+    (file,) = app.find_account_files([world.accounts])[1]
+    assert (row["email"], row["account_id_tag"], row["primary_used_percent"]) == ("an@example.com", file.tag, 42)
+    assert (row["secondary_remaining_percent"], row["primary_reset_at"]) == (83, app.utc_text(NOW + 7200))
+
+
+def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
+    world.file("an@example.com")
+    world.take(world.event(at=-100, ttft_ms=30_000))
+    assert world.store.quotas()[0]["read_at"] == NOW - 70
+    world.later_s = 60
+    world.take(world.event(used(43), at=3000))
+    assert world.store.quotas()[0]["read_at"] == NOW + 60
+
+
+def test_reading_of_a_mail_with_two_plans_goes_to_the_plan_that_it_names(world):
+    world.file("an@example.com", 1, "plus")
+    world.file("an@example.com", 2, "team")
+    world.take(world.event({**used(10), "x-codex-plan-type": "team"}))
+    assert [row[1:] for row in world.shown()] == [("team", 10)]
+
+
+def test_reading_that_could_be_of_two_accounts_is_nobodys(world):
+    world.file("an@example.com", 1, "plus")
+    world.file("an@example.com", 2, "plus")
+    world.take(world.event())
+    assert world.shown() == []
+
+
+def test_reading_is_told_by_the_index_of_the_account_file_before_all_else(world):
+    world.file("an@example.com", 1, "plus")
+    path = world.file("an@example.com", 2, "plus")
+    index = app.hashlib.sha256(f"codex:{path.absolute()}".encode()).hexdigest()[:16]
+    world.take(world.event(auth_index=index))
+    by_index = {file.auth_index: file.tag for file in app.find_account_files([world.accounts])[1]}
+    assert [row["account_id_tag"] for row in world.store.quotas()] == [by_index[index]]
+
+
+def test_index_of_an_account_file_is_the_one_that_the_proxy_gives_it():
+    path = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
+    assert app.auth_index_of(path) == "4fe05f631e37a3c5"
+
+
+def test_reading_of_an_account_whose_file_lies_elsewhere_has_a_row_of_its_own(world):
+    world.file("an@example.com")
+    world.take(world.event(source="else@example.com", auth_index="bb"))
+    assert world.shown() == [("else@example.com", "plus", 42)]
+
+
+def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the_index(world):
+    world.take(world.event())
+    world.later_s = 61
+    world.take(world.event(used(50), at=61, source="sk-client-secret-0001"))
+    assert world.shown() == [("an@example.com", "plus", 50)]
+    world.later_s = 200
+    world.take(world.event(used(60), at=200, source="sk-client-secret-0001", auth_index="zz"))
+    assert world.shown() == [("an@example.com", "plus", 50)]
+
+
+def test_reading_of_a_disabled_account_changes_nothing(world):
+    world.file("an@example.com", disabled=True)
+    world.take(world.event())
+    assert world.shown() == []
+
+
+def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world):
+    """The second attempt, by another account, ends before any reply and shows the first one's headers."""
+    world.take(
+        world.event(used(91), auth_index="aa", source="a@example.com", request_id="r1", failed=True),
+        world.event(used(91), auth_index="bb", source="b@example.com", request_id="r1"),
+        world.event(used(12), auth_index="cc", source="c@example.com", request_id="r1"),
+    )
+    assert world.shown() == [("c@example.com", "plus", 12)]
+
+
+@pytest.mark.parametrize(
+    ("status", "percent", "booked"), [(429, 100, True), (429, 60, False), (401, 100, False), (500, 100, False)]
+)
+def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, status, percent, booked):
+    fail = {"status_code": status, "body": ""}
+    world.take(world.event(used(percent), failed=True, fail=fail, request_id="r1"))
+    assert [row["state"] for row in world.store.quotas()] == (["limited"] if booked else [])
+
+
+# ---- how often ------------------------------------------------------------------------------------------
+
+
+def test_readings_make_one_row_a_minute_at_most_and_the_newest_of_it(world):
+    world.take(world.event(used(1)))
+    for second in range(1, 60):
+        world.later_s = second
+        world.take(world.event(used(second), at=second))
+    assert (world.count(), world.shown()[0][2]) == (1, 1)
+    world.later_s = 60
+    world.traffic.save_due()
+    assert (world.count(), world.shown()[0][2]) == (2, 59)
+
+
+def test_reading_that_says_the_same_makes_no_row_and_is_fresh_all_the_same(world):
+    world.take(world.event())
+    world.later_s = 600
+    moved = {"x-codex-primary-reset-at": str(int(NOW) + 7201)}  # by a second, as resets do
+    world.take(world.event(moved, at=600))
+    assert (world.count(), world.store.quotas()[0]["read_at"]) == (1, NOW + 600)
+    world.later_s = 1200
+    world.take(world.event(used(43), at=1200))
+    assert world.count() == 2
+
+
+def test_older_reading_never_replaces_a_newer_one(world):
+    world.take(world.event(used(50)))
+    world.later_s = 61
+    world.take(world.event(used(40), at=-30))
+    assert (world.count(), world.shown()[0][2]) == (1, 50)
+
+
+def test_reading_from_traffic_keeps_the_extra_meters_of_the_last_refresh(world):
+    world.file("an@example.com")
+    (file,) = app.find_account_files([world.accounts])[1]
+    spark = {"limit_name": "Spark", "rate_limit": {"primary_window": {
+        "used_percent": 5, "limit_window_seconds": 18000, "reset_at": NOW + 60}}}  # fmt: skip
+    world.store.save_reading(app.snapshot_of(file, {"plan_type": "plus", "additional_rate_limits": [spark]}, NOW - 60))
+    world.take(world.event())
+    windows = json.loads(world.store.quotas()[0]["windows"])
+    assert [(one["label"], one["used_percent"]) for one in windows] == [("5h", 42), ("7d", 17), ("Spark 5h", 5)]
+
+
+def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
+    world.file("an@example.com")
+    (file,) = app.find_account_files([world.accounts])[1]
+    world.store.save_quota_state(file.email, file.tag, None, "expired", "token expired", NOW - 60)
+    world.take(world.event())
+    (row,) = world.store.quotas()
+    assert (row["state"], row["message"]) == ("ok", None)
+
+
+# ---- as time goes by -------------------------------------------------------------------------------------
+
+
+def row_of(*meters: app.Meter, state: str = "ok", plan: str = "plus") -> dict:
+    windows = [app._meter_json(meter) for meter in meters]
+    return {"windows": json.dumps(windows), "state": state, "plan": plan}
+
+
+def test_window_whose_reset_has_passed_is_due_and_its_percentages_unknown():
+    row = row_of(app.Meter("5h", 18000, 80, NOW, None), app.Meter("7d", 604800, 20, NOW + 1, None))
+    five_hour, weekly = app.windows_at(row, NOW)
+    assert (five_hour["due"], five_hour["used_percent"], five_hour["remaining_percent"]) == (True, None, None)
+    assert (weekly["due"], weekly["remaining_percent"]) == (False, 80)
+
+
+@pytest.mark.parametrize(
+    ("state", "five_hour_reset", "weekly_used", "shown"),
+    [
+        ("limited", NOW - 1, 20, "reset_due"),
+        ("limited", NOW + 1, 20, "limited"),
+        ("limited", NOW - 1, 100, "limited"),
+        ("ok", NOW - 1, 20, "ok"),
+        ("expired", NOW - 1, 20, "expired"),
+    ],
+)
+def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_hour_reset, weekly_used, shown):
+    row = row_of(
+        app.Meter("5h", 18000, 100, five_hour_reset, None), app.Meter("7d", 604800, weekly_used, NOW + 999, None)
+    )
+    assert app.state_at(state, app.windows_at(row, NOW)) == shown
+
+
+def line(*used_percents: float, every_s: float = 300.0, until: float = NOW, reset_at: float = NOW + 7200):
+    first = until - (len(used_percents) - 1) * every_s
+    times = [first + number * every_s for number in range(len(used_percents))]
+    return [app.Span(at, at, used, reset_at, 1) for at, used in zip(times, used_percents)]
+
+
+def test_forecast_at_the_pace_of_the_last_hour_says_when_it_runs_out():
+    # 10 % in 20 minutes are 30 an hour; the 40 % that are left take 80 minutes, and the reset is in two hours.
+    told = app.forecast(line(50, 52, 55, 58, 60), NOW)
+    assert told == {"used_per_hour": 30, "runs_out_at": app.utc_text(NOW + 4800)}
+
+
+def test_forecast_that_lasts_until_the_reset_says_so():
+    assert app.forecast(line(20, 21, 22), NOW) == {"used_per_hour": 12, "runs_out_at": None}
+    assert app.forecast(line(20, 20, 20), NOW) == {"used_per_hour": 0, "runs_out_at": None}
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        line(10, 20),
+        line(10, 15, 20, every_s=299),
+        line(10, 15, 20, until=NOW - 901),
+        line(80, 90, 100),
+        line(10, 15, 20, reset_at=NOW - 1),
+        line(70, 80, 5, 6),  # it was reset in between
+        line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
+        line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
+    ],
+    ids=["none", "two", "under ten minutes", "old", "used up", "due", "after a reset", "another window", "too long ago"],
+)
+def test_forecast_says_nothing_where_it_cannot_know(points):
+    assert app.forecast(points, NOW) is None
+
+
+def test_forecast_reaches_back_one_hour_only():
+    told = app.forecast(line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), NOW)
+    assert told["used_per_hour"] == pytest.approx((52 - 50) / 1000 * 3600, abs=0.01)
+
+
+def test_forecast_counts_how_long_and_how_often_a_reading_was_confirmed():
+    steady = app.Span(NOW - 7200, NOW - 60, 20, NOW + 7200, 99)
+    assert app.forecast([steady], NOW) == {"used_per_hour": 0, "runs_out_at": None}
+    # At 20 % since before the hour began, and at 30 % now: 10 % in the 60 minutes that count.
+    assert app.forecast([steady, app.Span(NOW, NOW, 30, NOW + 7200, 1)], NOW)["used_per_hour"] == 10
+
+
+def member(left: float, pace: float | None, *, plan: str = "plus", state: str = "ok", reset_in: float = 7200) -> dict:
+    window = {"label": "5h", "seconds": 18000, "meter": None, "remaining_percent": left,
+              "reset_at": app.utc_text(NOW + reset_in),
+              "forecast": None if pace is None else {"used_per_hour": pace, "runs_out_at": None}}  # fmt: skip
+    return {"plan": plan, "state": state, "windows": [window]}
+
+
+def test_pool_sums_what_is_left_and_when_the_first_window_comes_back():
+    (pool,) = app.pool_of([member(80, None), member(40, None, reset_in=600)], NOW)
+    assert (pool["label"], pool["accounts"], pool["remaining_percent"]) == ("5h", 2, 60)
+    assert (pool["next_reset_at"], pool["forecast"]) == (app.utc_text(NOW + 600), None)
+
+
+def test_pool_forecast_says_whether_it_lasts_until_a_window_comes_back():
+    # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
+    (short,) = app.pool_of([member(30, 20), member(30, 40)], NOW)
+    assert short["forecast"] == {"runs_out_at": app.utc_text(NOW + 3600), "until": app.utc_text(NOW + 7200)}
+    (long,) = app.pool_of([member(30, 20), member(30, 40, reset_in=3599)], NOW)
+    assert long["forecast"] == {"runs_out_at": None, "until": app.utc_text(NOW + 3599)}
+
+
+def test_pool_counts_a_limited_account_as_empty_whatever_its_bar_says():
+    (pool,) = app.pool_of([member(30, 60), member(90, None, state="limited")], NOW)
+    assert pool["remaining_percent"] == 15
+    assert pool["forecast"]["runs_out_at"] == app.utc_text(NOW + 1800)
+
+
+@pytest.mark.parametrize(
+    "members", [[member(30, 20), member(50, None)], [member(30, 20), member(30, 20, plan="pro")], [member(0, None)]]
+)
+def test_pool_forecast_says_nothing_where_a_pace_is_unknown_or_plans_differ(members):
+    assert app.pool_of(members, NOW)[0]["forecast"] is None
+
+
+def test_pool_leaves_out_extra_meters_and_unknown_windows():
+    odd = member(None, None)
+    extra = member(10, 5)
+    extra["windows"][0]["meter"] = "Spark"
+    assert app.pool_of([odd, extra], NOW) == []
