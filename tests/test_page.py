@@ -613,7 +613,7 @@ def test_forecasts_are_told_only_where_there_are_any(show, site, between):
             {"label": "5h", "accounts": 2, "remaining_percent": 41, "next_reset_at": reset,
              "forecast": {"runs_out_at": app.utc_text(site.now + HOUR), "until": reset}},
             {"label": "7d", "accounts": 3, "remaining_percent": 54.7, "next_reset_at": reset, "forecast": None},
-            {"label": "9h", "accounts": 1, "remaining_percent": 70, "next_reset_at": reset,
+            {"label": "9h", "accounts": 2, "remaining_percent": 70, "next_reset_at": reset,
              "forecast": {"runs_out_at": None, "until": reset}},
         ]  # fmt: skip
 
@@ -720,6 +720,17 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             assert "said in English" not in shown.script("return document.body.innerText")
 
 
+def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, site):
+    fill(site)
+    site.status.update(warning="retention_short", retention_seconds=10)
+    shown = page()
+    shown.wait_until("!document.querySelector('#remedy').hidden")
+    assert "forgets after 10s" in shown.text("#remedy") and "Recording" in shown.text("#status")
+    assert "fail" not in shown.script("return document.querySelector('#remedy').className")
+    shown.click("#lang-vi")
+    shown.wait_until("document.querySelector('#remedy').textContent.includes('quên sau 10 giây')")
+
+
 def test_state_of_a_newer_program_is_told_in_its_own_words(page, site):
     site.status.update(state="brand_new", message="Feed the hamster.")
     fill(site)
@@ -732,7 +743,7 @@ def test_state_of_a_newer_program_is_told_in_its_own_words(page, site):
 
 
 @pytest.mark.parametrize("code, status, key", [
-    ("internal_error", 500, "why.internal_error"), ("foreign_host", 403, "why.foreign_host"),
+    ("internal_error", 500, "why.internal_error"), ("foreign_site", 403, "why.foreign_site"),
     ("password_needed", 401, "why.password_needed"), ("bad_start", 400, "why.bad"), ("of_a_newer_version", 418, "why.http"),
 ])  # fmt: skip
 def test_refusals_are_told_in_the_page_s_own_words(show, site, between, code, status, key):
