@@ -1284,6 +1284,7 @@ def test_no_label_is_cut_on_the_narrowest_phone(show, site, between, browser, la
 
 def test_paper_is_white_whole_and_without_controls(page, site, browser):
     many(site, 60)
+    browser.resize(725, 1000)  # A4 within its margins
     browser.emulate(dark=True)
     shown = page()
     shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 60")
@@ -1296,6 +1297,8 @@ def test_paper_is_white_whole_and_without_controls(page, site, browser):
         == ["none"] * 3
     )
     assert shown.script("const s = document.querySelector('#scroll'); return s.scrollHeight <= s.clientHeight")
+    page_width, paper = shown.script("return [document.documentElement.scrollWidth - innerWidth, getComputedStyle(document.body).backgroundColor]")
+    assert page_width <= 0 and paper == "rgb(255, 255, 255)"
     browser.emulate(print=False)
     shown.wait_until("document.documentElement.dataset.theme === 'dark'")
 
