@@ -582,6 +582,9 @@ def test_countdown_pace_and_source_of_a_reading_are_told(show, site, between):
     assert re.search(r"Read \dm ago, from a request", shown.script(f"return {row}.querySelector('.age').title"))
     other = shown.script("return document.querySelector('#accounts tr[data-email=\"b@example.com\"] .age').textContent")
     assert re.search(r"^↻ \dmRead \dm ago, by a refresh$", other)
+    shown.resize(390, 800)
+    shown.wait_until("innerWidth === 390")
+    assert re.search(r"Active · ⇄ \dm", cell_texts(shown, "an@example.com"))
 
 
 def test_window_whose_reset_has_passed_is_due_in_words_and_without_a_percentage(show, site, between):
@@ -613,6 +616,7 @@ def test_forecasts_are_told_only_where_there_are_any(show, site, between):
             {"label": "5h", "accounts": 2, "remaining_percent": 41, "next_reset_at": reset,
              "forecast": {"runs_out_at": app.utc_text(site.now + HOUR), "until": reset}},
             {"label": "7d", "accounts": 3, "remaining_percent": 54.7, "next_reset_at": reset, "forecast": None},
+            {"label": "30d", "accounts": 1, "remaining_percent": 88, "next_reset_at": reset, "forecast": None},
             {"label": "9h", "accounts": 2, "remaining_percent": 70, "next_reset_at": reset,
              "forecast": {"runs_out_at": None, "until": reset}},
         ]  # fmt: skip
@@ -630,6 +634,7 @@ def test_forecasts_are_told_only_where_there_are_any(show, site, between):
     dry, lasts = (shown.script(f"return {clock}", site.now + hours * HOUR) for hours in (1, 3))
     assert re.search(rf"5h 41% left \(runs dry (\w+ )?{dry}\)", note)
     assert "7d 54% left9h" in note.replace(" · ", "")  # without a forecast nothing is said
+    assert "30d" not in note  # one account is no pool
     assert re.search(rf"9h 70% left \(lasts to (\w+ )?{lasts}\)", note)
 
 
@@ -830,6 +835,22 @@ def test_refresh_of_quota_inside_the_cool_down_tells_when_it_opens(show, site, b
     assert re.search(r"the button opens at \d\d:\d\d", shown.text("#error"))
     assert re.search(r"^Refresh Quota · 3:[0-2]\d$", shown.text("#refresh-quota"))
     assert shown.script("return document.querySelector('#refresh-quota').disabled")
+
+
+def test_refresh_of_quota_that_fails_says_why_and_keeps_what_was_read(show, site, between):
+    fill(site)
+    shown = show(between)
+    show.faults_expected = True
+    between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(403, "foreign_site")
+    shown.click("#refresh-quota")
+    shown.wait_until("!document.querySelector('#error').hidden")
+    assert shown.text("#error").startswith("Quota was not refreshed: it takes this from its own page only")
+    shown.click("#lang-vi")
+    shown.wait_until(
+        "document.querySelector('#error').textContent.startsWith('Chưa làm mới được quota: lệnh này chỉ nhận')"
+    )
+    assert "62%" in cell_texts(shown, "an@example.com")
+    assert not shown.script("return document.querySelector('#refresh-quota').disabled")
 
 
 # ---- the chart --------------------------------------------------------------------------------------------------
@@ -1297,7 +1318,9 @@ def test_paper_is_white_whole_and_without_controls(page, site, browser):
         == ["none"] * 3
     )
     assert shown.script("const s = document.querySelector('#scroll'); return s.scrollHeight <= s.clientHeight")
-    page_width, paper = shown.script("return [document.documentElement.scrollWidth - innerWidth, getComputedStyle(document.body).backgroundColor]")
+    page_width, paper = shown.script(
+        "return [document.documentElement.scrollWidth - document.documentElement.clientWidth, getComputedStyle(document.body).backgroundColor]"
+    )
     assert page_width <= 0 and paper == "rgb(255, 255, 255)"
     browser.emulate(print=False)
     shown.wait_until("document.documentElement.dataset.theme === 'dark'")
