@@ -1245,6 +1245,7 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
+_LARGEST_LOG = 16 * 1024 * 1024  # bytes that the write-ahead log keeps on the disk after it was larger for once
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = (
@@ -1264,13 +1265,13 @@ _counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES
 class _RollUp(NamedTuple):
     """Hold a table of sums: the seconds of its buckets, what it keeps apart, and where a cell's sums go in it.
 
-    A cell is the finest there is: (15-minute bucket, identity, model).
+    A cell is the finest there is: (15-minute bucket, identity, model, status), where status is 1 for failed ones.
     """
 
     table: str
     seconds: int
     keys: tuple[str, ...]
-    key_of: Callable[[int, int, int], tuple[int, ...]]
+    key_of: Callable[[int, int, int, int], tuple[int, ...]]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -1278,22 +1279,23 @@ class _RollUp(NamedTuple):
         return ("bucket", *self.keys)
 
 
-_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, identity, model: (bucket,))
-_BY_ACCOUNT = _RollUp(
-    "usage_by_account", BUCKET_S, ("identity_id",), lambda bucket, identity, model: (bucket, identity)
-)
-_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, ("model_id",), lambda bucket, identity, model: (bucket, model))
-_BOTH_KEYS = ("identity_id", "model_id")
-_BY_HOUR = _RollUp("usage_by_hour", 3600, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 4, identity, model))
-_BY_DAY = _RollUp("usage_by_day", 86400, _BOTH_KEYS, lambda bucket, identity, model: (bucket // 96, identity, model))
+_ALL_KEYS = ("identity_id", "model_id", "status")
+_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, *_: (bucket,))
+_BY_ACCOUNT = _RollUp("usage_by_account", BUCKET_S, _ALL_KEYS[:1], lambda bucket, identity, *_: (bucket, identity))
+_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, _ALL_KEYS[1:2], lambda bucket, identity, model, _: (bucket, model))
+_BY_HOUR = _RollUp("usage_by_hour", 3600, _ALL_KEYS, lambda bucket, *keys: (bucket // 4, *keys))
+_BY_DAY = _RollUp("usage_by_day", 86400, _ALL_KEYS, lambda bucket, *keys: (bucket // 96, *keys))
 _ROLL_UPS = (_BY_TIME, _BY_ACCOUNT, _BY_MODEL, _BY_HOUR, _BY_DAY)
-# What a question has to keep apart or to narrow down decides where its sums are; the edges are left to the next.
-_LEVELS = {
-    (): (_BY_TIME,),
-    ("identity_id",): (_BY_DAY, _BY_ACCOUNT),
-    ("model_id",): (_BY_DAY, _BY_MODEL),
-    _BOTH_KEYS: (_BY_DAY, _BY_HOUR),
-}
+
+
+def _levels_for(by_account: bool, by_model: bool, by_status: bool) -> tuple[_RollUp, ...]:
+    """Name the roll-ups that keep apart what a question asks for; the coarsest first, whose edges the next fills."""
+    if by_status or (by_account and by_model):
+        return _BY_DAY, _BY_HOUR
+    if by_account:
+        return _BY_DAY, _BY_ACCOUNT
+    return (_BY_DAY, _BY_MODEL) if by_model else (_BY_TIME,)
+
 
 _ORIGINAL_COLUMNS = {
     "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
@@ -1353,9 +1355,9 @@ def _step_own_tables(db) -> None:
         columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
         keys = ", ".join(roll_up.columns)
         db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
-    if not _has_time_index(db):
-        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
     last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
+    if not _has_time_index(db) and (last_id or 0) <= _INDEXED_AT_ONCE:
+        db.execute(_CREATE_TIME_INDEX)
     if last_id is not None:
         first_id = db.execute("SELECT MIN(id) FROM events").fetchone()[0]
         db.executemany("INSERT INTO meta VALUES (?, ?)", [("adopt_next", first_id), ("adopt_last", last_id)])
@@ -1364,6 +1366,10 @@ def _step_own_tables(db) -> None:
         "ELSE 'ok' END, NULL, ts_epoch, id FROM quota_snapshots WHERE id IN "
         "(SELECT MAX(id) FROM quota_snapshots WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
     )
+
+
+_CREATE_TIME_INDEX = "CREATE INDEX events_by_time ON events(ts_epoch)"
+_INDEXED_AT_ONCE = 100_000  # more rows would hold up the start; Store.build_index makes up for it
 
 
 def _has_time_index(db) -> bool:
@@ -1393,11 +1399,11 @@ def _find_or_add(db, table: str, unique: Mapping[str, Any], more: Mapping[str, A
 _Sums = Tuple[int, ...]
 
 
-def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int], _Sums]) -> list[_Sums]:
-    """Add up rows of (bucket, identity, model, sums …) that have one key; gives rows of (key …, sums …)."""
+def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int, int], _Sums]) -> list[_Sums]:
+    """Add up rows of (bucket, identity, model, status, sums …) that have one key; gives rows of (key …, sums …)."""
     groups: dict[_Sums, list[_Sums]] = {}
     for row in rows:
-        groups.setdefault(key_of(*row[:3]), []).append(row[3:])
+        groups.setdefault(key_of(*row[:4]), []).append(row[4:])
     return [(*key, *map(sum, zip(*members))) for key, members in groups.items()]
 
 
@@ -1442,14 +1448,16 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_STATUS_OF = "IFNULL(e.failed, 0)"
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _CELLS_OF_ROWS = (
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_EVENT_SUMS} "
+    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_STATUS_OF} AS s, "
+    f"{_EVENT_SUMS} "
     f"FROM {_EVENTS} JOIN models m ON m.name = {_MODEL_OF} "
-    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id"
+    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id, s"
 )
 _EVENT_COLUMNS = Event._fields[:17]
 _INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
@@ -1531,6 +1539,7 @@ class Store:
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
         self._ids: dict[tuple[Any, ...], _Ids] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._indexing = False
         self._identity_changes = 0
         try:
             make_private(path)
@@ -1542,6 +1551,7 @@ class Store:
             self._reader = self._connect(busy_timeout_s)
             self._reader.execute("PRAGMA query_only = ON")
             self._counts = self._read_counts()
+            self._indexed = _has_time_index(self._writer)
         except sqlite3.Error as error:
             self._writer.close()
             raise StoreError(_store_reason(path, error)) from error
@@ -1550,9 +1560,9 @@ class Store:
             raise
 
     def _connect(self, busy_timeout_s: float):
-        return self._sqlite.connect(
-            str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
-        )
+        db = self._sqlite.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
+        return db
 
     def _prepare(self) -> None:
         db = self._writer
@@ -1564,6 +1574,7 @@ class Store:
             )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
         for number, step in enumerate(_SCHEMA_STEPS[version:], start=version + 1):
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -1623,7 +1634,7 @@ class Store:
             sums = _counted(event)
             if None in sums:
                 sums = tuple(number or 0 for number in sums)
-            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, 1, *sums))
+            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, event.failed, 1, *sums))
             by_identity.setdefault(ids.identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
@@ -1652,6 +1663,32 @@ class Store:
             "DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - ?",
             (_KEPT_REJECTS,),
         )
+
+    @property
+    def needs_index(self) -> bool:
+        """Tell whether this is a large adopted database without an index on its time."""
+        return not self._indexed
+
+    def build_index(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Index an adopted database by time, unless ``stopped`` says so meanwhile; tells whether it is done.
+
+        SQLite can do that in one go only. Nothing can be stored until then, which StoreError says to whoever tries.
+        """
+        with self._write_lock:
+            self._indexing = True
+        db = self._connect(60.0)
+        db.execute("PRAGMA cache_size = -16000")  # it sorts all rows
+        db.set_progress_handler(stopped, 10_000)
+        try:
+            self._guard(lambda: db.execute(_CREATE_TIME_INDEX))
+            self._indexed = True
+        except StoreError:
+            if not stopped():
+                raise
+        finally:
+            db.close()
+            self._indexing = False
+        return self._indexed
 
     def adopt_some(self, rows: int = 5000) -> bool:
         """Take the next rows of an adopted database into the roll-ups; False once none is left.
@@ -1860,8 +1897,10 @@ class Store:
     def span(self) -> tuple[float, float] | None:
         """Give the times of the first and the last event ever counted; None where there is none."""
         with self._read() as db:
+            order = "ts_epoch" if self._indexed else "id"
             low, high = db.execute(
-                "SELECT (SELECT MIN(ts_epoch) FROM events), (SELECT MAX(ts_epoch) FROM events)"
+                f"SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} LIMIT 1), "
+                f"(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} DESC LIMIT 1)"
             ).fetchone()
             oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
@@ -2075,6 +2114,9 @@ class _Transaction:
 
     def __enter__(self):
         self._lock.acquire()
+        if self._store._indexing and self._lock is self._store._write_lock:
+            self._lock.release()
+            raise StoreError(f"{self._store.path} is being indexed, once; recording goes on by itself after that")
         try:
             self._db.execute(self._begin)
         except self._store._sqlite.Error as error:
@@ -2219,7 +2261,7 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
     if filters._replace(text=None) == _NO_FILTERS:
         yield window
         return
-    roll_up = _levels_for(filters.account is not None, filters.model is not None)[-1]
+    roll_up = _levels_of(filters)[-1]
     condition, values = _roll_up_conditions(filters, accounts)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM {roll_up.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
@@ -2275,7 +2317,7 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
         parts.append(f"{_MODEL_OF} = ?")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append("IFNULL(e.failed, 0) = ?")
+        parts.append(f"{_STATUS_OF} = ?")
         values.append(int(filters.status == "failed"))
     if filters.text:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
@@ -2286,7 +2328,7 @@ def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[st
 
 
 def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Write the filters as SQL conditions on a roll-up ``r``: which buckets have anything to do with them."""
+    """Write the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
         ids = ", ".join(map(str, _account_ids(filters.account, accounts)))
@@ -2295,12 +2337,17 @@ def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[
         parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append("r.failed > 0" if filters.status == "failed" else "r.requests > r.failed")
+        parts.append("r.status = ?")
+        values.append(int(filters.status == "failed"))
     return "".join(f" AND {part}" for part in parts), values
 
 
-def _levels_for(by_account: bool, by_model: bool) -> Sequence[_RollUp]:
-    return _LEVELS[tuple(key for key, needed in zip(_BOTH_KEYS, (by_account, by_model)) if needed)]
+def _levels_of(filters: Filters, group: str = "") -> tuple[_RollUp, ...]:
+    return _levels_for(
+        group == "account" or filters.account is not None,
+        group == "model" or filters.model is not None,
+        filters.status is not None,
+    )
 
 
 class _UsagePlan:
@@ -2308,7 +2355,7 @@ class _UsagePlan:
 
     def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
         self._window, self._filters = window, filters
-        self._rows_only = rows_only or filters.status is not None  # no roll-up tells the tokens of failed ones apart
+        self._rows_only = rows_only
         self._conditions = _event_conditions(filters, accounts)
         self._roll_up_conditions = _roll_up_conditions(filters, accounts)
         self._floor_at = floor * BUCKET_S
@@ -2334,10 +2381,7 @@ class _UsagePlan:
         """Name the roll-ups that can answer, the coarsest first."""
         if self._rows_only:
             return []
-        filters = self._filters
-        levels = _levels_for(
-            group == "account" or filters.account is not None, group == "model" or filters.model is not None
-        )
+        levels = _levels_of(self._filters, group)
         if group != "bucket":
             return list(levels)
         return [one for one in levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]
@@ -3429,6 +3473,8 @@ class PopSource:
         if self._client is not None:
             self._client.close()
 
+    break_off = close
+
 
 def _needs_no_password(reply: str) -> bool:
     text = reply.lower()
@@ -3454,6 +3500,8 @@ class ProxyApi:
             self.close()
             if hasattr(error, "verify_message"):
                 raise _untrusted(self._host, self._port, error) from error
+            if isinstance(error, http.client.IncompleteRead):
+                raise QueueFault("the management API broke off in the middle of an answer") from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
@@ -3471,10 +3519,35 @@ class ProxyApi:
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
-        content = reply.read(64 * 1024 * 1024)
+        content = self._read_whole(reply)
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         return reply.status, content
+
+    @staticmethod
+    def _read_whole(reply: Any) -> bytes:
+        """Read an answer in pieces: older Pythons would make room for the most that is allowed at each poll."""
+        import http.client
+
+        pieces, room = [], 64 * 1024 * 1024
+        while room > 0:
+            pieces.append(reply.read(min(room, 256 * 1024)))
+            room -= len(pieces[-1])
+            if not pieces[-1]:
+                break
+        content = b"".join(pieces)
+        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
+            raise http.client.IncompleteRead(content)
+        return content
+
+    def break_off(self) -> None:
+        """Wake a thread that waits for an answer; closing under it would wait as long as it does."""
+        connection = getattr(self._connection, "sock", None)
+        if connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other side was quicker
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3525,6 +3598,10 @@ class HttpSource:
     def close(self) -> None:
         """Close the connection."""
         self._api.close()
+
+    def break_off(self) -> None:
+        """Wake a thread that waits for an answer."""
+        self._api.break_off()
 
 
 class SubscribeSource:
@@ -3617,6 +3694,8 @@ class SubscribeSource:
         for part in (self._client, self._drain):
             if part is not None:
                 part.close()
+
+    break_off = close
 
 
 class Collector:
@@ -3722,7 +3801,7 @@ class Collector:
         """Break off a wait for the other side: replies that are not here by now are given up."""
         source = self._source
         if source is not None:
-            source.close()
+            source.break_off()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
@@ -4430,6 +4509,11 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.announce_accounts()
+        if self._store.needs_index:
+            self._log.event("housekeeping", indexing="the rows of an existing database; nothing is recorded meanwhile")
+            if not self._store.build_index(self._stop.is_set):
+                return
+            self._log.event("housekeeping", indexed="all rows")
         if self._store.adopting:
             self._log.event("housekeeping", adopting="rows of an existing database")
             while self._store.adopt_some():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import Watched
+from test_store import make_large_original
 
 import usage_dashboard as app
 
@@ -704,6 +705,18 @@ def test_housekeeper_adopts_the_rows_of_an_original_database(bench, store, tmp_p
         assert "housekeeping adopted=12000" in lines
         assert (adopted.adopting, adopted.event_count, total_of(adopted)) == (False, 12000, 132000)
         assert adopted.find_faults() == []
+    finally:
+        adopted.close()
+
+
+def test_housekeeper_says_that_it_indexes_a_large_original_database(bench, store, tmp_path):
+    make_large_original(tmp_path / "original.db")
+    adopted = app.Store(tmp_path / "original.db")
+    try:
+        lines = keep_house(bench, adopted)
+        said = [line for line in lines if line.startswith("housekeeping ")]
+        assert "nothing is recorded meanwhile" in said[0] and said[1] == 'housekeeping indexed="all rows"'
+        assert (adopted.needs_index, adopted.adopting, adopted.find_faults()) == (False, False, [])
     finally:
         adopted.close()
 
