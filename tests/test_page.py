@@ -1139,6 +1139,43 @@ def test_refresh_keeps_rows_scroll_selection_and_open_details(page, site):
     assert scroll >= 700
 
 
+def test_thousands_of_rows_and_hundreds_of_accounts_are_neither_rebuilt_nor_drawn_unseen(show, site, between):
+    fill(site)
+    newest = [5000]
+
+    def rows(body):
+        row = body["requests"][0]
+        body["requests"] = [
+            {**row, "id": n, "ts_epoch": site.now - 5000 + n} for n in range(newest[0], newest[0] - 5000, -1)
+        ]
+
+    def accounts(body):
+        row = body["accounts"][0]
+        body["accounts"] = [
+            {**row, "account": f"n{n}@example.com", "auth_index": f"i{n}", "total_tokens": 1000 - n} for n in range(300)
+        ]
+
+    between.changes.update({"/api/requests": rows, "/api/summary": accounts})
+    shown = show(between)
+    shown.wait_until(
+        "document.querySelectorAll('#requests tr[data-id]').length === 5000 && document.querySelectorAll('#accounts-body tr').length >= 300"
+    )
+    for rows in ("#accounts-body tr", "#requests tr[data-id]"):
+        shown.script("document.querySelector(arguments[0]).scrollIntoView()", rows)
+        drawn = f"[...document.querySelectorAll('{rows}')].filter((r) => r.cells[0].checkVisibility({{contentVisibilityAuto: true}})).length"
+        shown.wait_until(f"{drawn} > 10 && {drawn} < 200")
+    shown.script("""
+      window.moved = [];
+      for (const id of ['requests-body', 'accounts-body'])
+        new MutationObserver((list) => { for (const m of list) window.moved.push(...m.addedNodes, ...m.removedNodes); }).observe(document.getElementById(id), {childList: true});
+      scrollTo(0, 0);""")
+    newest[0] += 1
+    shown.click("#refresh")
+    shown.wait_until("document.querySelector('#requests tr[data-id]').dataset.id === '5001'")
+    assert shown.script("return window.moved.map((row) => row.dataset.id)") == ["5001"]
+    assert shown.script("return document.querySelectorAll('#requests tr[data-id]').length") == 5001
+
+
 def test_last_data_of_the_tab_are_painted_before_any_answer(show, site, between):
     fill(site)
     shown = show(between)
