@@ -43,7 +43,9 @@ def violations(browser: Browser, address: str, axe: str, width: int, lang: str, 
     browser.script("localStorage.clear(); localStorage.setItem('lang', arguments[0])", lang)
     browser.goto(address)
     browser.wait_until(READY)
-    browser.script("for (const css of ['#requests tbody button', '#legend button']) document.querySelector(css).click()")
+    browser.script(
+        "for (const css of ['#requests tbody button', '#legend button']) document.querySelector(css).click()"
+    )
     browser.wait_until("document.querySelector('#requests .detail')")
     return browser.run_async(LOOK, axe)
 
