@@ -36,14 +36,16 @@ def views() -> Iterator[tuple[int, str, bool]]:
 
 
 def violations(browser: Browser, address: str, axe: str, width: int, lang: str, dark: bool) -> list[dict[str, Any]]:
-    """Open a view with the details of a request unfolded, and return what axe finds there."""
+    """Open a view with a request unfolded and one kind of token isolated, and return what axe finds there."""
     browser.resize(width, 1000)
     browser.emulate(dark=dark, reduced_motion=True)
     browser.goto(address)
     browser.script("localStorage.clear(); localStorage.setItem('lang', arguments[0])", lang)
     browser.goto(address)
     browser.wait_until(READY)
-    browser.script("document.querySelector('#requests tbody button').click()")
+    browser.script(
+        "for (const css of ['#requests tbody button', '#legend button']) document.querySelector(css).click()"
+    )
     browser.wait_until("document.querySelector('#requests .detail')")
     return browser.run_async(LOOK, axe)
 

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from support import free_port
 
@@ -169,6 +169,18 @@ class Browser:
                 return answer["value"]
             raise AssertionError(f"not true within {timeout:g} s: {expression} ({answer['fault']})")
 
+    @contextlib.contextmanager
+    def other_tab(self) -> Iterator[None]:
+        """Open another tab in front of this one, which is hidden meanwhile, and close it at the end."""
+        here = self._call("GET", "/window")
+        made = self._call("POST", "/window/new", {"type": "tab"})
+        self._call("POST", "/window", {"handle": made["handle"]})
+        try:
+            yield
+        finally:
+            self._call("DELETE", "/window")
+            self._call("POST", "/window", {"handle": here})
+
     # -- elements
 
     def find(self, css: str) -> dict[str, str]:
@@ -218,7 +230,9 @@ class Browser:
 
     def tap(self, css: str, x: float, y: float) -> None:
         """Touch an element with a finger, at an offset in CSS pixels from its top left corner."""
-        left, top = self.script("const box = arguments[0].getBoundingClientRect(); return [box.left, box.top];", self.find(css))
+        left, top = self.script(
+            "const box = arguments[0].getBoundingClientRect(); return [box.left, box.top];", self.find(css)
+        )
         actions = [{"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)},
                    {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]  # fmt: skip
         finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}, "actions": actions}
