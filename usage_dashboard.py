@@ -3473,6 +3473,8 @@ class PopSource:
         if self._client is not None:
             self._client.close()
 
+    break_off = close
+
 
 def _needs_no_password(reply: str) -> bool:
     text = reply.lower()
@@ -3498,6 +3500,8 @@ class ProxyApi:
             self.close()
             if hasattr(error, "verify_message"):
                 raise _untrusted(self._host, self._port, error) from error
+            if isinstance(error, http.client.IncompleteRead):
+                raise QueueFault("the management API broke off in the middle of an answer") from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
@@ -3515,10 +3519,35 @@ class ProxyApi:
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
-        content = reply.read(64 * 1024 * 1024)
+        content = self._read_whole(reply)
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         return reply.status, content
+
+    @staticmethod
+    def _read_whole(reply: Any) -> bytes:
+        """Read an answer in pieces: older Pythons would make room for the most that is allowed at each poll."""
+        import http.client
+
+        pieces, room = [], 64 * 1024 * 1024
+        while room > 0:
+            pieces.append(reply.read(min(room, 256 * 1024)))
+            room -= len(pieces[-1])
+            if not pieces[-1]:
+                break
+        content = b"".join(pieces)
+        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
+            raise http.client.IncompleteRead(content)
+        return content
+
+    def break_off(self) -> None:
+        """Wake a thread that waits for an answer; closing under it would wait as long as it does."""
+        connection = getattr(self._connection, "sock", None)
+        if connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other side was quicker
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3569,6 +3598,10 @@ class HttpSource:
     def close(self) -> None:
         """Close the connection."""
         self._api.close()
+
+    def break_off(self) -> None:
+        """Wake a thread that waits for an answer."""
+        self._api.break_off()
 
 
 class SubscribeSource:
@@ -3661,6 +3694,8 @@ class SubscribeSource:
         for part in (self._client, self._drain):
             if part is not None:
                 part.close()
+
+    break_off = close
 
 
 class Collector:
@@ -3766,7 +3801,7 @@ class Collector:
         """Break off a wait for the other side: replies that are not here by now are given up."""
         source = self._source
         if source is not None:
-            source.close()
+            source.break_off()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
