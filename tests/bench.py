@@ -122,13 +122,27 @@ class Table:
 
     def row(self, name: str, ours: float, unit: str, other: float | None = None) -> None:
         """Print a figure, beside what it is compared with where there is such a thing."""
-        compared = ("", "") if other is None else (_figure(other, unit), f"{ours / other:.2f}" if other else "")
+        compared = ("", "") if other is None else (_figure(other, unit), f"{ours / other:.3g}" if other else "")
         print(f"| {name} | {_figure(ours, unit)} | {compared[0]} | {compared[1]} |", flush=True)
 
 
 def _figure(value: float, unit: str) -> str:
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 20 else 2
     return f"{value:,.{digits}f} {unit}"
+
+
+class Cost(NamedTuple):
+    """What some events cost: how many a second on the clock, and microseconds of this process's time for each."""
+
+    rate: float
+    processor_us: float
+
+
+def cost_of(work: Callable[[], Any], events: int) -> Cost:
+    """Measure some work on so many events."""
+    processor_s = time.process_time()
+    seconds = timed(work)
+    return Cost(events / seconds, (time.process_time() - processor_s) / events * 1e6)
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -270,7 +284,7 @@ BARE_COLUMNS = ("timestamp", "auth_index", "source", "model", "latency_ms", "fai
 BARE_TOKENS = ("input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens")
 
 
-def bare_rate(events: list[bytes], folder: Path) -> float:
+def bare_cost(events: list[bytes], folder: Path) -> Cost:
     """Do the least that could be called storing: json.loads, executemany, a time index, and as safe commits."""
     columns = BARE_COLUMNS + BARE_TOKENS
     db = sqlite3.connect(str(folder / "bare.db"), isolation_level=None)
@@ -294,10 +308,10 @@ def bare_rate(events: list[bytes], folder: Path) -> float:
             db.execute("COMMIT")
 
     with contextlib.closing(db):
-        return len(events) / timed(store_all)
+        return cost_of(store_all, len(events))
 
 
-def pop_rate(redis: RedisServer, events: list[bytes]) -> float:
+def pop_cost(redis: RedisServer, events: list[bytes]) -> Cost:
     """Take events off the queue by the program's own client, and do nothing with them."""
     redis.push("usage", *events)
     source = app.PopSource(app.tcp_connector(redis.host, redis.port), "", "usage")
@@ -307,9 +321,9 @@ def pop_rate(redis: RedisServer, events: list[bytes]) -> float:
         while source.take(source.largest_batch).full:
             pass
 
-    seconds = timed(pop_all)
+    cost = cost_of(pop_all, len(events))
     source.close()
-    return len(events) / seconds
+    return cost
 
 
 def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path) -> tuple[Drain, float]:
@@ -344,13 +358,18 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path) 
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
     runs = range(3)
-    pairs = [(bare_rate(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))) for _ in runs]
-    bare, drains = median(rate for rate, _ in pairs), [drain for _, drain in pairs]
+    pairs = [(bare_cost(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))) for _ in runs]
+    bares, drains = [bare for bare, _ in pairs], [drain for _, drain in pairs]
+    pops = [pop_cost(redis, events) for _ in runs]
+    steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
+    bare_us = median(bare.processor_us for bare in bares)
     table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
-    table.row("end to end: redis-server → program → SQLite", median(drain.rate for drain, _ in drains), "events/s", bare)
-    table.row("pops alone", median(pop_rate(redis, events) for _ in runs), "events/s")
-    for step, cost in microseconds_by_step(events, new_folder(scratch)).items():
-        table.row(f"an event's processor time: {step}", cost, "µs")
+    rate = median(drain.rate for drain, _ in drains)
+    table.row("end to end: redis-server → program → SQLite", rate, "events/s", median(bare.rate for bare in bares))
+    table.row("pops alone", median(pop.rate for pop in pops), "events/s")
+    table.row("processor time of an event", sum(steps.values()), "µs", bare_us)
+    for step, cost in steps.items():
+        table.row(f"of it: {step}", cost, "µs")
     table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
 
 
@@ -478,6 +497,7 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
         table.row("an answer, median", median(answers), "ms")
         table.row("an answer, 99 of 100 within", quantiles(answers, n=100)[98], "ms")
         table.row("memory, highest", dashboard.memory_mb("VmHWM"), "MB")
+        table.row("write-ahead log, largest", Path(f"{large}-wal").stat().st_size / 1e6, "MB")
 
 
 def measure_retention(table: Table, redis: RedisServer, events: list[bytes], large: Path, scratch: Path) -> None:
@@ -519,7 +539,7 @@ def measure_adoption(table: Table, redis: RedisServer, large: Path, scratch: Pat
     started = time.perf_counter()
     with Dashboard(folder, redis) as dashboard:
         dashboard.connect().close()
-        table.row("start to the first answer", (time.perf_counter() - started) * 1000, "ms")
+        table.row("start to the first summary, from its rows", (time.perf_counter() - started) * 1000, "ms")
         dashboard.wait_for_line("adopting=")
         table.row("time index built within", time.perf_counter() - started, "s")
         dashboard.wait_for_line("adopted=")

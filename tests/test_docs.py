@@ -25,8 +25,8 @@ UNIT = ROOT / "cliproxy-dashboard.service"
 FOLDER = "/home/admin/cliproxyapi/usage-dashboard"
 SECTIONS = [
     "Start", "What to switch on in CLIProxyAPI", "Configuration", "The page", "API", "As a service (systemd)", "Safety",
-    "Troubleshooting", "What is stored, and what never is", "Limits", "Development", "Changelog", "Support and licence",
-    "Moving from the original", "Hướng dẫn tiếng Việt",
+    "Troubleshooting", "What is stored, and what never is", "Limits", "Speed and size", "Development", "Changelog",
+    "Support and licence", "Moving from the original", "Hướng dẫn tiếng Việt",
 ]  # fmt: skip
 BLOCKS = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", README, re.S | re.M)
 PROSE = re.sub(r"^ *```\w+\n.*?^ *```$", "", README, flags=re.S | re.M)
