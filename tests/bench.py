@@ -240,12 +240,11 @@ class Drain(NamedTuple):
     longest_gap_ms: float
 
 
-def watch_drain(database: Path, count: int) -> Drain:
+def watch_drain(dashboard: Dashboard, count: int) -> Drain:
     """Watch the count of stored events grow by so many; start-up is not in the rate."""
-    while not database.exists():
-        time.sleep(0.005)
+    dashboard.wait_for_line("CLIProxyAPI Usage Dashboard")  # then the database is there
     seen: list[tuple[float, int]] = []
-    with contextlib.closing(sqlite3.connect(str(database), timeout=10, isolation_level=None)) as db:
+    with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10, isolation_level=None)) as db:
         before = _stored(db)
         while not seen or seen[-1][1] < before + count:
             stored, now = _stored(db), time.perf_counter()
@@ -330,7 +329,7 @@ def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path) -> tuple[
     """Let the real program empty a full queue into a new database; also give the bytes an event then takes."""
     redis.push("usage", *events)
     with Dashboard(folder, redis) as dashboard:
-        drain = watch_drain(dashboard.database, len(events))
+        drain = watch_drain(dashboard, len(events))
     return drain, folder_bytes(folder) / len(events)
 
 
@@ -481,7 +480,7 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
     """Let eight clients poll twice a second while the program empties a full queue into the large database."""
     redis.push("usage", *events)
     with Dashboard(large.parent, redis) as dashboard:
-        alone = watch_drain(large, len(events))
+        alone = watch_drain(dashboard, len(events))
     redis.push("usage", *events)
     with Dashboard(large.parent, redis) as dashboard:
         answers: list[float] = []
@@ -489,7 +488,7 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
             target=lambda: answers.extend(eight_clients(dashboard, len(events) / alone.rate, pause_s=0.5))
         )
         clients.start()
-        together = watch_drain(large, len(events))
+        together = watch_drain(dashboard, len(events))
         clients.join()
         table.section("eight clients, twice a second, and a full ingest", "alone")
         table.row("ingest", together.rate, "events/s", alone.rate)
@@ -508,7 +507,7 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
     redis.push("usage", *events)
     with Dashboard(folder, redis, retention_days=10) as dashboard:
         started = time.monotonic()
-        drain = watch_drain(dashboard.database, len(events))
+        drain = watch_drain(dashboard, len(events))
         with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
             oldest = time.time() - 10 * DAY_S - 900
             while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
