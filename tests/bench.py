@@ -183,8 +183,9 @@ class Dashboard:
 
     def __enter__(self) -> Dashboard:
         command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", self._config]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self._log.open("w") as log:
-            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=env)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -112,6 +112,26 @@ def test_program_from_redis_with_password_to_number(program, redis_with_password
     assert running.terminate(signal.SIGINT) == 0
 
 
+def test_program_runs_from_its_compiled_form_where_that_can_be_kept(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
+    (compiled,) = program.folder.glob("__pycache__/usage_dashboard.*.pyc")
+    words = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
+    assert b"-c" in words and os.fsencode(str(program.script)) in words  # pkill -f usage_dashboard.py finds it
+    assert running.terminate() == 0
+    program.script.write_text(program.script.read_text(encoding="utf-8").replace('"stopped"', '"ended"'), "utf-8")
+    os.utime(str(compiled), (1, 1))
+    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
+    assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled anew
+
+
+def test_program_in_a_folder_that_keeps_no_compiled_form_runs_all_the_same(program, proxy):
+    (program.folder / "__pycache__").write_text("in the way")
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
+    assert running.terminate() == 0
+
+
 def test_kill_and_restart_stores_everything_once(program, proxy):
     port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
     proxy.push(*shifted())
