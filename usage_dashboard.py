@@ -1359,16 +1359,9 @@ def _step_own_tables(db) -> None:
         _add_columns(db, table, columns)
     for statement in _OWN_TABLES:
         db.execute(statement)
-    for roll_up in _ROLL_UPS:
-        columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
-        keys = ", ".join(roll_up.columns)
-        db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
     last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
     if not _has_time_index(db) and (last_id or 0) <= _INDEXED_AT_ONCE:
         db.execute(_CREATE_TIME_INDEX)
-    if last_id is not None:
-        first_id = db.execute("SELECT MIN(id) FROM events").fetchone()[0]
-        db.executemany("INSERT INTO meta VALUES (?, ?)", [("adopt_next", first_id), ("adopt_last", last_id)])
     db.execute(
         "INSERT INTO quota_accounts SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' "
         "ELSE 'ok' END, NULL, ts_epoch, id FROM quota_snapshots WHERE id IN "
@@ -1383,6 +1376,24 @@ _INDEXED_AT_ONCE = 100_000  # more rows would hold up the start; Store.build_ind
 def _has_time_index(db) -> bool:
     names = [row[1] for row in db.execute("PRAGMA index_list(events)")]
     return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
+
+
+def _step_sums(db) -> None:
+    """Make the roll-ups anew, to be filled from the rows; a first form of two of them knew no status."""
+    db.execute("DROP TABLE IF EXISTS usage_by_account")
+    db.execute("DROP TABLE IF EXISTS usage_by_model")
+    for roll_up in _ROLL_UPS:
+        columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
+        keys = ", ".join(roll_up.columns)
+        db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
+    first_id, last_id = db.execute("SELECT (SELECT MIN(id) FROM events), (SELECT MAX(id) FROM events)").fetchone()
+    if last_id is None:
+        return
+    _put_meta(db, "adopt_next", first_id)
+    _put_meta(db, "adopt_last", last_id)
+    # Adopting counts every row, also those that were counted as they were stored.
+    counted = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('stored', 'deleted')").fetchall())
+    _put_meta(db, "adopted", counted.get("deleted", 0) - counted.get("stored", 0))
 
 
 def _step_losses(db) -> None:
@@ -1447,6 +1458,7 @@ def _step_quota_calls(db) -> None:
 _SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (
     _step_original_tables,
     _step_own_tables,
+    _step_sums,
     _step_losses,
     _step_quota_calls,
 )
@@ -1714,7 +1726,7 @@ class Store:
                 "INSERT INTO identities(auth_index, source, first_at, last_at) "
                 "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, "
                 "MIN(ts_epoch), MAX(ts_epoch) "
-                "FROM events WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL GROUP BY a, s "
+                "FROM events WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL AND context_id IS NULL GROUP BY a, s "
                 "ON CONFLICT(auth_index, source) DO UPDATE SET "
                 "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
                 ids,

@@ -231,6 +231,33 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
     store.close()
 
 
+def test_database_with_the_first_form_of_the_sums_is_summed_up_anew(tmp_path):
+    path = tmp_path / "usage.db"
+    store = app.Store(path)
+    put(store, event(auth_index="1234567890123e45"), event(failed=1, status_code=500))
+    store.close()
+    db = sqlite3.connect(str(path))
+    for table in ("usage_by_time", "usage_by_account", "usage_by_model", "usage_by_hour", "usage_by_day"):
+        db.execute(f"DROP TABLE {table}")
+    for table, key in (("usage_by_account", "identity_id"), ("usage_by_model", "model_id")):
+        db.execute(f"CREATE TABLE {table}(bucket INTEGER, {key} INTEGER, requests INTEGER)")
+        db.execute(f"INSERT INTO {table} VALUES (1, 1, 99)")
+    db.execute("ALTER TABLE outages RENAME TO old")
+    db.execute("CREATE TABLE outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL)")
+    db.execute("PRAGMA user_version = 2")
+    db.commit()
+    db.close()
+    store = app.Store(path)
+    assert store.adopting
+    while store.adopt_some(rows=1):
+        pass
+    put(store, event(), sequence=2)
+    assert (store.event_count, store.counts["stored"], store.find_faults()) == (3, 3, [])
+    assert sum(sums[0] for sums in store.usage(EVERYTHING, 86400, 0)[0].values()) == 3
+    assert sum(len(account.identity_ids) for account in store.accounts()) == 2
+    store.close()
+
+
 def test_new_events_beside_adopted_rows_are_counted_once(tmp_path):
     make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
     store = app.Store(tmp_path / "usage.db")
