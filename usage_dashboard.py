@@ -6033,7 +6033,9 @@ def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
     return _findings_of_status(collector.probe(), config)
 
 
-_AS_MODULE = "import sys; sys.path.insert(0, {folder!r}); import {name} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+_AS_MODULE = (
+    "import sys; sys.path.insert(0, {folder!r}); import {name} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+)
 
 
 def start_from_compiled() -> None:
