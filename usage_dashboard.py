@@ -4992,7 +4992,7 @@ class Page:
         except OSError as error:
             raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
         self.answer = make_answer(body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', "text/html; charset=utf-8", 9)
-        scripts = re.findall(rb"<script(?![^>]*application/json)[^>]*>(.*?)</script>", body, re.S)
+        scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
         styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
         self.policy = (
             f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
@@ -5407,11 +5407,13 @@ class DemoWorld:
 
     def _write_readings(self, now: float) -> None:
         """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
-        for file in find_account_files([self.auth_dir])[1]:
-            for minutes_ago in [180] if file.email.startswith("old") else range(60, 0, -10):
-                at = now - minutes_ago * 60
-                row = snapshot_of(file, self._quota_of(file, at), at)
-                self.store.save_reading({**row, "source": "traffic", "raw_json": None})
+        files = find_account_files([self.auth_dir])[1]
+        for minutes_ago in (180, *range(60, 0, -10)):
+            for file in files:
+                if (minutes_ago == 180) == file.email.startswith("old"):
+                    at = now - minutes_ago * 60
+                    row = snapshot_of(file, self._quota_of(file, at), at)
+                    self.store.save_reading({**row, "source": "traffic", "raw_json": None})
 
     @staticmethod
     def _busyness(at: float) -> float:
@@ -5516,7 +5518,7 @@ class DemoWorld:
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
-            raise QuotaFault("relogin")
+            raise QuotaFault("relogin", is_final=True)
         return self._quota_of(file, time.time())
 
     def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
