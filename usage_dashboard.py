@@ -5706,7 +5706,7 @@ def _run_until_stopped(
         _open_browser(_address(app.config, server.server_port))
     while not stop.wait(1.0):
         pass  # on some systems a wait without an end is deaf to signals
-    patience_s = time.monotonic() + 1.0
+    patience_s = time.monotonic() + 0.8
     server.shutdown()
     server.server_close()
     for thread in threads:
@@ -5714,7 +5714,7 @@ def _run_until_stopped(
     if any(thread.is_alive() for thread in threads):
         hurry()
         for thread in threads:
-            thread.join(0.4)
+            thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
 
