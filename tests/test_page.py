@@ -790,6 +790,22 @@ def test_server_cut_in_mid_answer_leaves_the_numbers_greyed_until_it_is_back(sho
     assert shown.script("return getComputedStyle(document.querySelector('#kpis')).filter") == "none"
 
 
+def test_range_that_cannot_be_loaded_leaves_the_old_numbers_under_their_own_range(show, site, between):
+    fill(site)
+    shown = show(between, "?range=all")
+    show.faults_expected = True
+    between.faults["/api/summary"] = lambda handler: handler.refuse(500, "internal_error")
+    shown.select("#range", "24h")
+    shown.wait_until("!document.querySelector('#stale').hidden")
+    assert "(All time)" in shown.text("#stale")
+    shown.click("#lang-vi")  # draws everything anew
+    shown.click("#lang-en")
+    assert shown.text("#chart-readout").startswith("All time · 98.3k tokens")
+    del between.faults["/api/summary"]
+    shown.click("#refresh")
+    shown.wait_until("document.querySelector('#chart-readout').textContent.startsWith('Last 24 hours · 98.3k tokens')")
+
+
 def test_first_load_that_fails_says_so_and_recovers(show, site, between):
     fill(site)
     show.faults_expected = True
@@ -1049,6 +1065,37 @@ def test_rows_load_as_one_scrolls_until_there_are_no_more(page, site):
         shown.wait_until(f"document.querySelectorAll('#requests tr[data-id]').length > {count}")
     ids = shown.script("return [...document.querySelectorAll('#requests tr[data-id]')].map(r => Number(r.dataset.id))")
     assert len(ids) == len(set(ids)) == 350
+    assert "That is all" in shown.text("#more")
+
+
+def test_older_rows_that_fail_after_a_refresh_are_asked_for_again(show, site, between):
+    many(site, 350)
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold(handler):
+        if "before=" in handler.path and not held.is_set():
+            waiting.set()
+            held.wait(20)
+            return handler.refuse(500, "internal_error")
+        answer, body = site.ask(handler.path)
+        handler.reply(answer.status, body)
+
+    between.faults["/api/requests"] = hold
+    shown = show(between)
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 100")
+    shown.script("const s = document.querySelector('#scroll'); s.scrollTop = s.scrollHeight")
+    assert waiting.wait(10)
+    put(site.store, event(at=site.now - 5, request_id="new"))
+    site.now += 1  # another answer than before
+    shown.click("#refresh")
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 101")
+    show.faults_expected = True
+    held.set()
+    shown.wait_until("!document.querySelector('#stale').hidden")
+    shown.click("#refresh")
+    for count in (201, 301, 351):
+        shown.wait_until(f"document.querySelectorAll('#requests tr[data-id]').length >= {count}")
+        shown.script("const s = document.querySelector('#scroll'); s.scrollTop = s.scrollHeight")
     assert "That is all" in shown.text("#more")
 
 
