@@ -307,6 +307,13 @@ def test_figures_on_the_page_equal_what_the_api_says(page, site):
     assert "98,303" in shown.script("return document.querySelector('#kpi-total').title")
 
 
+@pytest.mark.parametrize("failed, told", [(1, ">99.9% succeeded"), (1999, "<0.1% succeeded"), (40, "98% succeeded")])
+def test_share_is_never_told_as_all_or_none_while_it_is_neither(show, site, between, failed, told):
+    fill(site)
+    between.changes["/api/summary"] = lambda body: body["summary"].update(requests=2000 + (failed == 1) * 10_300, failed=failed)
+    assert show(between).text("#sub-requests").endswith(told)
+
+
 def test_bars_are_as_high_as_their_tokens(page, site):
     fill(site)
     shown = page()
@@ -523,7 +530,7 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(s
     assert "Proxy reachable" in steps[0][1] and "done" in shown.script(
         "return document.querySelector('#empty li').textContent"
     )
-    assert "management_password" in steps[1][1] and "not known yet" in steps[2][1] and "auth_dir" in steps[3][1]
+    assert "management_password" in steps[1][1] and "not known yet" in steps[2][1] and "into auth_dir." in steps[3][1]
     assert shown.script("return document.querySelector('#remedy').hidden")  # it stands in the list
 
     site.status.update(state="waiting", publishing=True)
@@ -537,6 +544,15 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(s
     assert "No request matches" in shown.text("#empty")
     shown.click("#empty button")
     shown.wait_until("document.querySelector('#empty').dataset.kind === 'range'")
+
+
+def test_window_alone_without_requests_is_an_empty_range_and_an_unknown_status_no_filter(page, site):
+    fill(site)
+    start = int(site.now - 300 * HOUR)
+    shown = page(f"?range=7d&start={start}&end={start + HOUR}&status=blah")
+    assert shown.script("return document.querySelector('#empty').dataset.kind") == "range"
+    shown.wait_until("document.querySelector('#requests-note').textContent === 'No requests in this range.'")
+    assert len(shown.script("return [...document.querySelectorAll('.chip')]")) == 1
 
 
 def test_wrong_password_state_is_told_with_its_remedy(page, site):
@@ -658,7 +674,13 @@ def test_windows_of_other_lengths_and_meters_stand_beneath_under_their_own_names
         f"const r = {row}; return [r.querySelector('.l5').innerText, r.querySelector('.l7').innerText, r.querySelector('.more').innerText]",
         "weekly@example.com",
     )
-    assert monthly[:2] == ["—", "—"] and re.search(r"30d window\s+77%\s+2d", monthly[2])
+    assert monthly[:2] == ["—", "—"] and re.search(r"^30d window\s+77%\s+2d\s+\w+ \d\d:\d\d$", monthly[2])
+    places = shown.script(
+        f"const r = {row}; return ['.more .tag', '.more .meter', '.st', '.more .at', '.rst'].map((s) => r.querySelector(s).getBoundingClientRect()).map((b) => [b.left, b.right])",
+        "weekly@example.com",
+    )
+    (_, name_end), (bar, bar_end), (status, _), (reset, _), (resets, _) = places
+    assert name_end <= bar < bar_end < status and reset == pytest.approx(resets, abs=1)
     more = shown.script(f"return {row}.querySelector('.more').innerText", "an@example.com")
     assert re.search(r"9h window\s+77%.*spark\s+33%", more, re.S)
     assert "62%" in shown.script(f"return {row}.querySelector('.l5').innerText", "an@example.com")
@@ -706,6 +728,18 @@ def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, site)
             assert "said in English" not in row
 
 
+def test_account_without_windows_is_neither_active_nor_counted(page, site):
+    fill(site)
+    site.store.save_reading(reading(email="none@example.com", account_id_tag="#none", state="no_windows", ts_epoch=site.now))
+    shown = page()
+    text = cell_texts(shown, "none@example.com")
+    assert "⚪ No quota window" in text and "Active" not in text
+    assert "2 of 4 with quota left" in shown.text("#accounts-note")
+    assert shown.script(
+        "return document.querySelector('#accounts tr[data-email=\"weekly@example.com\"] .rst').firstChild.textContent"
+    ) == "—"
+
+
 def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(page, site):
     fill(site)
     site.status.update(message="said in English", until=site.now + 600, publishing=None, retention_seconds=60)
@@ -723,6 +757,15 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             assert all(part in told for part in remedy) and "{" not in told
             assert words["forgets"][lang].replace("{t}", ("1m", "1 phút")[lang]) in told
             assert "said in English" not in shown.script("return document.body.innerText")
+
+
+@pytest.mark.parametrize("state, forgets", [("refused", True), ("publishing_off", False)])
+def test_proxy_is_said_to_forget_only_what_it_records(page, site, state, forgets):
+    fill(site)
+    site.status.update(state=state, retention_seconds=60)
+    shown = page()
+    shown.wait_until("document.querySelector('#remedy').textContent")
+    assert ("forgets" in shown.text("#remedy")) is forgets
 
 
 def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, site):
@@ -939,6 +982,29 @@ def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, sit
         counted[day] += 1
     assert [requests for _, requests, *_ in buckets] == counted
     assert [buckets[i][3] for i in range(days - 1)] == [bucket[2] for bucket in buckets[1:]]
+
+
+def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_time(page, site, browser):
+    put(site.store, *[event(at=at) for at in moments("2025-01-02T12:00:00-05:00", "2025-07-02T12:00:00-04:00")])
+    first, last = moments("2025-01-01T00:00:00-05:00", "2025-12-01T00:00:00-05:00")
+    summer, winter = moments("2025-07-01T00:00:00-04:00", "2025-12-15T00:00:00-05:00")
+    watch = browser.new_document_script(f"Date.now = () => {winter * 1000:.0f}")
+    browser.cdp("Emulation.setTimezoneOverride", timezoneId="America/New_York")
+    try:
+        shown = page(f"?range=all&start={first:.0f}&end={last:.0f}")
+        buckets = shown.script("return window.__page.picture().buckets.map(b => [new Date(b.start * 1000).getHours(), b.start])")
+    finally:
+        browser.cdp("Emulation.setTimezoneOverride", timezoneId="")
+        browser.remove_document_script(watch)
+    assert {hour for hour, _ in buckets} == {0} and len(buckets) > 100
+    assert buckets[0][1] == first and any(abs(start - summer) <= 2 * 24 * HOUR for _, start in buckets)
+
+
+def test_today_is_told_by_the_hour_from_its_first_minute_on(show, site, between):
+    fill(site)
+    shown = show(between, "?range=today")
+    assert all("bucket=" not in path for path in between.asked if path.startswith("/api/summary"))
+    assert {b["seconds"] for b in shown.script("return window.__page.picture().buckets")} == {3600}
 
 
 def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, site, browser):
@@ -1249,6 +1315,27 @@ def test_last_data_of_the_tab_are_painted_before_any_answer(show, site, between)
         shown.remove_document_script(watch)
         between.faults.clear()
         held.set()
+
+
+def test_masked_page_holds_no_name_and_no_search_anywhere(page, site):
+    fill(site)
+    shown = page("?range=24h&q=example")
+    assert "an@example.com" in shown.script("return document.body.outerHTML")
+    shown.click("#privacy")
+    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 3")
+    assert "@example.com" not in shown.script("return document.body.outerHTML")
+    assert shown.script("return [document.querySelector('#search').value, document.querySelectorAll('.chip').length]") == ["", 0]
+
+
+def test_filter_taken_away_leaves_the_focus_on_the_next_one_then_on_the_chart(page, site):
+    fill(site)
+    shown = page("?range=24h&model=gpt-5.5&status=ok")
+    focused = "const e = document.activeElement; return e.id || e.textContent"
+    shown.script("document.querySelector('.chip').focus()")
+    shown.press("Enter")
+    assert shown.script(focused) == "Succeeded only ×"
+    shown.press("Enter")
+    assert shown.script(focused) == "chart"
 
 
 def test_address_of_a_masked_page_holds_no_name(page, site):
