@@ -755,17 +755,9 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             assert words[f"state.{state}"][lang] in shown.text("#status")
             told, remedy = shown.text("#remedy"), re.split(r"{\w+}", words[f"remedy.{state}"][lang])
             assert all(part in told for part in remedy) and "{" not in told
-            assert words["forgets"][lang].replace("{t}", ("1m", "1 phút")[lang]) in told
+            forgets = words["forgets"][lang].replace("{t}", ("1m", "1 phút")[lang])
+            assert (forgets in told) is (state != "publishing_off")  # then it records none
             assert "said in English" not in shown.script("return document.body.innerText")
-
-
-@pytest.mark.parametrize("state, forgets", [("refused", True), ("publishing_off", False)])
-def test_proxy_is_said_to_forget_only_what_it_records(page, site, state, forgets):
-    fill(site)
-    site.status.update(state=state, retention_seconds=60)
-    shown = page()
-    shown.wait_until("document.querySelector('#remedy').textContent")
-    assert ("forgets" in shown.text("#remedy")) is forgets
 
 
 def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, site):
@@ -1098,6 +1090,20 @@ def test_models_accounts_and_chips_filter_everything(page, site):
     assert value(shown, "requests") == 2 and "b@example.com" in shown.text("#filters")
 
 
+def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
+    fill(site)
+    put(site.store, *[event(at=site.now - 60 - n, model="gpt-5.5", failed=1, input_tokens=0, cached_tokens=0, output_tokens=0,
+                            reasoning_tokens=0, total_tokens=0) for n in range(3)])  # fmt: skip
+    shown = page("?range=24h&status=failed")
+    told = shown.script("""return [...document.querySelectorAll('#models li')].map((li) => {
+      const [, n, share] = li.firstChild.children, bar = li.querySelector('.stack'), parts = [...bar.children].filter((i) => !i.hidden);
+      return [li.dataset.model, n.textContent, share.textContent, bar.style.width, parts.map((i) => i.className)]; })""")
+    assert sorted(told) == [
+        ["gpt-5.4", "1", "25%", f"{100 / 3:.4f}%", ["k-failed"]],
+        ["gpt-5.5", "3", "75%", "100%", ["k-failed"]],
+    ]
+
+
 # ---- the list of requests ---------------------------------------------------------------------------------------
 
 
@@ -1218,10 +1224,12 @@ def test_view_is_copied_as_csv_and_masked_with_the_page(page, site, browser):
     assert len(rows) == 4 and head[:4] == ["Time", "Account", "Model", "Tokens"]
     newest = dict(zip(head, rows[0]))
     assert newest["Model"] == '\'=cmd,"x"' and newest["Tokens"] == "120" and newest["Status"] == "OK"
+    assert {"First token (ms)", "Latency (ms)"} <= set(head)
     assert app.parse_time(newest["Time"])[0] == pytest.approx(site.now - 90, abs=0.01)
     head, *rows = copied("#copy-accounts")
     an = next(dict(zip(head, row)) for row in rows if row[0] == "an@example.com")
     assert an["5h Remaining"] == "62" and an["7d Remaining"] == "5" and an["Plan"] == "plus"
+    assert an["Status"] == "Active" and 59 <= int(an["Read (s)"]) <= 120
     shown.click("#privacy")
     for button in ("#copy-csv", "#copy-accounts"):
         assert "@example.com" not in str(copied(button))
@@ -1449,6 +1457,31 @@ def test_table_behind_the_canvas_holds_the_same_numbers(page, site):
     assert shown.script("return document.querySelector('#chart').getAttribute('aria-valuetext')").startswith(
         "Last 24 hours, 98.3k tokens"
     )
+
+
+@pytest.mark.parametrize("width, told", [(1440, "1"), (390, "1 failed")])
+def test_failures_of_an_account_are_told_on_every_width(page, site, browser, width, told):
+    fill(site)
+    browser.resize(width, 900)
+    shown = page()
+    failed = "return document.querySelector('#accounts tr[data-account=\"{}@example.com\"] .fl').innerText"
+    assert shown.script(failed.format("b")) == told
+    assert shown.script("return document.querySelector('#accounts tr[data-account=\"an@example.com\"] .fl').offsetParent === null") == (
+        width == 390
+    )
+
+
+def test_status_of_an_account_is_not_cut_on_a_tablet(page, site, browser):
+    fill(site)
+    browser.resize(768, 900)
+    shown = page()
+    shown.click("#lang-vi")
+    shown.wait_until("document.querySelector('#accounts').innerText.includes('Hoạt động · ')")
+    cells = shown.script(
+        "document.querySelectorAll('#accounts .aged').forEach((e) => { e.textContent = ' · ⇄ 35 phút'; });"
+        "return [...document.querySelectorAll('#accounts td.st')].map((e) => [e.scrollWidth, e.clientWidth, e.innerText])"
+    )
+    assert len(cells) >= 4 and [text for wide, room, text in cells if wide > room] == []
 
 
 @pytest.mark.parametrize("lang", ["en", "vi"])
