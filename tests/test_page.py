@@ -1098,6 +1098,7 @@ def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
     told = shown.script("""return [...document.querySelectorAll('#models li')].map((li) => {
       const [, n, share] = li.firstChild.children, bar = li.querySelector('.stack'), parts = [...bar.children].filter((i) => !i.hidden);
       return [li.dataset.model, n.textContent, share.textContent, bar.style.width, parts.map((i) => i.className)]; })""")
+    assert shown.text("#models-title") == "Failures by model"
     assert sorted(told) == [
         ["gpt-5.4", "1", "25%", f"{100 / 3:.4f}%", ["k-failed"]],
         ["gpt-5.5", "3", "75%", "100%", ["k-failed"]],
