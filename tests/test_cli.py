@@ -8,6 +8,8 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -123,6 +125,21 @@ def test_program_runs_from_its_compiled_form_where_that_can_be_kept(program, pro
     os.utime(str(compiled), (1, 1))
     running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
     assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled anew
+
+
+def test_program_takes_no_module_from_the_folder_it_is_started_in(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    elsewhere = program.folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("argparse", "sqlite3", "http"):
+        (elsewhere / f"{name}.py").write_text("raise SystemExit('taken from the wrong place')")
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, str(program.script), "start", "--no-browser"]
+    process = subprocess.Popen(command, cwd=str(elsewhere), env=environment, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline().endswith(f":{port}\n")
+        process.terminate()
+    assert process.returncode in (0, -15)
 
 
 def test_program_in_a_folder_that_keeps_no_compiled_form_runs_all_the_same(program, proxy):
