@@ -5852,7 +5852,10 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         return "—" if value is None else f"{value} %"
 
     def local(text: str | None) -> str:
-        return time.strftime("%a %H:%M", time.localtime(parse_time(text)[0])) if text else "—"
+        at = parse_time(text)[0] if text else None
+        if at is None or at <= time.time():
+            return "—" if at is None else "reset due"
+        return time.strftime("%a %H:%M", time.localtime(at))
 
     age = row["age_seconds"]
     return [
