@@ -162,9 +162,12 @@ class Backoff:
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600)."""
+    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is."""
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(str(path), 0o600)
+    try:
+        os.chmod(str(path), 0o600)
+    except PermissionError:
+        pass  # check names a file that others can read
 
 
 def where_raised(error: BaseException) -> str:
@@ -1628,23 +1631,28 @@ class Store:
         ``sequence`` grows with each batch; one that is not above the stored mark was stored before, and is
         left out: then False is returned.
         """
-        with self._write() as db:
+        with self._write_lock:
             counts = dict(self._counts)
             if sequence <= counts["sequence"]:
                 return False
-            if parsed.events:
-                self._insert_events(db, parsed.events)
-            if parsed.rejects:
-                self._insert_rejects(db, parsed.rejects, now)
-            counts["sequence"] = sequence
-            counts["stored"] += len(parsed.events)
-            counts["rejected"] += len(parsed.rejects)
-            counts["ignored"] += parsed.ignored
-            self._put_counts(db, counts)
-        self._counts = counts
-        if parsed.events:
-            self.changes += 1
+            with self._write() as db:
+                if parsed.events:
+                    self._insert_events(db, parsed.events)
+                if parsed.rejects:
+                    self._insert_rejects(db, parsed.rejects, now)
+                counts["sequence"] = sequence
+                counts["stored"] += len(parsed.events)
+                counts["rejected"] += len(parsed.rejects)
+                counts["ignored"] += parsed.ignored
+                self._put_counts(db, counts)
+            self._note_change(counts, identities=bool(parsed.events), answers=bool(parsed.events))
         return True
+
+    def _note_change(self, counts: dict[str, int], identities: bool, answers: bool) -> None:
+        """Take over what a commit has made true, while no other can come between."""
+        self._counts = counts
+        self._identity_changes += identities
+        self.changes += answers
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
         rows, counted, by_identity = [], [], {}
@@ -1658,7 +1666,6 @@ class Store:
             by_identity.setdefault(ids.identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
-        self._identity_changes += 1
         _roll_up(db, _cells(counted, lambda *key: key))
 
     def _find_ids(self, db, event: Event) -> _Ids:
@@ -1718,55 +1725,56 @@ class Store:
         first_id = self.get_meta("adopt_next")
         if first_id is None:
             return False
-        with self._write() as db:
-            last_id = self.get_meta("adopt_last")
-            to_id = min(first_id + rows - 1, last_id)
-            ids = (first_id, to_id)
-            db.execute(
-                "INSERT INTO identities(auth_index, source, first_at, last_at) "
-                "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, "
-                "MIN(ts_epoch), MAX(ts_epoch) "
-                "FROM events WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL AND context_id IS NULL GROUP BY a, s "
-                "ON CONFLICT(auth_index, source) DO UPDATE SET "
-                "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
-                ids,
-            )
-            db.execute(
-                f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
-                "ON CONFLICT(name) DO NOTHING",
-                ids,
-            )
-            _roll_up(db, db.execute(_CELLS_OF_ROWS, ids))
+        with self._write_lock:
             counts = dict(self._counts)
-            counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[0]
-            self._put_counts(db, counts)
-            if to_id < last_id:
-                db.execute("UPDATE meta SET value = ? WHERE key = 'adopt_next'", (to_id + 1,))
-            else:
-                db.execute("DELETE FROM meta WHERE key IN ('adopt_next', 'adopt_last')")
-        self._counts = counts
-        self._identity_changes += 1
-        self.changes += 1
+            with self._write() as db:
+                last_id = self.get_meta("adopt_last")
+                to_id = min(first_id + rows - 1, last_id)
+                ids = (first_id, to_id)
+                db.execute(
+                    "INSERT INTO identities(auth_index, source, first_at, last_at) "
+                    "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, "
+                    "MIN(ts_epoch), MAX(ts_epoch) FROM events "
+                    "WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL AND context_id IS NULL GROUP BY a, s "
+                    "ON CONFLICT(auth_index, source) DO UPDATE SET "
+                    "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
+                    ids,
+                )
+                db.execute(
+                    f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
+                    "ON CONFLICT(name) DO NOTHING",
+                    ids,
+                )
+                _roll_up(db, db.execute(_CELLS_OF_ROWS, ids))
+                counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[
+                    0
+                ]
+                self._put_counts(db, counts)
+                if to_id < last_id:
+                    db.execute("UPDATE meta SET value = ? WHERE key = 'adopt_next'", (to_id + 1,))
+                else:
+                    db.execute("DELETE FROM meta WHERE key IN ('adopt_next', 'adopt_last')")
+            self._note_change(counts, identities=True, answers=True)
         return to_id < last_id
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
-        """Delete up to ``rows`` events older than the 15-minute mark at or before ``before``; their sums stay."""
-        floor = int(before) // BUCKET_S
+        """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        floor = int(before) // 3600 * 3600 // BUCKET_S
         if self.adopting:
             return 0
-        with self._write() as db:
-            if floor > (self.get_meta("events_floor") or 0):
-                _put_meta(db, "events_floor", floor)
-            done = db.execute(
-                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
-                (floor * BUCKET_S, rows),
-            ).rowcount
+        with self._write_lock:
             counts = dict(self._counts)
-            counts["deleted"] += done
-            self._put_counts(db, counts)
-        self._counts = counts
-        if done:
-            self.changes += 1
+            with self._write() as db:
+                if floor > (self.get_meta("events_floor") or 0):
+                    _put_meta(db, "events_floor", floor)
+                done = db.execute(
+                    "DELETE FROM events WHERE id IN "
+                    "(SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
+                    (floor * BUCKET_S, rows),
+                ).rowcount
+                counts["deleted"] += done
+                self._put_counts(db, counts)
+            self._note_change(counts, identities=False, answers=done > 0)
         return done
 
     # Small values and counts
@@ -2389,8 +2397,12 @@ class _UsagePlan:
     def sums(self, db, group: str, bucket_s: int = BUCKET_S, offset_s: int = 0) -> dict[Any, tuple[int, ...]]:
         """Sum up by ``bucket``, ``model`` or ``account``; keys are local bucket numbers, names or identities."""
         levels = self._levels(group, bucket_s, offset_s)
-        parts, values = [], []
-        for roll_up, start, end in self._spans(levels, self._window.start, self._window.end):
+        window, parts, values = self._window, [], []
+        spans = [
+            *self._deleted_spans(levels, group),
+            *self._spans(levels, max(window.start, self._floor_at), window.end),
+        ]
+        for roll_up, start, end in spans:
             if roll_up is None:
                 part, bound = self._rows_part(group, bucket_s, offset_s)
             else:
@@ -2422,17 +2434,24 @@ class _UsagePlan:
             return
         roll_up, finer = levels[0], levels[1:]
         first, last = -int(-start // roll_up.seconds), int(end // roll_up.seconds)
-        if not finer:  # below the floor single events were deleted, so a cut bucket counts whole there
-            if start < self._floor_at:
-                first = int(start // roll_up.seconds)
-            if end % roll_up.seconds and last * roll_up.seconds < self._floor_at:
-                last += 1
         if first >= last:
             yield from self._spans(finer, start, end)
             return
         yield from self._spans(finer, start, first * roll_up.seconds)
         yield roll_up, first, last
         yield from self._spans(finer, last * roll_up.seconds, end)
+
+    def _deleted_spans(self, levels: Sequence[_RollUp], group: str) -> Iterable[tuple[_RollUp | None, float, float]]:
+        """Cut what lies below the floor, where single events were deleted: a cut bucket counts whole there.
+
+        Where no roll-up fits the question, the finest that there is has to do.
+        """
+        start, end = self._window.start, min(self._window.end, self._floor_at)
+        if self._rows_only or start >= end:
+            return ()
+        levels = levels or _levels_of(self._filters, group)[-1:]
+        step_s = levels[-1].seconds
+        return self._spans(levels, start // step_s * step_s, -(-end // step_s) * step_s)
 
     def _rows_part(self, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
         key = {
@@ -4764,6 +4783,8 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     starts = range(first, int(window.end) + (window.end > int(window.end)), bucket_s)
     nothing = (0,) * len(SUM_NAMES)
+    for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
+        buckets[first] = _total([buckets.pop(early), buckets.get(first, nothing)])
     return {
         "range": name,
         "start": window.start,
@@ -4958,8 +4979,9 @@ class Answers:
             etag = self.etag(path, query)
             answer = question.answer
             if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
-                question.begun_at = time.monotonic()
+                begun_at = time.monotonic()
                 answer = question.answer = self._make(path, query, etag)
+                question.begun_at = begun_at
             return answer
 
     def _question(self, key: tuple[Any, ...]) -> _Question:
@@ -5439,7 +5461,7 @@ class DemoWorld:
         thought = int(out * dice.triangular(0.1, 0.85, 0.5))
         latency_ms = int(1200 + out * dice.uniform(6, 18))
         made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
-        return made._replace(quota_headers=self._headers_of(number, at))
+        return made if account.mail.startswith("old") else made._replace(quota_headers=self._headers_of(number, at))
 
     def _key_event(self, at: float) -> Event:
         account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
@@ -5830,7 +5852,10 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         return "—" if value is None else f"{value} %"
 
     def local(text: str | None) -> str:
-        return time.strftime("%a %H:%M", time.localtime(parse_time(text)[0])) if text else "—"
+        at = parse_time(text)[0] if text else None
+        if at is None or at <= time.time():
+            return "—" if at is None else "reset due"
+        return time.strftime("%a %H:%M", time.localtime(at))
 
     age = row["age_seconds"]
     return [
@@ -6036,7 +6061,8 @@ def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
 
 
 _AS_MODULE = (
-    "import sys; sys.path.insert(0, {folder!r}); import {name} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+    "import sys; sys.path[:] = [{folder!r}, *filter(None, sys.path)]; import {name} as dashboard; "
+    "sys.exit(dashboard.main(sys.argv[2:]))"
 )
 
 

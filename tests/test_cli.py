@@ -8,6 +8,8 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -125,6 +127,21 @@ def test_program_runs_from_its_compiled_form_where_that_can_be_kept(program, pro
     assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled anew
 
 
+def test_program_takes_no_module_from_the_folder_it_is_started_in(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    elsewhere = program.folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("argparse", "sqlite3", "http"):
+        (elsewhere / f"{name}.py").write_text("raise SystemExit('taken from the wrong place')")
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, str(program.script), "start", "--no-browser"]
+    process = subprocess.Popen(command, cwd=str(elsewhere), env=environment, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline().endswith(f":{port}\n")
+        process.terminate()
+    assert process.returncode in (0, -15)
+
+
 def test_program_in_a_folder_that_keeps_no_compiled_form_runs_all_the_same(program, proxy):
     (program.folder / "__pycache__").write_text("in the way")
     port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
@@ -232,6 +249,16 @@ def test_quota_command_refreshes_itself_where_no_dashboard_runs(program, chatgpt
     again = program.run("quota", "--force", env=chatgpt.environment)
     assert again.returncode == 1 and "try again in" in again.stderr and len(chatgpt.requests) == 2
     assert program.run("quota").returncode == 0
+
+
+def test_quota_table_calls_a_reset_that_has_passed_due(program):
+    store = app.Store(program.folder / "usage.db")
+    window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
+    reading = app.parse_quota({"plan_type": "plus", "rate_limit": {"primary_window": window}}, time.time() - 120)
+    row = app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120)
+    store.save_reading({**row, "source": "refresh", "raw_json": None})
+    store.close()
+    assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due", program.run("quota").stdout)
 
 
 def test_report_prints_the_totals_of_a_range(program):
