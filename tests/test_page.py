@@ -393,6 +393,8 @@ def test_requests_list_what_failed_and_why(page, site):
     shown = page()
     shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 3")
     assert "429 usage_limit_reached" in shown.text("#requests")
+    room, wide = shown.script("const e = document.querySelector('#requests td.bad'); return [e.clientWidth, e.scrollWidth]")
+    assert wide <= room
     shown.click("#failed-only")
     shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 1")
     shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '1'")
