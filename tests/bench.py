@@ -183,6 +183,10 @@ class Dashboard:
 
     def __enter__(self) -> Dashboard:
         command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", self._config]
+        self.stored = 0
+        if self.database.exists():
+            with contextlib.closing(sqlite3.connect(str(self.database))) as db:
+                self.stored = _stored(db)
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self._log.open("w") as log:
             self.process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=env)
@@ -244,10 +248,12 @@ class Drain(NamedTuple):
 def watch_drain(dashboard: Dashboard, count: int) -> Drain:
     """Watch the count of stored events grow by so many; start-up is not in the rate."""
     dashboard.wait_for_line("CLIProxyAPI Usage Dashboard")  # then the database is there
+    before, dashboard.stored = dashboard.stored, dashboard.stored + count
     seen: list[tuple[float, int]] = []
     with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10, isolation_level=None)) as db:
-        before = _stored(db)
         while not seen or seen[-1][1] < before + count:
+            if dashboard.process.poll() is not None:
+                raise SystemExit("the dashboard ended in the middle of an ingest")
             stored, now = _stored(db), time.perf_counter()
             if stored > (seen[-1][1] if seen else before):
                 seen.append((now, stored))
