@@ -6086,6 +6086,8 @@ def start_from_compiled() -> None:
     except OSError:  # the folder cannot be written
         return
     if is_kept:
+        # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
         code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
         os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
 
