@@ -1,9 +1,24 @@
 #!/usr/bin/env python3
-"""CLIProxyAPI Usage Dashboard: collect, keep and show the usage of a CLIProxyAPI account pool.
+"""CLIProxyAPI Usage Dashboard: collect, store and show the usage of a CLIProxyAPI account pool.
 
 One process takes usage records off the proxy's Redis-compatible queue, keeps them in SQLite and serves one
-page with its JSON API. Only Python's standard library is needed. Sections stand from low to high, and each
-uses only those above it: base, config, resp, events, store, quota, collector, web, demo, cli.
+page with its JSON API. Only Python's standard library is needed. Sections, each using only those above it:
+
+base       errors, log, times, back-off, private files, masks and scrubbing of texts
+config     settings from defaults, file, environment and flags, all faults in one error
+resp       the wire protocol of the queue: encoder, reader, client
+events     queue records parsed into events: masks, token rules of each provider
+accounts   account files, and which identities are one account
+store      the SQLite file, the only SQL: schema steps, writes, summaries
+quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
+readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
+sources    the ways to take records: pop, http, subscribe
+collector  the loop from source to store: spool, proxy facts, outages
+refresher  rounds of quota calls on request, and hourly chores
+web        routes, the HTTP server, the page
+demo       made-up traffic for a look at the page
+check      everything that can be wrong, each finding with its remedy
+cli        commands, signals, exit codes
 """
 
 from __future__ import annotations
@@ -181,6 +196,87 @@ def where_raised(error: BaseException) -> str:
 def short_tag(*parts: str) -> str:
     """Give six hex digits that stay the same for the same text and do not reveal it."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+
+
+def os_reason(error: BaseException) -> str:
+    """Put an operating system's error in its own short words, without addresses or paths."""
+    if isinstance(error, socket.timeout):
+        return "no answer in time"
+    if isinstance(error, socket.gaierror):
+        return "the name is unknown"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+_MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
+
+
+def looks_like_mail(text: str) -> bool:
+    """Tell whether a source is an e-mail address, the only kind that may be stored as sent."""
+    return len(text) <= 254 and _MAIL.match(text) is not None
+
+
+def mask_key(text: str) -> str:
+    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would tell too much."""
+    if not text:
+        return ""
+    tag = short_tag(text)
+    return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
+
+
+def mask_mail(mail: str) -> str:
+    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+    name, at, domain = mail.partition("@")
+    return f"{name[:1]}***@{domain}" if at else "***"
+
+
+def _printable(text: str) -> str:
+    """Replace what neither SQLite's shell nor a terminal takes: control characters and lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+_SECRETS = re.compile(
+    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
+    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
+    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+)
+
+
+def without_secrets(text: str, limit: int = 160) -> str:
+    """Take mails, keys, long ids and addresses out of a sentence and shorten it."""
+    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+
+
+def _json_error(body: Any) -> tuple[str, str]:
+    """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
+    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
+        return "", ""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    if isinstance(content, list) and content:
+        content = content[0]
+    if not isinstance(content, dict):
+        return "", ""
+    error = next((content[name] for name in ("error", "detail") if content.get(name)), content)
+    if not isinstance(error, dict):
+        return "", error if isinstance(error, str) else ""
+    words = [error.get(name) for name in ("code", "status", "type", "message")]
+    code, state, kind, message = (word if isinstance(word, str) else "" for word in words)
+    return code or kind or state, message
+
+
+def _finite(value: Any) -> float | None:
+    """Take a number or a text that is one; None for anything else, not-a-number and infinity included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < 1e18 else None
 
 
 # ------------------------------------------------------------------ config
@@ -563,15 +659,6 @@ def _untrusted(host: str, port: int, error: Any) -> QueueFault:
     return QueueFault(said, "closed", says_remedy=True)
 
 
-def os_reason(error: BaseException) -> str:
-    """Put an operating system's error in its own short words, without addresses or paths."""
-    if isinstance(error, socket.timeout):
-        return "no answer in time"
-    if isinstance(error, socket.gaierror):
-        return "the name is unknown"
-    return getattr(error, "strerror", None) or type(error).__name__
-
-
 class RespClient:
     """Speak RESP over one connection: commands out in one write, whole replies in."""
 
@@ -685,32 +772,12 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-_MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
 # Exact up to here in every browser; no request of any model comes near.
 _LARGEST_NUMBER = 2**53 - 1
 _CLAUDE = frozenset(["claude"])
 _THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
 _MOST_QUOTA_HEADERS = 80  # eight groups of ten
 _CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
-
-
-def looks_like_mail(text: str) -> bool:
-    """Tell whether a source is an e-mail address, the only kind that may be stored as sent."""
-    return len(text) <= 254 and _MAIL.match(text) is not None
-
-
-def mask_key(text: str) -> str:
-    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would tell too much."""
-    if not text:
-        return ""
-    tag = short_tag(text)
-    return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
-
-
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
-    name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
 
 
 def _mask_source(text: str) -> str:
@@ -903,11 +970,6 @@ def _text(value: Any, name: str, limit: int = 200) -> str:
     return _printable(value[:limit])
 
 
-def _printable(text: str) -> str:
-    """Replace what neither SQLite's shell nor a terminal takes: control characters and lone surrogates."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def _number(value: Any, name: str) -> int | None:
     """Take a count; a negative one, which senders use for "not known", is unknown."""
     if value is None or (type(value) is int and 0 <= value <= _LARGEST_NUMBER):
@@ -1022,19 +1084,7 @@ def _inclusive_usage(counts: _Usage, thoughts_apart: bool) -> _Usage:
     return sent_input, output, reasoning, total or _sum(sent_input, output), read or cached, written
 
 
-_SECRETS = re.compile(
-    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
-    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
-    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
-)
 _OWN_PHRASES = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-
-
-def without_secrets(text: str, limit: int = 160) -> str:
-    """Take mails, keys, long ids and addresses out of a sentence and shorten it."""
-    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
-    return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
 def _status_of(fail: Any) -> int | None:
@@ -1065,26 +1115,6 @@ def _status_phrase(status: int) -> str:
         return _OWN_PHRASES.get(status) or HTTPStatus(status).phrase
     except ValueError:
         return ""
-
-
-def _json_error(body: Any) -> tuple[str, str]:
-    """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
-        return "", ""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
-    if isinstance(content, list) and content:
-        content = content[0]
-    if not isinstance(content, dict):
-        return "", ""
-    error = next((content[name] for name in ("error", "detail") if content.get(name)), content)
-    if not isinstance(error, dict):
-        return "", error if isinstance(error, str) else ""
-    words = [error.get(name) for name in ("code", "status", "type", "message")]
-    code, state, kind, message = (word if isinstance(word, str) else "" for word in words)
-    return code or kind or state, message
 
 
 _KEPT_OF_REJECT = [
@@ -1139,6 +1169,13 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str):
         return value if value in ("complete", "inconsistent", "unclassified") else "str"
     return _harmless(value)
+
+
+# ------------------------------------------------------------------ accounts
+
+
+_LARGEST_BODY = 1024 * 1024
+_FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class Identity(NamedTuple):
@@ -1246,6 +1283,177 @@ def _name_apart(accounts: Sequence[Account]) -> None:
                     one.name = f"{one.name} ({text})"
 
 
+class AccountFile(NamedTuple):
+    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
+
+    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
+    v7.0.0, where both see it under the same path.
+    """
+
+    name: str
+    email: str
+    account_id: str
+    plan: str
+    access_token: str
+    disabled: bool
+    proxy_url: str
+    freshness: str
+    version: str = ""
+    auth_index: str = ""
+    subscription_until: str | None = None
+
+    @property
+    def tag(self) -> str:
+        """Give the stable tag that stands for the account id."""
+        return "#" + short_tag(self.account_id, self.email)
+
+    def __repr__(self) -> str:
+        return f"AccountFile({self.name!r})"
+
+
+def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
+    """Read the Codex account files of the first folder that has any, with a sentence for each odd file.
+
+    A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
+    opened for reading only, and never followed into sub-folders.
+    """
+    folder, found, problems = folders[0], [], []
+    for candidate in folders:
+        found, odd = _read_folder(candidate)
+        problems += odd
+        if found:
+            folder = candidate
+            break
+    newest: dict[tuple[str, str], AccountFile] = {}
+    for file in sorted(found, key=lambda file: not file.account_id):
+        key = _login_of(file, newest)
+        known = newest.get(key)
+        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
+            newest[key] = file._replace(account_id=file.account_id or key[0])
+    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+
+
+def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
+    same_mail = [key for key in known if key[1] == file.email]
+    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
+
+
+def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+    except OSError as error:
+        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
+    found, problems = [], []
+    for path in paths:
+        try:
+            file = read_account_file(path)
+        except ValueError as error:
+            problems.append(f"{_masked_name(path)} is skipped: {error}")
+            continue
+        if file is not None:
+            found.append(file)
+    return found, problems
+
+
+def _masked_name(path: Path) -> str:
+    """Give a file's name with the mail in it shortened, as the console shows mails."""
+    return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
+
+
+def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
+    """Read one file; None where it is of another provider. Raises ValueError that says what is odd.
+
+    The proxy rewrites its files in place, so one that is caught half-written is read a second time.
+    """
+    for attempt in range(attempts):
+        try:
+            content, written_at = _read_json_file(path)
+            break
+        except ValueError:
+            if attempt == attempts - 1:
+                raise
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if _word(content.get("type")).lower() != "codex":
+        return None
+    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
+    about = claims.get("https://api.openai.com/auth")
+    about = about if isinstance(about, dict) else {}
+    token = _word(content.get("access_token"))
+    account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
+    if not (token + account_id).isascii() or not (token + account_id).isprintable() or " " in token + account_id:
+        raise ValueError("its token or account id holds letters that cannot be sent")
+    return AccountFile(
+        path.name,
+        _word(content.get("email")) or _word(claims.get("email")) or _printable(path.stem),
+        account_id,
+        _word(about.get("chatgpt_plan_type")).lower()[:32],
+        token,
+        content.get("disabled") is True,
+        _word(content.get("proxy_url")),
+        _freshness(content),
+        short_tag(token, str(written_at)),
+        auth_index_of(os.path.abspath(str(path))),
+        _any_time(about.get("chatgpt_subscription_active_until")),
+    )
+
+
+def auth_index_of(path: str) -> str:
+    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
+    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _read_json_file(path: Path) -> tuple[Any, int]:
+    """Give a file's content and when it was written, in nanoseconds."""
+    try:
+        with open(str(path), "rb") as stream:
+            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
+    except OSError as error:
+        raise ValueError(os_reason(error)) from error
+    if len(data) > _LARGEST_BODY:
+        raise ValueError("it is too large for an account file")
+    try:
+        return json.loads(data.decode("utf-8-sig")), written_at
+    except (ValueError, RecursionError):
+        raise ValueError("it is empty, half-written or not JSON") from None
+
+
+def _word(value: Any) -> str:
+    return _printable(value.strip()) if isinstance(value, str) else ""
+
+
+def _claims(token: str) -> dict[str, Any]:
+    """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except (ValueError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def _freshness(content: Mapping[str, Any]) -> str:
+    """Give a text that sorts by when the login was renewed."""
+    for name in ("last_refresh", "expired"):
+        try:
+            return parse_time(_word(content.get(name)))[1]
+        except ValueError:
+            continue
+    return ""
+
+
+def _any_time(value: Any) -> str | None:
+    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
+    try:
+        return utc_text(parse_time(_word(value))[0])
+    except ValueError:
+        at = _finite(value)
+        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+
+
 # ------------------------------------------------------------------ store
 
 
@@ -1258,7 +1466,6 @@ class StoreError(DashboardError):
 
 _LARGEST_LOG = 16 * 1024 * 1024  # bytes that the write-ahead log keeps on the disk after it was larger for once
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
-
 SUM_NAMES = (
     "requests",
     "failed",
@@ -1268,6 +1475,7 @@ SUM_NAMES = (
     "cached_tokens",
     "total_tokens",
 )
+
 
 # The columns of an event that SUM_NAMES counts, after the event itself.
 _counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES[1:]))
@@ -1465,7 +1673,6 @@ _SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (
     _step_losses,
     _step_quota_calls,
 )
-
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
@@ -2280,8 +2487,6 @@ _REQUEST_COLUMNS = ", ".join(
     + [f"c.{name}" for name in _CONTEXT_COLUMNS]
     + ["CAST(e.auth_index AS TEXT)"]
 )
-
-
 _LIST_EVENTS = (
     f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
     "LEFT JOIN identities i ON i.id = c.identity_id "
@@ -2479,36 +2684,6 @@ class _UsagePlan:
 
 
 USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
-_LARGEST_BODY = 1024 * 1024
-_FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
-
-
-class AccountFile(NamedTuple):
-    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
-
-    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
-    v7.0.0, where both see it under the same path.
-    """
-
-    name: str
-    email: str
-    account_id: str
-    plan: str
-    access_token: str
-    disabled: bool
-    proxy_url: str
-    freshness: str
-    version: str = ""
-    auth_index: str = ""
-    subscription_until: str | None = None
-
-    @property
-    def tag(self) -> str:
-        """Give the stable tag that stands for the account id."""
-        return "#" + short_tag(self.account_id, self.email)
-
-    def __repr__(self) -> str:
-        return f"AccountFile({self.name!r})"
 
 
 class Meter(NamedTuple):
@@ -2570,149 +2745,6 @@ QUOTA_MESSAGES = {
 }
 
 
-def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, with a sentence for each odd file.
-
-    A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
-    opened for reading only, and never followed into sub-folders.
-    """
-    folder, found, problems = folders[0], [], []
-    for candidate in folders:
-        found, odd = _read_folder(candidate)
-        problems += odd
-        if found:
-            folder = candidate
-            break
-    newest: dict[tuple[str, str], AccountFile] = {}
-    for file in sorted(found, key=lambda file: not file.account_id):
-        key = _login_of(file, newest)
-        known = newest.get(key)
-        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[key] = file._replace(account_id=file.account_id or key[0])
-    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
-
-
-def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
-    same_mail = [key for key in known if key[1] == file.email]
-    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
-
-
-def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
-    except OSError as error:
-        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
-    found, problems = [], []
-    for path in paths:
-        try:
-            file = read_account_file(path)
-        except ValueError as error:
-            problems.append(f"{_masked_name(path)} is skipped: {error}")
-            continue
-        if file is not None:
-            found.append(file)
-    return found, problems
-
-
-def _masked_name(path: Path) -> str:
-    """Give a file's name with the mail in it shortened, as the console shows mails."""
-    return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
-
-
-def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd.
-
-    The proxy rewrites its files in place, so one that is caught half-written is read a second time.
-    """
-    for attempt in range(attempts):
-        try:
-            content, written_at = _read_json_file(path)
-            break
-        except ValueError:
-            if attempt == attempts - 1:
-                raise
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    if _word(content.get("type")).lower() != "codex":
-        return None
-    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
-    about = claims.get("https://api.openai.com/auth")
-    about = about if isinstance(about, dict) else {}
-    token = _word(content.get("access_token"))
-    account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not (token + account_id).isascii() or not (token + account_id).isprintable() or " " in token + account_id:
-        raise ValueError("its token or account id holds letters that cannot be sent")
-    return AccountFile(
-        path.name,
-        _word(content.get("email")) or _word(claims.get("email")) or _printable(path.stem),
-        account_id,
-        _word(about.get("chatgpt_plan_type")).lower()[:32],
-        token,
-        content.get("disabled") is True,
-        _word(content.get("proxy_url")),
-        _freshness(content),
-        short_tag(token, str(written_at)),
-        auth_index_of(os.path.abspath(str(path))),
-        _any_time(about.get("chatgpt_subscription_active_until")),
-    )
-
-
-def auth_index_of(path: str) -> str:
-    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
-    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _read_json_file(path: Path) -> tuple[Any, int]:
-    """Give a file's content and when it was written, in nanoseconds."""
-    try:
-        with open(str(path), "rb") as stream:
-            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
-    except OSError as error:
-        raise ValueError(os_reason(error)) from error
-    if len(data) > _LARGEST_BODY:
-        raise ValueError("it is too large for an account file")
-    try:
-        return json.loads(data.decode("utf-8-sig")), written_at
-    except (ValueError, RecursionError):
-        raise ValueError("it is empty, half-written or not JSON") from None
-
-
-def _word(value: Any) -> str:
-    return _printable(value.strip()) if isinstance(value, str) else ""
-
-
-def _claims(token: str) -> dict[str, Any]:
-    """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
-
-
-def _freshness(content: Mapping[str, Any]) -> str:
-    """Give a text that sorts by when the login was renewed."""
-    for name in ("last_refresh", "expired"):
-        try:
-            return parse_time(_word(content.get(name)))[1]
-        except ValueError:
-            continue
-    return ""
-
-
-def _any_time(value: Any) -> str | None:
-    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
-    try:
-        return utc_text(parse_time(_word(value))[0])
-    except ValueError:
-        at = _finite(value)
-        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
-
-
 def parse_quota(payload: Any, now: float) -> Reading:
     """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
@@ -2768,17 +2800,6 @@ def _meter(window: Any, slot_seconds: int, name: str | None, now: float, used_up
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
     return Meter(f"{name} {label}" if name else label, seconds, used, reset_at, name)
-
-
-def _finite(value: Any) -> float | None:
-    """Take a number or a text that is one; None for anything else, not-a-number and infinity included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e18 else None
 
 
 def _tidy(number: float) -> float:
@@ -3038,6 +3059,9 @@ class _Deadline:
         return Handler()
 
 
+# ------------------------------------------------------------------ readings
+
+
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
     """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
     row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
@@ -3262,58 +3286,156 @@ def _pool_forecast(
     return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
 
 
-# ------------------------------------------------------------------ collector
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
+    """
+
+    _GAP_S = 60.0
+    _KEPT_REPLIES = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
+    ):
+        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s: dict[tuple[str | None, str], float] = {}
+        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
+        self._files: list[AccountFile] = []
+        self._looked_s = float("-inf")
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Keep the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event):
+                key = (event.auth_index, event.source)
+                known = self._waiting.get(key)
+                if known is None or event.ts_epoch >= known.ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event) -> bool:
+        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
+        quota is believed, where the headers say the same.
+        """
+        assert event.quota_headers is not None
+        said = tuple(event.quota_headers.items())
+        index = self._seen.pop(said, event.auth_index)
+        self._seen[said] = index
+        if len(self._seen) > self._KEPT_REPLIES:
+            del self._seen[next(iter(self._seen))]
+        if index != event.auth_index:
+            return False
+        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
+
+    def save_due(self) -> None:
+        """Save what has waited long enough since its account's last reading."""
+        now_s = self._steady()
+        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
+        for key in due:
+            self._next_s[key] = now_s + self._GAP_S
+            self._save(self._waiting.pop(key))
+
+    def _save(self, event: Event) -> None:
+        assert event.quota_headers is not None
+        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        payload = payload_of_headers(event.quota_headers)
+        reading = parse_quota(payload, read_at)
+        owner = self._owner_of(event, reading.plan or "")
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
+
+    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
+        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        files = self._account_files()
+        by_index = [file for file in files if file.auth_index == event.auth_index]
+        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
+        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(same_mail) > 1:
+            same_mail = [file for file in same_mail if file.plan == plan]
+            if len(same_mail) != 1:
+                return None
+        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
+            (file,) = same_mail
+            return None if file.disabled else (file.email, file.tag)
+        return (mail, self._tag_without_file(event, mail)) if mail else None
+
+    def _tag_without_file(self, event: Event, mail: str) -> str:
+        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
+        accounts = [account for account in self._store.accounts() if account.mail == mail]
+        if len(accounts) > 1:
+            accounts = [account for account in accounts if account.auth_index == event.auth_index]
+        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+
+    def _mail_of_index(self, auth_index: str | None) -> str:
+        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
+        accounts = self._store.accounts() if auth_index else []
+        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
+
+    def _has_several(self, mail: str) -> bool:
+        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
+
+    def _account_files(self) -> list[AccountFile]:
+        """Read the account files again at most once a minute."""
+        if self._steady() >= self._looked_s + self._GAP_S:
+            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
+        return self._files
 
 
-STATE_REMEDIES = {
-    "starting": "Starting.",
-    "recording": "Recording.",
-    "waiting": "Connected; there was nothing to record yet.",
-    "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
-    "(8317 by default).",
-    "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
-    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
-    "or set cliproxy_tls to true if it serves TLS.",
-    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
-    "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
-    "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
-    "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
-    "Restarting the proxy lifts it at once.",
-    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
-    "the proxy's machine.",
-    "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
-    "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
-    "collect_mode to http.",
-    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
-    "storage_error": "Nothing is taken from the queue until the database can be written again.",
-}
-_REFUSALS = ("wrong_password", "no_password")
+def _is_used_up(headers: Mapping[str, str]) -> bool:
+    return any(
+        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
+    )
+
+
+def _quota_json(
+    row: dict[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
+    windows = windows_at(row, now)
+    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    for window in windows:
+        told = window["meter"] is None and not window["due"]
+        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
+    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
+    for place, label in (("primary", "5h"), ("secondary", "7d")):
+        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
+            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
+    return {
+        **shown,
+        "account": _account_of_quota(row, accounts),
+        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
+        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
+    }
+
+
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
+    """Name the account of the usage table that a quota row belongs to, if there is just one."""
+    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
+    if len(same) > 1:
+        same = [one for one in same if one.plan == (row["plan"] or "")]
+    return same[0].name if len(same) == 1 else None
+
+
+# ------------------------------------------------------------------ sources
+
+
 _NOT_THERE = ("refused", "unreachable")
-_RECORDING = ("recording", "waiting", "publishing_off")
 _BATCH_FIRST, _BATCH_LARGEST = 16, 500
 _POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
 PROXY_PORT = 8317
-
-
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
-
-
-def _retention_of(config: Any) -> float:
-    """Read from the proxy's configuration how many seconds its queue remembers; all else in there is left alone.
-
-    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
-    """
-    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
-    return min(float(seconds), 3600.0) if known else _SHORTEST_RETENTION_S
-
-
-def retention_warning(retention_s: float, poll_interval_s: float) -> str:
-    """Say what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
-    return (
-        f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
-        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
-    )
 
 
 class Handed(NamedTuple):
@@ -3322,91 +3444,6 @@ class Handed(NamedTuple):
     values: list[Any]
     full: bool
     fault: QueueFault | None
-
-
-class Spool:
-    """Keep batches between the queue and the database, so that a crash in between loses and repeats nothing.
-
-    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
-    recording was last alive.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._touched_at = 0.0
-        self.set_aside: Path | None = None
-
-    def append(self, sequence: int, parsed: Parsed) -> None:
-        """Write one batch with its sequence number. Raises OSError."""
-        content = [sequence, Event._fields, parsed.events, parsed.rejects, parsed.ignored]
-        text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a full disk may have cut off before.
-        line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
-        handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-        finally:
-            os.close(handle)
-
-    def read(self) -> list[tuple[int, Parsed]]:
-        """Give the batches that a previous run left, in their order. Raises OSError.
-
-        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
-        """
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        batches = []
-        for line in lines:
-            checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
-                continue
-            try:
-                batches.append(_batch_of_json(json.loads(text)))
-            except (TypeError, ValueError, AttributeError):
-                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
-        if self.set_aside is not None:
-            os.replace(str(self._path), str(self.set_aside))
-        return batches
-
-    def clear(self) -> None:
-        """Forget all batches; the file stays, for its time."""
-        if self._path.exists():
-            os.truncate(str(self._path), 0)
-
-    def alive_at(self) -> float | None:
-        """Give when recording was last alive; None where it never was."""
-        try:
-            return self._path.stat().st_mtime
-        except OSError:
-            return None
-
-    def touch(self, now: float) -> None:
-        """Note that recording is alive, at most every 15 seconds."""
-        if not 0 <= now - self._touched_at < 15:
-            self._touched_at = now
-            make_private(self._path)
-            os.utime(str(self._path), (now, now))
-
-
-def _merged(batches: Sequence[Parsed]) -> Parsed:
-    """Make one batch of several, in their order."""
-    events = [event for batch in batches for event in batch.events]
-    rejects = [reject for batch in batches for reject in batch.rejects]
-    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
-
-
-def _batch_of_json(content: Any) -> tuple[int, Parsed]:
-    sequence, names, events, rejects, ignored = content
-    rows = [_event_of_names(dict(zip(names, row))) for row in events]
-    return int(sequence), Parsed(rows, [Reject(*reject) for reject in rejects], int(ignored))
-
-
-def _event_of_names(values: Mapping[str, Any]) -> Event:
-    """Make an event of a spool that another version of this program may have written."""
-    return Event(*(values.get(name, Event._field_defaults.get(name, "")) for name in Event._fields))
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
@@ -3772,6 +3809,138 @@ class SubscribeSource:
                 part.close()
 
     break_off = close
+
+
+# ------------------------------------------------------------------ collector
+
+
+STATE_REMEDIES = {
+    "starting": "Starting.",
+    "recording": "Recording.",
+    "waiting": "Connected; there was nothing to record yet.",
+    "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
+    "(8317 by default).",
+    "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
+    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
+    "or set cliproxy_tls to true if it serves TLS.",
+    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
+    "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
+    "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
+    "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
+    "Restarting the proxy lifts it at once.",
+    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
+    "the proxy's machine.",
+    "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
+    "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
+    "collect_mode to http.",
+    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
+    "storage_error": "Nothing is taken from the queue until the database can be written again.",
+}
+_REFUSALS = ("wrong_password", "no_password")
+_RECORDING = ("recording", "waiting", "publishing_off")
+
+
+def _retention_of(config: Any) -> float:
+    """Read from the proxy's configuration how many seconds its queue remembers; all else in there is left alone.
+
+    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
+    """
+    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+    return min(float(seconds), 3600.0) if known else _SHORTEST_RETENTION_S
+
+
+def retention_warning(retention_s: float, poll_interval_s: float) -> str:
+    """Say what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
+    return (
+        f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
+        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+    )
+
+
+class Spool:
+    """Keep batches between the queue and the database, so that a crash in between loses and repeats nothing.
+
+    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
+    recording was last alive.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._touched_at = 0.0
+        self.set_aside: Path | None = None
+
+    def append(self, sequence: int, parsed: Parsed) -> None:
+        """Write one batch with its sequence number. Raises OSError."""
+        content = [sequence, Event._fields, parsed.events, parsed.rejects, parsed.ignored]
+        text = json.dumps(content, ensure_ascii=True)
+        # The line feed in front ends a line that a full disk may have cut off before.
+        line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
+        handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            while line:
+                line = line[os.write(handle, line) :]
+        finally:
+            os.close(handle)
+
+    def read(self) -> list[tuple[int, Parsed]]:
+        """Give the batches that a previous run left, in their order. Raises OSError.
+
+        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
+        """
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        batches = []
+        for line in lines:
+            checksum, _, text = line.partition(b" ")
+            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                continue
+            try:
+                batches.append(_batch_of_json(json.loads(text)))
+            except (TypeError, ValueError, AttributeError):
+                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
+        if self.set_aside is not None:
+            os.replace(str(self._path), str(self.set_aside))
+        return batches
+
+    def clear(self) -> None:
+        """Forget all batches; the file stays, for its time."""
+        if self._path.exists():
+            os.truncate(str(self._path), 0)
+
+    def alive_at(self) -> float | None:
+        """Give when recording was last alive; None where it never was."""
+        try:
+            return self._path.stat().st_mtime
+        except OSError:
+            return None
+
+    def touch(self, now: float) -> None:
+        """Note that recording is alive, at most every 15 seconds."""
+        if not 0 <= now - self._touched_at < 15:
+            self._touched_at = now
+            make_private(self._path)
+            os.utime(str(self._path), (now, now))
+
+
+def _merged(batches: Sequence[Parsed]) -> Parsed:
+    """Make one batch of several, in their order."""
+    events = [event for batch in batches for event in batch.events]
+    rejects = [reject for batch in batches for reject in batch.rejects]
+    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
+
+
+def _batch_of_json(content: Any) -> tuple[int, Parsed]:
+    sequence, names, events, rejects, ignored = content
+    rows = [_event_of_names(dict(zip(names, row))) for row in events]
+    return int(sequence), Parsed(rows, [Reject(*reject) for reject in rejects], int(ignored))
+
+
+def _event_of_names(values: Mapping[str, Any]) -> Event:
+    """Make an event of a spool that another version of this program may have written."""
+    return Event(*(values.get(name, Event._field_defaults.get(name, "")) for name in Event._fields))
 
 
 class Collector:
@@ -4270,114 +4439,7 @@ class Collector:
                 return
 
 
-class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
-
-    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
-    """
-
-    _GAP_S = 60.0
-    _KEPT_REPLIES = 2000
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = steady_s,
-    ):
-        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
-        self._waiting: dict[tuple[str | None, str], Event] = {}
-        self._next_s: dict[tuple[str | None, str], float] = {}
-        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
-        self._files: list[AccountFile] = []
-        self._looked_s = float("-inf")
-
-    def note(self, events: Iterable[Event]) -> None:
-        """Keep the newest reading of each account for save_due()."""
-        for event in events:
-            if event.quota_headers and self._is_own(event):
-                key = (event.auth_index, event.source)
-                known = self._waiting.get(key)
-                if known is None or event.ts_epoch >= known.ts_epoch:
-                    self._waiting[key] = event
-
-    def _is_own(self, event: Event) -> bool:
-        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
-        """
-        assert event.quota_headers is not None
-        said = tuple(event.quota_headers.items())
-        index = self._seen.pop(said, event.auth_index)
-        self._seen[said] = index
-        if len(self._seen) > self._KEPT_REPLIES:
-            del self._seen[next(iter(self._seen))]
-        if index != event.auth_index:
-            return False
-        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
-
-    def save_due(self) -> None:
-        """Save what has waited long enough since its account's last reading."""
-        now_s = self._steady()
-        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
-        for key in due:
-            self._next_s[key] = now_s + self._GAP_S
-            self._save(self._waiting.pop(key))
-
-    def _save(self, event: Event) -> None:
-        assert event.quota_headers is not None
-        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        payload = payload_of_headers(event.quota_headers)
-        reading = parse_quota(payload, read_at)
-        owner = self._owner_of(event, reading.plan or "")
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
-            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
-
-    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
-        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        files = self._account_files()
-        by_index = [file for file in files if file.auth_index == event.auth_index]
-        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
-        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(same_mail) > 1:
-            same_mail = [file for file in same_mail if file.plan == plan]
-            if len(same_mail) != 1:
-                return None
-        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
-            (file,) = same_mail
-            return None if file.disabled else (file.email, file.tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
-
-    def _mail_of_index(self, auth_index: str | None) -> str:
-        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
-        accounts = self._store.accounts() if auth_index else []
-        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
-
-    def _has_several(self, mail: str) -> bool:
-        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
-
-    def _account_files(self) -> list[AccountFile]:
-        """Read the account files again at most once a minute."""
-        if self._steady() >= self._looked_s + self._GAP_S:
-            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
-        return self._files
-
-
-def _is_used_up(headers: Mapping[str, str]) -> bool:
-    return any(
-        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
-    )
+# ------------------------------------------------------------------ refresher
 
 
 class QuotaRefresher:
@@ -4566,6 +4628,8 @@ class QuotaRefresher:
 
 
 _LONGEST_WAIT_S = 3600.0
+
+
 # Seconds not to ask after the first failure, and at the longest. The cool-down between two rounds comes first; trouble
 # on the way, which passes, costs little more than that.
 _WAITS_S = {
@@ -4579,6 +4643,8 @@ _WAITS_S = {
     "network": (120.0, 600.0),
     "timeout": (120.0, 600.0),
 }
+
+
 # These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
 _ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
 _MOST_IN_VAIN = 3
@@ -4657,7 +4723,6 @@ _AUTO_BUCKETS = ((3600, 300), (5 * 3600, 900), (2 * 86400, 3600), (8 * 86400, 3 
 _MOST_BUCKETS = 10_000
 _CLOCK_SLACK_S = 3600.0
 _FORCE_WAIT_S = 25.0
-
 Query = Mapping[str, str]
 
 
@@ -4851,38 +4916,6 @@ def force_quota(app: App, query: Query) -> dict[str, Any]:
         headers = {"Retry-After": str(refused.retry_after_s)} if refused.retry_after_s else {}
         raise ApiError(refused.http_status, refused.code, str(refused), headers) from refused
     return api_quota(app, query)
-
-
-def _quota_json(
-    row: dict[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
-) -> dict[str, Any]:
-    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
-    windows = windows_at(row, now)
-    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    for window in windows:
-        told = window["meter"] is None and not window["due"]
-        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
-    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
-    for place, label in (("primary", "5h"), ("secondary", "7d")):
-        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
-            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    return {
-        **shown,
-        "account": _account_of_quota(row, accounts),
-        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
-        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
-    }
-
-
-def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Name the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [one for one in same if one.plan == (row["plan"] or "")]
-    return same[0].name if len(same) == 1 else None
 
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
@@ -5574,6 +5607,181 @@ class DemoWorld:
         return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
 
 
+# ------------------------------------------------------------------ check
+
+
+def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
+    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
+    import http.client
+
+    host = config.dashboard_host
+    connection = http.client.HTTPConnection(
+        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
+    )
+    login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+        reply = connection.getresponse()
+        content = json.loads(reply.read())
+    except socket.timeout as error:
+        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
+    if reply.status == 200:
+        return content
+    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
+
+
+# Findings of check: (level, what was found, the line that mends it)
+_Finding = Tuple[str, str, str]
+
+
+def _check_modes(config: Config, options: Any) -> list[_Finding]:
+    """Look for files with secrets or usage in them that others on the machine can read."""
+    paths = [options.config or BASE_DIR / "config.json", config.database_path]
+    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
+    findings: list[_Finding] = []
+    for path in paths:
+        try:
+            open_to_others = path.stat().st_mode & 0o077
+        except OSError:
+            continue
+        if open_to_others:
+            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
+    return findings or [("ok", "file modes", "")]
+
+
+def _check_database(config: Config, options: Any) -> list[_Finding]:
+    import shutil
+
+    path = config.database_path
+    if not os.access(str(path.parent), os.W_OK):
+        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
+    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
+    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
+    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
+    if not path.exists():
+        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
+    try:
+        store = Store(path)
+        try:
+            faults = store.find_faults()
+            count = store.event_count
+        finally:
+            store.close()
+    except StoreError as error:
+        return [*findings, ("fault", str(error), "see the sentence above")]
+    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
+    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
+
+
+def _check_accounts(config: Config, options: Any) -> list[_Finding]:
+    folder, files, problems = find_account_files(config.auth_dirs())
+    findings: list[_Finding] = [
+        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
+    ]
+    if not files:
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
+    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
+
+
+def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
+    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    try:
+        health = _ask_dashboard(config, "/api/health", 5.0)
+    except DashboardError as error:
+        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
+    if isinstance(health, dict) and "collector" in health:
+        running: list[_Finding] = [
+            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
+        ]
+        return running + _findings_of_status(health["collector"], config)
+    try:
+        make_server(config.dashboard_host, config.dashboard_port).server_close()
+    except DashboardError as error:
+        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
+    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
+
+
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
+    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+    state = status["state"]
+    connected = state in _RECORDING
+    level = "ok" if connected or state == "starting" else "fault"
+    version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
+    shown = "connected" if state == "publishing_off" else state
+    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
+    if not connected:
+        return found
+    if status["publishing"] is not None:
+        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
+        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
+    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
+            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
+
+
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
+    if retention_s is None:
+        return []
+    if retention_s < 2 * poll_interval_s:
+        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
+        return [("warning", found, remedy)]
+    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
+
+
+def _check_queue(config: Config, options: Any) -> list[_Finding]:
+    if not config.management_password:
+        return _check_without_key(config)
+    try:
+        store = Store(config.database_path)  # made here if need be: a refused key must be remembered
+    except StoreError:
+        return []  # told by the database's own line
+    try:
+        return _probe(config, store, options)
+    finally:
+        store.close()
+
+
+def _check_without_key(config: Config) -> list[_Finding]:
+    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
+    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
+    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
+    for port in dict.fromkeys(
+        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
+    ):
+        try:
+            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
+                client.send(b"*0\r\n")
+                if isinstance(client.receive(), ErrorReply):
+                    return [needs_key]
+        except ConnectionClosed as fault:
+            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
+        except QueueFault as fault:
+            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
+                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
+            last = fault
+    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
+
+
+def _check_clock(ahead_s: float | None) -> list[_Finding]:
+    if ahead_s is None:
+        return []
+    if abs(ahead_s) < 60:
+        return [("ok", "the proxy's clock and this machine's agree", "")]
+    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+    return [("warning", found, "let both machines set their clocks by NTP")]
+
+
+def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
+    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
+    path = options.config or BASE_DIR / "config.json"
+    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
+    return _findings_of_status(collector.probe(), config)
+
+
 # ------------------------------------------------------------------ cli
 
 
@@ -5870,34 +6078,6 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
-    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
-    import http.client
-
-    host = config.dashboard_host
-    connection = http.client.HTTPConnection(
-        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
-    )
-    login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
-    try:
-        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
-        reply = connection.getresponse()
-        content = json.loads(reply.read())
-    except socket.timeout as error:
-        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
-    except (OSError, http.client.HTTPException, ValueError):
-        return None
-    finally:
-        connection.close()
-    if reply.status == 200:
-        return content
-    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
-
-
-# Findings of check: (level, what was found, the line that mends it)
-_Finding = Tuple[str, str, str]
-
-
 def run_check(options: Any) -> int:
     """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
     findings: list[_Finding] = []
@@ -5914,150 +6094,6 @@ def run_check(options: Any) -> int:
     for level, found, remedy in findings:
         print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
     return 0 if all(level == "ok" for level, _, _ in findings) else 1
-
-
-def _check_modes(config: Config, options: Any) -> list[_Finding]:
-    """Look for files with secrets or usage in them that others on the machine can read."""
-    paths = [options.config or BASE_DIR / "config.json", config.database_path]
-    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
-    findings: list[_Finding] = []
-    for path in paths:
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
-            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
-    return findings or [("ok", "file modes", "")]
-
-
-def _check_database(config: Config, options: Any) -> list[_Finding]:
-    import shutil
-
-    path = config.database_path
-    if not os.access(str(path.parent), os.W_OK):
-        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
-    if not path.exists():
-        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
-    try:
-        store = Store(path)
-        try:
-            faults = store.find_faults()
-            count = store.event_count
-        finally:
-            store.close()
-    except StoreError as error:
-        return [*findings, ("fault", str(error), "see the sentence above")]
-    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
-    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
-
-
-def _check_accounts(config: Config, options: Any) -> list[_Finding]:
-    folder, files, problems = find_account_files(config.auth_dirs())
-    findings: list[_Finding] = [
-        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
-    ]
-    if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
-        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
-    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
-
-
-def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
-    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
-    try:
-        health = _ask_dashboard(config, "/api/health", 5.0)
-    except DashboardError as error:
-        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
-    if isinstance(health, dict) and "collector" in health:
-        running: list[_Finding] = [
-            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
-        ]
-        return running + _findings_of_status(health["collector"], config)
-    try:
-        make_server(config.dashboard_host, config.dashboard_port).server_close()
-    except DashboardError as error:
-        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
-    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
-
-
-def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
-    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
-    state = status["state"]
-    connected = state in _RECORDING
-    level = "ok" if connected or state == "starting" else "fault"
-    version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    shown = "connected" if state == "publishing_off" else state
-    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
-    if not connected:
-        return found
-    if status["publishing"] is not None:
-        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
-        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
-    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
-            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
-
-
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
-    if retention_s is None:
-        return []
-    if retention_s < 2 * poll_interval_s:
-        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [("warning", found, remedy)]
-    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
-
-
-def _check_queue(config: Config, options: Any) -> list[_Finding]:
-    if not config.management_password:
-        return _check_without_key(config)
-    try:
-        store = Store(config.database_path)  # made here if need be: a refused key must be remembered
-    except StoreError:
-        return []  # told by the database's own line
-    try:
-        return _probe(config, store, options)
-    finally:
-        store.close()
-
-
-def _check_without_key(config: Config) -> list[_Finding]:
-    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in dict.fromkeys(
-        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
-    ):
-        try:
-            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    return [needs_key]
-        except ConnectionClosed as fault:
-            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
-                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
-            last = fault
-    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
-
-
-def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [("ok", "the proxy's clock and this machine's agree", "")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [("warning", found, "let both machines set their clocks by NTP")]
-
-
-def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
-    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
-    path = options.config or BASE_DIR / "config.json"
-    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
-    return _findings_of_status(collector.probe(), config)
 
 
 _AS_MODULE = (
