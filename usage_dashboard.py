@@ -1608,7 +1608,8 @@ def _step_roll_ups(db) -> None:
     # 3.0.0 wrote no row for a reading that was the same again, but when it was last true.
     db.execute(
         "UPDATE quota_snapshots SET ts_epoch = last_at, "
-        "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
+        "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') "
+        "WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
     )
 
 
@@ -2604,8 +2605,8 @@ class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
     def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
-        floor_at = floor * BUCKET_S
         start, end = window
+        self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = () if from_rows else (_BY_DAY, _BY_HOUR, _BY_QUARTER)
@@ -2632,7 +2633,9 @@ class _UsagePlan:
     def _sums(self, db, levels: Sequence[_RollUp], in_rows: str, in_roll_up: str) -> Any:
         """Sum up by one or two keys, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
         parts, values = [], []
-        for roll_up, start, end in _cut(levels, self._start, self._end):
+        middle = min(max(self._start, self._floor_at), self._end)
+        below = _cut(levels or [_BY_QUARTER], self._start, middle)
+        for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
             if roll_up is None:
                 key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions

@@ -222,7 +222,7 @@ def collect(store):
     runs = []
 
     def start(
-        where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, steady=app.steady_s, **keys
+        where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, monotonic=app.monotonic_s, **keys
     ):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
         options = {"load": load, "config_path": config_path, "clock": clock, "steady": steady}

@@ -316,7 +316,9 @@ def payloads(count: int, first: int = 0) -> list[bytes]:
 
 def event(at: float = NOON, **changes: Any) -> app.Event:
     """Make a stored event that has everything but an error; `changes` are its columns."""
-    return _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    told = {name: changes.pop(name) for name in app.Context._fields if name in changes}
+    made = _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    return made._replace(context=made.context._replace(**told))
 
 
 @functools.lru_cache(maxsize=None)

@@ -330,9 +330,9 @@ def test_collector_that_subscribes_keeps_what_it_heard_while_the_session_ended(c
     def steady():
         if slept[0]:
             woken.set()
-        return app.steady_s() + slept[0]
+        return app.monotonic_s() + slept[0]
 
-    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", steady=steady)
+    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", monotonic=steady)
     run.wait_for(lambda: proxy.subscribers == 1 and run.state == "waiting")
     locker = lock(run.store)
     slept[0] = 1000.0  # a sleep that is to be noted as an outage, and cannot be

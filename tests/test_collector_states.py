@@ -311,7 +311,7 @@ def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_ser
 def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):
     slept = [0.0]
     run = collect(
-        proxy, clock=lambda: time.time() + slept[0], steady=lambda: app.steady_s() + slept[0]
+        proxy, clock=lambda: time.time() + slept[0], monotonic=lambda: app.monotonic_s() + slept[0]
     )
     run.wait_for_state("waiting")
     wait_a_while(run)

@@ -40,7 +40,7 @@ def test_samples_of_several_releases_become_the_expected_events():
     got = [
         (
             e.timestamp,
-            e.source,
+            e.context.source,
             e.model,
             e.input_tokens,
             e.output_tokens,
@@ -264,7 +264,7 @@ def test_objects_that_were_json_already_are_taken_too():
     ],
 )
 def test_source_that_may_be_a_key_is_masked(source, kept):
-    masked = parse_one(source=source).source
+    masked = parse_one(source=source).context.source
     assert masked.startswith(kept) and (source == "" or "@" in kept or source not in masked)
 
 
@@ -342,7 +342,7 @@ def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
 
 def test_odd_letters_cannot_break_the_store_or_a_terminal():
     event = parse_one(model="a\x00b\ud800c", alias="модель-快速-🚀")
-    assert event.model == "a\ufffdb\ufffdc" and event.alias == "модель-快速-🚀"
+    assert event.model == "a\ufffdb\ufffdc" and event.context.alias == "модель-快速-🚀"
 
 
 QUOTA_HEADERS = {"X-Codex-Plan-Type": ["Plus "], "X-Codex-Primary-Used-Percent": ["42", "43"]}
