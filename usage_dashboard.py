@@ -1887,6 +1887,7 @@ class Store:
             self._reasons = _Reasons(self._writer)
             self._reader = self._connect(busy_timeout_s)
             self._reader.execute("PRAGMA query_only = ON")
+            self._known_counts = _counts_in(self._reader)
         except sqlite3.Error as error:
             self._writer.close()
             raise StoreError(_store_reason(path, error)) from error
@@ -2046,9 +2047,16 @@ class Store:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence."""
-        with self._read() as db:
-            return _counts_in(db)
+        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence.
+
+        As last known while the database cannot be read, when health is asked for most.
+        """
+        try:
+            with self._read() as db:
+                self._known_counts = _counts_in(db)
+        except StoreError:
+            pass
+        return dict(self._known_counts)
 
     @property
     def event_count(self) -> int:

@@ -225,7 +225,7 @@ def collect(store):
         where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, monotonic=app.monotonic_s, **keys
     ):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"load": load, "config_path": config_path, "clock": clock, "steady": steady}
+        options = {"load": load, "config_path": config_path, "clock": clock, "monotonic": monotonic}
         runs.append(Run(config, on or store, stop or QuickStop(), **options))
         return runs[-1]
 

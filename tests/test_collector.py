@@ -327,12 +327,12 @@ def test_collector_that_subscribes_stores_all_it_heard_before_the_stop(collect, 
 def test_collector_that_subscribes_keeps_what_it_heard_while_the_session_ended(collect, open_store, proxy):
     slept, woken = [0.0], threading.Event()
 
-    def steady():
+    def monotonic():
         if slept[0]:
             woken.set()
         return app.monotonic_s() + slept[0]
 
-    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", monotonic=steady)
+    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", monotonic=monotonic)
     run.wait_for(lambda: proxy.subscribers == 1 and run.state == "waiting")
     locker = lock(run.store)
     slept[0] = 1000.0  # a sleep that is to be noted as an outage, and cannot be
