@@ -205,7 +205,9 @@ def test_links_lead_somewhere(name):
 
 
 def test_files_named_in_the_docs_exist():
-    named = re.compile(r"\b(usage_dashboard\.py|usage-dashboard\.html|config\.example\.json|tests/[\w./]+\w|[\w-]+\.service)\b")
+    named = re.compile(
+        r"\b(usage_dashboard\.py|usage-dashboard\.html|config\.example\.json|tests/[\w./]+\w|[\w-]+\.service)\b"
+    )
     names = {name for text in FILES.values() for name in named.findall(text)}
     assert len(names) > 6
     assert not [name for name in names if not (ROOT / name).exists()]
@@ -244,7 +246,7 @@ def merged(one, other):
     if isinstance(one, dict) and isinstance(other, dict):
         return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
     if isinstance(one, list) and isinstance(other, list):
-        return [shape for shape in [merged((one or [None])[0], (other or [None])[0])]]
+        return [merged((one or [None])[0], (other or [None])[0])]
     return other if one is None else one
 
 
@@ -261,7 +263,9 @@ def shape(value):
 
 
 def differences(shown, real, path=""):
-    """Return where an example differs from the answer; one with "…" may leave keys out."""
+    """Return where an example differs from the answer; one with "…" may leave keys out, a null tells no more."""
+    if real is None:
+        return []
     if type(shown) is not type(real):
         return [path]
     if isinstance(shown, list):
