@@ -302,8 +302,8 @@ def test_parameters_and_errors_are_told(program):
     read = set(re.findall(r"""\(query, ["'](\w+)["']|query\.get\(["'](\w+)["']""", SCRIPT))
     assert {"range", "limit"} <= {one or other for one, other in read} <= told | {"bucket", "force"}
     for route, name in (
-        ("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"), ("summary", "status"),
-        ("summary", "bucket"), ("requests", "limit"), ("requests", "before"),
+        ("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"),
+        ("summary", "status"), ("summary", "bucket"), ("requests", "limit"), ("requests", "before"),
     ):  # fmt: skip
         status, answer = demo.ask(f"/api/{route}?{name}=%2E")
         assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
