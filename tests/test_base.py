@@ -58,11 +58,11 @@ def test_parse_time_at_the_border_of_2020_takes_the_offset_into_account():
 
 
 def test_backoff_doubles_up_to_its_limit_and_starts_again():
-    waits = app.Backoff(first_s=1, limit_s=60, chance=lambda: 0.0)
+    waits = app.Backoff(first_s=1, limit_s=60, jitter=lambda: 0.0)
     assert [waits.next() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
     waits.reset()
     assert waits.next() == 1
-    assert app.Backoff(first_s=8, chance=lambda: 1.0).next() == 6
+    assert app.Backoff(first_s=8, jitter=lambda: 1.0).next() == 6
 
 
 def test_make_private_closes_a_file_that_others_could_read(tmp_path):
