@@ -202,7 +202,7 @@ def short_tag(*parts: str) -> str:
 
 
 def os_reason(error: BaseException) -> str:
-    """Put an operating system's error in its own short words, without addresses or paths."""
+    """Return an operating system's error in its own short words, without addresses or paths."""
     if isinstance(error, socket.timeout):
         return "no answer in time"
     if isinstance(error, socket.gaierror):
@@ -214,12 +214,12 @@ _MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
 
 
 def looks_like_mail(text: str) -> bool:
-    """Tell whether a source is an e-mail address, the only kind that may be stored as sent."""
+    """Return whether a source is an e-mail address, the only kind that may be stored as sent."""
     return len(text) <= 254 and _MAIL.match(text) is not None
 
 
 def mask_key(text: str) -> str:
-    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would tell too much."""
+    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would reveal too much."""
     if not text:
         return ""
     tag = short_tag(text)
@@ -246,13 +246,13 @@ _SECRETS = re.compile(
 
 
 def without_secrets(text: str, limit: int = 160) -> str:
-    """Take mails, keys, long ids and addresses out of a sentence and shorten it."""
+    """Return a sentence without mails, keys, long ids and addresses, at most ``limit`` characters long."""
     short = " ".join(_SECRETS.sub("…", text[:4096]).split())
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
 def _json_error(body: Any) -> tuple[str, str]:
-    """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
+    """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
     if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
         return "", ""
     try:
@@ -272,7 +272,7 @@ def _json_error(body: Any) -> tuple[str, str]:
 
 
 def _finite(value: Any) -> float | None:
-    """Take a number or a text that is one; None for anything else, not-a-number and infinity included."""
+    """Return a number, also from a text that is one; None for anything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -286,7 +286,7 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report every fault of the configuration at once."""
+    """All faults of a configuration in one message."""
 
     exit_code = 2
     code = "bad_config"
@@ -301,7 +301,7 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the effective settings; the README's table says what each key means."""
+    """The effective settings; the README's table explains each key."""
 
     cliproxy_host: str = "127.0.0.1"
     cliproxy_port: int = 6379
@@ -320,16 +320,16 @@ class Config:
 
     @property
     def has_default_queue(self) -> bool:
-        """Tell whether host and port were left alone, so that the proxy's own port may be tried too."""
+        """Whether host and port are the defaults, so that the proxy's own port may be tried too."""
         return (self.cliproxy_host, self.cliproxy_port) == (Config.cliproxy_host, Config.cliproxy_port)
 
     @property
     def database_path(self) -> Path:
-        """Give the database file; a relative name counts from the script's folder."""
+        """The database file; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
     def auth_dirs(self) -> list[Path]:
-        """Name the folders to look for account files in, the first that has any being the one to use."""
+        """Return the folders to look for account files in; the first that has any is used."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
             return [named]
@@ -484,7 +484,7 @@ def _nearest(key: str) -> str:
 
 
 class QueueFault(DashboardError):
-    """Report why the queue cannot be read; ``state`` is the collector state that tells it to people."""
+    """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
     http_status = 502
     code = "queue_fault"
@@ -498,7 +498,7 @@ class QueueFault(DashboardError):
 
 
 class ConnectionClosed(QueueFault):
-    """Report the end of the stream; ``clean`` when it came between two replies."""
+    """The end of the stream; ``clean`` when it came between two replies."""
 
     state = "closed"
 
@@ -508,21 +508,21 @@ class ConnectionClosed(QueueFault):
 
 
 class NotResp(QueueFault):
-    """Report bytes that are no RESP reply; an HTTP answer means a reverse proxy stands in front of the queue."""
+    """Bytes that are no RESP reply; an HTTP answer means a reverse proxy in front of the queue."""
 
     state = "not_resp"
 
 
 class ErrorReply(str):
-    """Hold the text of a ``-…`` reply; it is a value, since one of many pipelined replies may be an error."""
+    """The text of a ``-…`` reply; a value, since one of many pipelined replies may be an error."""
 
 
 class Oversized(int):
-    """Stand for a bulk string over the cap: its length in bytes, its content read over and forgotten."""
+    """A bulk string over the cap: its length in bytes; its content was skipped."""
 
 
 def encode_command(*words: Any) -> bytes:
-    """Write one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
+    """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
     parts = [b"*%d\r\n" % len(words)]
     for word in words:
         data = word if isinstance(word, bytes) else str(word).encode("utf-8")
@@ -531,7 +531,7 @@ def encode_command(*words: Any) -> bytes:
 
 
 class RespReader:
-    """Take RESP2 replies from a buffered binary stream, one at a time.
+    """Read RESP2 replies from a buffered binary stream, one at a time.
 
     A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
     Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
@@ -622,7 +622,7 @@ def _reply_number(text: bytes) -> int:
 
 
 def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Make a function that opens a connection; ``timeout_s`` bounds each wait for the other side.
+    """Return a function that opens a connection; ``timeout_s`` limits each wait for the other side.
 
     TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
     connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
@@ -664,7 +664,7 @@ def _untrusted(host: str, port: int, error: Any) -> QueueFault:
 
 
 class RespClient:
-    """Speak RESP over one connection: commands out in one write, whole replies in."""
+    """RESP over one connection: commands out in one write, whole replies in."""
 
     def __init__(self, connect: Callable[[], socket.socket]):
         self._socket = connect()
@@ -695,7 +695,7 @@ class RespClient:
         return self.receive()
 
     def wait_for_ever(self) -> None:
-        """Let the next replies take as long as they like, as a subscription needs it."""
+        """Lift the time limit of replies, as a subscription needs it."""
         self._socket.settimeout(None)
 
     def close(self) -> None:
@@ -1171,7 +1171,7 @@ _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class Identity(NamedTuple):
-    """Hold one (auth_index, source) pair that events came with; times are epoch seconds."""
+    """One (auth_index, source) pair that events came with; times are epoch seconds."""
 
     id: int
     auth_index: str
@@ -1184,7 +1184,7 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """Hold one row of the accounts table: who it is, and which identities are counted for it."""
+    """One row of the accounts table and the identities that count for it; times are epoch seconds."""
 
     name: str
     mail: str
@@ -1245,7 +1245,7 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
 
 
 def _takes_over(new: Account, old: Account) -> bool:
-    """Tell whether a newer login of the same mail is the older one's successor."""
+    """Return whether a newer login of the same mail replaces the older one."""
     if new.provider and old.provider and new.provider != old.provider:
         return False
     if not new.auth_index or not old.auth_index:
@@ -1263,7 +1263,7 @@ def _join(old: Account, new: Account) -> None:
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
-    """Tell accounts of one name apart by plan, else provider, else a short tag of the index."""
+    """Rename accounts that share a name: by plan, else provider, else a short tag of the index."""
     for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
         by_name: dict[str, list[Account]] = {}
         for account in accounts:
@@ -1276,7 +1276,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 
 
 class AccountFile(NamedTuple):
-    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
+    """One account file; the token goes to chatgpt.com alone.
 
     ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
     v7.0.0, where both see it under the same path.
@@ -1296,7 +1296,7 @@ class AccountFile(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """Give the stable tag that stands for the account id."""
+        """The stable tag of the account id."""
         return "#" + short_tag(self.account_id, self.email)
 
     def __repr__(self) -> str:
@@ -1326,7 +1326,7 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
+    """Return (account id, mail); an old file without the id belongs to the only login with its mail."""
     same_mail = [key for key in known if key[1] == file.email]
     return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
@@ -1349,7 +1349,7 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
 
 
 def _masked_name(path: Path) -> str:
-    """Give a file's name with the mail in it shortened, as the console shows mails."""
+    """Return a file's name with the mail in it masked, as the console shows mails."""
     return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
 
 
@@ -1392,12 +1392,12 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
 
 
 def auth_index_of(path: str) -> str:
-    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
+    """Return the ``auth_index`` that proxies since v7.0.0 derive from a Codex account file's absolute path."""
     return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _read_json_file(path: Path) -> tuple[Any, int]:
-    """Give a file's content and when it was written, in nanoseconds."""
+    """Return a file's content and when it was written, in nanoseconds."""
     try:
         with open(str(path), "rb") as stream:
             data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
@@ -1428,7 +1428,7 @@ def _claims(token: str) -> dict[str, Any]:
 
 
 def _freshness(content: Mapping[str, Any]) -> str:
-    """Give a text that sorts by when the login was renewed."""
+    """Return a text that sorts by when the login was renewed."""
     for name in ("last_refresh", "expired"):
         try:
             return parse_time(_word(content.get(name)))[1]
@@ -1438,7 +1438,7 @@ def _freshness(content: Mapping[str, Any]) -> str:
 
 
 def _any_time(value: Any) -> str | None:
-    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
+    """Format a time in RFC 3339 or epoch seconds as ISO UTC text; None where it is neither."""
     try:
         return utc_text(parse_time(_word(value))[0])
     except ValueError:
@@ -1660,7 +1660,7 @@ def _sum_up_rows(db, floor: int) -> None:
 
 
 def _keep_old_sums(db, floor: int) -> None:
-    """Take over what is below the floor: time and hours as they are; the quarters are made of two old tables."""
+    """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
     db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
         f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
@@ -3714,7 +3714,7 @@ class HttpSource:
 
 
 class SubscribeSource:
-    """Listen to a channel, beside other listeners, after draining what waited in the queue before.
+    """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
 
     From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves
     no gap.
@@ -4361,7 +4361,7 @@ class Collector:
                 self._stop.wait(self._config.poll_interval_seconds)
 
     def _store_pending(self, source: Any) -> None:
-        """Bring what is pending into the database before anything more is popped.
+        """Store what is pending before anything more is popped.
 
         What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
         """
@@ -4386,7 +4386,7 @@ class Collector:
         return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
 
     def _hold(self, parsed: Parsed) -> None:
-        """Write a batch to the spool; on a full disk it is held in memory alone."""
+        """Append a batch to the spool; on a full disk it is kept in memory alone."""
         self._sequence += 1
         self._pending.append((self._sequence, parsed))
         try:
@@ -4441,7 +4441,7 @@ class Collector:
             self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
 
     def _after_turn(self, got_values: bool) -> None:
-        """Show after each turn how things stand, and ask now and then whether the proxy publishes at all."""
+        """Update state, outages and what is known of the proxy after each turn."""
         try:
             self._spool.touch(self._clock())
         except OSError as error:
