@@ -1899,7 +1899,6 @@ class Store:
         db = self._sqlite.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-            db.execute("PRAGMA temp_store = MEMORY")
         except self._sqlite.Error:
             db.close()
             raise
@@ -2647,12 +2646,15 @@ class _UsagePlan:
             if roll_up is None:
                 key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
+                group = key
             else:
                 key = in_roll_up.replace("{seconds}", str(roll_up.seconds))
                 sums, table, column = _ADDED, f"{roll_up.table} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
+                # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
+                group = f"r.bucket, {key}" if "," in key else "r.bucket"
             where = f"{column} >= ? AND {column} < ?{condition}"
-            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {key}")
+            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = "k1, k2" if ", " in in_roll_up else "k1"
         if not parts:
