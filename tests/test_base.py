@@ -126,9 +126,10 @@ def test_each_section_uses_only_those_above_it():
 
     made: dict[str, int] = {}
     for node in ast.parse(source).body:
-        parts = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ast.walk(node)
-        names = [getattr(part, "name", getattr(part, "id", None)) for part in parts]
-        made.update({name: section_of(node.lineno) for name in names if name and name not in made})
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
+            part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        ]  # fmt: skip
+        made.update({name: section_of(node.lineno) for name in names})
     code = compile(source, app.__file__, "exec")
     looked_up = [(name, line) for name, line in _global_names(code) if line]
     assert len(looked_up) > 1000
