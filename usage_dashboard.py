@@ -1729,15 +1729,6 @@ class Filters(NamedTuple):
 _NO_FILTERS = Filters()
 
 
-class QuotaCall(NamedTuple):
-    """Hold what the next round has to know of an account: failures in a row, until when not to ask (epoch seconds),
-    and the version of the account file that is of no use, until which changes it is not asked."""
-
-    failures: int = 0
-    retry_at: float | None = None
-    parked: str | None = None
-
-
 class _Ids(NamedTuple):
     """Hold the ids of what an event has in common with others."""
 
@@ -2165,113 +2156,93 @@ class Store:
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
-    # Quota
+    # Quota: rows as they are; what they mean is told in readings
 
-    def save_reading(self, reading: Mapping[str, Any], now: float | None = None) -> None:
-        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
+    def save_reading(
+        self,
+        row: Mapping[str, Any],
+        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
 
-        One of ``source`` traffic is left out where a newer one is there, unless that is of the future, and makes no
-        row where nothing changed since the last one of its kind.
+        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
+        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
         """
-        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
         with self._write() as db:
-            snapshot_id = None
-            if reading["source"] == "traffic":
-                before = self._newest_reading(db, reading)
-                if before and reading["ts_epoch"] < before["read_at"] <= (now or reading["ts_epoch"]):
-                    return
-                if before:
-                    reading = _with_extra_meters(reading, before)
-                    same = before["source"] == "traffic" and before["read_at"] <= reading["ts_epoch"]
-                    snapshot_id = before["id"] if same and _says_the_same(reading, before) else None
-                if snapshot_id is not None:
-                    db.execute(
-                        "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
-                        (reading["ts_epoch"], snapshot_id),
-                    )
-            if snapshot_id is None:
-                snapshot_id = db.execute(
-                    f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                    [reading[name] for name in columns],
-                ).lastrowid
-            self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
-            if reading["source"] != "traffic":
-                self._put_quota_call(db, reading, QuotaCall())
-            else:  # the login works
-                key = (reading["email"], reading["account_id_tag"])
-                db.execute("UPDATE quota_accounts SET parked = NULL WHERE email = ? AND account_id_tag = ?", key)
+            merged = row if merge is None else merge(self._newest_reading(db, row))
+            if merged is None:
+                return
+            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            inserted = db.execute(
+                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+                f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
+                [merged.get(name) for name in columns],
+            )
+            account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
+            self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
         self.changes += 1
 
     @staticmethod
     def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", "read_at", *_READING_COLUMNS)
+        columns = ("id", *_SNAPSHOT_COLUMNS)
         row = db.execute(
-            "SELECT s.id, IFNULL(s.last_at, s.ts_epoch), "
-            f"{', '.join(f's.{name}' for name in _READING_COLUMNS)} FROM quota_accounts a "
+            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
         return dict(zip(columns, row)) if row else None
 
     def save_quota_state(
-        self,
-        email: str,
-        tag: str,
-        plan: str | None,
-        state: str,
-        message: str | None,
-        now: float,
-        call: QuotaCall | None = None,
+        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
     ) -> None:
-        """Note why an account has no new reading; the last good one stays beside it.
-
-        ``call`` is what the next round has to know; None leaves that as it was.
-        """
-        account = {"email": email, "account_id_tag": tag, "plan": plan, "state": state, "message": message}
+        """Record why an account has no new reading; the last good one stays beside it."""
         with self._write() as db:
-            self._put_quota_state(db, account, now, None)
-            if call is not None:
-                self._put_quota_call(db, account, call)
+            self._put_quota_state(db, email, tag, plan, state, message, now, None)
         self.changes += 1
 
     @staticmethod
-    def _put_quota_state(db, account: Mapping[str, Any], at: float, snapshot_id: int | None) -> None:
-        key = (account["email"], account["account_id_tag"])
+    def _put_quota_state(db, email, tag, plan, state, message, at, snapshot_id) -> None:
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
             "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
             "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
-            (*key, account["plan"], account["state"], account.get("message"), at, snapshot_id),
+            (email, tag, plan, state, message, at, snapshot_id),
         )
-        if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
-            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
+        if tag:  # the account id is known now: the row adopted by its mail alone is this one
+            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
-    @staticmethod
-    def _put_quota_call(db, account: Mapping[str, Any], call: QuotaCall) -> None:
-        db.execute(
-            "UPDATE quota_accounts SET failures = ?, retry_at = ?, parked = ? WHERE email = ? AND account_id_tag = ?",
-            (*call, account["email"], account["account_id_tag"]),
-        )
+    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
 
-    def quota_calls(self) -> dict[tuple[str, str], QuotaCall]:
-        """Give by (email, tag) what is known of the calls that failed."""
-        with self._read() as db:
-            rows = db.execute(
-                "SELECT email, account_id_tag, IFNULL(failures, 0), retry_at, parked FROM quota_accounts"
-            ).fetchall()
-        return {row[:2]: QuotaCall(*row[2:]) for row in rows}
-
-    def put_subscriptions(self, ends: Iterable[tuple[str | None, str, str]]) -> None:
-        """Note until when accounts are paid for: (ISO UTC text, email, tag)."""
+        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
+        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
+        that of the only account of this mail.
+        """
+        mails = [account[0] for account in accounts]
         with self._write() as db:
-            db.executemany(
-                "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?", ends
-            )
+            for email, tag, plan, state, message, paid_until in accounts:
+                if mails.count(email) == 1:
+                    db.execute(
+                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
+                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
+                        (tag, email, email, tag),
+                    )
+                db.execute(
+                    "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
+                    "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
+                    "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
+                    (email, tag, plan, state, message, now),
+                )
+                db.execute(
+                    "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
+                    (paid_until, email, tag),
+                )
         self.changes += 1
 
     def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
-        """Take accounts off the quota table that no account file names any more; their readings stay."""
+        """Take all accounts but these (email, tag) off the quota table; their readings stay."""
         kept = set(kept)
         with self._write() as db:
             present = db.execute("SELECT email, account_id_tag FROM quota_accounts").fetchall()
@@ -2280,34 +2251,28 @@ class Store:
         self.changes += 1
 
     def quotas(self) -> list[dict[str, Any]]:
-        """List each account's state with its last good reading, by mail; ``read_at`` is when that was last true."""
-        columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until", "retry_at")
+        """List each account's state with the columns of its last good reading, None where it has none, by mail."""
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
+        read = ("id", *_SNAPSHOT_COLUMNS[3:])
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, s.id, IFNULL(s.last_at, s.ts_epoch), {columns} "
+                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        names = (*own, "id", "read_at", *_SNAPSHOT_COLUMNS[2:])
-        quotas = []
-        for row in rows:
-            quota = dict(zip(names, row))  # the reading's own plan comes last and wins, where there is one
-            quotas.append({**quota, "plan": quota["plan"] or row[2]})
-        return quotas
+        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
 
-    def readings_since(self, since: float, most: int = 20_000) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Give by (email, tag) the rows of readings since then, without a scan: they are in order of time."""
-        names = ("email", "account_id_tag", "ts_epoch", "last_at", "readings", *_READING_COLUMNS)
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
+        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
+        readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
             rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
             for row in rows:
-                if row[2] is None or row[2] < since - 120:  # one from traffic may come up to a minute late
-                    break
-                found.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
-        return found
+                if row[2] is not None and row[2] >= since:
+                    readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+        return readings
 
-    def thin_snapshots(self, before: float) -> None:
+    def downsample_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
         with self._write() as db:
             db.execute(
@@ -2422,63 +2387,15 @@ def _size_of(path: Path) -> int:
         return 0
 
 
+_WINDOW_COLUMNS = (
+    *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
+    *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
+)
 _SNAPSHOT_COLUMNS = (
-    "email",
-    "account_id_tag",
-    "ts_epoch",
-    "timestamp",
-    "plan",
-    "allowed",
-    "limit_reached",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "raw_json",
-    "source",
-    "windows",
-    "last_at",
-    "readings",
+    *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
+    *_WINDOW_COLUMNS,
+    *("credits_balance", "raw_json", "source"),
 )
-_READING_COLUMNS = (
-    "source",
-    "plan",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "windows",
-)
-
-
-def _with_extra_meters(reading: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the extra meters that a request's headers do not tell of, as they were last read."""
-    windows = json.loads(reading["windows"])
-    told = {window["meter"] for window in windows}
-    kept = [window for window in json.loads(before["windows"] or "[]") if window["meter"] not in told | {None}]
-    return {**reading, "windows": json.dumps(windows + kept, ensure_ascii=False)}
-
-
-def _says_the_same(reading: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Tell whether two readings differ in nothing but a reset that moved by less than two minutes."""
-
-    def said(row: Mapping[str, Any]) -> list[Any]:
-        windows = [{**window, "reset_at": None} for window in json.loads(row["windows"] or "[]")]
-        return [row["plan"], row["credits_balance"], windows]
-
-    def resets(row: Mapping[str, Any]) -> list[float]:
-        return [parse_time(window["reset_at"])[0] for window in json.loads(row["windows"]) if window["reset_at"]]
-
-    if said(reading) != said(before):
-        return False
-    mine, theirs = resets(reading), resets(before)
-    return len(mine) == len(theirs) and all(abs(a - b) < 120 for a, b in zip(mine, theirs))
 
 
 _REQUEST_NAMES = ("id", *(name for name in _EVENT_COLUMNS if name != "auth_index"), *_CONTEXT_COLUMNS)
@@ -2686,8 +2603,11 @@ class _UsagePlan:
 USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
 
 
-class Meter(NamedTuple):
-    """Hold one quota window; None is unknown. ``meter`` names an extra meter, None is the main one."""
+class QuotaWindow(NamedTuple):
+    """One quota window of an account; None is unknown.
+
+    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
+    """
 
     label: str
     seconds: int | None
@@ -2697,34 +2617,34 @@ class Meter(NamedTuple):
 
     @property
     def remaining_percent(self) -> float | None:
-        """Give what is left, in percent."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether the reset has passed, so that what was used says nothing any more."""
+        return self.reset_at is not None and self.reset_at <= now
 
 
 class Reading(NamedTuple):
-    """Hold what one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+    """What one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
 
     state: str
     plan: str | None
     allowed: bool | None
     limit_reached: bool | None
-    five_hour: Meter | None
-    weekly: Meter | None
-    meters: list[Meter]
+    five_hour: QuotaWindow | None
+    weekly: QuotaWindow | None
+    windows: list[QuotaWindow]
     credits_balance: str | None
 
 
 class QuotaFault(DashboardError):
-    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it.
-
-    ``is_final`` is true of a login that is of no use until its file changes.
-    """
+    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
 
     code = "quota_fault"
 
-    def __init__(self, state: str, retry_after_s: float = 0.0, is_final: bool = False):
+    def __init__(self, state: str):
         super().__init__(QUOTA_MESSAGES[state])
-        self.state, self.retry_after_s, self.is_final = state, retry_after_s, is_final
+        self.state = state
 
 
 QUOTA_MESSAGES = {
@@ -2746,21 +2666,21 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+    """Parse a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
     A length within 5 % of five hours or a week fills that place; only a window without any length is taken
-    by its slot. Raises QuotaFault("bad_response") where the reply is no JSON object.
+    by its slot. Numbers that cannot be are unknown. Raises QuotaFault("bad_response") where the reply is no JSON
+    object. The endpoint is undocumented; its shape is that of the official client's models.
     """
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
     limits = limits if isinstance(limits, dict) else {}
     allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
-    main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
-    five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
+    main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
     # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
-    binding = [meter for meter in main if meter.label != "5h" or not allowed]
-    if reached or allowed is False or any(meter.remaining_percent == 0 for meter in binding):
+    binding = [window for window in main if window.label != "5h" or not allowed]
+    if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2769,9 +2689,9 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _word(payload.get("plan_type")).lower()[:32] or None,
         allowed,
         reached,
-        five_hour,
-        weekly,
-        main + _extra_meters(payload, now),
+        _fullest(main, "5h"),
+        _fullest(main, "7d"),
+        main + _extra_windows(payload, now),
         _credits_balance(payload.get("credits")),
     )
 
@@ -2780,47 +2700,53 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _meters_of(limits: Any, name: str | None, now: float, used_up: bool = False) -> list[Meter]:
+def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
     if not isinstance(limits, dict):
         return []
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
-    made = (_meter(limits.get(slot), seconds, name, now, used_up) for slot, seconds in slots)
-    return [meter for meter in made if meter is not None]
+    windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
+    return [window for window in windows if window is not None]
 
 
-def _meter(window: Any, slot_seconds: int, name: str | None, now: float, used_up: bool) -> Meter | None:
-    if not isinstance(window, dict):
+_LONGEST_WINDOW_S = 10 * 366 * 86400
+
+
+def _quota_window(content: Any, slot_seconds: int, meter: str | None, now: float, used_up: bool) -> QuotaWindow | None:
+    if not isinstance(content, dict):
         return None
-    seconds = _finite(window.get("limit_window_seconds"))
-    seconds = int(seconds) if seconds is not None and seconds > 0 else None
-    used, reset_at = _finite(window.get("used_percent")), _reset_at(window, now)
+    seconds = int(_finite(content.get("limit_window_seconds")) or 0)
+    if seconds > _LONGEST_WINDOW_S:
+        return None
+    used, reset_at = _finite(content.get("used_percent")), _reset_at(content, now)
     if used is None and used_up and reset_at is not None:
         used = 100.0
-    label = window_label(seconds or slot_seconds)
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
-    return Meter(f"{name} {label}" if name else label, seconds, used, reset_at, name)
+    label = window_label(seconds if seconds > 0 else slot_seconds)
+    return QuotaWindow(f"{meter} {label}" if meter else label, seconds if seconds > 0 else None, used, reset_at, meter)
 
 
 def _tidy(number: float) -> float:
     return int(number) if float(number).is_integer() else round(number, 2)
 
 
-def _reset_at(window: Mapping[str, Any], now: float) -> float | None:
-    at = _finite(window.get("reset_at"))
+def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
+    """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
+    at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
-    if at is None or at <= 0:
-        after = _finite(window.get("reset_after_seconds"))
-        at = None if after is None or after < 0 else now + after
-    return at if at is not None and 0 < at < _LATEST_AT else None
+    if at is not None and _EARLIEST_AT <= at < _LATEST_AT:
+        return at
+    if after_s is not None and after_s >= 0 and _EARLIEST_AT <= now + after_s < _LATEST_AT:
+        return now + after_s
+    return None
 
 
 _KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
 
 
 def window_label(seconds: int) -> str:
-    """Name a window by its length: the usual ones within 5 %, others in their largest whole unit."""
+    """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
     for length, label in _KNOWN_LENGTHS:
         if abs(seconds - length) <= 0.05 * length:
             return label
@@ -2830,24 +2756,25 @@ def window_label(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _fullest(meters: Sequence[Meter], label: str) -> Meter | None:
-    """Choose of several windows of one length the one that is used up the most."""
-    same = [meter for meter in meters if meter.label == label]
-    return max(same, key=lambda meter: -1.0 if meter.used_percent is None else meter.used_percent, default=None)
+def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
+    """Return the window of that label; of several the one that is used up the most."""
+    same = [window for window in windows if window.label == label]
+    return max(same, key=lambda window: -1.0 if window.used_percent is None else window.used_percent, default=None)
 
 
-def _extra_meters(payload: Mapping[str, Any], now: float) -> list[Meter]:
-    meters = _meters_of(payload.get("code_review_rate_limit"), "Code review", now)
+def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
+    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            name = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
-            meters += _meters_of(item.get("rate_limit"), name, now) or [Meter(name, None, None, None, name)]
-    return meters
+            meter = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            unknown = QuotaWindow(meter, None, None, None, meter)
+            windows += _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+    return windows
 
 
 def _credits_balance(credits: Any) -> str | None:
-    """Give the credits as text; None where there are none to tell of or the seat hides them."""
+    """Return the credits as text; None where there are none to tell of or the seat hides them."""
     if not isinstance(credits, dict):
         return None
     if credits.get("unlimited") is True:
@@ -2859,7 +2786,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Put the ``x-codex-…`` headers of a reply into the shape of the usage endpoint's answer.
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
 
     A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
     with a limit name of its own is an extra meter.
@@ -2895,70 +2822,106 @@ def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any
         "reset_at": headers.get(prefix + "reset-at"),
         "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
     }
-    return window if used is not None and minutes and minutes > 0 and _reset_at(window, 1.0) is not None else None
+    if used is None or minutes is None or not 0 < minutes * 60 <= _LONGEST_WINDOW_S:
+        return None
+    return window if _reset_at(window, _EARLIEST_AT) is not None else None
 
 
-def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
-    """Name the state that an HTTP status other than 200 stands for, by status and error code."""
-    text = body.decode("utf-8", "replace")
-    code = _json_error(text)[0] or _json_error(text)[1]
-    if "deactivated" in code:
+def classify_failure(status: int, body: bytes) -> str:
+    """Return the state that an HTTP status other than 200 stands for, by status and error code."""
+    code, message = _json_error(body.decode("utf-8", "replace"))
+    reason = code or message
+    if "deactivated" in reason:
         return "deactivated"
     if status == 401:
-        return "expired" if code == "token_expired" or not _json_error(text)[0] else "relogin"
+        return "expired" if code == "token_expired" or not code else "relogin"
     if status == 402:
         return "deactivated"
     if status == 403:
-        if "unsupported_country" in code:
+        if "unsupported_country" in reason:
             return "region_blocked"
-        return "relogin" if _json_error(text)[0] else "blocked"
+        return "relogin" if code else "blocked"
     if status == 429:
         return "rate_limited"
     return "server_error" if status >= 500 else "bad_response"
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Ask ChatGPT for one account's usage and return the decoded reply.
+    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
 
-    Raises QuotaFault with the state. No redirect is followed, the whole call ends after ``deadline_s``, and at
-    most 1 MiB is read.
+    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
+    its own: a socket's timeout begins again with every byte, and looking up a name has none.
     """
     if not file.access_token:
-        raise QuotaFault("no_token", is_final=True)
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request
+        raise QuotaFault("no_token")
+    proxies = proxies_of(file)
+    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
+        raise QuotaFault("proxy_unsupported")
+    outcomes: list[Any] = []
 
-    request = Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    def call() -> None:
+        try:
+            outcomes.append(_ask_usage(file, proxies, deadline_s))
+        except Exception as error:  # raised again below
+            outcomes.append(error)
+
+    thread = threading.Thread(target=call, name="chatgpt", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if not outcomes:
+        raise QuotaFault("timeout")
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+    return outcomes[0]
+
+
+def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
+    import urllib.request
+    from http.client import HTTPException
+
+    ends_at = time.monotonic() + deadline_s
+    request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
+    # With no handler for statuses a redirect is an answer like any other, and never followed.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(urllib.request.HTTPSHandler())
+    body = b""
     try:
-        body = _open_url(request, proxies_of(file), deadline_s)
-    except HTTPError as error:
-        with error:
-            state = classify_failure(error.code, error.headers, _error_body(error))
-            wait_s, is_final = _retry_after_s(error.headers.get("Retry-After")), error.code in (401, 402)
-            raise QuotaFault(state, wait_s, is_final) from None
-    except (URLError, OSError, HTTPException, ValueError) as error:
-        cause = error.reason if isinstance(error, URLError) else error
+        with opener.open(request, timeout=deadline_s) as reply:
+            while len(body) <= _LARGEST_BODY:
+                chunk = reply.read1(64 * 1024)
+                if not chunk:
+                    break
+                body += chunk
+                if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
+                    raise QuotaFault("timeout")
+    except (OSError, HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
+    if reply.status != 200:
+        raise QuotaFault(classify_failure(reply.status, body))
+    if len(body) > _LARGEST_BODY:
+        raise QuotaFault("bad_response")
     try:
         return json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise QuotaFault("bad_response") from None
 
 
-def _retry_after_s(text: str | None) -> float:
-    """Read Retry-After, seconds or an HTTP date; 0 where there is none."""
-    seconds = _finite(text)
-    if seconds is None:
-        seconds = _clock_ahead(text)
-    return max(0.0, seconds or 0.0)
+def proxies_of(file: AccountFile) -> dict[str, str]:
+    """Return the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    from urllib.request import getproxies
+
+    if file.proxy_url.lower() in ("direct", "none"):
+        return {}
+    return {"https": file.proxy_url} if file.proxy_url else getproxies()
 
 
 def _clock_ahead(date: str | None) -> float | None:
-    """Give by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
+    """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -2967,111 +2930,27 @@ def _clock_ahead(date: str | None) -> float | None:
         return None
 
 
-def _error_body(error: Any) -> bytes:
-    try:
-        return error.read(64 * 1024)
-    except (OSError, ValueError):
-        return b""
-
-
-def proxies_of(file: AccountFile) -> dict[str, str]:
-    """Give the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
-    from urllib.request import getproxies
-
-    if file.proxy_url.lower() in ("direct", "none"):
-        return {}
-    return {"https": file.proxy_url} if file.proxy_url else getproxies()
-
-
-def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes:
-    """Make the call with urllib, which follows no redirect here."""
-    import urllib.request
-
-    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
-        raise QuotaFault("proxy_unsupported")
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    with _Deadline(deadline_s) as deadline:
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(proxies),
-            deadline.https_handler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            NoRedirect(),
-        ):
-            opener.add_handler(handler)
-        with opener.open(request, timeout=deadline_s) as reply:
-            body = reply.read(_LARGEST_BODY + 1)
-            if deadline.passed:
-                raise socket.timeout()
-    if len(body) > _LARGEST_BODY:
-        raise QuotaFault("bad_response")
-    return body
-
-
-class _Deadline:
-    """End a call as a whole after so many seconds: a socket's own timeout starts anew with every byte."""
-
-    def __init__(self, seconds: float):
-        self.passed = False
-        self._connections: list[Any] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._timer.cancel()
-        if self.passed and error is not None and not isinstance(error, QuotaFault):
-            raise socket.timeout() from None
-
-    def _end(self) -> None:
-        self.passed = True
-        for connection in self._connections:
-            try:
-                connection.sock.shutdown(socket.SHUT_RDWR)
-            except (AttributeError, OSError):
-                continue
-
-    def https_handler(self) -> Any:
-        """Make a urllib handler whose connections this deadline can end."""
-        import http.client
-        import urllib.request
-
-        connections = self._connections
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(self._connect, request)
-
-            @staticmethod
-            def _connect(host: str, **options: Any) -> Any:
-                connection = http.client.HTTPSConnection(host, **options)
-                connections.append(connection)
-                return connection
-
-        return Handler()
-
-
 # ------------------------------------------------------------------ readings
 
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
-    row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
-    row.update(source="refresh", raw_json=json.dumps(_without_identity(payload), ensure_ascii=False))
-    return row
+    """Return the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
+    raw_json = json.dumps(_without_identity(payload), ensure_ascii=False)
+    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, "refresh", raw_json)
 
 
-def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
-    row: dict[str, Any] = {
+def reading_row(
+    reading: Reading,
+    account: tuple[str, str],
+    plan: str,
+    at: float,
+    source: str = "traffic",
+    raw_json: str | None = None,
+) -> dict[str, Any]:
+    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
+    unknown = QuotaWindow("", None, None, None, None)
+    five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
+    return {
         "timestamp": utc_text(at),
         "ts_epoch": at,
         "email": account[0],
@@ -3079,25 +2958,17 @@ def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float
         "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "primary_used_percent": five_hour.used_percent,
+        "primary_remaining_percent": five_hour.remaining_percent,
+        "primary_reset_at": utc_text(five_hour.reset_at),
+        "secondary_used_percent": weekly.used_percent,
+        "secondary_remaining_percent": weekly.remaining_percent,
+        "secondary_reset_at": utc_text(weekly.reset_at),
+        "windows": _windows_text(reading.windows),
         "credits_balance": reading.credits_balance,
+        "raw_json": raw_json,
+        "source": source,
         "state": reading.state,
-        "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
-    }
-    for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
-        row[f"{prefix}_used_percent"] = meter.used_percent if meter else None
-        row[f"{prefix}_remaining_percent"] = meter.remaining_percent if meter else None
-        row[f"{prefix}_reset_at"] = utc_text(meter.reset_at) if meter else None
-    return row
-
-
-def _meter_json(meter: Meter) -> dict[str, Any]:
-    return {
-        "label": meter.label,
-        "seconds": meter.seconds,
-        "used_percent": meter.used_percent,
-        "remaining_percent": meter.remaining_percent,
-        "reset_at": utc_text(meter.reset_at),
-        "meter": meter.meter,
     }
 
 
@@ -3119,32 +2990,34 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else None
 
 
-def windows_at(row: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
-    """Give a reading's windows as they stand now: one whose reset has passed is ``due``, its percentages unknown."""
-    windows = _windows_of(row)
-    for window in windows:
-        reset_at = _epoch(window["reset_at"])
-        window["due"] = reset_at is not None and reset_at <= now
-        if window["due"]:
-            window.update(used_percent=None, remaining_percent=None)
-    return windows
+def _window_json(window: QuotaWindow) -> dict[str, Any]:
+    return {
+        "label": window.label,
+        "seconds": window.seconds,
+        "used_percent": window.used_percent,
+        "remaining_percent": window.remaining_percent,
+        "reset_at": utc_text(window.reset_at),
+        "meter": window.meter,
+    }
 
 
-def _windows_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give the list of windows of a reading; the original kept two, in columns only."""
+def _windows_text(windows: Iterable[QuotaWindow]) -> str:
+    return json.dumps([_window_json(window) for window in windows], ensure_ascii=False)
+
+
+_PLACES = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+
+
+def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
+    """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
-        return json.loads(row["windows"])
-    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+        return [
+            QuotaWindow(one["label"], one["seconds"], one["used_percent"], _epoch(one["reset_at"]), one["meter"])
+            for one in json.loads(row["windows"])
+        ]
     return [
-        {
-            "label": label,
-            "seconds": seconds,
-            "used_percent": row[f"{place}_used_percent"],
-            "remaining_percent": row[f"{place}_remaining_percent"],
-            "reset_at": row[f"{place}_reset_at"],
-            "meter": None,
-        }
-        for place, label, seconds in places
+        QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
+        for place, label, seconds in _PLACES
         if row[f"{place}_used_percent"] is not None
     ]
 
@@ -3153,88 +3026,239 @@ def _epoch(text: str | None) -> float | None:
     try:
         return parse_time(text or "")[0]
     except ValueError:
-        return None  # the original kept local times
+        return None
 
 
-def state_at(state: str, windows: Sequence[Mapping[str, Any]]) -> str:
-    """Give an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
-    main = [window for window in windows if window["meter"] is None]
-    still = any(window["remaining_percent"] == 0 for window in main)
-    return "reset_due" if state == "limited" and not still and any(window["due"] for window in main) else state
+_SLOT_S = 300.0  # of an account's readings from traffic one row is kept for each of these
 
 
-class Span(NamedTuple):
-    """Hold what readings said of one window: from when until when (epoch seconds), how much was used, when it
-    resets (epoch seconds), and how many readings said so."""
+def merge_traffic_reading(
+    row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
+) -> Mapping[str, Any] | None:
+    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
-    began_at: float
-    ended_at: float
+    What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
+    a reading from traffic of the same five minutes, which it replaces. None where ``before`` is newer; one of the
+    future, by a clock that was ahead, is not.
+    """
+    if before is None:
+        return row
+    if row["ts_epoch"] < before["ts_epoch"] <= now:
+        return None
+    windows = windows_of(row)
+    told = {None, *(window.meter for window in windows)}
+    windows += [window for window in windows_of(before) if window.meter not in told]
+    credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
+    merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
+    if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
+        merged["id"] = before["id"]
+    return merged
+
+
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Of each account the newest is saved, at most once a minute. One that cannot be told whose it is, is left out.
+    """
+
+    _PAUSE_S = 60.0
+    _KEPT_REPLIES = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_s,
+    ):
+        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s: dict[tuple[str | None, str], float] = {}
+        self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
+        self._files: list[AccountFile] = []
+        self._files_read_s = float("-inf")
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Remember the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event, event.quota_headers):
+                key = (event.auth_index, event.source)
+                if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
+        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
+        quota is believed, where the headers say the same.
+        """
+        reply = tuple(headers.items())
+        index = self._replies.pop(reply, event.auth_index)
+        self._replies[reply] = index
+        if len(self._replies) > self._KEPT_REPLIES:
+            del self._replies[next(iter(self._replies))]
+        if index != event.auth_index:
+            return False
+        limits = _limits_of_headers(headers, "").values()
+        used_up = any(window is not None and window["used_percent"] >= 100 for window in limits)
+        return not event.failed or (event.status_code == 429 and used_up)
+
+    def save_due(self) -> None:
+        """Save what has waited long enough since its account's last reading. Raises StoreError."""
+        now_s = self._steady()
+        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
+        for key in due:
+            self._next_s[key] = now_s + self._PAUSE_S
+            self._save(self._waiting.pop(key))
+
+    def _save(self, event: Event) -> None:
+        now = self._clock()
+        read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
+        owner = self._owner_of(event, reading.plan or "")
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+
+    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        files, accounts, mail = self._account_files(), self._store.accounts(), event.source
+        if not looks_like_mail(mail):  # an account whose file has none comes with a key: the mail last seen with it
+            mail = next((one.mail for one in accounts if event.auth_index and one.auth_index == event.auth_index), "")
+        by_index = [file for file in files if file.auth_index == event.auth_index]
+        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(candidates) > 1:
+            candidates = [file for file in candidates if file.plan == plan]
+            if len(candidates) != 1:
+                return None
+        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
+        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
+            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
+        return (mail, self._tag_without_file(event, mail)) if mail else None
+
+    def _tag_without_file(self, event: Event, mail: str) -> str:
+        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
+        accounts = [account for account in self._store.accounts() if account.mail == mail]
+        if len(accounts) > 1:
+            accounts = [account for account in accounts if account.auth_index == event.auth_index]
+        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+
+    def _account_files(self) -> list[AccountFile]:
+        """Return the account files, read again at most once a minute."""
+        if self._steady() >= self._files_read_s + self._PAUSE_S:
+            self._files, self._files_read_s = find_account_files(self._folders)[1], self._steady()
+        return self._files
+
+
+class UsagePoint(NamedTuple):
+    """How much of a window was used at a time; times in epoch seconds."""
+
+    at: float
     used_percent: float
     reset_at: float
-    readings: int
 
 
-_FEWEST_READINGS, _SHORTEST_SPAN_S, _OLDEST_READING_S = 3, 600.0, 900.0
+_FEWEST_POINTS, _SHORTEST_RISE_S, _OLDEST_POINT_S = 3, 600.0, 900.0
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
-def spans_by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Span]]:
-    """Sort what an account's rows of ``quota_snapshots`` said of its main windows; what is unknown is left out."""
-    spans: dict[str, dict[float, Span]] = {}
+def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
+    """Return what an account's readings say of its main windows, by label in order of time; the unknown left out."""
+    points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in _windows_of(row):
-            reset_at, at = _epoch(window["reset_at"]), row["ts_epoch"]
-            if window["meter"] is None and window["used_percent"] is not None and reset_at is not None:
-                span = Span(at, row["last_at"] or at, window["used_percent"], reset_at, row["readings"] or 1)
-                spans.setdefault(window["label"], {})[at] = span
-    return {label: [by_time[at] for at in sorted(by_time)] for label, by_time in spans.items()}
+        for window in windows_of(row):
+            if window.meter is None and window.used_percent is not None and window.reset_at is not None:
+                point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
+                points.setdefault(window.label, {})[point.at] = point
+    return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
-def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
-    """Say whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
+def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
 
-    ``spans`` in order of time. Told from at least three readings of this same window over ten minutes, the newest
-    at most fifteen old. ``runs_out_at`` None means that it lasts.
+    ``points`` in order of time. Told from at least three of this same window over ten minutes, the newest at most
+    fifteen old. ``runs_out_at`` None means that it lasts.
     """
-    same: list[Span] = []
-    for span in spans:
-        if span.ended_at < now - PACE_S:
+    same: list[UsagePoint] = []
+    for point in points:
+        if point.at < now - PACE_S:
             continue
-        if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
+        if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
-        same.append(span)
-    if sum(_readings_since(span, now - PACE_S) for span in same) < _FEWEST_READINGS:
+        same.append(point)
+    if len(same) < _FEWEST_POINTS:
         return None
-    first, last = same[0], same[-1]
-    lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
-    if lasted_s < _SHORTEST_SPAN_S or now - last.ended_at > _OLDEST_READING_S:
+    last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
+    if lasted_s < _SHORTEST_RISE_S or now - last.at > _OLDEST_POINT_S:
         return None
     if last.used_percent >= 100 or last.reset_at <= now:
         return None
-    rise = last.used_percent - first.used_percent
-    slow, likely, fast = (_runs_out_at(last, max(0, rise + off), lasted_s) for off in (-1, 0, 1))
+    slow, likely, fast = (_runs_out_at(last, rise + off, lasted_s) for off in (-1, 0, 1))
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
-def _readings_since(span: Span, since: float) -> int:
-    """Give how many of a span's readings came since then, as if they had come evenly; its last one did."""
-    if span.began_at >= since:
-        return span.readings
-    return max(1, int(span.readings * (span.ended_at - since) / (span.ended_at - span.began_at)))
-
-
-def _runs_out_at(last: Span, rise: float, lasted_s: float) -> float | None:
-    """Give when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+def _runs_out_at(last: UsagePoint, rise: float, lasted_s: float) -> float | None:
+    """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
     if rise <= 0:
         return None
-    at = last.ended_at + (100 - last.used_percent) / rise * lasted_s
+    at = last.at + (100 - last.used_percent) / rise * lasted_s
     return at if at < last.reset_at else None
 
 
+def _quota_json(
+    row: Mapping[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
+
+    A window whose reset has passed is ``due`` and its percentages unknown.
+    """
+    windows = windows_of(row)
+    points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
+    for window in windows:
+        due, pace = window.is_due(now), None
+        if due:
+            window = window._replace(used_percent=None)
+        elif window.meter is None:
+            pace = forecast(points.get(window.label, ()), now)
+        answer["windows"].append({**_window_json(window), "due": due, "forecast": pace})
+    due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
+    for place, label, _ in _PLACES:
+        if label in due_labels:
+            answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
+    read_at = row["ts_epoch"]
+    answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
+    answer["account"] = _account_of_quota(row, accounts)
+    return answer
+
+
+def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
+    """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
+    main = [window for window in windows if window.meter is None]
+    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
+    is_due = any(window.is_due(now) for window in main)
+    return "reset_due" if state == "limited" and is_due and not still_limited else state
+
+
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
+    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
+    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
+    if len(same) > 1:
+        same = [one for one in same if one.plan == (row["plan"] or "")]
+    return same[0].name if len(same) == 1 else None
+
+
+_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
+
+
 def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all accounts by length: how much is left, and whether it lasts.
+    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
     An account that is limited has nothing left in any window. Percentages of different plans are not the same
     amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
@@ -3249,183 +3273,27 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     return [pool for pool in pools if pool["accounts"]]
 
 
-_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
-
-
 def _pool_of_label(
     label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
 ) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
     resets = [reset_at for _, window in known for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
-    next_reset_at = min(resets, default=None)
-    told = next_reset_at is not None and len(known) == len(members)  # one that came back may be full
-    return {
+    pool: dict[str, Any] = {
         "label": label,
         "accounts": len(known),
         "remaining_percent": round(sum(left) / len(left), 1) if left else None,
-        "next_reset_at": utc_text(next_reset_at),
-        "forecast": _pool_forecast(known, left, next_reset_at, now) if told else None,
+        "next_reset_at": utc_text(min(resets, default=None)),
+        "forecast": None,
     }
-
-
-def _pool_forecast(
-    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    left: Sequence[float],
-    next_reset_at: float,
-    now: float,
-) -> dict[str, Any] | None:
-    """Say whether the pool lasts until one of its windows comes back; a limited account has no pace."""
-    paces = [window["forecast"] for (_, window), remaining in zip(members, left) if remaining]
-    if not paces or None in paces or len({row["plan"] for row, _ in members}) > 1:
-        return None
-    per_hour = sum(pace["used_per_hour"] for pace in paces)
-    runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else None
-    if runs_out_at is not None and runs_out_at >= next_reset_at:
-        runs_out_at = None
-    return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
-
-
-class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
-
-    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
-    """
-
-    _GAP_S = 60.0
-    _KEPT_REPLIES = 2000
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = steady_s,
-    ):
-        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
-        self._waiting: dict[tuple[str | None, str], Event] = {}
-        self._next_s: dict[tuple[str | None, str], float] = {}
-        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
-        self._files: list[AccountFile] = []
-        self._looked_s = float("-inf")
-
-    def note(self, events: Iterable[Event]) -> None:
-        """Keep the newest reading of each account for save_due()."""
-        for event in events:
-            if event.quota_headers and self._is_own(event):
-                key = (event.auth_index, event.source)
-                known = self._waiting.get(key)
-                if known is None or event.ts_epoch >= known.ts_epoch:
-                    self._waiting[key] = event
-
-    def _is_own(self, event: Event) -> bool:
-        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
-        """
-        assert event.quota_headers is not None
-        said = tuple(event.quota_headers.items())
-        index = self._seen.pop(said, event.auth_index)
-        self._seen[said] = index
-        if len(self._seen) > self._KEPT_REPLIES:
-            del self._seen[next(iter(self._seen))]
-        if index != event.auth_index:
-            return False
-        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
-
-    def save_due(self) -> None:
-        """Save what has waited long enough since its account's last reading."""
-        now_s = self._steady()
-        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
-        for key in due:
-            self._next_s[key] = now_s + self._GAP_S
-            self._save(self._waiting.pop(key))
-
-    def _save(self, event: Event) -> None:
-        assert event.quota_headers is not None
-        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        payload = payload_of_headers(event.quota_headers)
-        reading = parse_quota(payload, read_at)
-        owner = self._owner_of(event, reading.plan or "")
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
-            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
-
-    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
-        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        files = self._account_files()
-        by_index = [file for file in files if file.auth_index == event.auth_index]
-        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
-        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(same_mail) > 1:
-            same_mail = [file for file in same_mail if file.plan == plan]
-            if len(same_mail) != 1:
-                return None
-        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
-            (file,) = same_mail
-            return None if file.disabled else (file.email, file.tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
-
-    def _mail_of_index(self, auth_index: str | None) -> str:
-        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
-        accounts = self._store.accounts() if auth_index else []
-        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
-
-    def _has_several(self, mail: str) -> bool:
-        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
-
-    def _account_files(self) -> list[AccountFile]:
-        """Read the account files again at most once a minute."""
-        if self._steady() >= self._looked_s + self._GAP_S:
-            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
-        return self._files
-
-
-def _is_used_up(headers: Mapping[str, str]) -> bool:
-    return any(
-        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
-    )
-
-
-def _quota_json(
-    row: dict[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
-) -> dict[str, Any]:
-    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
-    windows = windows_at(row, now)
-    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    for window in windows:
-        told = window["meter"] is None and not window["due"]
-        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
-    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
-    for place, label in (("primary", "5h"), ("secondary", "7d")):
-        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
-            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    return {
-        **shown,
-        "account": _account_of_quota(row, accounts),
-        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
-        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
-    }
-
-
-def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Name the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [one for one in same if one.plan == (row["plan"] or "")]
-    return same[0].name if len(same) == 1 else None
+    paces = [window["forecast"] for (_, window), remaining in zip(known, left) if remaining]  # a limited one has none
+    one_plan = len({row["plan"] for row, _ in known}) == 1
+    if resets and paces and None not in paces and one_plan and len(known) == len(members):  # else one may be full again
+        per_hour = sum(pace["used_per_hour"] for pace in paces)
+        runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else float("inf")
+        lasts = runs_out_at >= min(resets)
+        pool["forecast"] = {"runs_out_at": None if lasts else utc_text(runs_out_at), "until": pool["next_reset_at"]}
+    return pool
 
 
 # ------------------------------------------------------------------ sources
@@ -4445,7 +4313,8 @@ class Collector:
 class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
 
-    The cool-down counts from the start of a round that had an account to ask and is kept in the database.
+    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
+    account to ask and is kept in the database.
     """
 
     def __init__(
@@ -4467,11 +4336,11 @@ class QuotaRefresher:
 
     @property
     def refreshing(self) -> bool:
-        """Tell whether a round is under way."""
+        """Return whether a round is under way."""
         return self._running.locked()
 
     def state(self) -> dict[str, Any]:
-        """Give progress, cool-down and the last round's start, as ``/api/quota`` shows them."""
+        """Return progress, cool-down and the last round's start (epoch seconds), as ``/api/quota`` shows them."""
         done, total = self._progress
         return {
             "refreshing": self.refreshing,
@@ -4481,8 +4350,10 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Give the whole seconds until the next round may start; a round in the future, by a clock that was wrong
-        then or is now, does not count."""
+        """Return the whole seconds until the next round may start.
+
+        A round in the future, by a clock that was wrong then or is now, does not count.
+        """
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4503,13 +4374,9 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def _round(self) -> None:
-        try:
-            self._refresh_all()
-        except StoreError as error:
-            self._log.event("refresh_quota", fault=error)
-        finally:
-            self._running.release()
+    def register_accounts(self) -> None:
+        """List the accounts of all files in the quota table, so that it names them before they are asked."""
+        self._register(self._find_files()[0])
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4518,19 +4385,21 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def announce_accounts(self) -> None:
-        """List accounts that were never asked, so that the quota table names them from the start."""
-        files, _ = self._find_files()
-        known = {(row["email"], row["account_id_tag"]): row["state"] for row in self._store.quotas()}
+    def _register(self, files: Sequence[AccountFile]) -> None:
+        accounts = []
         for file in files:
-            state = known.get((file.email, file.tag))
-            if state is None or file.disabled != (state == "disabled"):
-                self._put_state(file, "disabled" if file.disabled else "never")
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+            state = "disabled" if file.disabled else "never"
+            account = (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            accounts.append(account)
+        self._store.register_quota_accounts(accounts, self._clock())
 
-    def _put_state(self, file: AccountFile, state: str, call: QuotaCall | None = None) -> None:
-        message = QUOTA_MESSAGES[state]
-        self._store.save_quota_state(file.email, file.tag, file.plan or None, state, message, self._clock(), call)
+    def _round(self) -> None:
+        try:
+            self._refresh_all()
+        except StoreError as error:
+            self._log.event("refresh_quota", fault=error)
+        finally:
+            self._running.release()
 
     def _refresh_all(self) -> None:
         files, problems = self._find_files()
@@ -4538,61 +4407,35 @@ class QuotaRefresher:
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
-        self._progress = (0, len(files))
-        calls = self._store.quota_calls()
-        asked_before, in_vain = False, 0
-        for number, file in enumerate(files):
-            call = calls.get((file.email, file.tag), QuotaCall())
-            if self._is_to_be_asked(file, call):
-                if asked_before and self._stop.wait(random.uniform(*self._gap_s)):
-                    return
-                asked_before = True
-                in_vain = in_vain + 1 if self._refresh_or_log(file, call) in _ROUND_ENDS_AFTER else 0
-            self._progress = (number + 1, len(files))
-            if in_vain == _MOST_IN_VAIN:
-                self._log.line(f"refresh_quota: stopped after {in_vain} failures in a row")
-                break
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+        self._register(files)
+        asked = [file for file in files if not file.disabled]
+        skipped = len(files) - len(asked)
+        for number, file in enumerate(asked):
+            self._progress = (skipped + number, len(files))
+            if number and self._stop.wait(random.uniform(*self._gap_s)):
+                return
+            try:
+                self._refresh(file)
+            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+                fault = error if isinstance(error, StoreError) else where_raised(error)
+                self._log.event("refresh_quota", fault=fault)
+        self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _is_to_be_asked(self, file: AccountFile, call: QuotaCall) -> bool:
-        """Tell whether to call for this account; a disabled one, a dead login and one that backs off are not."""
-        if file.disabled:
-            self._put_state(file, "disabled")
-            return False
-        if call.parked is not None and call.parked == file.version:
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is asked again when its file changes")
-            return False
-        wait_s = 0.0 if call.retry_at is None else call.retry_at - self._clock()
-        if 0 < wait_s <= _LONGEST_WAIT_S:  # a longer one is left from a clock that was set back
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is not asked for {wait_s:.0f} more seconds")
-            return False
-        return True
-
-    def _refresh_or_log(self, file: AccountFile, call: QuotaCall) -> str | None:
-        try:
-            return self._refresh(file, call)
-        except StoreError:
-            raise
-        except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-            self._log.event("refresh_quota", fault=where_raised(error))
-            return None
-
-    def _refresh(self, file: AccountFile, call: QuotaCall) -> str | None:
-        """Ask for one account and keep what was said; the state of a failure is returned, None after a reading."""
+    def _refresh(self, file: AccountFile) -> None:
         name = mask_mail(file.email)
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            self._put_state(file, fault.state, self._next_call(file, call, fault))
+            plan = file.plan or None
+            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return fault.state
+            return
         self._store.save_reading(row)
         self._log.line(f"refresh_quota: saved quota for {name}")
-        return None
 
     def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
         """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
@@ -4606,48 +4449,15 @@ class QuotaRefresher:
                 raise
         return newer, self._fetch(newer)
 
-    def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
-        """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
-        if fault.is_final:
-            return QuotaCall(parked=file.version)
-        if fault.state not in _WAITS_S:
-            return QuotaCall()
-        first_s, longest_s = _WAITS_S[fault.state]
-        wait_s = min(longest_s, first_s * 2 ** min(call.failures, 10))
-        return QuotaCall(call.failures + 1, self._clock() + max(wait_s, min(fault.retry_after_s, _LONGEST_WAIT_S)))
-
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
         now, mails = self._clock(), {file.email for file in files}
         seen = [
             (row["email"], row["account_id_tag"])
             for row in self._store.quotas()
-            if row["source"] == "traffic" and row["email"] not in mails and now - row["read_at"] < _WEEK_S
+            if row["source"] == "traffic" and row["email"] not in mails and now - row["ts_epoch"] < _WEEK_S
         ]
         self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
-
-
-_LONGEST_WAIT_S = 3600.0
-
-
-# Seconds not to ask after the first failure, and at the longest. The cool-down between two rounds comes first; trouble
-# on the way, which passes, costs little more than that.
-_WAITS_S = {
-    "rate_limited": (600.0, _LONGEST_WAIT_S),
-    "blocked": (600.0, _LONGEST_WAIT_S),
-    "region_blocked": (600.0, _LONGEST_WAIT_S),
-    "relogin": (600.0, _LONGEST_WAIT_S),
-    "deactivated": (600.0, _LONGEST_WAIT_S),
-    "server_error": (120.0, _LONGEST_WAIT_S),
-    "bad_response": (120.0, _LONGEST_WAIT_S),
-    "network": (120.0, 600.0),
-    "timeout": (120.0, 600.0),
-}
-
-
-# These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
-_ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
-_MOST_IN_VAIN = 3
 
 
 class RefreshRefused(DashboardError):
@@ -4659,7 +4469,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, thin old readings."""
+    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, downsample old readings."""
 
     def __init__(
         self,
@@ -4686,7 +4496,7 @@ class Housekeeper:
                 return
 
     def _turn(self) -> None:
-        self._refresher.announce_accounts()
+        self._refresher.register_accounts()
         if self._store.needs_index:
             self._log.event("housekeeping", indexing="the rows of an existing database; nothing is recorded meanwhile")
             if not self._store.build_index(self._stop.is_set):
@@ -4698,7 +4508,7 @@ class Housekeeper:
                 if self._stop.wait(0.005):
                     return
             self._log.event("housekeeping", adopted=self._store.counts["adopted"])
-        self._store.thin_snapshots(self._clock() - 14 * 86400)
+        self._store.downsample_snapshots(self._clock() - 14 * 86400)
         if self._config.retention_days:
             before = self._clock() - self._config.retention_days * 86400
             while self._store.delete_some(before):
@@ -5573,7 +5383,7 @@ class DemoWorld:
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
-            raise QuotaFault("relogin", is_final=True)
+            raise QuotaFault("relogin")
         return self._quota_of(file, time.time())
 
     def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
