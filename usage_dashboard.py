@@ -44,6 +44,7 @@ from typing import (
     Any,
     Callable,
     Iterable,
+    Iterator,
     Mapping,
     NamedTuple,
     Optional,
@@ -5203,168 +5204,182 @@ class _Connections:
 
 
 class _DemoAccount(NamedTuple):
-    mail: str
+    source: str
     plan: str
     share: float
+    failing: float  # share of its requests
     models: tuple[str, ...]
     used: tuple[float | None, float | None]  # percent of five hours and of the week
 
 
 _DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
 _DEMO_ACCOUNTS = (
-    _DemoAccount("an.nguyen@example.com", "plus", 0.30, _DEMO_CODEX, (38, 29)),
-    _DemoAccount("minh.tran@example.com", "plus", 0.22, _DEMO_CODEX, (76, 52)),
-    _DemoAccount("linh.pham@example.com", "pro", 0.17, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-    _DemoAccount("team@example.org", "team", 0.11, _DEMO_CODEX, (9, 17)),
-    _DemoAccount("dev.one@example.net", "plus", 0.08, _DEMO_CODEX, (100, 88)),
-    _DemoAccount("dev.two@example.net", "plus", 0.06, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-    _DemoAccount("huy.le@example.com", "free", 0.03, ("gpt-5.4-mini",), (None, None)),
-    _DemoAccount("old.mail@example.com", "plus", 0.03, ("gpt-5.3-codex",), (59, 34)),
+    _DemoAccount("an.nguyen@example.com", "plus", 0.30, 0.012, _DEMO_CODEX, (38, 29)),
+    _DemoAccount("minh.tran@example.com", "plus", 0.22, 0.012, _DEMO_CODEX, (76, 52)),
+    _DemoAccount("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+    _DemoAccount("team@example.org", "team", 0.11, 0.012, _DEMO_CODEX, (9, 17)),
+    _DemoAccount("dev.one@example.net", "plus", 0.08, 0.07, _DEMO_CODEX, (100, 88)),
+    _DemoAccount("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+    _DemoAccount("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
+    _DemoAccount("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
 )
+_DEMO_KEY = _DemoAccount("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None))
+_DEMO_SENDERS = (*_DEMO_ACCOUNTS, _DEMO_KEY)
 _DEMO_FAILURES = (
-    (429, "429 usage_limit_reached: The usage limit has been reached"),
-    (401, "401 token_expired: Provided authentication token is expired. Please try signing in again."),
-    (503, "503 Service Unavailable"),
-    (499, "499 Client Closed Request"),
+    (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
+    (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
+    (503, ""),
+    (499, ""),
 )
 _DEMO_REQUESTS_A_DAY = 1300
+_DEMO_HOURS = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1,
+               1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)  # fmt: skip
 
 
 class DemoWorld:
     """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
 
-    def __init__(self, folder: Path, now: float, seed: int = 8320):
-        self._dice = random.Random(seed)
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
+        self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
+        self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
+        self._arrivals = self._arrive(self._born_at - 7 * 86400)
+        self._next_at = next(self._arrivals)
+        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._sequence = 0
-        self._state = "recording"
-        self._last_event: float | None = None
-        self._born_at = now
+        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._write_week(now)
-        self._write_readings(now)
-        self._traffic = TrafficReadings([self.auth_dir], self.store)
+        self._record()
+        self.store.begin_outage(self._outage.start, "unreachable")
+        self.store.end_outage(self._outage.end)
+        self._write_readings()
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
         for number, account in enumerate(_DEMO_ACCOUNTS):
-            content = {
-                "type": "codex",
-                "email": account.mail,
-                "account_id": f"demo-{number}",
-                "access_token": str(number),
-            }
-            (self.auth_dir / f"codex-{number}.json").write_text(json.dumps(content), encoding="utf-8")
+            content = {"type": "codex", "email": account.source, "account_id": f"demo-{number}"}
+            text = json.dumps({**content, "access_token": str(number)})
+            (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
-    def _write_week(self, now: float) -> None:
-        events: list[Event] = []
-        at = now - 7 * 86400
-        while True:
-            busy = self._busyness(at)
-            at += self._dice.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busy)
-            if at >= now:
-                break
-            events.append(self._event(at))
-        self._put(events, now)
-        self.store.begin_outage(now - 33 * 3600, "unreachable")
-        self.store.end_outage(now - 32.2 * 3600)
-
-    def _write_readings(self, now: float) -> None:
-        """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
-        files = find_account_files([self.auth_dir])[1]
+    def _write_readings(self) -> None:
+        """Save readings of the last hour, that forecasts need; of the lost account its last good one."""
         for minutes_ago in (180, *range(60, 0, -10)):
-            for file in files:
+            for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
-                    at = now - minutes_ago * 60
-                    row = snapshot_of(file, self._quota_of(file, at), at)
-                    self.store.save_reading({**row, "source": "traffic", "raw_json": None})
+                    at = self._born_at - minutes_ago * 60
+                    reading = parse_quota(self._reply(int(file.access_token), at), at)
+                    self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
-    @staticmethod
-    def _busyness(at: float) -> float:
-        """Give how busy that hour of a working week is, as a factor around one."""
-        local = time.localtime(at)
-        by_hour = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1)
-        by_hour += (1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)
-        return by_hour[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+    def _arrive(self, at: float) -> Iterator[float]:
+        """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
+        while True:
+            local = time.localtime(at)
+            busyness = _DEMO_HOURS[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+            at += self._rng.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busyness)
+            if not self._outage.start <= at < self._outage.end:
+                yield at
 
-    def _event(self, at: float) -> Event:
-        dice = self._dice
-        if dice.random() < 0.02:
-            return self._key_event(at)
-        number = dice.choices(range(len(_DEMO_ACCOUNTS)), [one.share for one in _DEMO_ACCOUNTS])[0]
-        account = _DEMO_ACCOUNTS[number]
-        failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
-        model = dice.choice(account.models)
-        if failed:
-            return self._make(at, account, model, (0, 0, 0, 0), dice.randrange(200, 1500), dice.choice(_DEMO_FAILURES))
-        into = int(dice.lognormvariate(11.0, 0.9))
-        cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
-        out = int(dice.lognormvariate(6.4, 0.8))
-        thought = int(out * dice.triangular(0.1, 0.85, 0.5))
-        latency_ms = int(1200 + out * dice.uniform(6, 18))
-        made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
-        return made if account.mail.startswith("old") else made._replace(quota_headers=self._headers_of(number, at))
-
-    def _key_event(self, at: float) -> Event:
-        account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
-        into, out = self._dice.randrange(500, 30000), self._dice.randrange(50, 900)
-        made = self._make(at, account, "gemini-3-pro-preview", (into, out, out // 3, 0), 2600 + out * 9, None)
-        return made._replace(provider="gemini", auth_type="apikey", endpoint="POST /v1beta/models/*action")
-
-    def _make(self, at: float, account: _DemoAccount, model: str, tokens, latency_ms: int, failure) -> Event:
-        into, out, thought, cached = tokens
-        status, reason = failure or (200, None)
-        dice = self._dice
-        return Event(
-            timestamp=utc_text(at) or "",
-            ts_epoch=round(at, 3),
-            auth_index=hashlib.sha256(account.mail.encode()).hexdigest()[:16],
-            source=account.mail,
-            model=model,
-            input_tokens=into,
-            output_tokens=out,
-            reasoning_tokens=thought,
-            total_tokens=into + out,
-            latency_ms=latency_ms,
-            failed=int(reason is not None),
-            cached_tokens=cached,
-            cache_write_tokens=0,
-            ttft_ms=None if reason else dice.randrange(500, 2600),
-            status_code=status,
-            error=reason,
-            request_id=f"{dice.getrandbits(32):08x}",
-            provider="codex",
-            endpoint="POST /v1/responses",
-            auth_type="oauth",
-            alias=model,
-            reasoning_effort=dice.choice(("low", "medium", "medium", "high", "xhigh")),
-            service_tier="auto",
-            api_key=mask_key(f"sk-demo-client-{dice.randrange(3)}-made-up"),
-            plan=account.plan,
-        )
-
-    def _put(self, events: list[Event], now: float) -> None:
-        for start in range(0, len(events), 2000):
-            self._sequence += 1
-            self.store.store_batch(Parsed(events[start : start + 2000], [], 0), self._sequence, now)
-        if events:
-            self._last_event = events[-1].ts_epoch
+    def _record(self) -> None:
+        """Store the requests that have arrived by now."""
+        now, payloads = self._clock(), []
+        while self._next_at <= now:
+            payloads.append(self._payload(self._next_at))
+            self._next_at = next(self._arrivals)
+        for first in range(0, len(payloads), 2000):
+            parsed = parse_events(payloads[first : first + 2000])
+            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
+            self._traffic.note(parsed.events)
+            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
-        """Let a request arrive every few seconds until ``stop``."""
-        while not stop.wait(self._dice.uniform(1.0, 5.0)):
-            event = self._event(time.time())
-            self._put([event], time.time())
-            self._traffic.note([event])
+        """Let requests arrive at the pace of the week until ``stop``."""
+        while not stop.wait(max(0.0, self._next_at - self._clock())):
+            self._record()
             self._traffic.save_due()
 
+    def _payload(self, at: float) -> bytes:
+        """Return a request as the proxy hands it over."""
+        rng = self._rng
+        number = rng.choices(range(len(_DEMO_SENDERS)), [sender.share for sender in _DEMO_SENDERS])[0]
+        sender = _DEMO_SENDERS[number]
+        is_key, model = sender is _DEMO_KEY, rng.choice(sender.models)
+        into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
+        latency_ms = int(1200 + out * rng.uniform(6, 18))
+        request = {
+            "timestamp": utc_text(at),
+            "source": sender.source,
+            "auth_index": hashlib.sha256(sender.source.encode()).hexdigest()[:16],
+            "provider": "gemini" if is_key else "codex",
+            "model": model,
+            "alias": model,
+            "endpoint": "POST /v1beta/models/*action" if is_key else "POST /v1/responses",
+            "auth_type": "apikey" if is_key else "oauth",
+            "api_key": f"sk-demo-client-{rng.randrange(3)}-made-up",
+            "request_id": f"{rng.getrandbits(32):08x}",
+            "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
+            "service_tier": "auto",
+        }
+        if rng.random() < sender.failing:
+            status, body = rng.choice(_DEMO_FAILURES)
+            request.update(failed=True, fail={"status_code": status, "body": body}, latency_ms=rng.randrange(200, 1500))
+            return json.dumps(request).encode()
+        request.update(
+            failed=False,
+            fail={"status_code": 200, "body": ""},
+            latency_ms=latency_ms,
+            ttft_ms=rng.randrange(500, min(latency_ms, 2600)),
+            tokens={
+                "input_tokens": into,
+                "output_tokens": out,
+                "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
+                "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
+            },
+            response_headers={} if is_key else self._headers(number, at),
+        )
+        return json.dumps(request).encode()
+
+    def _windows(self, number: int, at: float) -> list[dict[str, Any]]:
+        """Return an account's windows at a time: each fills evenly and begins again at its reset."""
+        account = _DEMO_ACCOUNTS[number]
+        lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
+        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
+        windows = []
+        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
+            began_at = self._born_at - seconds * (1 - left)
+            began_at += (at - began_at) // seconds * seconds
+            percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
+            reset_at = int(began_at + seconds)
+            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
+        return windows
+
+    def _headers(self, number: int, at: float) -> dict[str, list[str]]:
+        headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
+        if _DEMO_ACCOUNTS[number].source.startswith("old"):
+            return headers
+        for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
+            headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
+            headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
+            headers[f"X-Codex-{slot}-Reset-At"] = [str(window["reset_at"])]
+        return headers
+
+    def _reply(self, number: int, at: float) -> dict[str, Any]:
+        windows = self._windows(number, at)
+        spent = any(window["used_percent"] == 100 for window in windows)
+        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
+        return {"plan_type": _DEMO_ACCOUNTS[number].plan, "rate_limit": limits, "credits": None}
+
+    def fetch(self, file: AccountFile) -> dict[str, Any]:
+        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
+        if file.email.startswith("old"):
+            raise QuotaFault("relogin")
+        return self._reply(int(file.access_token), self._clock())
+
     def status(self) -> dict[str, Any]:
-        """Give a collector's state as it would be with a proxy."""
+        """Return a collector's state as it would be with a proxy."""
         counts = self.store.counts
         return {
-            "state": self._state,
-            "since": time.time() - 7 * 86400,
+            "state": "recording",
+            "since": self._born_at - 7 * 86400,
             "until": None,
             "message": "These data are made up.",
             "endpoint": "demo",
@@ -5379,42 +5394,6 @@ class DemoWorld:
             "rejected": counts["rejected"],
             "ignored": counts["ignored"],
         }
-
-    def fetch(self, file: AccountFile) -> dict[str, Any]:
-        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
-        if file.email.startswith("old"):
-            raise QuotaFault("relogin")
-        return self._quota_of(file, time.time())
-
-    def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
-        """Give an account's windows at a time: each fills evenly and begins anew at its reset."""
-        account = _DEMO_ACCOUNTS[number]
-        lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
-        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
-        windows = []
-        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
-            began_at = self._born_at - seconds * (1 - left)
-            began_at += (at - began_at) // seconds * seconds
-            percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
-            reset_at = int(began_at + seconds)
-            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
-        return windows
-
-    def _headers_of(self, number: int, at: float) -> dict[str, str]:
-        headers = {"x-codex-plan-type": _DEMO_ACCOUNTS[number].plan}
-        for slot, window in zip(("primary", "secondary"), self._windows_of(number, at)):
-            headers[f"x-codex-{slot}-used-percent"] = str(window["used_percent"])
-            headers[f"x-codex-{slot}-window-minutes"] = str(window["limit_window_seconds"] // 60)
-            headers[f"x-codex-{slot}-reset-at"] = str(window["reset_at"])
-        return headers
-
-    def _quota_of(self, file: AccountFile, at: float) -> dict[str, Any]:
-        number = int(file.access_token)
-        account = _DEMO_ACCOUNTS[number]
-        windows = self._windows_of(number, at)
-        spent = any(window["used_percent"] == 100 for window in windows)
-        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
-        return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
 
 
 # ------------------------------------------------------------------ check
@@ -5692,7 +5671,7 @@ def run_demo(options: Any) -> int:
     server = make_server(config.dashboard_host, config.dashboard_port)
     log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
-        world = DemoWorld(Path(folder), time.time())
+        world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
