@@ -2242,13 +2242,10 @@ class Store:
                 )
         self.changes += 1
 
-    def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
-        """Take all accounts but these (email, tag) off the quota table; their readings stay."""
-        kept = set(kept)
+    def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
+        """Take accounts (email, tag) off the quota table; their readings stay."""
         with self._write() as db:
-            present = db.execute("SELECT email, account_id_tag FROM quota_accounts").fetchall()
-            gone = [key for key in present if key not in kept]
-            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", gone)
+            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", accounts)
         self.changes += 1
 
     def quotas(self) -> list[dict[str, Any]]:
@@ -4452,13 +4449,14 @@ class QuotaRefresher:
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
-        now, mails = self._clock(), {file.email for file in files}
-        seen = [
-            (row["email"], row["account_id_tag"])
-            for row in self._store.quotas()
-            if row["source"] == "traffic" and row["email"] not in mails and now - row["ts_epoch"] < _WEEK_S
-        ]
-        self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
+        now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
+        gone = []
+        for row in self._store.quotas():
+            account = (row["email"], row["account_id_tag"])
+            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and row["email"] not in mails
+            if account not in kept and not is_seen:
+                gone.append(account)
+        self._store.forget_quota_accounts(gone)
 
 
 class RefreshRefused(DashboardError):
@@ -4489,10 +4487,8 @@ class Housekeeper:
         while True:
             try:
                 self._turn()
-            except StoreError as error:
-                self._log.event("housekeeping", fault=error)
             except Exception as error:  # the thread's loop
-                self._log.event("housekeeping", fault=where_raised(error))
+                self._log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
             if self._stop.wait(3600):
                 return
 
@@ -5334,7 +5330,7 @@ class DemoWorld:
                 "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
                 "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
             },
-            response_headers={} if is_key else self._headers(number, at),
+            response_headers={} if is_key or sender.source.startswith("old") else self._headers(number, at),
         )
         return json.dumps(request).encode()
 
@@ -5354,8 +5350,6 @@ class DemoWorld:
 
     def _headers(self, number: int, at: float) -> dict[str, list[str]]:
         headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
-        if _DEMO_ACCOUNTS[number].source.startswith("old"):
-            return headers
         for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
             headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
             headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
@@ -5363,10 +5357,7 @@ class DemoWorld:
         return headers
 
     def _reply(self, number: int, at: float) -> dict[str, Any]:
-        windows = self._windows(number, at)
-        spent = any(window["used_percent"] == 100 for window in windows)
-        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
-        return {"plan_type": _DEMO_ACCOUNTS[number].plan, "rate_limit": limits, "credits": None}
+        return payload_of_headers({name.lower(): text for name, (text,) in self._headers(number, at).items()})
 
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
