@@ -1287,8 +1287,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 class AccountFile(NamedTuple):
     """Hold what is needed of one account file; the token goes to chatgpt.com alone.
 
-    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
-    v7.0.0, where both see it under the same path.
+    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
     """
 
     name: str
@@ -1299,7 +1298,6 @@ class AccountFile(NamedTuple):
     disabled: bool
     proxy_url: str
     freshness: str
-    version: str = ""
     auth_index: str = ""
     subscription_until: str | None = None
 
@@ -1369,7 +1367,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     """
     for attempt in range(attempts):
         try:
-            content, written_at = _read_json_file(path)
+            content = _read_json_file(path)
             break
         except ValueError:
             if attempt == attempts - 1:
@@ -1394,7 +1392,6 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _freshness(content),
-        short_tag(token, str(written_at)),
         auth_index_of(os.path.abspath(str(path))),
         _any_time(about.get("chatgpt_subscription_active_until")),
     )
@@ -1405,17 +1402,16 @@ def auth_index_of(path: str) -> str:
     return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _read_json_file(path: Path) -> tuple[Any, int]:
-    """Give a file's content and when it was written, in nanoseconds."""
+def _read_json_file(path: Path) -> Any:
     try:
         with open(str(path), "rb") as stream:
-            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
+            data = stream.read(_LARGEST_BODY + 1)
     except OSError as error:
         raise ValueError(os_reason(error)) from error
     if len(data) > _LARGEST_BODY:
         raise ValueError("it is too large for an account file")
     try:
-        return json.loads(data.decode("utf-8-sig")), written_at
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError("it is empty, half-written or not JSON") from None
 
