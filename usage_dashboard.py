@@ -3006,8 +3006,8 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
     """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
         return [
-            QuotaWindow(one["label"], one["seconds"], one["used_percent"], _epoch(one["reset_at"]), one["meter"])
-            for one in json.loads(row["windows"])
+            QuotaWindow(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"])
+            for item in json.loads(row["windows"])
         ]
     return [
         QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
@@ -3040,8 +3040,8 @@ def merge_traffic_reading(
     if row["ts_epoch"] < before["ts_epoch"] <= now:
         return None
     windows = windows_of(row)
-    told = {None, *(window.meter for window in windows)}
-    windows += [window for window in windows_of(before) if window.meter not in told]
+    present = {None, *(window.meter for window in windows)}
+    windows += [window for window in windows_of(before) if window.meter not in present]
     credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
     merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
     if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
@@ -3118,8 +3118,9 @@ class TrafficReadings:
     def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
         """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
         files, accounts, mail = self._account_files(), self._store.accounts(), event.source
-        if not looks_like_mail(mail):  # an account whose file has none comes with a key: the mail last seen with it
-            mail = next((one.mail for one in accounts if event.auth_index and one.auth_index == event.auth_index), "")
+        if not looks_like_mail(mail):  # an account whose file has none comes with a key
+            same_index = (account.mail for account in accounts if account.auth_index == event.auth_index)
+            mail = next(same_index, "") if event.auth_index else ""
         by_index = [file for file in files if file.auth_index == event.auth_index]
         candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
         if len(candidates) > 1:
@@ -3242,9 +3243,9 @@ def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
     """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
+    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
     if len(same) > 1:
-        same = [one for one in same if one.plan == (row["plan"] or "")]
+        same = [account for account in same if account.plan == (row["plan"] or "")]
     return same[0].name if len(same) == 1 else None
 
 
@@ -3272,21 +3273,22 @@ def _pool_of_label(
 ) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
-    resets = [reset_at for _, window in known for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
+    next_reset_at = min((window["reset_at"] for _, window in known if window["reset_at"]), default=None)
     pool: dict[str, Any] = {
         "label": label,
         "accounts": len(known),
         "remaining_percent": round(sum(left) / len(left), 1) if left else None,
-        "next_reset_at": utc_text(min(resets, default=None)),
+        "next_reset_at": next_reset_at,
         "forecast": None,
     }
     paces = [window["forecast"] for (_, window), remaining in zip(known, left) if remaining]  # a limited one has none
     one_plan = len({row["plan"] for row, _ in known}) == 1
-    if resets and paces and None not in paces and one_plan and len(known) == len(members):  # else one may be full again
+    # An account whose window came back is unknown, and may be full again.
+    if next_reset_at and paces and None not in paces and one_plan and len(known) == len(members):
         per_hour = sum(pace["used_per_hour"] for pace in paces)
-        runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else float("inf")
-        lasts = runs_out_at >= min(resets)
-        pool["forecast"] = {"runs_out_at": None if lasts else utc_text(runs_out_at), "until": pool["next_reset_at"]}
+        runs_out_at = utc_text(now + sum(left) / per_hour * 3600) if per_hour else None
+        lasts = runs_out_at is None or runs_out_at >= next_reset_at
+        pool["forecast"] = {"runs_out_at": None if lasts else runs_out_at, "until": next_reset_at}
     return pool
 
 
