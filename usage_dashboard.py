@@ -2260,10 +2260,13 @@ class Store:
         names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
-            rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
-            for row in rows:
-                if row[2] is not None and row[2] >= since:
-                    readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            rows = db.execute(
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
+                (since, most),
+            ).fetchall()
+        for row in rows:
+            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
