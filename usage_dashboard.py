@@ -2637,8 +2637,6 @@ class Reading(NamedTuple):
 class QuotaFault(DashboardError):
     """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
 
-    code = "quota_fault"
-
     def __init__(self, state: str):
         super().__init__(QUOTA_MESSAGES[state])
         self.state = state
@@ -3055,7 +3053,7 @@ def merge_traffic_reading(
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
 
-    Of each account the newest is saved, at most once a minute. One that cannot be told whose it is, is left out.
+    Once a minute at most the newest of each account is saved. One that cannot be told whose it is, is left out.
     """
 
     _PAUSE_S = 60.0
@@ -3070,10 +3068,8 @@ class TrafficReadings:
     ):
         self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
         self._waiting: dict[tuple[str | None, str], Event] = {}
-        self._next_s: dict[tuple[str | None, str], float] = {}
+        self._next_s = float("-inf")
         self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
-        self._files: list[AccountFile] = []
-        self._files_read_s = float("-inf")
 
     def note(self, events: Iterable[Event]) -> None:
         """Remember the newest reading of each account for save_due()."""
@@ -3102,25 +3098,27 @@ class TrafficReadings:
         return not event.failed or (event.status_code == 429 and used_up)
 
     def save_due(self) -> None:
-        """Save what has waited long enough since its account's last reading. Raises StoreError."""
+        """Save what waits, where the last time is long enough ago. Raises StoreError."""
         now_s = self._steady()
-        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
-        for key in due:
-            self._next_s[key] = now_s + self._PAUSE_S
-            self._save(self._waiting.pop(key))
+        if not self._waiting or now_s < self._next_s:
+            return
+        self._next_s = now_s + self._PAUSE_S
+        files = find_account_files(self._folders)[1]
+        while self._waiting:
+            self._save(self._waiting.popitem()[1], files)
 
-    def _save(self, event: Event) -> None:
+    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
-        owner = self._owner_of(event, reading.plan or "")
+        owner = self._owner_of(event, reading.plan or "", files)
         if reading.state != "no_windows" and owner is not None:
             row = reading_row(reading, owner, "", read_at)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
 
-    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
+    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
         """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        files, accounts, mail = self._account_files(), self._store.accounts(), event.source
+        accounts, mail = self._store.accounts(), event.source
         if not looks_like_mail(mail):  # an account whose file has none comes with a key
             same_index = (account.mail for account in accounts if account.auth_index == event.auth_index)
             mail = next(same_index, "") if event.auth_index else ""
@@ -3141,12 +3139,6 @@ class TrafficReadings:
         if len(accounts) > 1:
             accounts = [account for account in accounts if account.auth_index == event.auth_index]
         return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
-
-    def _account_files(self) -> list[AccountFile]:
-        """Return the account files, read again at most once a minute."""
-        if self._steady() >= self._files_read_s + self._PAUSE_S:
-            self._files, self._files_read_s = find_account_files(self._folders)[1], self._steady()
-        return self._files
 
 
 class UsagePoint(NamedTuple):
