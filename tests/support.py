@@ -475,17 +475,24 @@ class QuickStop(threading.Event):
 
 
 class Run(Watched):
-    """A collector that runs in a thread of its own; what it logged is in `lines`."""
+    """A collector in a thread of its own; a test sets its clock ahead, and lets its machine sleep."""
 
     RECHECK_S = 0.01
 
-    def __init__(self, config: app.Config, store: app.Store, stop: threading.Event, **options) -> None:
+    def __init__(
+        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
+    ) -> None:
         super().__init__()
+        self.ahead_s = ahead_s
+        self.slept_s = 0.0
+        self.woken = False  # whether it has looked at the time since it slept
         self.stream = io.StringIO()
         self.store = store
         self.stop = stop
         self.error: BaseException | None = None
-        self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
+        self.collector = app.Collector(
+            config, store, app.Log(self.stream), stop, clock=self._clock, steady=self._steady, **options
+        )
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -494,6 +501,13 @@ class Run(Watched):
             self.collector.run()
         except BaseException as error:
             self.error = error
+
+    def _clock(self) -> float:
+        return time.time() + self.ahead_s + self.slept_s
+
+    def _steady(self) -> float:
+        self.woken = self.slept_s > 0
+        return app.steady_s() + self.slept_s
 
     @property
     def status(self) -> dict:

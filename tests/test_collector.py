@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import threading
 import time
 from collections import Counter
 
@@ -325,18 +324,11 @@ def test_collector_that_subscribes_stores_all_it_heard_before_the_stop(collect, 
 
 
 def test_collector_that_subscribes_keeps_what_it_heard_while_the_session_ended(collect, open_store, proxy):
-    slept, woken = [0.0], threading.Event()
-
-    def steady():
-        if slept[0]:
-            woken.set()
-        return app.steady_s() + slept[0]
-
-    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe", steady=steady)
+    run = collect(proxy, on=open_store(2.0), collect_mode="subscribe")
     run.wait_for(lambda: proxy.subscribers == 1 and run.state == "waiting")
     locker = lock(run.store)
-    slept[0] = 1000.0  # a sleep that is to be noted as an outage, and cannot be
-    assert woken.wait(10)
+    run.slept_s = 1000.0  # a sleep that is to be noted as an outage, and cannot be
+    run.wait_for(lambda: run.woken)
     proxy.push(*payloads(50))  # heard while it waits for the lock
     run.wait_for_state("storage_error")
     locker.close()
@@ -394,8 +386,8 @@ def test_default_ports_with_only_a_proxy_take_its_own_port(collect, default_port
         proxy.push(payload(1))
         run = collect()
         run.wait_for_events(1)
-        assert run.status["endpoint"] == "127.0.0.1:8317" and "endpoint=127.0.0.1:8317" in run.log
-        assert proxy.failures == 0
+        run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
+        assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
 
 
 def test_default_ports_with_nobody_there_name_both(collect, default_ports):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import select
 import socket
 import struct
 import termios
@@ -14,7 +13,6 @@ import pytest
 from fake_proxy import read_command
 from redis_server import OldRedis
 from support import (
-    KEY,
     MALFORMED,
     ODD_BUT_GOOD,
     Hangup,
@@ -149,21 +147,6 @@ def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
         run = collect(server, collect_mode="pop")
         run.wait_for_events(320)
         assert stored_ids(run.store) == [f"r{number}" for number in range(320)]
-
-
-def test_source_whose_connection_was_reset_tells_it_with_the_next_batch():
-    with Scripted([*replies_of(payloads(16)), None]) as server:
-        connection = socket.create_connection((server.host, server.port), timeout=10)
-        source = app.PopSource(lambda: connection, KEY, "usage")
-        source.open()
-        first = source.take(16)
-        reset = select.poll()
-        reset.register(connection, 0)
-        assert reset.poll(10_000)
-        second = source.take(16)
-        source.close()
-    assert first == (payloads(16), True, None)
-    assert (second.values, second.full) == ([], False) and isinstance(second.fault, app.QueueFault)
 
 
 @pytest.mark.parametrize("position", [0, 7, 15])

@@ -9,7 +9,6 @@ from support import SAMPLES, record
 import usage_dashboard as app
 
 
-
 def parse_one(**changes) -> app.Event:
     parsed = app.parse_events([json.dumps(record(**changes)).encode()])
     assert parsed.rejects == [] and parsed.ignored == 0
