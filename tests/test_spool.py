@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -210,43 +207,3 @@ def test_stop_while_waiting_ends_at_once(collect, proxy, state):
     before = time.monotonic()
     run.end()
     assert time.monotonic() - before < 1
-
-
-COLLECT = """
-import sys, threading
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import usage_dashboard as app
-config = app.Config(cliproxy_port=int(sys.argv[2]), management_password="secret-key", poll_interval_seconds=0.1)
-app.Collector(config, app.Store(Path(sys.argv[3])), app.Log(), threading.Event()).run()
-"""
-
-
-def test_kill_under_load_repeats_nothing_and_loses_only_what_was_in_flight(collect, open_store, store, proxy):
-    root = str(Path(app.__file__).parent)
-    command = [sys.executable, "-c", COLLECT, root, str(proxy.port), str(store.path)]
-    number, kills = 0, []
-    for round_number in range(3):
-        already = len(proxy.handed_over)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            while len(proxy.handed_over) < already + 2500 + 700 * round_number:
-                proxy.push(*payloads(200, number))
-                number += 200
-                proxy.wait_for(lambda: proxy.queued < 3000)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        proxy.wait_for(lambda: proxy.open_connections == 0)
-        kills.append(len(proxy.handed_over))
-    run = collect(proxy, on=open_store())
-    run.wait_for(lambda: proxy.queued == 0)
-    run.end()
-    got = stored_ids(run.store)
-    handed = ids_of(proxy.handed_over)
-    kept = set(got)
-    assert len(kept) == len(got)  # nothing twice
-    missing = [position for position, one in enumerate(handed) if one not in kept]
-    in_flight = [position for kill in kills for position in range(kill - 64, kill)]
-    assert set(missing) <= set(in_flight)
-    assert run.store.find_faults() == []
