@@ -309,7 +309,9 @@ def payloads(count: int, first: int = 0) -> list[bytes]:
 
 def event(at: float = NOON, **changes: Any) -> app.Event:
     """Make a stored event that has everything but an error; `changes` are its columns."""
-    return _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    told = {name: changes.pop(name) for name in app.Context._fields if name in changes}
+    made = _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    return made._replace(context=made.context._replace(**told))
 
 
 @functools.lru_cache(maxsize=None)
@@ -472,7 +474,7 @@ class Run(Watched):
         self.stop = stop
         self.error: BaseException | None = None
         self.collector = app.Collector(
-            config, store, app.Log(self.stream), stop, clock=self._clock, steady=self._steady, **options
+            config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
         )
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -486,9 +488,9 @@ class Run(Watched):
     def _clock(self) -> float:
         return time.time() + self.ahead_s + self.slept_s
 
-    def _steady(self) -> float:
+    def _monotonic(self) -> float:
         self.woken = self.slept_s > 0
-        return app.steady_s() + self.slept_s
+        return app.monotonic_s() + self.slept_s
 
     @property
     def status(self) -> dict:

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import ast
+import dis
 import io
+import re
 import stat
+import types
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -43,11 +49,11 @@ def test_parse_time_of_anything_else_is_refused(text):
 
 
 def test_backoff_doubles_up_to_its_limit_and_starts_again():
-    waits = app.Backoff(first_s=1, limit_s=60, chance=lambda: 0.0)
+    waits = app.Backoff(first_s=1, limit_s=60, jitter=lambda: 0.0)
     assert [waits.next() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
     waits.reset()
     assert waits.next() == 1
-    assert app.Backoff(first_s=8, chance=lambda: 1.0).next() == 6
+    assert app.Backoff(first_s=8, jitter=lambda: 1.0).next() == 6
 
 
 def test_make_private_closes_a_file_that_others_could_read(tmp_path):
@@ -69,3 +75,47 @@ def test_log_to_a_closed_stream_is_no_fault():
     stream = io.StringIO()
     stream.close()
     app.Log(stream).line("anything")
+
+
+# ---- the script as a house -------------------------------------------------------------------------------
+
+
+def _sections() -> list[tuple[str, int]]:
+    lines = Path(app.__file__).read_text(encoding="utf-8").splitlines()
+    banners = [(re.match(r"# -{20,} (\w+)\Z", line), number) for number, line in enumerate(lines, 1)]
+    return [(match.group(1), number) for match, number in banners if match]
+
+
+def test_table_of_contents_names_the_sections_in_their_order():
+    told = re.findall(r"^(\w+) +\S", (app.__doc__ or "").partition("above it:\n")[2], re.M)
+    assert told == [name for name, _ in _sections()] and len(told) == 15
+
+
+def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield (name, line of its outermost function, class or statement) for all that is looked up in the module."""
+    for instruction in dis.get_instructions(code):
+        here = line or (instruction.starts_line if type(instruction.starts_line) is int else None) or 0
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval, here
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from _global_names(part, line or part.co_firstlineno)
+
+
+def test_each_section_uses_only_those_above_it():
+    source = Path(app.__file__).read_text(encoding="utf-8")
+    sections = _sections()
+
+    def section_of(line: int) -> int:
+        return sum(number <= line for _, number in sections)
+
+    made: dict[str, int] = {}
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
+            part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        ]  # fmt: skip
+        made.update({name: section_of(node.lineno) for name in names})
+    code = compile(source, app.__file__, "exec")
+    looked_up = [(name, line) for name, line in _global_names(code) if line]
+    assert len(looked_up) > 1000
+    assert [(name, line) for name, line in looked_up if made.get(name, 0) > section_of(line)] == []

@@ -35,9 +35,9 @@ EXPECTED_SAMPLES = [
 
 def test_samples_of_several_releases_become_the_expected_events():
     parsed = app.parse_events(SAMPLES)
-    names = ("timestamp", "source", "model", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens",
-             "cache_write_tokens", "total_tokens")  # fmt: skip
-    assert [tuple(getattr(event, name) for name in names) for event in parsed.events] == EXPECTED_SAMPLES
+    names = ("input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "cache_write_tokens", "total_tokens")
+    got = [(e.timestamp, e.context.source, e.model, *(getattr(e, name) for name in names)) for e in parsed.events]
+    assert got == EXPECTED_SAMPLES
     assert (parsed.rejects, parsed.ignored) == ([], 1)  # the warm-up with "generate": false
 
 
@@ -194,7 +194,7 @@ def test_objects_that_were_json_already_are_taken_too():
     ],
 )
 def test_source_that_may_be_a_key_is_masked(source, kept):
-    masked = parse_one(source=source).source
+    masked = parse_one(source=source).context.source
     assert masked.startswith(kept) and (source == "" or "@" in kept or source not in masked)
 
 
@@ -254,7 +254,7 @@ def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
 
 def test_odd_letters_cannot_break_the_store_or_a_terminal():
     event = parse_one(model="a\x00b\ud800c", alias="модель-快速-🚀")
-    assert event.model == "a\ufffdb\ufffdc" and event.alias == "модель-快速-🚀"
+    assert event.model == "a\ufffdb\ufffdc" and event.context.alias == "модель-快速-🚀"
 
 
 QUOTA_HEADERS = {"X-Codex-Plan-Type": ["Plus "], "X-Codex-Primary-Used-Percent": ["42", "43"]}

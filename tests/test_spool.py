@@ -164,7 +164,7 @@ def test_stop_while_the_proxy_stalls_gives_up_when_hurried_and_keeps_what_came(c
     run.wait_for(lambda: len(proxy.handed_over) == 3)  # two are here whole, the third is on its way
     stop.set()
     proxy.dribble(5.0)
-    run.collector.hurry()
+    run.collector.interrupt()
     run.thread.join(3)
     alive = run.thread.is_alive()
     proxy.closing.set()
@@ -181,7 +181,7 @@ def test_stop_in_the_middle_of_an_answer_is_no_fault_of_the_program_when_hurried
     proxy.push(*payloads(3))
     run.wait_for(lambda: proxy.handed_over)
     run.stop.set()
-    run.collector.hurry()
+    run.collector.interrupt()
     run.thread.join(5)
     alive = run.thread.is_alive()
     proxy.dribble(0)
