@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -221,11 +220,9 @@ def collect(store):
     """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
     runs = []
 
-    def start(
-        where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, monotonic=app.monotonic_s, **keys
-    ):
+    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"load": load, "config_path": config_path, "clock": clock, "monotonic": monotonic}
+        options = {"load": load, "config_path": config_path, "ahead_s": ahead_s}
         runs.append(Run(config, on or store, stop or QuickStop(), **options))
         return runs[-1]
 

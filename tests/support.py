@@ -292,15 +292,8 @@ def free_port() -> int:
 
 def record(**changes: Any) -> dict[str, Any]:
     """Make the smallest event that is good, as a proxy sends it; a change to None leaves the key out."""
-    base = {
-        "timestamp": "2026-08-22T13:00:00Z",
-        "source": "an@example.com",
-        "auth_index": "00000000000000ab",
-        "model": "gpt-5.4",
-        "provider": "codex",
-        "failed": False,
-        "latency_ms": 10,
-    }
+    base = {"timestamp": "2026-08-22T13:00:00Z", "source": "an@example.com", "auth_index": "00000000000000ab",
+            "model": "gpt-5.4", "provider": "codex", "failed": False, "latency_ms": 10}  # fmt: skip
     return {key: value for key, value in {**base, **changes}.items() if value is not None}
 
 
@@ -364,22 +357,10 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
 
 def reading(**changes) -> dict[str, Any]:
     """Make a row of quota_snapshots: a good one, of a refresh."""
-    base = {
-        "email": "an@example.com",
-        "account_id_tag": "#3f9a2c",
-        "timestamp": "t",
-        "ts_epoch": NOON,
-        "plan": "plus",
-        "allowed": 1,
-        "limit_reached": 0,
-        "primary_used_percent": 23,
-        "primary_remaining_percent": 77,
-        "state": "ok",
-        "source": "refresh",
-        "windows": "[]",
-    }
-    base.update(changes)
-    return base
+    base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
+            "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77,
+            "state": "ok", "source": "refresh", "windows": "[]"}  # fmt: skip
+    return {**base, **changes}
 
 
 # ---- databases -------------------------------------------------------------------------------------------
@@ -477,17 +458,24 @@ class QuickStop(threading.Event):
 
 
 class Run(Watched):
-    """A collector that runs in a thread of its own; what it logged is in `lines`."""
+    """A collector in a thread of its own; a test sets its clock ahead, and lets its machine sleep."""
 
     RECHECK_S = 0.01
 
-    def __init__(self, config: app.Config, store: app.Store, stop: threading.Event, **options) -> None:
+    def __init__(
+        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
+    ) -> None:
         super().__init__()
+        self.ahead_s = ahead_s
+        self.slept_s = 0.0
+        self.woken = False  # whether it has looked at the time since it slept
         self.stream = io.StringIO()
         self.store = store
         self.stop = stop
         self.error: BaseException | None = None
-        self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
+        self.collector = app.Collector(
+            config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
+        )
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -496,6 +484,13 @@ class Run(Watched):
             self.collector.run()
         except BaseException as error:
             self.error = error
+
+    def _clock(self) -> float:
+        return time.time() + self.ahead_s + self.slept_s
+
+    def _monotonic(self) -> float:
+        self.woken = self.slept_s > 0
+        return app.monotonic_s() + self.slept_s
 
     @property
     def status(self) -> dict:
@@ -564,13 +559,9 @@ class Site:
         self.stop = threading.Event()
         self.status = {"state": "waiting", "message": "Connected."}
         (folder / "page.html").write_text(page_text, encoding="utf-8")
+        log = app.Log((folder / "log").open("w"))
         self.refresher = app.QuotaRefresher(
-            self.config,
-            self.store,
-            app.Log((folder / "log").open("w")),
-            self.stop,
-            clock=lambda: self.now,
-            gap_s=(0, 0),
+            self.config, self.store, log, self.stop, clock=lambda: self.now, gap_s=(0, 0)
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0, head_s)

@@ -24,6 +24,7 @@ import usage_dashboard as app
         ("2026-01-02T03:04:05.123456789-03:30", "2026-01-02T06:34:05.123456Z"),
         ("2026-04-25T00:00:00Z", "2026-04-25T00:00:00.000000Z"),
         ("2024-02-29T23:59:59+05:45", "2024-02-29T18:14:59.000000Z"),
+        ("2020-01-01T00:30:00Z", "2020-01-01T00:30:00.000000Z"),
     ],
 )
 def test_parse_time_of_any_offset_and_precision_gives_utc(text, utc):
@@ -33,34 +34,18 @@ def test_parse_time_of_any_offset_and_precision_gives_utc(text, utc):
     assert epoch == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "now",
-        "2026-05-03",
-        "2026-05-03T09:14:22",
-        "2026-02-30T00:00:00Z",
-        "2026-05-03T25:00:00Z",
-        "2026-05-03T09:14:22.0123456789Z",
-        "2026-05-03T09:14:61Z",
-        "2026-05-03T09:14:22+24:00",
-        "0001-01-01T00:00:00Z",
-        "2019-12-31T23:59:59Z",
-        "2100-01-01T00:00:00Z",
-        "２０２６-05-03T09:14:22Z",
-        "2026-05-03T09:14:22Z\n",
-    ],
-)
+NO_TIMES = [
+    "", "now", "2026-05-03", "2026-05-03T09:14:22", "2026-02-30T00:00:00Z", "2026-05-03T25:00:00Z",
+    "2026-05-03T09:14:22.0123456789Z", "2026-05-03T09:14:61Z", "2026-05-03T09:14:22+24:00", "0001-01-01T00:00:00Z",
+    "2019-12-31T23:59:59Z", "2020-01-01T00:30:00+01:00", "2100-01-01T00:00:00Z", "２０２６-05-03T09:14:22Z",
+    "2026-05-03T09:14:22Z\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_TIMES)
 def test_parse_time_of_anything_else_is_refused(text):
     with pytest.raises(ValueError):
         app.parse_time(text)
-
-
-def test_parse_time_at_the_border_of_2020_takes_the_offset_into_account():
-    assert app.parse_time("2020-01-01T00:30:00Z")[1] == "2020-01-01T00:30:00.000000Z"
-    with pytest.raises(ValueError):
-        app.parse_time("2020-01-01T00:30:00+01:00")
 
 
 def test_backoff_doubles_up_to_its_limit_and_starts_again():

@@ -411,8 +411,9 @@ def test_unit_is_installed_with_what_it_expects(name):
 def test_systemd_accepts_the_unit(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", sys.executable), encoding="utf-8")
+    copy, python = tmp_path / UNIT.name, tmp_path / "python3"
+    python.symlink_to(sys.executable)  # a path without a space in it
+    copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", str(python)), encoding="utf-8")
     done = subprocess.run(
         ["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         encoding="utf-8", errors="replace", timeout=60, check=False,

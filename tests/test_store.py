@@ -13,7 +13,6 @@ from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
 
-
 DATA = Path(__file__).parent / "data"
 TOTALS_OF_300 = json.loads((DATA / "totals-3.0.0.json").read_text(encoding="utf-8"))
 
