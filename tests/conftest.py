@@ -8,20 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from fake_chatgpt import FakeChatGPT
+from fake_proxy import FakeProxy
+from redis_server import RedisServer
+from support import QuickStop, Run, Watched, config_of
+from webdriver import Browser, find_browser
+
+import usage_dashboard as app
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from fake_chatgpt import FakeChatGPT  # noqa: E402
-from fake_proxy import FakeProxy  # noqa: E402
-from redis_server import RedisServer  # noqa: E402
-from support import Watched  # noqa: E402
-from webdriver import Browser, find_browser  # noqa: E402
-
 REQUIRE = "DASHBOARD_TESTS_REQUIRE"
 # What a developer's shell may hold and would change what the program does.
 PRIVATE_ENVIRONMENT = (
@@ -177,6 +177,50 @@ def program(tmp_path: Path) -> Iterator[Program]:
     program = Program(tmp_path)
     yield program
     program.close()
+
+
+# ---- its parts in this process ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    """Open stores on tmp_path/usage.db; all are closed at the end."""
+    opened = []
+
+    def open_one(busy_timeout_s=0.05):
+        opened.append(app.Store(tmp_path / "usage.db", busy_timeout_s))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store):
+    """A store on tmp_path/usage.db."""
+    return open_store()
+
+
+@pytest.fixture
+def collect(store):
+    """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
+    runs = []
+
+    def start(
+        where=None, stop=None, on=None, load=None, config_path=None, clock=time.time, steady=app.steady_s, **keys
+    ):
+        config = where if isinstance(where, app.Config) else config_of(where, **keys)
+        options = {"load": load, "config_path": config_path, "clock": clock, "steady": steady}
+        runs.append(Run(config, on or store, stop or QuickStop(), **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.stop.set()
+    for run in runs:
+        run.thread.join(10)
+        assert not run.thread.is_alive()
 
 
 # ---- the world around it ---------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import ssl
 import threading
-from pathlib import Path
 from typing import Any
 
-from support import ProtocolError, SocketServer, Stream, http_reply, read_http_head
+from support import DATA, ProtocolError, SocketServer, Stream, http_reply, read_http_head
 
-DATA = Path(__file__).resolve().parent / "data"
 TARGET = "chatgpt.com:443"
 UNKNOWN_TOKEN = {"detail": "Unauthorized"}
 

@@ -18,12 +18,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from support import free_port
-from test_quota import BY_NAME
+from support import QUOTA_BY_NAME, SAMPLES, free_port, payload
 
 import usage_dashboard as app
 
-SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
 STORED, IGNORED = 7, 1  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
@@ -182,7 +180,7 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(program, p
     folder = write_accounts(program)
     (folder / "codex-broken.json").write_text('{"type": "codex", "access_tok')
     for number in range(3):
-        chatgpt.answer(f"tok-secret-{number}", body=BY_NAME["plus_5h_7d"]["body"])
+        chatgpt.answer(f"tok-secret-{number}", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
     port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
     running = start(program, port, env=chatgpt.environment)
     answer = get(port, "/api/quota?force=1")
@@ -222,7 +220,7 @@ def test_program_reads_the_quota_from_the_requests_without_any_call(program, pro
 
 def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(program, proxy, chatgpt):
     write_accounts(program, 1)
-    chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
+    chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
     port = configure(
         program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="open sesame"
     )
@@ -241,7 +239,7 @@ def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(progr
 def test_quota_command_refreshes_itself_where_no_dashboard_runs(program, chatgpt):
     write_accounts(program, 2)
     configure(program)
-    chatgpt.answer("tok-secret-0", body=BY_NAME["limit_reached_plus"]["body"])
+    chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["limit_reached_plus"]["body"])
     done = program.run("quota", "--force", "--json", env=chatgpt.environment)
     rows = json.loads(done.stdout)["quotas"]
     assert done.returncode == 0 and [row["state"] for row in rows] == ["limited", "expired"]
@@ -357,8 +355,8 @@ def test_check_without_a_key_names_a_strange_server(program, answer):
 
 def test_forced_quota_of_many_accounts_waits_for_the_end_of_the_round(program, proxy, chatgpt):
     write_accounts(program, 2)
-    chatgpt.answer("tok-secret-0", body=BY_NAME["plus_5h_7d"]["body"])
-    chatgpt.answer("tok-secret-1", body=BY_NAME["plus_5h_7d"]["body"], hold=True)
+    chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
+    chatgpt.answer("tok-secret-1", body=QUOTA_BY_NAME["plus_5h_7d"]["body"], hold=True)
     port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
     running = start(program, port, env=chatgpt.environment)
     forcing = threading.Thread(target=lambda: get(port, "/api/quota?force=1"), daemon=True)
@@ -400,7 +398,7 @@ def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(program, p
 
 def numbered(count):
     when = datetime.now(timezone.utc).isoformat()
-    return [json.dumps({"timestamp": when, "request_id": f"r{number}"}) for number in range(count)]
+    return [payload(number, timestamp=when) for number in range(count)]
 
 
 def stored_numbers(program):

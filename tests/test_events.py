@@ -2,29 +2,13 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
+from support import SAMPLES, record
 
 import usage_dashboard as app
 
-SAMPLES = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()
 WHEN = "2026-08-22T13:00:00Z"
-
-
-def record(**changes):
-    """Make the smallest event that is good, with changes; a change to None leaves the key out."""
-    base = {
-        "timestamp": WHEN,
-        "source": "an@example.com",
-        "auth_index": "00000000000000ab",
-        "model": "gpt-5.4",
-        "provider": "codex",
-        "failed": False,
-        "latency_ms": 10,
-    }
-    base.update(changes)
-    return {key: value for key, value in base.items() if value is not None}
 
 
 def parse_one(**changes) -> app.Event:

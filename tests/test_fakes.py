@@ -12,9 +12,9 @@ import urllib.request
 from urllib.parse import quote
 
 import pytest
-from fake_chatgpt import DATA
 from fake_proxy import FakeProxy
 from redis_server import RedisError, encode
+from support import DATA
 
 URL = "https://chatgpt.com/backend-api/wham/usage"
 

@@ -9,9 +9,7 @@ import threading
 import time
 
 import pytest
-from support import free_port
-from test_store import event, put, reading
-from test_web import Site
+from support import Site, event, free_port, put, reading
 from webdriver import Browser
 
 import usage_dashboard as app

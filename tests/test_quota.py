@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from support import QUOTA, QUOTA_BY_NAME
 
 import usage_dashboard as app
 
-QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
 NOW = QUOTA["now"]
 GOOD = [sample for sample in QUOTA["samples"] if sample["http_status"] == 200 and isinstance(sample["body"], dict)]
 BAD = [sample for sample in QUOTA["samples"] if sample not in GOOD]
-BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
 
 
 def shown(meter):
@@ -140,7 +139,7 @@ def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
     ],
 )
 def test_wrong_type_in_any_field_never_fails(field, wrong):
-    payload = json.loads(json.dumps(BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
+    payload = json.loads(json.dumps(QUOTA_BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
     (payload if field in payload or field == "credits" else payload["rate_limit"])[field] = wrong
     app.snapshot_of(account_file(), payload, NOW)
 
@@ -171,7 +170,7 @@ def account_file(**changes) -> app.AccountFile:
 
 
 def test_snapshot_row_has_no_identity_of_the_reply():
-    row = app.snapshot_of(account_file(), BY_NAME["plus_5h_7d"]["body"], NOW)
+    row = app.snapshot_of(account_file(), QUOTA_BY_NAME["plus_5h_7d"]["body"], NOW)
     text = json.dumps(row)
     for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
         assert secret not in text

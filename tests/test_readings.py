@@ -7,11 +7,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from support import SAMPLES, record
 
 import usage_dashboard as app
 
 NOW = 1800000000.0
-SAMPLE = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()[2]
 HEADERS = {
     "x-codex-plan-type": "plus",
     "x-codex-primary-used-percent": "42",
@@ -32,7 +32,7 @@ def read(**changes) -> app.Reading:
 
 
 def test_headers_of_a_sample_give_plan_windows_and_resets():
-    headers = app.parse_events([SAMPLE]).events[0].quota_headers
+    headers = app.parse_events([SAMPLES[2]]).events[0].quota_headers
     reading = app.parse_quota(app.payload_of_headers(headers), NOW)
     assert (reading.plan, reading.state) == ("plus", "ok")
     assert reading.five_hour == app.Meter("5h", 18000, 42, 1785300000, None)
@@ -120,8 +120,8 @@ class World:
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
-        record = {"timestamp": app.utc_text(NOW + at), "provider": "codex", "model": "m", **sent}
-        (event,) = app.parse_events([json.dumps(record).encode()]).events
+        sent = record(timestamp=app.utc_text(NOW + at), model="m", **sent)
+        (event,) = app.parse_events([json.dumps(sent).encode()]).events
         return event._replace(quota_headers={**HEADERS, **(headers or {})}, plan=(headers or HEADERS).get(
             "x-codex-plan-type", "plus"))  # fmt: skip
 

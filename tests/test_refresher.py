@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support import Watched
-from test_store import make_large_original
+from support import QUOTA_BY_NAME, Watched, make_large_original
 
 import usage_dashboard as app
 
-QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
-GOOD_BODY = next(sample["body"] for sample in QUOTA["samples"] if sample["name"] == "plus_5h_7d")
+GOOD_BODY = QUOTA_BY_NAME["plus_5h_7d"]["body"]
 NOW = 1800000000.0
 HOUR, DAY = 3600.0, 86400.0
 
@@ -39,13 +37,6 @@ def folder(tmp_path):
     path = tmp_path / "accounts"
     path.mkdir()
     return path
-
-
-@pytest.fixture
-def store(tmp_path):
-    opened = app.Store(tmp_path / "usage.db", 0.05)
-    yield opened
-    opened.close()
 
 
 class Bench(Watched):

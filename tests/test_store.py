@@ -6,48 +6,10 @@ import stat
 import threading
 
 import pytest
-from bench import PACE_S, in_batches, payloads
+from support import ALWAYS, NOON, ORIGINAL_ROWS, event, make_large_original, make_original, put, reading
+from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
-
-NOON = 1_780_000_200.0  # a multiple of 300 s, not of 900 s
-
-
-def event(at=NOON, **changes) -> app.Event:
-    base = dict(
-        timestamp=app.utc_text(at),
-        ts_epoch=at,
-        auth_index="00000000000000ab",
-        source="an@example.com",
-        model="gpt-5.4",
-        input_tokens=100,
-        output_tokens=20,
-        reasoning_tokens=5,
-        total_tokens=120,
-        latency_ms=900,
-        failed=0,
-        cached_tokens=80,
-        cache_write_tokens=None,
-        ttft_ms=None,
-        status_code=200,
-        error=None,
-        request_id="5d0c8e1f",
-        provider="codex",
-        endpoint="POST /v1/responses",
-        auth_type="oauth",
-        alias="gpt-5.4",
-        reasoning_effort="high",
-        service_tier="auto",
-        api_key="sk-…1111 #4bdca8",
-        plan="plus",
-    )
-    base.update(changes)
-    return app.Event(**base)
-
-
-def put(store, *events, sequence=None, rejects=(), ignored=0):
-    number = sequence if sequence is not None else store.counts["sequence"] + 1
-    return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
 
 
 @pytest.fixture
@@ -55,38 +17,6 @@ def store(tmp_path):
     opened = app.Store(tmp_path / "usage.db")
     yield opened
     opened.close()
-
-
-EVERYTHING = app.Window(0.0, 4e9)
-
-
-def make_original(path, rows):
-    """Write a database as the original dashboard made it."""
-    db = sqlite3.connect(str(path))
-    db.execute(
-        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
-        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
-        "latency_ms INTEGER, failed INTEGER)"
-    )
-    db.execute(
-        "CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
-        "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
-        "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
-        "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)"
-    )
-    db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
-    db.execute(
-        "INSERT INTO quota_snapshots VALUES (1,'2026-05-28','1780000000','an@example.com','plus',1,0,40,60,'x',10,90,'y','0','{}')"
-    )
-    db.commit()
-    db.close()
-
-
-ORIGINAL_ROWS = [
-    (1, "t", NOON, 3, "an@example.com", "gpt-5.4", 100, 20, 5, 125, 10, 0),
-    (2, "t", NOON + 1, "9c1d0be2f4a76633", "b@example.com", "gpt-5.5", 7, 3, 0, 10, 10, 1),
-    (5, "t", NOON + 2, None, None, None, None, None, None, None, None, None),
-]
 
 
 def test_new_file_has_the_original_columns_first_and_is_private(store):
@@ -169,7 +99,7 @@ def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
     )
     row = store.requests(1)[0]
     assert row["input_tokens"] is None and row["latency_ms"] is None
-    assert store.usage(EVERYTHING, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
+    assert store.usage(ALWAYS, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
 
 
 def test_batch_that_was_stored_before_is_left_out(store):
@@ -208,7 +138,7 @@ def test_only_the_newest_thousand_rejects_are_kept(store):
 def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
     make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
     store = app.Store(tmp_path / "usage.db")
-    before = store.usage(EVERYTHING, 3600, 0)
+    before = store.usage(ALWAYS, 3600, 0)
     assert store.adopting
     assert dict(before[1]) == {
         "gpt-5.4": (1, 0, 100, 20, 5, 0, 125),
@@ -217,7 +147,7 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
     }
     while store.adopt_some(rows=1):
         pass
-    buckets, models, accounts = store.usage(EVERYTHING, 3600, 0)
+    buckets, models, accounts = store.usage(ALWAYS, 3600, 0)
     assert (buckets, models) == before[:2]
     assert {account.name: sums[0] for account, sums in accounts} == {
         "an@example.com": 1,
@@ -253,7 +183,7 @@ def test_database_with_the_first_form_of_the_sums_is_summed_up_anew(tmp_path):
         pass
     put(store, event(), sequence=2)
     assert (store.event_count, store.counts["stored"], store.find_faults()) == (3, 3, [])
-    assert sum(sums[0] for sums in store.usage(EVERYTHING, 86400, 0)[0].values()) == 3
+    assert sum(sums[0] for sums in store.usage(ALWAYS, 86400, 0)[0].values()) == 3
     assert sum(len(account.identity_ids) for account in store.accounts()) == 2
     store.close()
 
@@ -303,7 +233,7 @@ def test_new_events_beside_adopted_rows_are_counted_once(tmp_path):
     while store.adopt_some(rows=2):
         pass
     put(store, event(auth_index="3"))
-    assert {account.name: sums[0] for account, sums in store.usage(EVERYTHING, 3600, 0)[2]}["an@example.com"] == 3
+    assert {account.name: sums[0] for account, sums in store.usage(ALWAYS, 3600, 0)[2]}["an@example.com"] == 3
     assert (store.event_count, store.find_faults()) == (5, [])
     store.close()
 
@@ -316,20 +246,8 @@ def test_original_database_that_lacks_a_column_gets_it(tmp_path):
     db.close()
     store = app.Store(tmp_path / "usage.db")
     assert store.requests(5)[0]["model"] == "gpt-5.4"
-    assert sum(sums[0] for _, sums in store.usage(EVERYTHING, 3600, 0)[1]) == 1
+    assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0)[1]) == 1
     store.close()
-
-
-def make_large_original(path, rows=3000):
-    """Write a database of the original that looks large by its ids."""
-    make_original(path, [])
-    db = sqlite3.connect(str(path))
-    db.executemany(
-        "INSERT INTO events(id, ts_epoch, source, model, total_tokens) VALUES (?, ?, 'a@x.com', 'gpt-5.4', 11)",
-        [(5_000_000 + number, NOON + number) for number in range(rows)],
-    )
-    db.commit()
-    db.close()
 
 
 def test_large_original_database_opens_without_an_index_and_answers_from_its_rows(tmp_path):
@@ -337,7 +255,7 @@ def test_large_original_database_opens_without_an_index_and_answers_from_its_row
     store = app.Store(tmp_path / "usage.db")
     assert store.needs_index and store.adopting
     assert steps_of(store, store.span) <= 1 and store.span() == (NOON, NOON + 2999)
-    assert store.usage(EVERYTHING, 3600, 0)[1] == [("gpt-5.4", (3000, 0, 0, 0, 0, 0, 33000))]
+    assert store.usage(ALWAYS, 3600, 0)[1] == [("gpt-5.4", (3000, 0, 0, 0, 0, 0, 33000))]
     assert put(store, event()) is True
     assert store.build_index() and not store.needs_index
     while store.adopt_some():
@@ -382,7 +300,7 @@ def test_index_whose_building_is_stopped_is_built_the_next_time(tmp_path):
 def test_write_ahead_log_stays_small_while_answers_are_given(store):
     for _ in range(80):
         put(store, *[event(at=NOON + number, error="x" * 150) for number in range(500)])
-        store.usage(EVERYTHING, 3600, 0)
+        store.usage(ALWAYS, 3600, 0)
         store.requests(10)
     assert store.path.stat().st_size > 8_000_000
     assert (store.path.parent / "usage.db-wal").stat().st_size < 6_000_000
@@ -637,7 +555,7 @@ def test_deleted_events_stay_in_the_sums_by_account_and_model_together(store):
 def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     events = [event(at=NOON + 60 * minute) for minute in range(240)]
     put(store, *events)
-    whole = store.usage(EVERYTHING, 3600, 0)
+    whole = store.usage(ALWAYS, 3600, 0)
     cutoff = NOON + 60 * 100
     deleted = 0
     while True:
@@ -647,7 +565,7 @@ def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
             break
     floor = cutoff // 900 * 900
     assert deleted == sum(1 for one in events if one.ts_epoch < floor) and store.event_count == 240 - deleted
-    assert store.usage(EVERYTHING, 3600, 0) == whole
+    assert store.usage(ALWAYS, 3600, 0) == whole
     assert store.find_faults() == []
     edge = app.Window(floor - 450, floor + 900)
     assert (
@@ -684,9 +602,9 @@ def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
     store.begin_outage(1000, "unreachable")
     store.begin_outage(1010, "closed")
     store.end_outage(1030)
-    assert store.outages(EVERYTHING, 1030) == []
+    assert store.outages(ALWAYS, 1030) == []
     store.begin_outage(2000, "unreachable")
-    assert store.outages(EVERYTHING, 2059) == [{"from": 2000.0, "to": None, "reason": "unreachable", "lost": False}]
+    assert store.outages(ALWAYS, 2059) == [{"from": 2000.0, "to": None, "reason": "unreachable", "lost": False}]
     store.end_outage(2500)
     ended = {"from": 2000.0, "to": 2500.0, "reason": "unreachable", "lost": True}
     assert store.outages(app.Window(2499, 3000), 3000) == [ended]
@@ -697,42 +615,23 @@ def test_outage_shorter_than_the_proxys_memory_is_forgotten(store):
 def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(store, retention_s, now, lost):
     store.put_meta("retention_s", retention_s)
     store.begin_outage(2000, "unreachable")
-    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+    assert [outage["lost"] for outage in store.outages(ALWAYS, now)] == [lost]
     store.end_outage(now)
     store.put_meta("retention_s", None)  # what was learnt later changes nothing of the past
-    assert [outage["lost"] for outage in store.outages(EVERYTHING, now)] == [lost]
+    assert [outage["lost"] for outage in store.outages(ALWAYS, now)] == [lost]
 
 
 def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store):
     store.put_meta("retention_s", 3600)
     store.begin_outage(2000, "publishing_off")
     store.end_outage(2010)
-    assert [(outage["to"], outage["lost"]) for outage in store.outages(EVERYTHING, 2010)] == [(2010.0, True)]
+    assert [(outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, 2010)] == [(2010.0, True)]
 
 
 def test_outage_over_a_clock_that_was_set_back_has_no_negative_length(store):
     store.begin_outage(2000, "publishing_off")
     store.end_outage(1000)
-    assert [(outage["from"], outage["to"]) for outage in store.outages(EVERYTHING, 1000)] == [(2000.0, 2000.0)]
-
-
-def reading(**changes):
-    base = {
-        "email": "an@example.com",
-        "account_id_tag": "#3f9a2c",
-        "timestamp": "t",
-        "ts_epoch": NOON,
-        "plan": "plus",
-        "allowed": 1,
-        "limit_reached": 0,
-        "primary_used_percent": 23,
-        "primary_remaining_percent": 77,
-        "state": "ok",
-        "source": "refresh",
-        "windows": "[]",
-    }
-    base.update(changes)
-    return base
+    assert [(outage["from"], outage["to"]) for outage in store.outages(ALWAYS, 1000)] == [(2000.0, 2000.0)]
 
 
 def test_failure_keeps_the_last_good_reading_beside_it(store):

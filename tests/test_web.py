@@ -9,81 +9,11 @@ import select
 import socket
 import sqlite3
 import threading
-from dataclasses import replace
 
 import pytest
-from test_store import event, put, reading
+from support import NOW, Site, at, event, put, reading
 
 import usage_dashboard as app
-
-# 2026-11-01 12:00:00 UTC; the ranges of these tests count back from here.
-NOW = 1_793_534_400.0
-
-
-class Site:
-    """Serve a real store on a free port; `status` is what the collector would say."""
-
-    def __init__(self, folder, page_text="<!doctype html><style>a{}</style><script>1</script>", head_s=10.0, **settings):
-        self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
-        self.now = NOW
-        self.store = app.Store(folder / "usage.db")
-        self.stop = threading.Event()
-        self.status = {"state": "waiting", "message": "Connected."}
-        (folder / "page.html").write_text(page_text, encoding="utf-8")
-        self.refresher = app.QuotaRefresher(
-            self.config,
-            self.store,
-            app.Log((folder / "log").open("w")),
-            self.stop,
-            clock=lambda: self.now,
-            gap_s=(0, 0),
-        )
-        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
-        self.server = app.make_server("127.0.0.1", 0, head_s)
-        self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
-        self.thread.start()
-        self.log = folder / "log"
-
-    def close(self):
-        self.stop.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-        self.refresher._log._stream.close()
-        self.store.close()
-
-    def ask(self, path, method="GET", **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
-            reply = connection.getresponse()
-            return reply, reply.read()
-        finally:
-            connection.close()
-
-    def json(self, path, **headers):
-        reply, body = self.ask(path, **headers)
-        assert reply.status == 200, body
-        return json.loads(body)
-
-    def error(self, path, status, method="GET", **headers):
-        reply, body = self.ask(path, method, **headers)
-        assert reply.status == status, body
-        content = json.loads(body)
-        assert set(content) == {"error", "code"}
-        return content
-
-    def raw(self, data, timeout=5):
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            received = b""
-            while True:
-                piece = connection.recv(65536)
-                if not piece:
-                    return received
-                received += piece
 
 
 @pytest.fixture
@@ -91,10 +21,6 @@ def site(tmp_path):
     made = Site(tmp_path)
     yield made
     made.close()
-
-
-def at(hours_ago, **changes):
-    return event(at=NOW - 3600 * hours_ago, **changes)
 
 
 def test_summary_has_exactly_the_promised_shape(site):

@@ -1,6 +1,6 @@
 """Measure the dashboard side by side with the bare cost of the same work; needs only a redis-server.
 
-    python3 tests/bench.py [--events N] [--idle SECONDS]
+    python3 tests/tools/bench.py [--events N] [--idle SECONDS]
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -27,8 +27,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Callable, Iterator, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from redis_server import RedisServer  # noqa: E402
 from support import free_port  # noqa: E402
