@@ -39,6 +39,8 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from http.client import HTTPMessage, LineTooLong
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (
     Any,
@@ -50,6 +52,7 @@ from typing import (
     Sequence,
     Tuple,
 )
+from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
 
@@ -4740,7 +4743,7 @@ class App:
     ):
         self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
         self.collector_status = collector_status
-        self.started_at = time.monotonic()
+        self.started_at, self.run_id = time.monotonic(), os.urandom(4).hex()
 
 
 def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
@@ -4934,7 +4937,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 class Route(NamedTuple):
-    """Hold a route's function and what its answer depends on besides the query; None is not kept at all."""
+    """A route's function, and what its answer depends on besides the query; None is never a 304."""
 
     answer: Callable[[App, Query], dict[str, Any]]
     version: Callable[[App], tuple[Any, ...]] | None
@@ -4956,356 +4959,51 @@ ROUTES = {
 }
 
 
+def etag_of(app: App, path: str, query: Query) -> str | None:
+    """Return the tag that the answer to this question has now; None for a route that has none."""
+    version = ROUTES[path].version
+    if version is None:
+        return None
+    parts = [app.run_id, path, sorted(query.items()), version(app)]
+    return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
+
+
 class Answer(NamedTuple):
-    """Hold a body as it is sent, plain and compressed, with its tag."""
+    """A body as it is sent; ``gzipped`` where it was compressed beforehand."""
 
-    etag: str | None
     body: bytes
-    zipped: bytes | None
-    content_type: str
-
-
-def make_answer(body: bytes, etag: str | None, content_type: str, level: int) -> Answer:
-    """Compress a body once; small ones are not worth it."""
-    import gzip
-
-    zipped = gzip.compress(body, level) if len(body) > 1000 else None
-    return Answer(etag, body, zipped, content_type)
-
-
-class _Question:
-    """Hold the last answer to one question, and the lock under which it is made."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.answer: Answer | None = None
-        self.begun_at = 0.0
-
-
-class Answers:
-    """Answer equal questions once: an answer is kept while the data and the minute are the same."""
-
-    def __init__(self, app: App, kept: int = 64):
-        self._app, self._kept = app, kept
-        self._lock = threading.Lock()
-        self._questions: dict[tuple[Any, ...], _Question] = {}
-        self._run = os.urandom(4).hex()
-
-    def etag(self, path: str, query: Query) -> str | None:
-        """Give the tag that the answer to this question has now; None where it is not kept."""
-        version = ROUTES[path].version
-        if version is None:
-            return None
-        parts = [self._run, path, sorted(query.items()), version(self._app)]
-        return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
-
-    def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
-
-        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
-        """
-        if ROUTES[path].version is None:
-            return self._make(path, query, None)
-        asked_at = time.monotonic()
-        question = self._question((path, *sorted(query.items())))
-        with question.lock:
-            etag = self.etag(path, query)
-            answer = question.answer
-            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
-                begun_at = time.monotonic()
-                answer = question.answer = self._make(path, query, etag)
-                question.begun_at = begun_at
-            return answer
-
-    def _question(self, key: tuple[Any, ...]) -> _Question:
-        with self._lock:
-            question = self._questions.pop(key, None) or _Question()
-            self._questions[key] = question
-            if len(self._questions) > self._kept:
-                del self._questions[next(iter(self._questions))]
-            return question
-
-    def _make(self, path: str, query: Query, etag: str | None) -> Answer:
-        return json_answer(ROUTES[path].answer(self._app, query), etag)
+    etag: str | None = None
+    content_type: str = "application/json; charset=utf-8"
+    policy: str = "default-src 'none'; frame-ancestors 'none'"
+    gzipped: bytes | None = None
 
 
 def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
-    """Write a JSON answer."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return make_answer(body, etag, "application/json; charset=utf-8", level=1)
+    """Return the answer that holds this content."""
+    return Answer(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
-_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+def load_page(path: Path) -> Answer:
+    """Return the page, with a policy that lets only its own script and style run. Raises DashboardError."""
+    import gzip
 
-
-class Page:
-    """Hold the page and the policy that lets only its own script and style run."""
-
-    def __init__(self, path: Path):
-        try:
-            body = path.read_bytes()
-        except OSError as error:
-            raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
-        self.answer = make_answer(body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', "text/html; charset=utf-8", 9)
-        scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
-        styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
-        self.policy = (
-            f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
+    scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
+    styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+    policy = (
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
+    return Answer(body, etag, "text/html; charset=utf-8", policy, gzip.compress(body, 9))
 
 
 def _hashes(parts: Sequence[bytes]) -> str:
     tokens = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
-
-
-_IDLE_S, _SEND_S = 75.0, 20.0
-_LARGEST_HEAD = 16 * 1024
-_MOST_CONNECTIONS = 128
-
-
-def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
-    """Bind the port and return the server, with ``app`` and ``page`` still to be set.
-
-    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
-    Raises DashboardError that names the port.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from urllib.parse import parse_qsl, urlsplit
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 128
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        app: App
-        page: Page
-        answers: Answers
-
-        def server_bind(self) -> None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
-            self.connections = _Connections()
-
-        def serve(self, app: App, page: Page, poll_interval_s: float = 0.5) -> None:
-            """Answer requests until shutdown(), which is noticed within the poll interval."""
-            self.app, self.page, self.answers = app, page, Answers(app)
-            self.serve_forever(poll_interval_s)
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            if self.connections.add(request):
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
-
-        def shutdown_request(self, request: Any) -> None:
-            self.connections.remove(request)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: what arrives here is a client that went away."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        server: Server
-
-        def setup(self) -> None:
-            super().setup()
-            self._received = b""
-
-        def handle_one_request(self) -> None:
-            self.close_connection = True
-            self.command, self.path, self.requestline, self.request_version = "GET", "", "", "HTTP/1.1"
-            try:
-                head = self._read_head()
-                if head is None:
-                    return
-                self.rfile = io.BytesIO(head)
-                self.raw_requestline = self.rfile.readline()
-                if self.parse_request():
-                    self._answer()
-            except ApiError as error:
-                self.close_connection = True
-                self._send_error(error)
-                self._read_over()
-
-        @staticmethod
-        def _refuse_large(head: bytes) -> None:
-            if len(head) > _LARGEST_HEAD:
-                raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
-
-        def _read_over(self) -> None:
-            """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
-            deadline = time.monotonic() + 2.0
-            try:
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(1.0)
-                while time.monotonic() < deadline and self.connection.recv(65536):
-                    pass
-            except OSError:
-                pass
-
-        def _read_head(self) -> bytes | None:
-            """Read one request's head within its limits of size and time; None where the client went away."""
-            self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
-            while b"\r\n\r\n" not in self._received:
-                self._refuse_large(self._received)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                self.connection.settimeout(left)
-                try:
-                    piece = self.connection.recv(8192)
-                except OSError:
-                    return None
-                if not piece:
-                    return None
-                if not self._received:
-                    deadline = time.monotonic() + head_s
-                self._received += piece
-            self.server.connections.busy(self.connection)
-            self.connection.settimeout(_SEND_S)
-            head, _, self._received = self._received.partition(b"\r\n\r\n")
-            self._refuse_large(head)
-            return head + b"\r\n\r\n"
-
-        def _answer(self) -> None:
-            if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # a body is of no use here and is not read
-            try:
-                self._check_access()
-                self._route()
-            except DashboardError as error:
-                self._send_error(error)
-            except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-                Log(sys.stderr).event("http", fault=where_raised(error))
-                self._send_error(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
-
-        def _check_access(self) -> None:
-            if self.request_version == "HTTP/0.9":
-                raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
-            if self.server.app.config.dashboard_host in _LOOPBACK and not _is_loopback_name(self.headers.get("Host")):
-                raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
-            if not _password_fits(self.headers.get("Authorization"), self.server.app.config.dashboard_password):
-                said = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
-                raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", said)
-            if self.command not in ("GET", "HEAD"):
-                self.close_connection = True
-                raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
-
-        def _route(self) -> None:
-            parts, query = self._question()
-            if parts.path == "/":
-                self._send(200, self.server.page.answer, policy=self.server.page.policy)
-                return
-            if parts.path not in ROUTES:
-                raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-            forced = query.pop("force", None) == "1" and self.command == "GET"
-            if parts.path == "/api/quota" and forced:
-                self._refuse_other_sites()
-                self._send(200, json_answer(force_quota(self.server.app, query)))
-                return
-            etag = self.server.answers.etag(parts.path, query)
-            if etag is not None and self._has(etag):
-                self._send_head(304, {"ETag": etag}, b"")
-                return
-            self._send(200, self.server.answers.get(parts.path, query))
-
-        def _question(self) -> tuple[Any, dict[str, str]]:
-            try:
-                parts = urlsplit(self.path)
-                fields = parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace")
-            except ValueError as error:
-                raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
-            return parts, dict(fields)
-
-        def _refuse_other_sites(self) -> None:
-            """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-            said = self.headers.get("Sec-Fetch-Site")
-            own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-            sent = [self.headers.get(name) for name in ("Origin", "Referer")]
-            if said is not None:
-                foreign = said not in ("same-origin", "none")
-            else:
-                foreign = any(url and _host_of(url) not in own_hosts for url in sent)
-            if foreign:
-                raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
-
-        def _has(self, etag: str) -> bool:
-            sent = self.headers.get("If-None-Match", "")
-            return etag in [tag.strip().replace("W/", "", 1) for tag in sent.split(",")]
-
-        def _send(self, status: int, answer: Answer, policy: str = _API_POLICY, more: Mapping[str, str] = {}) -> None:
-            headers = {"Content-Type": answer.content_type, "Content-Security-Policy": policy, **more}
-            if answer.etag is not None:
-                headers["ETag"] = answer.etag
-                if self._has(answer.etag):
-                    self._send_head(304, headers, b"")
-                    return
-            body = answer.body
-            if answer.zipped is not None:
-                headers["Vary"] = "Accept-Encoding"
-                if "gzip" in self.headers.get("Accept-Encoding", ""):
-                    headers["Content-Encoding"], body = "gzip", answer.zipped
-            headers["Content-Length"] = str(len(body))
-            self._send_head(status, headers, b"" if self.command == "HEAD" else body)
-
-        def _send_error(self, error: DashboardError) -> None:
-            self.headers = getattr(self, "headers", None) or {}
-            message = str(error) if isinstance(error, ApiError) else _public_message(error)
-            content = {"error": message, "code": error.code}
-            self._send(error.http_status, json_answer(content), more=getattr(error, "headers", {}))
-
-        def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-            """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
-            lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
-            lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
-            lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-            try:
-                self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-            except OSError:
-                self.close_connection = True
-
-        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            """Answer what the standard parser refuses, in the API's own form."""
-            self.close_connection = True
-            known = {414: "bad_request", 431: "head_too_large", 505: "bad_version"}
-            self._send_error(ApiError(int(code), known.get(int(code), "bad_request"), "this is not an HTTP request"))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep no access log: it would hold the clients' addresses."""
-
-    try:
-        return Server((host, port), Handler)
-    except OverflowError as error:
-        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
-        raise DashboardError(_bind_fault(host, port, error)) from error
-
-
-def _bind_fault(host: str, port: int, error: OSError) -> str:
-    import errno
-
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop that "
-            f'one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
-        )
-    if error.errno == errno.EACCES:
-        return f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
-    return f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-
-
-def _public_message(error: DashboardError) -> str:
-    """Say what is wrong without a path: answers may be read by others than the owner."""
-    if isinstance(error, StoreError):
-        return "the database cannot be read just now; the dashboard's log and its check command say why"
-    return str(error)
 
 
 _COMMON_HEADERS = {
@@ -5315,24 +5013,27 @@ _COMMON_HEADERS = {
     "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _host_of(url: str) -> str:
-    from urllib.parse import urlsplit
-
     try:
         return urlsplit(url).netloc
     except ValueError:
         return url
 
 
-def _is_loopback_name(host: str | None) -> bool:
-    """Tell whether a Host header names this machine; the port does not matter (ssh -L)."""
-    if host is None:
-        return True
-    name = re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
-    return name in _LOOPBACK or name.endswith(".localhost") or re.match(r"127(\.\d{1,3}){3}\Z", name) is not None
+def _without_port(host: str) -> str:
+    """Return the name in a Host header; the port does not matter (ssh -L)."""
+    return re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether this name or address is one of this machine alone."""
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
+
+
+def _takes_gzip(accepted: str) -> bool:
+    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.I) is not None
 
 
 def _password_fits(header: str | None, password: str) -> bool:
@@ -5349,44 +5050,316 @@ def _password_fits(header: str | None, password: str) -> bool:
     return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
-class _Connections:
-    """Count open connections; beyond the limit, the one that has kept its request to itself longest goes."""
+_IDLE_S, _HEAD_S, _SEND_S, _DRAIN_S = 75.0, 10.0, 20.0, 2.0
+_LARGEST_HEAD = 16 * 1024
+_MOST_CONNECTIONS = 128
+
+
+class Connections:
+    """The open connections, and until when the server waits for each one's client.
+
+    A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
+    fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting_since: dict[Any, float] = {}
         self._open: set[Any] = set()
+        self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
-        """Take a new connection in, and tell whether there was a place for it."""
+        """Register a new connection; beyond the limit the longest waited for is ended, False where none is."""
         with self._lock:
             if len(self._open) >= _MOST_CONNECTIONS:
-                if not self._waiting_since:
+                if not self._waits_until:
                     return False
-                oldest = min(self._waiting_since, key=lambda one: self._waiting_since[one])
-                del self._waiting_since[oldest]
-                try:
-                    oldest.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                self._end(next(iter(self._waits_until)))
             self._open.add(connection)
+            self._waits_until[connection] = time.monotonic() + _IDLE_S
             return True
 
-    def wait(self, connection: Any) -> None:
-        """Note that this one has yet to send its request."""
+    def wait(self, connection: Any, seconds: float) -> None:
+        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
         with self._lock:
-            self._waiting_since.setdefault(connection, time.monotonic())
+            self._waits_until.pop(connection, None)
+            if connection in self._open:
+                self._waits_until[connection] = time.monotonic() + seconds
 
     def busy(self, connection: Any) -> None:
-        """Note that its request is whole."""
+        """Record that the client waits for us."""
         with self._lock:
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def end_late(self) -> None:
+        """End the connections whose time is over."""
+        with self._lock:
+            now = time.monotonic()
+            for connection in [one for one, until in self._waits_until.items() if until <= now]:
+                self._end(connection)
 
     def remove(self, connection: Any) -> None:
-        """Forget a closed one."""
+        """Forget a closed connection."""
         with self._lock:
             self._open.discard(connection)
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def _end(self, connection: Any) -> None:
+        self._open.discard(connection)
+        del self._waits_until[connection]
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client was quicker
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
+
+    A request's head must be there within ``head_s`` seconds, however its bytes drip in. Nothing is looked up in
+    the DNS.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    app: App
+    page: Answer
+
+    def __init__(self, host: str, port: int, head_s: float):
+        self.connections, self.head_s = Connections(), head_s
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name that the standard server does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def serve(self, app: App, page: Answer, poll_interval_s: float = 0.5) -> None:
+        """Answer requests until shutdown(), which is noticed within the poll interval, as are late clients."""
+        self.app, self.page = app, page
+        self.serve_forever(poll_interval_s)
+
+    def service_actions(self) -> None:
+        """End the connections of late clients; called at least once a poll interval."""
+        self.connections.end_late()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a new connection, if there is a place for it."""
+        if self.connections.add(request):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log nothing: what arrives here is a client that went away."""
+
+
+class HeadReader(io.BufferedReader):
+    """Read the lines of a request's head: whole ones only, and at most 16 KiB of them together.
+
+    Raises LineTooLong beyond that, and ConnectionError where the client leaves in the middle: to the standard parser
+    the end of the stream would be the end of the head.
+    """
+
+    left = _LARGEST_HEAD
+
+    def readline(self, limit: int | None = -1) -> bytes:
+        """Return the next line of the head, whatever ``limit`` is."""
+        line = super().readline(self.left)
+        self.left -= len(line)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("no whole line came") if self.left else LineTooLong("request's head")
+        return line
+
+
+_ERRORS_OF_PARSER = {
+    400: ("bad_request", "this is not an HTTP request"),
+    431: ("head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes or 100 lines"),
+    505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answer the requests of one connection; the only place that knows HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    rbufsize = 0
+    server: Server
+
+    def setup(self) -> None:
+        """Have heads read within their limit."""
+        super().setup()
+        self.rfile = HeadReader(self.rfile)
+
+    def handle_one_request(self) -> None:
+        """Answer the next request, or find that the client has left or was ended."""
+        self.close_connection, self.headers = True, HTTPMessage()
+        self.server.connections.wait(self.connection, _IDLE_S)
+        if not self.rfile.peek(1):
+            return
+        self.server.connections.wait(self.connection, self.server.head_s)
+        self.rfile.left = _LARGEST_HEAD
+        self.command = None
+        try:
+            self.raw_requestline = self.rfile.readline()
+        except LineTooLong:
+            self.send_error(431)
+            return
+        if self.parse_request():
+            self.server.connections.busy(self.connection)
+            self._answer()
+
+    def _answer(self) -> None:
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        may_have_body = self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers
+        may_have_body = may_have_body or any(length.strip() != "0" for length in lengths)
+        if may_have_body:
+            self.close_connection = True  # a body is of no use here
+        try:
+            self._check_access()
+            self._route()
+        except DashboardError as error:
+            self._send_fault(error)
+        except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
+            Log(sys.stderr).event("http", fault=where_raised(error))
+            self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
+        if may_have_body:
+            self._drain()
+
+    def _check_access(self) -> None:
+        config = self.server.app.config
+        if self.request_version == "HTTP/0.9":
+            raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
+        host = self.headers.get("Host")
+        if is_loopback(config.dashboard_host) and host is not None and not is_loopback(_without_port(host)):
+            raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
+        if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
+            wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
+            raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", wanted)
+        if self.command not in ("GET", "HEAD"):
+            raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
+
+    def _route(self) -> None:
+        try:
+            parts = urlsplit(self.path)
+            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+        except ValueError as error:
+            raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
+        if parts.path == "/":
+            self._send(200, self.server.page)
+            return
+        if parts.path not in ROUTES:
+            raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
+        forced = query.pop("force", None) == "1" and self.command == "GET"
+        if parts.path == "/api/quota" and forced:
+            self._refuse_other_sites()
+            self._send(200, json_answer(force_quota(self.server.app, query)))
+            return
+        etag = etag_of(self.server.app, parts.path, query)
+        if self._has(etag):
+            self._send_head(304, {"ETag": etag}, b"")
+            return
+        self._send(200, json_answer(ROUTES[parts.path].answer(self.server.app, query), etag))
+
+    def _refuse_other_sites(self) -> None:
+        """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
+        site = self.headers.get("Sec-Fetch-Site")
+        own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
+        sent = [self.headers.get(name) for name in ("Origin", "Referer")]
+        if site is not None:
+            foreign = site not in ("same-origin", "none")
+        else:
+            foreign = any(url and _host_of(url) not in own_hosts for url in sent)
+        if foreign:
+            raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+    def _has(self, etag: str | None) -> bool:
+        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
+        return etag is not None and (etag in tags or "*" in tags)
+
+    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        body = answer.body
+        if answer.etag is not None:
+            headers["ETag"] = answer.etag
+            if self._has(answer.etag):
+                self._send_head(304, headers, b"")
+                return
+        if len(body) > 1000:
+            headers["Vary"] = "Accept-Encoding"
+            if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+                import gzip
+
+                headers["Content-Encoding"] = "gzip"
+                body = answer.gzipped or gzip.compress(body, 1)
+        headers["Content-Length"] = str(len(body))
+        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+
+    def _send_fault(self, error: DashboardError) -> None:
+        message = str(error)
+        if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
+            message = "the database cannot be read just now; the dashboard's log and its check command say why"
+        answer = json_answer({"error": message, "code": error.code})
+        self._send(error.http_status, answer, getattr(error, "headers", {}))
+
+    def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
+        lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
+        self.server.connections.wait(self.connection, _SEND_S)
+        try:
+            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        except OSError:
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
+        self.server.connections.wait(self.connection, _DRAIN_S)
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(65536):
+                pass
+        except OSError:
+            pass  # the client was quicker
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what the standard parser refuses, in the API's own form."""
+        self.close_connection = True
+        self._send_fault(ApiError(int(code), *_ERRORS_OF_PARSER.get(int(code), _ERRORS_OF_PARSER[400])))
+        self._drain()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep no access log: it would hold the clients' addresses."""
+
+
+def make_server(host: str, port: int, head_s: float = _HEAD_S) -> Server:
+    """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
+    import errno
+
+    try:
+        return Server(host, port, head_s)
+    except OverflowError as error:
+        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
+    except OSError as error:
+        message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
+        if error.errno == errno.EADDRINUSE:
+            message = (
+                f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
+                f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
+            )
+        elif error.errno == errno.EACCES:
+            message = f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
+        raise DashboardError(message) from error
 
 
 # ------------------------------------------------------------------ demo
@@ -5854,7 +5827,7 @@ def run_start(options: Any) -> int:
     log = Log()
     for warning in warnings:
         log.line(f"warning: {warning}")
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
         store = Store(config.database_path)
@@ -5878,7 +5851,7 @@ def run_demo(options: Any) -> int:
 
     flags = {"dashboard_host": options.host, "dashboard_port": options.port}
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
@@ -5905,13 +5878,13 @@ def _stop_on_signal() -> threading.Event:
 
 def _address(config: Config, port: int) -> str:
     host = config.dashboard_host
-    named = "localhost" if host in ("0.0.0.0", "::", *_LOOPBACK) else f"[{host}]" if ":" in host else host
+    named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     return f"http://{named}:{port}"
 
 
 def _welcome(log: Log, config: Config, port: int) -> None:
     log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, port)}")
-    if config.dashboard_host not in _LOOPBACK and not config.dashboard_password:
+    if not is_loopback(config.dashboard_host) and not config.dashboard_password:
         log.line(
             "Everyone who reaches this machine can open it. To close it, set in config.json "
             '"dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
@@ -5921,7 +5894,7 @@ def _welcome(log: Log, config: Config, port: int) -> None:
 def _run_until_stopped(
     server: Any,
     app: App,
-    page: Page,
+    page: Answer,
     jobs: Sequence[Callable[[], None]],
     stop: threading.Event,
     no_browser: bool,

@@ -573,7 +573,7 @@ class Site:
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
+        self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))
         self.thread.start()
         self.log = folder / "log"
 
