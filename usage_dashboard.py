@@ -33,13 +33,15 @@ import operator
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from http.client import HTTPMessage, LineTooLong
+from http.client import HTTPConnection, HTTPException, HTTPMessage, LineTooLong
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (
@@ -286,14 +288,17 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report every fault of the configuration at once."""
+    """Report every fault of the configuration at once, and what else is odd: often it is the fault's cause."""
 
     exit_code = 2
     code = "bad_config"
 
-    def __init__(self, faults: Sequence[str]):
-        self.faults = list(faults)
-        super().__init__("The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+    def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
+        self.faults, self.warnings = list(faults), list(warnings)
+        lines = ["The configuration has faults:", *(f"  - {fault}" for fault in faults)]
+        if warnings:
+            lines += ["Besides:", *(f"  - {warning}" for warning in warnings)]
+        super().__init__("\n".join(lines))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -301,7 +306,7 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the effective settings; the README's table says what each key means."""
+    """The effective settings; the README's table says what each key means."""
 
     cliproxy_host: str = "127.0.0.1"
     cliproxy_port: int = 6379
@@ -320,43 +325,43 @@ class Config:
 
     @property
     def has_default_queue(self) -> bool:
-        """Tell whether host and port were left alone, so that the proxy's own port may be tried too."""
+        """Return whether host and port were left alone, so that the proxy's own port may be tried too."""
         return (self.cliproxy_host, self.cliproxy_port) == (Config.cliproxy_host, Config.cliproxy_port)
 
     @property
     def database_path(self) -> Path:
-        """Give the database file; a relative name counts from the script's folder."""
+        """Return the absolute path of the database; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
     def auth_dirs(self) -> list[Path]:
-        """Name the folders to look for account files in, the first that has any being the one to use."""
+        """Return the folders to look for account files in; the first that has any is the one to use."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
             return [named]
         return [named, Path(os.path.expanduser("~/.cli-proxy-api"))]
 
 
-def _check_text(value: Any) -> str:
+def _valid_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a text in double quotes")
     return value
 
 
-def _check_secret(value: Any) -> str:
-    text = _check_text(value)
+def _valid_secret(value: Any) -> str:
+    text = _valid_text(value)
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise ValueError("must not hold line breaks or other control characters")
     return text
 
 
-def _check_name(value: Any) -> str:
-    if not _check_text(value).strip():
+def _valid_name(value: Any) -> str:
+    if not _valid_text(value).strip():
         raise ValueError("must not be empty")
     return value
 
 
-def _check_host(value: Any) -> str:
-    host = _check_name(value).strip()
+def _valid_host(value: Any) -> str:
+    host = _valid_name(value).strip()
     if "/" in host:
         raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
     if re.match(r"[^:\s]+:\d+\Z", host):
@@ -366,13 +371,13 @@ def _check_host(value: Any) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def _check_flag(value: Any) -> bool:
+def _valid_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false, without quotes")
     return value
 
 
-def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
+def _valid_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         kind = "whole number" if whole else "number"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
@@ -382,27 +387,27 @@ def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any]
     return check
 
 
-def _check_mode(value: Any) -> str:
+def _valid_mode(value: Any) -> str:
     if value not in COLLECT_MODES:
         raise ValueError("must be one of " + ", ".join(f'"{mode}"' for mode in COLLECT_MODES))
     return value
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "cliproxy_host": _check_host,
-    "cliproxy_port": _check_number(1, 65535),
-    "cliproxy_tls": _check_flag,
-    "management_password": _check_secret,
-    "queue_key": _check_name,
-    "collect_mode": _check_mode,
-    "poll_interval_seconds": _check_number(0.1, 3600, whole=False),
-    "quota_refresh_seconds": _check_number(0, 86400),
-    "auth_dir": _check_name,
-    "database": _check_name,
-    "retention_days": _check_number(0, 36500),
-    "dashboard_host": _check_host,
-    "dashboard_port": _check_number(0, 65535),
-    "dashboard_password": _check_secret,
+    "cliproxy_host": _valid_host,
+    "cliproxy_port": _valid_number(1, 65535),
+    "cliproxy_tls": _valid_flag,
+    "management_password": _valid_secret,
+    "queue_key": _valid_name,
+    "collect_mode": _valid_mode,
+    "poll_interval_seconds": _valid_number(0.1, 3600, whole=False),
+    "quota_refresh_seconds": _valid_number(0, 86400),
+    "auth_dir": _valid_name,
+    "database": _valid_name,
+    "retention_days": _valid_number(0, 36500),
+    "dashboard_host": _valid_host,
+    "dashboard_port": _valid_number(0, 65535),
+    "dashboard_password": _valid_secret,
 }
 _OTHER_NAMES = {"management_key": "management_password"}
 _ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
@@ -413,7 +418,7 @@ def load_config(
     env: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> tuple[Config, list[str]]:
-    """Read defaults, file, environment and flags, in this order, and return the result with its warnings.
+    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
 
     ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
     Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
@@ -433,7 +438,7 @@ def load_config(
         if value is not None:
             _take_key(key, value, "the command line", values, faults, warnings)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, warnings)
     return Config(**values), warnings
 
 
@@ -463,7 +468,11 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
 def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
     name = _OTHER_NAMES.get(key, key)
     if name not in _CHECKS:
-        warnings.append(f'{where}: the key "{key}" is unknown and ignored{_nearest(key)}')
+        import difflib
+
+        close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
     if name != key and name in values and values[name] != value:
         warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
@@ -471,13 +480,6 @@ def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: 
         values[name] = _CHECKS[name](value)
     except ValueError as error:
         faults.append(f'{where}: "{key}" {error}')
-
-
-def _nearest(key: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 # ------------------------------------------------------------------ resp
@@ -505,6 +507,10 @@ class ConnectionClosed(QueueFault):
     def __init__(self, clean: bool):
         super().__init__("the queue closed the connection" + ("" if clean else " in the middle of a reply"))
         self.clean = clean
+
+
+class NoReply(QueueFault):
+    """Report that a reply did not come in time."""
 
 
 class NotResp(QueueFault):
@@ -682,7 +688,7 @@ class RespClient:
         try:
             return self._reader.read_reply()
         except socket.timeout as error:
-            raise QueueFault("the queue does not answer in time") from error
+            raise NoReply("the queue does not answer in time") from error
         except ConnectionResetError as error:
             raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
@@ -2342,6 +2348,23 @@ class Store:
                 if _sums_in(db, table) != _sums_in(db, "usage_by_time"):
                     faults.append(f"{table} does not add up to the 15-minute sums")
         return faults
+
+
+def events_to_take_in(path: Path) -> int | None:
+    """Return how many events a file of an earlier version holds, which is left as it is; None for one of this version.
+
+    Raises StoreError where the file cannot be read.
+    """
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version >= len(_SCHEMA_STEPS) or not _columns_of(db, "events"):
+                return None
+            return db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
+    except sqlite3.Error as error:
+        raise StoreError(_store_reason(path, error)) from error
 
 
 def _sums_in(db, table: str, from_bucket: int = 0) -> tuple[int, ...]:
@@ -5583,176 +5606,238 @@ class DemoWorld:
 # ------------------------------------------------------------------ check
 
 
-def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
-    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
-    import http.client
+class Finding(NamedTuple):
+    """What check found: ``level`` is ok, warning or fault, ``remedy`` the line to change."""
 
-    host = config.dashboard_host
-    connection = http.client.HTTPConnection(
-        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def check_everything(config: Config, config_path: Path) -> list[Finding]:
+    """Return what one pass over files, database, accounts and queue finds. Nothing is popped."""
+    findings = [*_check_modes(config, config_path), *_check_disk(config.database_path)]
+    store, about_file = _open_to_check(config.database_path)
+    findings += about_file
+    if store is None:
+        findings += _check_accounts(config, [])
+    else:
+        try:
+            findings += [*_check_sums(store), *_check_losses(store), *_check_accounts(config, store.quotas())]
+        except StoreError as error:
+            findings.append(Finding("fault", str(error), "see the sentence above"))
+        finally:
+            store.close()
+    return [*findings, *_check_dashboard(config, config_path)]
+
+
+def _check_modes(config: Config, config_path: Path) -> list[Finding]:
+    """Look for files with secrets or usage in them that others on the machine can read."""
+    import shlex
+
+    folder, files, _ = find_account_files(config.auth_dirs())
+    findings = []
+    for path in (config_path, config.database_path, *(folder / file.name for file in files)):
+        try:
+            open_to_others = path.stat().st_mode & 0o077
+        except OSError:
+            continue
+        if open_to_others:
+            remedy = f"chmod 600 {shlex.quote(str(path))}"
+            findings.append(Finding("warning", f"{path} can be read by other users", remedy))
+    return findings or [Finding("ok", "file modes")]
+
+
+def _check_disk(path: Path) -> list[Finding]:
+    import shutil
+
+    if not os.access(str(path.parent), os.W_OK):
+        remedy = f'chown it to this user, or set "database" ({path})'
+        return [Finding("fault", f"{path.parent} cannot be written", remedy)]
+    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
+    found = f"{free_mib} MiB are free on the database's disk"
+    if free_mib >= 200:
+        return [Finding("ok", found)]
+    return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
+
+
+def _open_to_check(path: Path) -> tuple[Store | None, list[Finding]]:
+    """Open the database, unless there is none or opening it would change it; also return what is to be said then."""
+    if not path.exists():
+        return None, [Finding("ok", "database: none yet, it is made at the first start")]
+    try:
+        count = events_to_take_in(path)
+        if count is not None:
+            return None, [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")]
+        return Store(path), []
+    except StoreError as error:
+        return None, [Finding("fault", str(error), "see the sentence above")]
+
+
+def _check_sums(store: Store) -> list[Finding]:
+    faults = store.find_faults()
+    if not faults:
+        return [Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")]
+    return [Finding("fault", f"{store.path}: {fault}", "move the file away; a new one is made") for fault in faults]
+
+
+def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
+    """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
+    now = time.time()
+    losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
+    if not losses:
+        return [Finding("ok", "no losses are known of in the last 24 hours")]
+    advice = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
+    return [
+        Finding(
+            "warning",
+            f"requests were lost, {outage_text(outage)}",
+            STATE_REMEDIES.get(outage["reason"], advice) if outage["to"] is None else advice,
+        )
+        for outage in losses[-shown:]
+    ]
+
+
+def outage_text(outage: Mapping[str, Any]) -> str:
+    """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
+    start, end = (
+        "now" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+        for at in (outage["from"], outage["to"])
     )
+    return f"{start} to {end} ({outage['reason'].replace('_', ' ')})"
+
+
+_NEED_A_PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token")
+
+
+def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Name the account files that cannot be used, by what they hold and by the state that was stored last."""
+    folder, files, problems = find_account_files(config.auth_dirs())
+    findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
+    if not files:
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
+    stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
+    odd = []
+    for file in files:
+        state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
+        name = f"{file.email} ({file.plan})" if file.plan else file.email
+        if state in _NEED_A_PERSON:
+            odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
+        elif state == "disabled":  # as somebody wanted it
+            odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
+    count = f"{len(files) - len(odd)} of {len(files)}" if odd else f"{len(files)}"
+    return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
+
+
+def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
+    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    try:
+        health = ask_dashboard(config, "/api/health", 5.0)
+    except ApiError as error:
+        wrong_password = error.code == "password_needed"
+        remedy = "correct dashboard_password" if wrong_password else "its log says more; restart it if it stays so"
+        return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
+    if health is not None and "collector" in health:
+        running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
+        return [running, *_findings_of_status(health["collector"], config)]
+    try:
+        make_server(config.dashboard_host, config.dashboard_port).server_close()
+    except DashboardError as error:
+        return [Finding("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
+    return [Finding("ok", f"port {config.dashboard_port} is free"), *_check_queue(config, config_path)]
+
+
+def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any] | None:
+    """Return what the dashboard that runs on this machine answers, None where none does. Raises ApiError."""
+    host, port = config.dashboard_host, config.dashboard_port
+    own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    connection = HTTPConnection(own_address, port, timeout=timeout_s)
     login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
     try:
         connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
         reply = connection.getresponse()
         content = json.loads(reply.read())
     except socket.timeout as error:
-        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
-    except (OSError, http.client.HTTPException, ValueError):
+        raise ApiError(504, "timeout", f"the dashboard on port {port} does not answer in time") from error
+    except (OSError, HTTPException, ValueError):
         return None
     finally:
         connection.close()
-    if reply.status == 200:
-        return content
-    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
+    if not isinstance(content, dict):
+        return None  # another program
+    if reply.status != 200:
+        message = content.get("error", f"the dashboard answered with status {reply.status}")
+        raise ApiError(reply.status, str(content.get("code")), str(message))
+    return content
 
 
-# Findings of check: (level, what was found, the line that mends it)
-_Finding = Tuple[str, str, str]
-
-
-def _check_modes(config: Config, options: Any) -> list[_Finding]:
-    """Look for files with secrets or usage in them that others on the machine can read."""
-    paths = [options.config or BASE_DIR / "config.json", config.database_path]
-    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
-    findings: list[_Finding] = []
-    for path in paths:
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
-            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
-    return findings or [("ok", "file modes", "")]
-
-
-def _check_database(config: Config, options: Any) -> list[_Finding]:
-    import shutil
-
-    path = config.database_path
-    if not os.access(str(path.parent), os.W_OK):
-        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
-    if not path.exists():
-        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
-    try:
-        store = Store(path)
-        try:
-            faults = store.find_faults()
-            count = store.event_count
-        finally:
-            store.close()
-    except StoreError as error:
-        return [*findings, ("fault", str(error), "see the sentence above")]
-    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
-    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
-
-
-def _check_accounts(config: Config, options: Any) -> list[_Finding]:
-    folder, files, problems = find_account_files(config.auth_dirs())
-    findings: list[_Finding] = [
-        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
-    ]
-    if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
-        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
-    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
-
-
-def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
-    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
-    try:
-        health = _ask_dashboard(config, "/api/health", 5.0)
-    except DashboardError as error:
-        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
-    if isinstance(health, dict) and "collector" in health:
-        running: list[_Finding] = [
-            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
-        ]
-        return running + _findings_of_status(health["collector"], config)
-    try:
-        make_server(config.dashboard_host, config.dashboard_port).server_close()
-    except DashboardError as error:
-        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
-    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
-
-
-def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
     """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
     state = status["state"]
-    connected = state in _RECORDING
-    level = "ok" if connected or state == "starting" else "fault"
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
     shown = "connected" if state == "publishing_off" else state
-    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
-    if not connected:
-        return found
-    if status["publishing"] is not None:
-        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
-        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
-    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
-            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
+    found = f"queue at {status['endpoint']}: {shown}{version}"
+    if state not in _RECORDING:
+        return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
+    findings = [Finding("ok", found)]
+    if status["publishing"] is False:
+        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+    elif status["publishing"]:
+        findings.append(Finding("ok", "the proxy publishes its usage"))
+    findings += _check_retention(status["retention_seconds"], config.poll_interval_seconds)
+    return findings + _check_clock(status["clock_ahead_seconds"])
 
 
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[Finding]:
     if retention_s is None:
         return []
     if retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [("warning", found, remedy)]
-    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
+        return [Finding("warning", found, remedy)]
+    return [Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")]
 
 
-def _check_queue(config: Config, options: Any) -> list[_Finding]:
+def _check_clock(ahead_s: float | None) -> list[Finding]:
+    if ahead_s is None:
+        return []
+    if abs(ahead_s) < 60:
+        return [Finding("ok", "the proxy's clock and this machine's agree")]
+    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+    return [Finding("warning", found, "let both machines set their clocks by NTP")]
+
+
+def _check_queue(config: Config, config_path: Path) -> list[Finding]:
+    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
     if not config.management_password:
         return _check_without_key(config)
     try:
         store = Store(config.database_path)  # made here if need be: a refused key must be remembered
     except StoreError:
         return []  # told by the database's own line
-    try:
-        return _probe(config, store, options)
-    finally:
-        store.close()
+    with closing(store):
+        collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=config_path)
+        return _findings_of_status(collector.probe(), config)
 
 
-def _check_without_key(config: Config) -> list[_Finding]:
+def _check_without_key(config: Config) -> list[Finding]:
     """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
     last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in dict.fromkeys(
-        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
-    ):
+    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+        address = f"{config.cliproxy_host}:{port}"
         try:
             with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
                 client.send(b"*0\r\n")
                 if isinstance(client.receive(), ErrorReply):
-                    return [needs_key]
+                    found = "no management key is set, and the proxy needs one"
+                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        except NoReply:  # a Redis passes over an empty command
+            return [Finding("ok", f"{address} is a Redis server, used without a password")]
         except ConnectionClosed as fault:
-            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
+            return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
         except QueueFault as fault:
-            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
-                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
             last = fault
-    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
-
-
-def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [("ok", "the proxy's clock and this machine's agree", "")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [("warning", found, "let both machines set their clocks by NTP")]
-
-
-def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
-    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
-    path = options.config or BASE_DIR / "config.json"
-    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
-    return _findings_of_status(collector.probe(), config)
+    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
 
 
 # ------------------------------------------------------------------ cli
@@ -5760,17 +5845,28 @@ def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a fault, 2 a wrong command line or configuration."""
-    options = _parse_arguments(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
+        options = _parse_arguments(arguments)
         return options.run(options)
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
+    except (KeyboardInterrupt, BrokenPipeError):  # nobody reads on, as with "report | head -1"
+        return 0
+    finally:
+        _finish_output()
+
+
+def _finish_output() -> None:
+    """Write out what is left, or drop it where nobody takes it: Python would end with exit code 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> Any:
@@ -5839,7 +5935,9 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status)
-    _welcome(log, config, server.server_port)
+    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, server.server_port)}")
+    closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
+    _warn_if_open(log, config, closes)
     _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.hurry)
     log.line("stopped")
     return 0
@@ -5861,19 +5959,25 @@ def run_demo(options: Any) -> int:
         refresher.start().join()
         app = App(config, world.store, refresher, world.status, demo=True)
         log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
+        _warn_if_open(log, config, "start it with --host 127.0.0.1.")
         _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
     return 0
 
 
 def _stop_on_signal() -> threading.Event:
-    """Give the event that SIGTERM and Ctrl+C set from now on."""
-    import signal
-
+    """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Not here: the signal may come while this very thread holds the event's lock.
-        signal.signal(number, lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+    # Not in the handler: the signal may come while this very thread holds the event's lock.
+    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
     return stop
+
+
+def _handle_stop_signals(handler: Any) -> None:
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)
+        under_nohup = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+        if number is not None and not under_nohup:
+            signal.signal(number, handler)
 
 
 def _address(config: Config, port: int) -> str:
@@ -5882,13 +5986,9 @@ def _address(config: Config, port: int) -> str:
     return f"http://{named}:{port}"
 
 
-def _welcome(log: Log, config: Config, port: int) -> None:
-    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, port)}")
+def _warn_if_open(log: Log, config: Config, closes: str) -> None:
     if not is_loopback(config.dashboard_host) and not config.dashboard_password:
-        log.line(
-            "Everyone who reaches this machine can open it. To close it, set in config.json "
-            '"dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
-        )
+        log.line(f"Everyone who reaches this machine can open it. To close it, {closes}")
 
 
 def _run_until_stopped(
@@ -5920,6 +6020,7 @@ def _run_until_stopped(
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
+    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
 
 
 def _open_browser(url: str) -> None:
@@ -5939,29 +6040,33 @@ def _open_for_reading(config: Config) -> Store:
     return Store(config.database_path)
 
 
-def _reading_app(config: Config, store: Store, log: Log) -> App:
-    return App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+def _reading_app(config: Config, store: Store) -> App:
+    return App(config, store, QuotaRefresher(config, store, Log(sys.stderr), threading.Event()), dict)
 
 
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
-    store = _open_for_reading(config)
-    try:
-        summary = api_summary(_reading_app(config, store, Log(sys.stderr)), {"range": options.range})
-    finally:
-        store.close()
+    with closing(_open_for_reading(config)) as store:
+        summary = api_summary(_reading_app(config, store), {"range": options.range})
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
-        return 0
+    else:
+        _print_summary(summary, options.range)
+    return 0
+
+
+def _print_summary(summary: Mapping[str, Any], range_name: str) -> None:
     local = "%Y-%m-%d %H:%M"
     start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
-    print(f"Usage, {options.range}: {start} to {end}\n")
+    print(f"Usage, {range_name}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
         total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
         print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
-    return 0
+    losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
+    if losses:
+        print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -5979,53 +6084,54 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def run_quota(options: Any) -> int:
     """Print the quota table; with --force ask the running dashboard, or ChatGPT where none runs."""
     config, _ = _load(options)
-    answer, said = None, None
+    answer, refusal = None, None
     if options.force:
         try:
             answer = _refresh_at_dashboard(config)
-        except DashboardError as error:
-            said = str(error)
+        except ApiError as error:
+            refusal = str(error)
     if answer is None:
-        answer, refused = _quota_of_database(config, options.force and said is None)
-        said = said or refused
+        answer, own_refusal = _quota_of_database(config, options.force and refusal is None)
+        refusal = refusal or own_refusal
+    if options.force and refusal is None and not answer["progress"]["total"]:
+        refusal = f'there is no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
-    else:
-        print(_quota_table(answer))
-    if said:
-        print(f"usage_dashboard: {said}", file=sys.stderr)
-    return 1 if said else 0
+    elif answer["quotas"]:
+        print(_quota_table(answer["quotas"]))
+    elif refusal is None:
+        print("No account has been asked yet; see: usage_dashboard.py quota --force")
+    if refusal is None:
+        return 0
+    print(f"usage_dashboard: {refusal}", file=sys.stderr)
+    return 1
 
 
-def _refresh_at_dashboard(config: Config) -> Any:
+def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
-    answer = _ask_dashboard(config, "/api/quota?force=1", 40.0)
+    answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
-        answer = _ask_dashboard(config, "/api/quota", 10.0)
+        answer = ask_dashboard(config, "/api/quota", 10.0)
     return answer
 
 
 def _quota_of_database(config: Config, force: bool) -> tuple[dict[str, Any], str | None]:
     """Read the quota table from the database, after a round of its own with ``force``; also why there was none."""
-    store, refused = Store(config.database_path) if force else _open_for_reading(config), None
-    try:
-        app = _reading_app(config, store, Log(sys.stderr))
+    refusal = None
+    with closing(Store(config.database_path) if force else _open_for_reading(config)) as store:
+        app = _reading_app(config, store)
         if force:
             try:
                 app.refresher.start().join()
             except RefreshRefused as error:
-                refused = str(error)
-        return api_quota(app, {}), refused
-    finally:
-        store.close()
+                refusal = str(error)
+        return api_quota(app, {}), refusal
 
 
-def _quota_table(answer: Mapping[str, Any]) -> str:
-    if not answer["quotas"]:
-        return "No account has been asked yet; see: usage_dashboard.py quota --force"
+def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
     heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
-    return _table(heads, [_quota_line(row) for row in answer["quotas"]])
+    return _table(heads, [_quota_line(row) for row in quotas])
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
@@ -6053,20 +6159,21 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
 
 def run_check(options: Any) -> int:
     """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
-    findings: list[_Finding] = []
+    config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
     except ConfigError as error:
-        findings = [("fault", fault, "correct this line of the configuration") for fault in error.faults]
+        warnings = error.warnings
+        findings = [Finding("fault", fault, "correct this line of the configuration") for fault in error.faults]
     else:
-        findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
-            ("ok", "configuration", "")
-        ]
-        for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
-            findings += look(config, options)
-    for level, found, remedy in findings:
-        print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
-    return 0 if all(level == "ok" for level, _, _ in findings) else 1
+        findings = [] if warnings else [Finding("ok", "configuration")]
+        findings += check_everything(config, config_path)
+    findings[:0] = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
+    for finding in findings:
+        print(f"{finding.level:8}{_printable(finding.found)}")
+        if finding.remedy:
+            print(f"        → {_printable(finding.remedy)}")
+    return 0 if all(finding.level == "ok" for finding in findings) else 1
 
 
 _AS_MODULE = (
@@ -6078,8 +6185,9 @@ _AS_MODULE = (
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
-    Python compiles a script at each start, and what it needs for one of this size stays in memory for good: 15 MB,
-    more than all the rest. The script's name stays in the command line, for ``pkill -f``.
+    Python has compiled the whole script before this line runs, at every start. What it needed for that stays in
+    memory for good, 15 MB, more than all the rest; a process that loads the compiled module never needs it. The
+    script's name stays in the command line, for ``pkill -f``.
     """
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
@@ -6089,16 +6197,25 @@ def start_from_compiled() -> None:
         return
     compiled = Path(cache_from_source(str(script)))
     try:
-        if not compiled.exists() or compiled.stat().st_mtime < script.stat().st_mtime:
-            compile_file(str(script), quiet=2)
-        is_kept = compiled.exists()
+        is_fresh = _is_whole(compiled) and compiled.stat().st_mtime >= script.stat().st_mtime
+        if not is_fresh and compile_file(str(script), quiet=2) is None:
+            return
     except OSError:  # the folder cannot be written
         return
-    if is_kept:
-        # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-        code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
-        os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+    # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
+    os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+
+
+def _is_whole(compiled: Path) -> bool:
+    """Return whether this file can be loaded: a power cut may leave a part of it, or zeros."""
+    import marshal
+
+    try:
+        return bool(marshal.loads(compiled.read_bytes()[16:]))
+    except (OSError, EOFError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":
