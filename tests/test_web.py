@@ -5,6 +5,7 @@ import gzip
 import http.client
 import itertools
 import json
+import re
 import select
 import socket
 import sqlite3
@@ -318,16 +319,30 @@ def test_bytes_that_are_no_request_get_a_clear_answer(site, data, status):
     assert reply.startswith(b"HTTP/1.1 " + status) and b'"error":' in reply and b"Traceback" not in reply
 
 
-@pytest.mark.parametrize(("length", "status"), [(16_000, b"200"), (16_500, b"431")])
-def test_head_may_be_16_kib_all_lines_together(site, length, status):
+@pytest.mark.parametrize(("length", "statuses"), [(16_000, [b"200", b"200"]), (16_500, [b"431"])])
+def test_head_may_be_16_kib_all_lines_together(site, length, statuses):
     head = b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n" + b"A: 45678901234567890123456789012345678\r\n" * 90
     head += b"B: " + b"x" * (length - len(head)) + b"\r\n\r\n"
-    assert site.raw(head * 2).startswith(b"HTTP/1.1 " + status)
+    assert re.findall(rb"HTTP/1.1 (\d+)", site.raw(head * 2)) == statuses
 
 
 @pytest.mark.parametrize("head", [b"GET /api/qu", b"GET /api/quota?force=1 HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: a"])
 def test_head_that_was_cut_short_is_no_request(pool, head):
     assert pool.raw(head) == b"" and pool.json("/api/quota")["last_refresh"] is None
+
+
+def refused(site, data):
+    """Send a request and read its answer to the end, then send on: the answer's end must be no reset."""
+    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+        connection.sendall(data)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+        for _ in range(20):
+            connection.sendall(b"x" * 100_000)
+    return received
+
+
+def test_refused_head_costs_nobody_the_answer(site):
+    assert refused(site, b"GET /" + b"x" * 60_000).startswith(b"HTTP/1.1 431 ")
 
 
 @pytest.mark.parametrize(
@@ -341,10 +356,9 @@ def test_head_that_was_cut_short_is_no_request(pool, head):
 )
 def test_body_is_never_taken_for_a_request_and_costs_nobody_the_answer(site, method, headers, status):
     smuggled = b"GET /api/quota HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    head = method + b" /api/health HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\n"
-    reply = site.raw(head + smuggled + b"x" * 3_000_000)
+    reply = refused(site, method + b" /api/health HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\n" + smuggled)
     assert reply.startswith(b"HTTP/1.1 " + status) and b"Connection: close" in reply
-    assert reply.count(b"HTTP/1.1 ") == 1 and reply.endswith(b"}")
+    assert reply.count(b"HTTP/1.1 ") == 1
 
 
 def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
