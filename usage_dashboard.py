@@ -4753,7 +4753,7 @@ Query = Mapping[str, str]
 
 
 class App:
-    """Hold what the routes answer from; ``collector`` and ``refresher`` are asked for their state only."""
+    """What the routes answer from; collector and refresher are asked for their state only."""
 
     def __init__(
         self,
@@ -4795,7 +4795,7 @@ def _moment(query: Query, name: str) -> float | None:
 
 
 def _offset_s(query: Query, now: float) -> int:
-    """Give the zone in seconds east of UTC: the viewer's, else this machine's."""
+    """Return the zone in seconds east of UTC: the viewer's, else this machine's. Raises ApiError."""
     if "tz_offset" not in query:
         return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
     minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
@@ -4821,7 +4821,7 @@ def _midnight(now: float, query: Query, offset_s: int) -> float:
 
 
 def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
-    """Give the range's name and window; ``start`` and ``end`` win over the range's own.
+    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
 
     The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
     """
@@ -5038,13 +5038,6 @@ _COMMON_HEADERS = {
 }
 
 
-def _host_of(url: str) -> str:
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return url
-
-
 def _without_port(host: str) -> str:
     """Return the name in a Host header; the port does not matter (ssh -L)."""
     return re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
@@ -5170,14 +5163,12 @@ class Server(ThreadingHTTPServer):
         self.connections.end_late()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a new connection, if there is a place for it."""
         if self.connections.add(request):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
         self.connections.remove(request)
         super().shutdown_request(request)
 
@@ -5219,7 +5210,6 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Have heads read within their limit."""
         super().setup()
         self.rfile = HeadReader(self.rfile)
 
@@ -5278,7 +5268,7 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send(200, self.server.page)
+            self._send_unless_known(self.server.page.etag, lambda: self.server.page)
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
@@ -5287,36 +5277,35 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse_other_sites()
             self._send(200, json_answer(force_quota(self.server.app, query)))
             return
-        etag = etag_of(self.server.app, parts.path, query)
-        if self._has(etag):
+        app, etag = self.server.app, etag_of(self.server.app, parts.path, query)
+        self._send_unless_known(etag, lambda: json_answer(ROUTES[parts.path].answer(app, query), etag))
+
+    def _send_unless_known(self, etag: str | None, make: Callable[[], Answer]) -> None:
+        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
+        if etag is not None and (etag in tags or "*" in tags):
             self._send_head(304, {"ETag": etag}, b"")
-            return
-        self._send(200, json_answer(ROUTES[parts.path].answer(self.server.app, query), etag))
+        else:
+            self._send(200, make())
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
         site = self.headers.get("Sec-Fetch-Site")
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = [self.headers.get(name) for name in ("Origin", "Referer")]
-        if site is not None:
-            foreign = site not in ("same-origin", "none")
-        else:
-            foreign = any(url and _host_of(url) not in own_hosts for url in sent)
+        sent = filter(None, [self.headers.get(name) for name in ("Origin", "Referer")])
+        try:
+            foreign = site not in ("same-origin", "none", None)
+            if site is None:
+                foreign = any(urlsplit(url).netloc not in own_hosts for url in sent)
+        except ValueError:
+            foreign = True
         if foreign:
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
-
-    def _has(self, etag: str | None) -> bool:
-        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
-        return etag is not None and (etag in tags or "*" in tags)
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
         body = answer.body
         if answer.etag is not None:
             headers["ETag"] = answer.etag
-            if self._has(answer.etag):
-                self._send_head(304, headers, b"")
-                return
         if len(body) > 1000:
             headers["Vary"] = "Accept-Encoding"
             if _takes_gzip(self.headers.get("Accept-Encoding", "")):
@@ -5616,19 +5605,14 @@ class Finding(NamedTuple):
 
 def check_everything(config: Config, config_path: Path) -> list[Finding]:
     """Return what one pass over files, database, accounts and queue finds. Nothing is popped."""
-    findings = [*_check_modes(config, config_path), *_check_disk(config.database_path)]
-    store, about_file = _open_to_check(config.database_path)
-    findings += about_file
-    if store is None:
-        findings += _check_accounts(config, [])
-    else:
-        try:
-            findings += [*_check_sums(store), *_check_losses(store), *_check_accounts(config, store.quotas())]
-        except StoreError as error:
-            findings.append(Finding("fault", str(error), "see the sentence above"))
-        finally:
-            store.close()
-    return [*findings, *_check_dashboard(config, config_path)]
+    about_database, quotas = _check_database(config.database_path)
+    return [
+        *_check_modes(config, config_path),
+        *_check_disk(config.database_path),
+        *about_database,
+        *_check_accounts(config, quotas),
+        *_check_dashboard(config, config_path),
+    ]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5661,41 +5645,34 @@ def _check_disk(path: Path) -> list[Finding]:
     return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
 
 
-def _open_to_check(path: Path) -> tuple[Store | None, list[Finding]]:
-    """Open the database, unless there is none or opening it would change it; also return what is to be said then."""
+def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Check the file's sums and losses, and also return its accounts' quotas; an earlier version's stays as it is."""
     if not path.exists():
-        return None, [Finding("ok", "database: none yet, it is made at the first start")]
+        return [Finding("ok", "database: none yet, it is made at the first start")], []
     try:
         count = events_to_take_in(path)
         if count is not None:
-            return None, [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")]
-        return Store(path), []
+            return [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")], []
+        with closing(Store(path)) as store:
+            remedy = "move the file away; a new one is made"
+            faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
+            well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
+            return [*(faults or [well]), *_check_losses(store)], store.quotas()
     except StoreError as error:
-        return None, [Finding("fault", str(error), "see the sentence above")]
-
-
-def _check_sums(store: Store) -> list[Finding]:
-    faults = store.find_faults()
-    if not faults:
-        return [Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")]
-    return [Finding("fault", f"{store.path}: {fault}", "move the file away; a new one is made") for fault in faults]
+        return [Finding("fault", str(error), "see the sentence above")], []
 
 
 def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
     """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
     now = time.time()
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
-    if not losses:
-        return [Finding("ok", "no losses are known of in the last 24 hours")]
-    advice = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
-    return [
-        Finding(
-            "warning",
-            f"requests were lost, {outage_text(outage)}",
-            STATE_REMEDIES.get(outage["reason"], advice) if outage["to"] is None else advice,
-        )
-        for outage in losses[-shown:]
-    ]
+    findings = []
+    for outage in losses[-shown:]:
+        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
+        if outage["to"] is None:
+            remedy = STATE_REMEDIES.get(outage["reason"], remedy)
+        findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
+    return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
 
 
 def outage_text(outage: Mapping[str, Any]) -> str:
@@ -5773,7 +5750,7 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
 
 
 def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
-    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+    """Judge the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
     state = status["state"]
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
     shown = "connected" if state == "publishing_off" else state
@@ -5821,7 +5798,7 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 
 
 def _check_without_key(config: Config) -> list[Finding]:
-    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
+    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
     last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
     for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
         address = f"{config.cliproxy_host}:{port}"
@@ -6087,14 +6064,12 @@ def run_quota(options: Any) -> int:
     answer, refusal = None, None
     if options.force:
         try:
-            answer = _refresh_at_dashboard(config)
-        except ApiError as error:
+            answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
+            if not answer["progress"]["total"]:
+                refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
+        except (ApiError, RefreshRefused) as error:
             refusal = str(error)
-    if answer is None:
-        answer, own_refusal = _quota_of_database(config, options.force and refusal is None)
-        refusal = refusal or own_refusal
-    if options.force and refusal is None and not answer["progress"]["total"]:
-        refusal = f'there is no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
+    answer = answer or _quota_of_database(config)
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
     elif answer["quotas"]:
@@ -6116,17 +6091,13 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     return answer
 
 
-def _quota_of_database(config: Config, force: bool) -> tuple[dict[str, Any], str | None]:
-    """Read the quota table from the database, after a round of its own with ``force``; also why there was none."""
-    refusal = None
-    with closing(Store(config.database_path) if force else _open_for_reading(config)) as store:
+def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    with closing(Store(config.database_path) if refresh else _open_for_reading(config)) as store:
         app = _reading_app(config, store)
-        if force:
-            try:
-                app.refresher.start().join()
-            except RefreshRefused as error:
-                refusal = str(error)
-        return api_quota(app, {}), refusal
+        if refresh:
+            app.refresher.start().join()
+        return api_quota(app, {})
 
 
 def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
