@@ -5975,7 +5975,7 @@ def _run_until_stopped(
     jobs: Sequence[Callable[[], None]],
     stop: threading.Event,
     no_browser: bool,
-    hurry: Callable[[], None] = lambda: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
@@ -5992,7 +5992,7 @@ def _run_until_stopped(
     for thread in threads:
         thread.join(max(0.0, patience_s - time.monotonic()))
     if any(thread.is_alive() for thread in threads):
-        hurry()
+        interrupt()
         for thread in threads:
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):

@@ -375,34 +375,29 @@ def test_many_slow_clients_leave_the_page_as_fast_as_before(site):
             connection.close()
 
 
-@pytest.fixture
-def pairs():
-    made = [socket.socketpair() for _ in range(130)]
-    yield made
-    for end in itertools.chain(*made):
-        end.close()
+def ended(connections):
+    return [number for number, one in enumerate(connections) if select.select([one], [], [], 0)[0]]
 
 
-def ended(pairs):
-    return [number for number, (_, there) in enumerate(pairs) if select.select([there], [], [], 0)[0]]
+def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_made(pool, chatgpt):
+    chatgpt.answer("tok-0", body={"plan_type": "plus"}, hold=True)
+    clients = [socket.create_connection(("127.0.0.1", pool.port), timeout=10)]
+    try:
+        clients[0].sendall(b"GET /api/quota?force=1 HTTP/1.0\r\n\r\n")
+        chatgpt.wait_for(lambda: chatgpt.requests)
+        clients += [socket.create_connection(("127.0.0.1", pool.port), timeout=10) for _ in range(127)]
+        assert pool.json("/api/health")["ok"] is True and ended(clients) == [1]
+        chatgpt.release()
+        assert b"".join(iter(lambda: clients[0].recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+    finally:
+        chatgpt.release()
+        for client in clients:
+            client.close()
 
 
-def test_connection_limit_ends_the_one_that_has_kept_its_request_to_itself_longest(pairs):
-    connections = app.Connections()
-    for here, _ in pairs[:128]:
-        assert connections.add(here)
-    connections.busy(pairs[0][0])  # the oldest, but its answer is being made
-    connections.wait(pairs[1][0], 10)  # its head has begun
-    assert connections.add(pairs[128][0])
-    assert ended(pairs) == [2] and pairs[2][1].recv(1) == b""
-    for here, _ in pairs[:129]:
-        connections.busy(here)
-    assert not connections.add(pairs[129][0])
-
-
-def test_connection_whose_time_is_over_is_ended_unless_its_answer_is_being_made(pairs):
-    connections = app.Connections()
-    for here, _ in pairs[:4]:
+def test_connection_whose_time_is_over_is_ended_unless_its_answer_is_being_made():
+    connections, pairs = app.Connections(), [socket.socketpair() for _ in range(4)]
+    for here, _ in pairs:
         assert connections.add(here)
     for number, seconds in ((0, 0), (1, 60), (2, 0)):
         connections.wait(pairs[number][0], seconds)
@@ -410,7 +405,9 @@ def test_connection_whose_time_is_over_is_ended_unless_its_answer_is_being_made(
     connections.remove(pairs[3][0])
     connections.wait(pairs[3][0], 0)  # closed meanwhile
     connections.end_late()
-    assert ended(pairs) == [0]
+    assert ended([there for _, there in pairs]) == [0]
+    for end in itertools.chain(*pairs):
+        end.close()
 
 
 def test_head_that_comes_a_byte_at_a_time_is_given_up_at_its_deadline(tmp_path):
