@@ -5029,20 +5029,6 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_COMMON_HEADERS = {
-    "Cache-Control": "private, no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-def _without_port(host: str) -> str:
-    """Return the name in a Host header; the port does not matter (ssh -L)."""
-    return re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
-
-
 def is_loopback(host: str) -> bool:
     """Return whether this name or address is one of this machine alone."""
     return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
@@ -5066,11 +5052,6 @@ def _password_fits(header: str | None, password: str) -> bool:
     return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
-_IDLE_S, _HEAD_S, _SEND_S, _DRAIN_S = 75.0, 10.0, 20.0, 2.0
-_LARGEST_HEAD = 16 * 1024
-_MOST_CONNECTIONS = 128
-
-
 class Connections:
     """The open connections, and until when the server waits for each one's client.
 
@@ -5078,20 +5059,20 @@ class Connections:
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
         self._lock = threading.Lock()
         self._open: set[Any] = set()
         self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
-        """Register a new connection; beyond the limit the longest waited for is ended, False where none is."""
+        """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._open) >= _MOST_CONNECTIONS:
+            if len(self._open) >= self._most:
                 if not self._waits_until:
                     return False
                 self._end(next(iter(self._waits_until)))
             self._open.add(connection)
-            self._waits_until[connection] = time.monotonic() + _IDLE_S
             return True
 
     def wait(self, connection: Any, seconds: float) -> None:
@@ -5164,6 +5145,7 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.add(request):
+            self.connections.wait(request, Handler.idle_s)
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -5183,7 +5165,7 @@ class HeadReader(io.BufferedReader):
     the end of the stream would be the end of the head.
     """
 
-    left = _LARGEST_HEAD
+    largest = left = 16 * 1024
 
     def readline(self, limit: int | None = -1) -> bytes:
         """Return the next line of the head, whatever ``limit`` is."""
@@ -5194,20 +5176,26 @@ class HeadReader(io.BufferedReader):
         return line
 
 
-_ERRORS_OF_PARSER = {
-    400: ("bad_request", "this is not an HTTP request"),
-    431: ("head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes or 100 lines"),
-    505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
-}
-
-
 class Handler(BaseHTTPRequestHandler):
     """Answer the requests of one connection; the only place that knows HTTP."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     rbufsize = 0
+    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
     server: Server
+    common_headers = {
+        "Cache-Control": "private, no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "X-Frame-Options": "DENY",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+    parser_faults = {
+        400: ("bad_request", "this is not an HTTP request"),
+        431: ("head_too_large", f"the request's head is over {HeadReader.largest} bytes or 100 lines"),
+        505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
+    }
 
     def setup(self) -> None:
         super().setup()
@@ -5216,11 +5204,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Answer the next request, or find that the client has left or was ended."""
         self.close_connection, self.headers = True, HTTPMessage()
-        self.server.connections.wait(self.connection, _IDLE_S)
+        self.server.connections.wait(self.connection, self.idle_s)
         if not self.rfile.peek(1):
             return
         self.server.connections.wait(self.connection, self.server.head_s)
-        self.rfile.left = _LARGEST_HEAD
+        self.rfile.left = self.rfile.largest
         self.command = None
         try:
             self.raw_requestline = self.rfile.readline()
@@ -5252,8 +5240,8 @@ class Handler(BaseHTTPRequestHandler):
         config = self.server.app.config
         if self.request_version == "HTTP/0.9":
             raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
-        host = self.headers.get("Host")
-        if is_loopback(config.dashboard_host) and host is not None and not is_loopback(_without_port(host)):
+        host = re.sub(r":\d+\Z", "", self.headers.get("Host", "localhost").strip().lower())  # any port is fine (ssh -L)
+        if is_loopback(config.dashboard_host) and not is_loopback(host.strip("[]").rstrip(".")):
             raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
         if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
             wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
@@ -5326,9 +5314,9 @@ class Handler(BaseHTTPRequestHandler):
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
-        lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
+        lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, _SEND_S)
+        self.server.connections.wait(self.connection, self.send_s)
         try:
             self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
         except OSError:
@@ -5336,7 +5324,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
-        self.server.connections.wait(self.connection, _DRAIN_S)
+        self.server.connections.wait(self.connection, self.drain_s)
         try:
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
@@ -5347,14 +5335,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard parser refuses, in the API's own form."""
         self.close_connection = True
-        self._send_fault(ApiError(int(code), *_ERRORS_OF_PARSER.get(int(code), _ERRORS_OF_PARSER[400])))
+        self._send_fault(ApiError(int(code), *self.parser_faults.get(int(code), self.parser_faults[400])))
         self._drain()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep no access log: it would hold the clients' addresses."""
 
 
-def make_server(host: str, port: int, head_s: float = _HEAD_S) -> Server:
+def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
     """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
     import errno
 
@@ -6147,12 +6135,6 @@ def run_check(options: Any) -> int:
     return 0 if all(finding.level == "ok" for finding in findings) else 1
 
 
-_AS_MODULE = (
-    "import sys; sys.path[:] = [{folder!r}, *filter(None, sys.path)]; import {name} as dashboard; "
-    "sys.exit(dashboard.main(sys.argv[2:]))"
-)
-
-
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
@@ -6175,7 +6157,10 @@ def start_from_compiled() -> None:
         return
     # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
+    code = (
+        f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
+        f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+    )
     os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
 
 
