@@ -789,12 +789,7 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-# Exact up to here in every browser; no request of any model comes near.
-_LARGEST_NUMBER = 2**53 - 1
-_CLAUDE = frozenset(["claude"])
-_THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
-_MOST_QUOTA_HEADERS = 80  # eight groups of ten
-_CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
+_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
 
 
 def _mask_source(text: str) -> str:
@@ -806,38 +801,33 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
 
     One bad event never costs its neighbours: it becomes a Reject.
     """
-    parsed = Parsed([], [], 0)
-    ignored = 0
-    for raw, content in zip(raws, _decode_all(raws)):
-        try:
-            if isinstance(content, Rejected):
-                raise content
-            event = parse_event(content)
-        except Rejected as reason:
-            parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
-            continue
-        if event is None:
-            ignored += 1
-        else:
-            parsed.events.append(event)
+    parsed, ignored = Parsed([], [], 0), 0
+    step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
+    for first in range(0, len(raws), step):
+        part = raws[first : first + step]
+        for raw, content in zip(part, _decode(part)):
+            try:
+                if isinstance(content, Rejected):
+                    raise content
+                event = parse_event(content)
+            except Rejected as reason:
+                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
+                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+                continue
+            if event is None:
+                ignored += 1
+            else:
+                parsed.events.append(event)
     return parsed._replace(ignored=ignored)
 
 
-_DECODED_AT_ONCE = 100  # more are not faster, and decoded events take ten times the memory of their JSON
-
-
-def _decode_all(raws: Sequence[Any]) -> Iterable[Any]:
-    for first in range(0, len(raws), _DECODED_AT_ONCE):
-        yield from _decode_some(raws[first : first + _DECODED_AT_ONCE])
-
-
-def _decode_some(raws: Sequence[Any]) -> list[Any]:
+def _decode(raws: Sequence[Any]) -> list[Any]:
     """Decode events in one call, as one array with a zero between every two.
 
     The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
     """
     try:
-        joined = _decode(b"[" + b",0,".join(raws) + b"]")
+        joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
     except (TypeError, ValueError, RecursionError):
@@ -851,7 +841,7 @@ def _decode_one(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _decode(raw)
+        return _loads(raw)
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -860,21 +850,11 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _loads(raw: bytes) -> Any:
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
 
-
-_json_decoder = json.JSONDecoder(parse_constant=_no_constant)
-
-
-def _decode(raw: bytes) -> Any:
-    return _json_decoder.decode(raw.decode("utf-8"))
-
-
-def _length_of(raw: Any) -> int:
-    if isinstance(raw, Oversized):
-        return int(raw)
-    return len(raw if isinstance(raw, bytes) else json.dumps(raw))
+    return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
 def parse_event(content: Any) -> Event | None:
@@ -884,7 +864,7 @@ def parse_event(content: Any) -> Event | None:
     """
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if len(content) == 1 and set(content) in _CONTROL_KEYS:
+    if set(content) in ({"refresh"}, {"support_refresh"}):
         return None
     get = content.get
     if get("generate") is False:
@@ -923,12 +903,9 @@ def parse_event(content: Any) -> Event | None:
 
 
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
-_CONTEXT_NAMES = ("model", *Context._fields)
-
-
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
-    values = tuple(map(content.get, _CONTEXT_NAMES))
+    values = tuple(map(content.get, ("model", *Context._fields)))
     try:
         return _contexts[values]
     except KeyError:
@@ -1001,7 +978,7 @@ def _quota_headers(headers: Any) -> dict[str, str] | None:
         for name, values in headers.items()
         if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
     }
-    return kept if kept and len(kept) <= _MOST_QUOTA_HEADERS else None
+    return kept if 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
 class TokenCounts(NamedTuple):
@@ -1028,10 +1005,14 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _TOKEN_LABELS))
-    if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
+    try:
+        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
         return _claude_usage(sent)
-    return _inclusive_usage(sent, thoughts_apart=provider in _THOUGHTS_APART)
+    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+    return _inclusive_usage(sent, thoughts_apart)
 
 
 class _SentTokens(NamedTuple):
@@ -1044,9 +1025,6 @@ class _SentTokens(NamedTuple):
     cached_tokens: int | None
     cache_read_tokens: int | None
     cache_creation_tokens: int | None
-
-
-_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _SentTokens._fields)
 
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
@@ -1090,9 +1068,6 @@ def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
     return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
 
 
-_OWN_PHRASES = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-
-
 def _status_of(fail: Any) -> int | None:
     """Return the HTTP status in ``fail``; None where it is 0 or absent."""
     if fail is None:
@@ -1111,40 +1086,30 @@ def failure_reason(status: int | None, body: Any) -> str | None:
     if code or message:
         said = ": ".join(part for part in (code, message) if part)
         return without_secrets(said if status is None else f"{status} {said}")
-    return None if status is None else f"{status} {_status_phrase(status)}".strip()
+    if status is None:
+        return None
+    from http.client import responses
 
-
-_CHANGING = re.compile(r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*")  # words with a digit: ids, times, amounts
+    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
+    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
 
 
 def failure_kind(status: int | None, error: str | None) -> str:
     """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
-    text, prefix = error or "", f"{status} "
-    if text.startswith(prefix):
-        return prefix + _CHANGING.sub("…", text[len(prefix) :])
-    return _CHANGING.sub("…", text)
-
-
-def _status_phrase(status: int) -> str:
-    from http import HTTPStatus
-
-    try:
-        return _OWN_PHRASES.get(status) or HTTPStatus(status).phrase
-    except ValueError:
-        return ""
-
-
-_KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type model "
-    "alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-).split()
+    prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
+    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
 
 
 def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
+    names = (
+        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+    )
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
