@@ -135,10 +135,6 @@ class Stream:
         self.buffer += data
         return bool(data)
 
-    def has_input(self) -> bool:
-        """Tell whether something can be read without asking the socket."""
-        return bool(self.buffer) or (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0)
-
     def take(self, count: int) -> bytes:
         """Read exactly count bytes."""
         while len(self.buffer) < count:
