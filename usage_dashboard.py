@@ -1278,8 +1278,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 class AccountFile(NamedTuple):
     """One account file; the token goes to chatgpt.com alone.
 
-    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
-    v7.0.0, where both see it under the same path.
+    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
     """
 
     name: str
@@ -1290,7 +1289,6 @@ class AccountFile(NamedTuple):
     disabled: bool
     proxy_url: str
     freshness: str
-    version: str = ""
     auth_index: str = ""
     subscription_until: str | None = None
 
@@ -1360,7 +1358,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     """
     for attempt in range(attempts):
         try:
-            content, written_at = _read_json_file(path)
+            content = _read_json_file(path)
             break
         except ValueError:
             if attempt == attempts - 1:
@@ -1385,7 +1383,6 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _freshness(content),
-        short_tag(token, str(written_at)),
         auth_index_of(os.path.abspath(str(path))),
         _any_time(about.get("chatgpt_subscription_active_until")),
     )
@@ -1396,17 +1393,16 @@ def auth_index_of(path: str) -> str:
     return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _read_json_file(path: Path) -> tuple[Any, int]:
-    """Return a file's content and when it was written, in nanoseconds."""
+def _read_json_file(path: Path) -> Any:
     try:
         with open(str(path), "rb") as stream:
-            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
+            data = stream.read(_LARGEST_BODY + 1)
     except OSError as error:
         raise ValueError(os_reason(error)) from error
     if len(data) > _LARGEST_BODY:
         raise ValueError("it is too large for an account file")
     try:
-        return json.loads(data.decode("utf-8-sig")), written_at
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError("it is empty, half-written or not JSON") from None
 
@@ -1844,15 +1840,6 @@ class Usage(NamedTuple):
     accounts: list[tuple[Account, Sums]]
 
 
-class QuotaCall(NamedTuple):
-    """Hold what the next round has to know of an account: failures in a row, until when not to ask (epoch seconds),
-    and the version of the account file that is of no use, until which changes it is not asked."""
-
-    failures: int = 0
-    retry_at: float | None = None
-    parked: str | None = None
-
-
 # One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
 # waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
 # held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
@@ -2204,149 +2191,119 @@ class Store:
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
-    # Quota
+    # Quota: rows as they are; what they mean is told in readings
 
-    def save_reading(self, reading: Mapping[str, Any], now: float | None = None) -> None:
-        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
+    def save_reading(
+        self,
+        row: Mapping[str, Any],
+        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
 
-        One of ``source`` traffic is left out where a newer one is there, unless that is of the future, and makes no
-        row where nothing changed since the last one of its kind.
+        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
+        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
         """
-        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
         with self._write() as db:
-            snapshot_id = None
-            if reading["source"] == "traffic":
-                before = self._newest_reading(db, reading)
-                if before and reading["ts_epoch"] < before["read_at"] <= (now or reading["ts_epoch"]):
-                    return
-                if before:
-                    reading = _with_extra_meters(reading, before)
-                    same = before["source"] == "traffic" and before["read_at"] <= reading["ts_epoch"]
-                    snapshot_id = before["id"] if same and _says_the_same(reading, before) else None
-                if snapshot_id is not None:
-                    db.execute(
-                        "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
-                        (reading["ts_epoch"], snapshot_id),
-                    )
-            if snapshot_id is None:
-                snapshot_id = db.execute(
-                    f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                    [reading[name] for name in columns],
-                ).lastrowid
-            self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
-            if reading["source"] != "traffic":
-                self._put_quota_call(db, reading, QuotaCall())
-            else:  # the login works
-                key = (reading["email"], reading["account_id_tag"])
-                db.execute("UPDATE quota_accounts SET parked = NULL WHERE email = ? AND account_id_tag = ?", key)
-        self.changes += 1
+            merged = row if merge is None else merge(self._newest_reading(db, row))
+            if merged is None:
+                return
+            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            inserted = db.execute(
+                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+                f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
+                [merged.get(name) for name in columns],
+            )
+            account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
+            self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
 
     @staticmethod
     def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", "read_at", *_READING_COLUMNS)
+        columns = ("id", *_SNAPSHOT_COLUMNS)
         row = db.execute(
-            "SELECT s.id, IFNULL(s.last_at, s.ts_epoch), "
-            f"{', '.join(f's.{name}' for name in _READING_COLUMNS)} FROM quota_accounts a "
+            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
         return dict(zip(columns, row)) if row else None
 
     def save_quota_state(
-        self,
-        email: str,
-        tag: str,
-        plan: str | None,
-        state: str,
-        message: str | None,
-        now: float,
-        call: QuotaCall | None = None,
+        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
     ) -> None:
-        """Note why an account has no new reading; the last good one stays beside it.
-
-        ``call`` is what the next round has to know; None leaves that as it was.
-        """
-        account = {"email": email, "account_id_tag": tag, "plan": plan, "state": state, "message": message}
+        """Record why an account has no new reading; the last good one stays beside it."""
         with self._write() as db:
-            self._put_quota_state(db, account, now, None)
-            if call is not None:
-                self._put_quota_call(db, account, call)
-        self.changes += 1
+            self._put_quota_state(db, email, tag, plan, state, message, now, None)
 
     @staticmethod
-    def _put_quota_state(db, account: Mapping[str, Any], at: float, snapshot_id: int | None) -> None:
-        key = (account["email"], account["account_id_tag"])
+    def _put_quota_state(db, email, tag, plan, state, message, at, snapshot_id) -> None:
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
             "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
             "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
-            (*key, account["plan"], account["state"], account.get("message"), at, snapshot_id),
+            (email, tag, plan, state, message, at, snapshot_id),
         )
-        if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
-            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
+        if tag:  # the account id is known now: the row adopted by its mail alone is this one
+            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
-    @staticmethod
-    def _put_quota_call(db, account: Mapping[str, Any], call: QuotaCall) -> None:
-        db.execute(
-            "UPDATE quota_accounts SET failures = ?, retry_at = ?, parked = ? WHERE email = ? AND account_id_tag = ?",
-            (*call, account["email"], account["account_id_tag"]),
-        )
+    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
 
-    def quota_calls(self) -> dict[tuple[str, str], QuotaCall]:
-        """Give by (email, tag) what is known of the calls that failed."""
-        with self._read() as db:
-            rows = db.execute(
-                "SELECT email, account_id_tag, IFNULL(failures, 0), retry_at, parked FROM quota_accounts"
-            ).fetchall()
-        return {row[:2]: QuotaCall(*row[2:]) for row in rows}
-
-    def put_subscriptions(self, ends: Iterable[tuple[str | None, str, str]]) -> None:
-        """Note until when accounts are paid for: (ISO UTC text, email, tag)."""
+        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
+        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
+        that of the only account of this mail.
+        """
+        mails = [account[0] for account in accounts]
         with self._write() as db:
-            db.executemany(
-                "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?", ends
-            )
-        self.changes += 1
+            for email, tag, plan, state, message, paid_until in accounts:
+                if mails.count(email) == 1:
+                    db.execute(
+                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
+                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
+                        (tag, email, email, tag),
+                    )
+                db.execute(
+                    "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
+                    "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
+                    "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
+                    (email, tag, plan, state, message, now),
+                )
+                db.execute(
+                    "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
+                    (paid_until, email, tag),
+                )
 
-    def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
-        """Take accounts off the quota table that no account file names any more; their readings stay."""
-        kept = set(kept)
+    def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
+        """Take accounts (email, tag) off the quota table; their readings stay."""
         with self._write() as db:
-            present = db.execute("SELECT email, account_id_tag FROM quota_accounts").fetchall()
-            gone = [key for key in present if key not in kept]
-            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", gone)
-        self.changes += 1
+            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", accounts)
 
     def quotas(self) -> list[dict[str, Any]]:
-        """List each account's state with its last good reading, by mail; ``read_at`` is when that was last true."""
-        columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until", "retry_at")
+        """List each account's state with the columns of its last good reading, None where it has none, by mail."""
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
+        read = ("id", *_SNAPSHOT_COLUMNS[3:])
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, s.id, IFNULL(s.last_at, s.ts_epoch), {columns} "
+                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        names = (*own, "id", "read_at", *_SNAPSHOT_COLUMNS[2:])
-        quotas = []
-        for row in rows:
-            quota = dict(zip(names, row))  # the reading's own plan comes last and wins, where there is one
-            quotas.append({**quota, "plan": quota["plan"] or row[2]})
-        return quotas
+        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
 
-    def readings_since(self, since: float, most: int = 20_000) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Give by (email, tag) the rows of readings since then, without a scan: they are in order of time."""
-        names = ("email", "account_id_tag", "ts_epoch", "last_at", "readings", *_READING_COLUMNS)
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
+        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
+        readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
-            rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
-            for row in rows:
-                if row[2] is None or row[2] < since - 120:  # one from traffic may come up to a minute late
-                    break
-                found.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
-        return found
+            rows = db.execute(
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
+                (since, most),
+            ).fetchall()
+        for row in rows:
+            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+        return readings
 
-    def thin_snapshots(self, before: float) -> None:
+    def downsample_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
         with self._write() as db:
             db.execute(
@@ -2455,63 +2412,15 @@ def _size_of(path: Path) -> int:
         return 0
 
 
+_WINDOW_COLUMNS = (
+    *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
+    *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
+)
 _SNAPSHOT_COLUMNS = (
-    "email",
-    "account_id_tag",
-    "ts_epoch",
-    "timestamp",
-    "plan",
-    "allowed",
-    "limit_reached",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "raw_json",
-    "source",
-    "windows",
-    "last_at",
-    "readings",
+    *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
+    *_WINDOW_COLUMNS,
+    *("credits_balance", "raw_json", "source"),
 )
-_READING_COLUMNS = (
-    "source",
-    "plan",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "windows",
-)
-
-
-def _with_extra_meters(reading: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the extra meters that a request's headers do not tell of, as they were last read."""
-    windows = json.loads(reading["windows"])
-    told = {window["meter"] for window in windows}
-    kept = [window for window in json.loads(before["windows"] or "[]") if window["meter"] not in told | {None}]
-    return {**reading, "windows": json.dumps(windows + kept, ensure_ascii=False)}
-
-
-def _says_the_same(reading: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Tell whether two readings differ in nothing but a reset that moved by less than two minutes."""
-
-    def said(row: Mapping[str, Any]) -> list[Any]:
-        windows = [{**window, "reset_at": None} for window in json.loads(row["windows"] or "[]")]
-        return [row["plan"], row["credits_balance"], windows]
-
-    def resets(row: Mapping[str, Any]) -> list[float]:
-        return [parse_time(window["reset_at"])[0] for window in json.loads(row["windows"]) if window["reset_at"]]
-
-    if said(reading) != said(before):
-        return False
-    mine, theirs = resets(reading), resets(before)
-    return len(mine) == len(theirs) and all(abs(a - b) < 120 for a, b in zip(mine, theirs))
 
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
@@ -2689,8 +2598,11 @@ def _cut(levels: Sequence[_RollUp], start: float, end: float) -> Iterable[tuple[
 USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
 
 
-class Meter(NamedTuple):
-    """Hold one quota window; None is unknown. ``meter`` names an extra meter, None is the main one."""
+class QuotaWindow(NamedTuple):
+    """One quota window of an account; None is unknown.
+
+    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
+    """
 
     label: str
     seconds: int | None
@@ -2700,34 +2612,32 @@ class Meter(NamedTuple):
 
     @property
     def remaining_percent(self) -> float | None:
-        """Give what is left, in percent."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether the reset has passed, so that what was used says nothing any more."""
+        return self.reset_at is not None and self.reset_at <= now
 
 
 class Reading(NamedTuple):
-    """Hold what one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+    """What one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
 
     state: str
     plan: str | None
     allowed: bool | None
     limit_reached: bool | None
-    five_hour: Meter | None
-    weekly: Meter | None
-    meters: list[Meter]
+    five_hour: QuotaWindow | None
+    weekly: QuotaWindow | None
+    windows: list[QuotaWindow]
     credits_balance: str | None
 
 
 class QuotaFault(DashboardError):
-    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it.
+    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
 
-    ``is_final`` is true of a login that is of no use until its file changes.
-    """
-
-    code = "quota_fault"
-
-    def __init__(self, state: str, retry_after_s: float = 0.0, is_final: bool = False):
+    def __init__(self, state: str):
         super().__init__(QUOTA_MESSAGES[state])
-        self.state, self.retry_after_s, self.is_final = state, retry_after_s, is_final
+        self.state = state
 
 
 QUOTA_MESSAGES = {
@@ -2749,21 +2659,21 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+    """Parse a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
     A length within 5 % of five hours or a week fills that place; only a window without any length is taken
-    by its slot. Raises QuotaFault("bad_response") where the reply is no JSON object.
+    by its slot. Numbers that cannot be are unknown. Raises QuotaFault("bad_response") where the reply is no JSON
+    object. The endpoint is undocumented; its shape is that of the official client's models.
     """
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
     limits = limits if isinstance(limits, dict) else {}
     allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
-    main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
-    five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
+    main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
     # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
-    binding = [meter for meter in main if meter.label != "5h" or not allowed]
-    if reached or allowed is False or any(meter.remaining_percent == 0 for meter in binding):
+    binding = [window for window in main if window.label != "5h" or not allowed]
+    if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2772,9 +2682,9 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _word(payload.get("plan_type")).lower()[:32] or None,
         allowed,
         reached,
-        five_hour,
-        weekly,
-        main + _extra_meters(payload, now),
+        _fullest(main, "5h"),
+        _fullest(main, "7d"),
+        main + _extra_windows(payload, now),
         _credits_balance(payload.get("credits")),
     )
 
@@ -2783,47 +2693,53 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _meters_of(limits: Any, name: str | None, now: float, used_up: bool = False) -> list[Meter]:
+def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
     if not isinstance(limits, dict):
         return []
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
-    made = (_meter(limits.get(slot), seconds, name, now, used_up) for slot, seconds in slots)
-    return [meter for meter in made if meter is not None]
+    windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
+    return [window for window in windows if window is not None]
 
 
-def _meter(window: Any, slot_seconds: int, name: str | None, now: float, used_up: bool) -> Meter | None:
-    if not isinstance(window, dict):
+_LONGEST_WINDOW_S = 10 * 366 * 86400
+
+
+def _quota_window(content: Any, slot_seconds: int, meter: str | None, now: float, used_up: bool) -> QuotaWindow | None:
+    if not isinstance(content, dict):
         return None
-    seconds = _finite(window.get("limit_window_seconds"))
-    seconds = int(seconds) if seconds is not None and seconds > 0 else None
-    used, reset_at = _finite(window.get("used_percent")), _reset_at(window, now)
+    seconds = int(_finite(content.get("limit_window_seconds")) or 0)
+    if seconds > _LONGEST_WINDOW_S:
+        return None
+    used, reset_at = _finite(content.get("used_percent")), _reset_at(content, now)
     if used is None and used_up and reset_at is not None:
         used = 100.0
-    label = window_label(seconds or slot_seconds)
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
-    return Meter(f"{name} {label}" if name else label, seconds, used, reset_at, name)
+    label = window_label(seconds if seconds > 0 else slot_seconds)
+    return QuotaWindow(f"{meter} {label}" if meter else label, seconds if seconds > 0 else None, used, reset_at, meter)
 
 
 def _tidy(number: float) -> float:
     return int(number) if float(number).is_integer() else round(number, 2)
 
 
-def _reset_at(window: Mapping[str, Any], now: float) -> float | None:
-    at = _finite(window.get("reset_at"))
+def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
+    """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
+    at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
-    if at is None or at <= 0:
-        after = _finite(window.get("reset_after_seconds"))
-        at = None if after is None or after < 0 else now + after
-    return at if at is not None and 0 < at < _LATEST_AT else None
+    if at is not None and _EARLIEST_AT <= at < _LATEST_AT:
+        return at
+    if after_s is not None and after_s >= 0 and _EARLIEST_AT <= now + after_s < _LATEST_AT:
+        return now + after_s
+    return None
 
 
 _KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
 
 
 def window_label(seconds: int) -> str:
-    """Name a window by its length: the usual ones within 5 %, others in their largest whole unit."""
+    """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
     for length, label in _KNOWN_LENGTHS:
         if abs(seconds - length) <= 0.05 * length:
             return label
@@ -2833,24 +2749,25 @@ def window_label(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _fullest(meters: Sequence[Meter], label: str) -> Meter | None:
-    """Choose of several windows of one length the one that is used up the most."""
-    same = [meter for meter in meters if meter.label == label]
-    return max(same, key=lambda meter: -1.0 if meter.used_percent is None else meter.used_percent, default=None)
+def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
+    """Return the window of that label; of several the one that is used up the most."""
+    same = [window for window in windows if window.label == label]
+    return max(same, key=lambda window: -1.0 if window.used_percent is None else window.used_percent, default=None)
 
 
-def _extra_meters(payload: Mapping[str, Any], now: float) -> list[Meter]:
-    meters = _meters_of(payload.get("code_review_rate_limit"), "Code review", now)
+def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
+    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            name = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
-            meters += _meters_of(item.get("rate_limit"), name, now) or [Meter(name, None, None, None, name)]
-    return meters
+            meter = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            unknown = QuotaWindow(meter, None, None, None, meter)
+            windows += _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+    return windows
 
 
 def _credits_balance(credits: Any) -> str | None:
-    """Give the credits as text; None where there are none to tell of or the seat hides them."""
+    """Return the credits as text; None where there are none to tell of or the seat hides them."""
     if not isinstance(credits, dict):
         return None
     if credits.get("unlimited") is True:
@@ -2862,7 +2779,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Put the ``x-codex-…`` headers of a reply into the shape of the usage endpoint's answer.
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
 
     A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
     with a limit name of its own is an extra meter.
@@ -2898,70 +2815,106 @@ def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any
         "reset_at": headers.get(prefix + "reset-at"),
         "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
     }
-    return window if used is not None and minutes and minutes > 0 and _reset_at(window, 1.0) is not None else None
+    if used is None or minutes is None or not 0 < minutes * 60 <= _LONGEST_WINDOW_S:
+        return None
+    return window if _reset_at(window, _EARLIEST_AT) is not None else None
 
 
-def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
-    """Name the state that an HTTP status other than 200 stands for, by status and error code."""
-    text = body.decode("utf-8", "replace")
-    code = _json_error(text)[0] or _json_error(text)[1]
-    if "deactivated" in code:
+def classify_failure(status: int, body: bytes) -> str:
+    """Return the state that an HTTP status other than 200 stands for, by status and error code."""
+    code, message = _json_error(body.decode("utf-8", "replace"))
+    reason = code or message
+    if "deactivated" in reason:
         return "deactivated"
     if status == 401:
-        return "expired" if code == "token_expired" or not _json_error(text)[0] else "relogin"
+        return "expired" if code == "token_expired" or not code else "relogin"
     if status == 402:
         return "deactivated"
     if status == 403:
-        if "unsupported_country" in code:
+        if "unsupported_country" in reason:
             return "region_blocked"
-        return "relogin" if _json_error(text)[0] else "blocked"
+        return "relogin" if code else "blocked"
     if status == 429:
         return "rate_limited"
     return "server_error" if status >= 500 else "bad_response"
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Ask ChatGPT for one account's usage and return the decoded reply.
+    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
 
-    Raises QuotaFault with the state. No redirect is followed, the whole call ends after ``deadline_s``, and at
-    most 1 MiB is read.
+    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
+    its own: a socket's timeout begins again with every byte, and looking up a name has none.
     """
     if not file.access_token:
-        raise QuotaFault("no_token", is_final=True)
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request
+        raise QuotaFault("no_token")
+    proxies = proxies_of(file)
+    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
+        raise QuotaFault("proxy_unsupported")
+    outcomes: list[Any] = []
 
-    request = Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    def call() -> None:
+        try:
+            outcomes.append(_ask_usage(file, proxies, deadline_s))
+        except Exception as error:  # raised again below
+            outcomes.append(error)
+
+    thread = threading.Thread(target=call, name="chatgpt", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if not outcomes:
+        raise QuotaFault("timeout")
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+    return outcomes[0]
+
+
+def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
+    import urllib.request
+    from http.client import HTTPException
+
+    ends_at = time.monotonic() + deadline_s
+    request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
+    # With no handler for statuses a redirect is an answer like any other, and never followed.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(urllib.request.HTTPSHandler())
+    body = b""
     try:
-        body = _open_url(request, proxies_of(file), deadline_s)
-    except HTTPError as error:
-        with error:
-            state = classify_failure(error.code, error.headers, _error_body(error))
-            wait_s, is_final = _retry_after_s(error.headers.get("Retry-After")), error.code in (401, 402)
-            raise QuotaFault(state, wait_s, is_final) from None
-    except (URLError, OSError, HTTPException, ValueError) as error:
-        cause = error.reason if isinstance(error, URLError) else error
+        with opener.open(request, timeout=deadline_s) as reply:
+            while len(body) <= _LARGEST_BODY:
+                chunk = reply.read1(64 * 1024)
+                if not chunk:
+                    break
+                body += chunk
+                if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
+                    raise QuotaFault("timeout")
+    except (OSError, HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
+    if reply.status != 200:
+        raise QuotaFault(classify_failure(reply.status, body))
+    if len(body) > _LARGEST_BODY:
+        raise QuotaFault("bad_response")
     try:
         return json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise QuotaFault("bad_response") from None
 
 
-def _retry_after_s(text: str | None) -> float:
-    """Read Retry-After, seconds or an HTTP date; 0 where there is none."""
-    seconds = _finite(text)
-    if seconds is None:
-        seconds = _clock_ahead(text)
-    return max(0.0, seconds or 0.0)
+def proxies_of(file: AccountFile) -> dict[str, str]:
+    """Return the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    from urllib.request import getproxies
+
+    if file.proxy_url.lower() in ("direct", "none"):
+        return {}
+    return {"https": file.proxy_url} if file.proxy_url else getproxies()
 
 
 def _clock_ahead(date: str | None) -> float | None:
-    """Give by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
+    """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -2970,111 +2923,27 @@ def _clock_ahead(date: str | None) -> float | None:
         return None
 
 
-def _error_body(error: Any) -> bytes:
-    try:
-        return error.read(64 * 1024)
-    except (OSError, ValueError):
-        return b""
-
-
-def proxies_of(file: AccountFile) -> dict[str, str]:
-    """Give the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
-    from urllib.request import getproxies
-
-    if file.proxy_url.lower() in ("direct", "none"):
-        return {}
-    return {"https": file.proxy_url} if file.proxy_url else getproxies()
-
-
-def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes:
-    """Make the call with urllib, which follows no redirect here."""
-    import urllib.request
-
-    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
-        raise QuotaFault("proxy_unsupported")
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    with _Deadline(deadline_s) as deadline:
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(proxies),
-            deadline.https_handler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            NoRedirect(),
-        ):
-            opener.add_handler(handler)
-        with opener.open(request, timeout=deadline_s) as reply:
-            body = reply.read(_LARGEST_BODY + 1)
-            if deadline.passed:
-                raise socket.timeout()
-    if len(body) > _LARGEST_BODY:
-        raise QuotaFault("bad_response")
-    return body
-
-
-class _Deadline:
-    """End a call as a whole after so many seconds: a socket's own timeout starts anew with every byte."""
-
-    def __init__(self, seconds: float):
-        self.passed = False
-        self._connections: list[Any] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._timer.cancel()
-        if self.passed and error is not None and not isinstance(error, QuotaFault):
-            raise socket.timeout() from None
-
-    def _end(self) -> None:
-        self.passed = True
-        for connection in self._connections:
-            try:
-                connection.sock.shutdown(socket.SHUT_RDWR)
-            except (AttributeError, OSError):
-                continue
-
-    def https_handler(self) -> Any:
-        """Make a urllib handler whose connections this deadline can end."""
-        import http.client
-        import urllib.request
-
-        connections = self._connections
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(self._connect, request)
-
-            @staticmethod
-            def _connect(host: str, **options: Any) -> Any:
-                connection = http.client.HTTPSConnection(host, **options)
-                connections.append(connection)
-                return connection
-
-        return Handler()
-
-
 # ------------------------------------------------------------------ readings
 
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
-    row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
-    row.update(source="refresh", raw_json=json.dumps(_without_identity(payload), ensure_ascii=False))
-    return row
+    """Return the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
+    raw_json = json.dumps(_without_identity(payload), ensure_ascii=False)
+    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, "refresh", raw_json)
 
 
-def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
-    row: dict[str, Any] = {
+def reading_row(
+    reading: Reading,
+    account: tuple[str, str],
+    plan: str,
+    at: float,
+    source: str = "traffic",
+    raw_json: str | None = None,
+) -> dict[str, Any]:
+    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
+    unknown = QuotaWindow("", None, None, None, None)
+    five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
+    return {
         "timestamp": utc_text(at),
         "ts_epoch": at,
         "email": account[0],
@@ -3082,25 +2951,17 @@ def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float
         "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "primary_used_percent": five_hour.used_percent,
+        "primary_remaining_percent": five_hour.remaining_percent,
+        "primary_reset_at": utc_text(five_hour.reset_at),
+        "secondary_used_percent": weekly.used_percent,
+        "secondary_remaining_percent": weekly.remaining_percent,
+        "secondary_reset_at": utc_text(weekly.reset_at),
+        "windows": _windows_text(reading.windows),
         "credits_balance": reading.credits_balance,
+        "raw_json": raw_json,
+        "source": source,
         "state": reading.state,
-        "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
-    }
-    for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
-        row[f"{prefix}_used_percent"] = meter.used_percent if meter else None
-        row[f"{prefix}_remaining_percent"] = meter.remaining_percent if meter else None
-        row[f"{prefix}_reset_at"] = utc_text(meter.reset_at) if meter else None
-    return row
-
-
-def _meter_json(meter: Meter) -> dict[str, Any]:
-    return {
-        "label": meter.label,
-        "seconds": meter.seconds,
-        "used_percent": meter.used_percent,
-        "remaining_percent": meter.remaining_percent,
-        "reset_at": utc_text(meter.reset_at),
-        "meter": meter.meter,
     }
 
 
@@ -3122,32 +2983,34 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else None
 
 
-def windows_at(row: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
-    """Give a reading's windows as they stand now: one whose reset has passed is ``due``, its percentages unknown."""
-    windows = _windows_of(row)
-    for window in windows:
-        reset_at = _epoch(window["reset_at"])
-        window["due"] = reset_at is not None and reset_at <= now
-        if window["due"]:
-            window.update(used_percent=None, remaining_percent=None)
-    return windows
+def _window_json(window: QuotaWindow) -> dict[str, Any]:
+    return {
+        "label": window.label,
+        "seconds": window.seconds,
+        "used_percent": window.used_percent,
+        "remaining_percent": window.remaining_percent,
+        "reset_at": utc_text(window.reset_at),
+        "meter": window.meter,
+    }
 
 
-def _windows_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give the list of windows of a reading; the original kept two, in columns only."""
+def _windows_text(windows: Iterable[QuotaWindow]) -> str:
+    return json.dumps([_window_json(window) for window in windows], ensure_ascii=False)
+
+
+_PLACES = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+
+
+def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
+    """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
-        return json.loads(row["windows"])
-    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+        return [
+            QuotaWindow(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"])
+            for item in json.loads(row["windows"])
+        ]
     return [
-        {
-            "label": label,
-            "seconds": seconds,
-            "used_percent": row[f"{place}_used_percent"],
-            "remaining_percent": row[f"{place}_remaining_percent"],
-            "reset_at": row[f"{place}_reset_at"],
-            "meter": None,
-        }
-        for place, label, seconds in places
+        QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
+        for place, label, seconds in _PLACES
         if row[f"{place}_used_percent"] is not None
     ]
 
@@ -3156,88 +3019,234 @@ def _epoch(text: str | None) -> float | None:
     try:
         return parse_time(text or "")[0]
     except ValueError:
-        return None  # the original kept local times
+        return None
 
 
-def state_at(state: str, windows: Sequence[Mapping[str, Any]]) -> str:
-    """Give an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
-    main = [window for window in windows if window["meter"] is None]
-    still = any(window["remaining_percent"] == 0 for window in main)
-    return "reset_due" if state == "limited" and not still and any(window["due"] for window in main) else state
+_SLOT_S = 300.0  # of an account's readings from traffic one row is kept for each of these
 
 
-class Span(NamedTuple):
-    """Hold what readings said of one window: from when until when (epoch seconds), how much was used, when it
-    resets (epoch seconds), and how many readings said so."""
+def merge_traffic_reading(
+    row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
+) -> Mapping[str, Any] | None:
+    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
-    began_at: float
-    ended_at: float
+    What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
+    a reading from traffic of the same five minutes, which it replaces. None where ``before`` is newer; one of the
+    future, by a clock that was ahead, is not.
+    """
+    if before is None:
+        return row
+    if row["ts_epoch"] < before["ts_epoch"] <= now:
+        return None
+    windows = windows_of(row)
+    present = {None, *(window.meter for window in windows)}
+    windows += [window for window in windows_of(before) if window.meter not in present]
+    credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
+    merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
+    if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
+        merged["id"] = before["id"]
+    return merged
+
+
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Once a minute at most the newest of each account is saved. One that cannot be told whose it is, is left out.
+    """
+
+    _PAUSE_S = 60.0
+    _KEPT_REPLIES = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = monotonic_s,
+    ):
+        self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s = float("-inf")
+        self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Remember the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event, event.quota_headers):
+                key = (event.context.auth_index, event.context.source)
+                if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
+        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
+        quota is believed, where the headers say the same.
+        """
+        reply = tuple(headers.items())
+        index = self._replies.pop(reply, event.context.auth_index)
+        self._replies[reply] = index
+        if len(self._replies) > self._KEPT_REPLIES:
+            del self._replies[next(iter(self._replies))]
+        if index != event.context.auth_index:
+            return False
+        limits = _limits_of_headers(headers, "").values()
+        used_up = any(window is not None and window["used_percent"] >= 100 for window in limits)
+        return not event.failed or (event.status_code == 429 and used_up)
+
+    def save_due(self) -> None:
+        """Save what waits, where the last time is long enough ago. Raises StoreError."""
+        now_s = self._monotonic()
+        if not self._waiting or now_s < self._next_s:
+            return
+        self._next_s = now_s + self._PAUSE_S
+        files = find_account_files(self._folders)[1]
+        while self._waiting:
+            self._save(self._waiting.popitem()[1], files)
+
+    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
+        now = self._clock()
+        read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
+        owner = self._owner_of(event, reading.plan or "", files)
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+
+    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        accounts, mail = self._store.accounts(), event.context.source
+        if not looks_like_mail(mail):  # an account whose file has none comes with a key
+            same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
+            mail = next(same_index, "") if event.context.auth_index else ""
+        by_index = [file for file in files if file.auth_index == event.context.auth_index]
+        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(candidates) > 1:
+            candidates = [file for file in candidates if file.plan == plan]
+            if len(candidates) != 1:
+                return None
+        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
+        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
+            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
+        return (mail, self._tag_without_file(event, mail)) if mail else None
+
+    def _tag_without_file(self, event: Event, mail: str) -> str:
+        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
+        accounts = [account for account in self._store.accounts() if account.mail == mail]
+        if len(accounts) > 1:
+            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
+        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+
+
+class UsagePoint(NamedTuple):
+    """How much of a window was used at a time; times in epoch seconds."""
+
+    at: float
     used_percent: float
     reset_at: float
-    readings: int
 
 
-_FEWEST_READINGS, _SHORTEST_SPAN_S, _OLDEST_READING_S = 3, 600.0, 900.0
+_FEWEST_POINTS, _SHORTEST_RISE_S, _OLDEST_POINT_S = 3, 600.0, 900.0
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
-def spans_by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Span]]:
-    """Sort what an account's rows of ``quota_snapshots`` said of its main windows; what is unknown is left out."""
-    spans: dict[str, dict[float, Span]] = {}
+def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
+    """Return what an account's readings say of its main windows, by label in order of time; the unknown left out."""
+    points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in _windows_of(row):
-            reset_at, at = _epoch(window["reset_at"]), row["ts_epoch"]
-            if window["meter"] is None and window["used_percent"] is not None and reset_at is not None:
-                span = Span(at, row["last_at"] or at, window["used_percent"], reset_at, row["readings"] or 1)
-                spans.setdefault(window["label"], {})[at] = span
-    return {label: [by_time[at] for at in sorted(by_time)] for label, by_time in spans.items()}
+        for window in windows_of(row):
+            if window.meter is None and window.used_percent is not None and window.reset_at is not None:
+                point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
+                points.setdefault(window.label, {})[point.at] = point
+    return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
-def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
-    """Say whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
+def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
 
-    ``spans`` in order of time. Told from at least three readings of this same window over ten minutes, the newest
-    at most fifteen old. ``runs_out_at`` None means that it lasts.
+    ``points`` in order of time. Told from at least three of this same window over ten minutes, the newest at most
+    fifteen old. ``runs_out_at`` None means that it lasts.
     """
-    same: list[Span] = []
-    for span in spans:
-        if span.ended_at < now - PACE_S:
+    same: list[UsagePoint] = []
+    for point in points:
+        if point.at < now - PACE_S:
             continue
-        if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
+        if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
-        same.append(span)
-    if sum(_readings_since(span, now - PACE_S) for span in same) < _FEWEST_READINGS:
+        same.append(point)
+    if len(same) < _FEWEST_POINTS:
         return None
-    first, last = same[0], same[-1]
-    lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
-    if lasted_s < _SHORTEST_SPAN_S or now - last.ended_at > _OLDEST_READING_S:
+    last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
+    if lasted_s < _SHORTEST_RISE_S or now - last.at > _OLDEST_POINT_S:
         return None
     if last.used_percent >= 100 or last.reset_at <= now:
         return None
-    rise = last.used_percent - first.used_percent
-    slow, likely, fast = (_runs_out_at(last, max(0, rise + off), lasted_s) for off in (-1, 0, 1))
+    slow, likely, fast = (_runs_out_at(last, rise + off, lasted_s) for off in (-1, 0, 1))
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
-def _readings_since(span: Span, since: float) -> int:
-    """Give how many of a span's readings came since then, as if they had come evenly; its last one did."""
-    if span.began_at >= since:
-        return span.readings
-    return max(1, int(span.readings * (span.ended_at - since) / (span.ended_at - span.began_at)))
-
-
-def _runs_out_at(last: Span, rise: float, lasted_s: float) -> float | None:
-    """Give when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+def _runs_out_at(last: UsagePoint, rise: float, lasted_s: float) -> float | None:
+    """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
     if rise <= 0:
         return None
-    at = last.ended_at + (100 - last.used_percent) / rise * lasted_s
+    at = last.at + (100 - last.used_percent) / rise * lasted_s
     return at if at < last.reset_at else None
 
 
+def _quota_json(
+    row: Mapping[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
+
+    A window whose reset has passed is ``due`` and its percentages unknown.
+    """
+    windows = windows_of(row)
+    points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
+    for window in windows:
+        due, pace = window.is_due(now), None
+        if due:
+            window = window._replace(used_percent=None)
+        elif window.meter is None:
+            pace = forecast(points.get(window.label, ()), now)
+        answer["windows"].append({**_window_json(window), "due": due, "forecast": pace})
+    due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
+    for place, label, _ in _PLACES:
+        if label in due_labels:
+            answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
+    read_at = row["ts_epoch"]
+    answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
+    answer["account"] = _account_of_quota(row, accounts)
+    return answer
+
+
+def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
+    """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
+    main = [window for window in windows if window.meter is None]
+    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
+    is_due = any(window.is_due(now) for window in main)
+    return "reset_due" if state == "limited" and is_due and not still_limited else state
+
+
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
+    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
+    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
+    if len(same) > 1:
+        same = [account for account in same if account.plan == (row["plan"] or "")]
+    return same[0].name if len(same) == 1 else None
+
+
+_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
+
+
 def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all accounts by length: how much is left, and whether it lasts.
+    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
     An account that is limited has nothing left in any window. Percentages of different plans are not the same
     amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
@@ -3252,183 +3261,28 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     return [pool for pool in pools if pool["accounts"]]
 
 
-_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
-
-
 def _pool_of_label(
     label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
 ) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
-    resets = [reset_at for _, window in known for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
-    next_reset_at = min(resets, default=None)
-    told = next_reset_at is not None and len(known) == len(members)  # one that came back may be full
-    return {
+    next_reset_at = min((window["reset_at"] for _, window in known if window["reset_at"]), default=None)
+    pool: dict[str, Any] = {
         "label": label,
         "accounts": len(known),
         "remaining_percent": round(sum(left) / len(left), 1) if left else None,
-        "next_reset_at": utc_text(next_reset_at),
-        "forecast": _pool_forecast(known, left, next_reset_at, now) if told else None,
+        "next_reset_at": next_reset_at,
+        "forecast": None,
     }
-
-
-def _pool_forecast(
-    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    left: Sequence[float],
-    next_reset_at: float,
-    now: float,
-) -> dict[str, Any] | None:
-    """Say whether the pool lasts until one of its windows comes back; a limited account has no pace."""
-    paces = [window["forecast"] for (_, window), remaining in zip(members, left) if remaining]
-    if not paces or None in paces or len({row["plan"] for row, _ in members}) > 1:
-        return None
-    per_hour = sum(pace["used_per_hour"] for pace in paces)
-    runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else None
-    if runs_out_at is not None and runs_out_at >= next_reset_at:
-        runs_out_at = None
-    return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
-
-
-class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
-
-    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
-    """
-
-    _GAP_S = 60.0
-    _KEPT_REPLIES = 2000
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = monotonic_s,
-    ):
-        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
-        self._waiting: dict[tuple[str | None, str], Event] = {}
-        self._next_s: dict[tuple[str | None, str], float] = {}
-        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
-        self._files: list[AccountFile] = []
-        self._looked_s = float("-inf")
-
-    def note(self, events: Iterable[Event]) -> None:
-        """Keep the newest reading of each account for save_due()."""
-        for event in events:
-            if event.quota_headers and self._is_own(event):
-                key = (event.context.auth_index, event.context.source)
-                known = self._waiting.get(key)
-                if known is None or event.ts_epoch >= known.ts_epoch:
-                    self._waiting[key] = event
-
-    def _is_own(self, event: Event) -> bool:
-        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
-        """
-        assert event.quota_headers is not None
-        said = tuple(event.quota_headers.items())
-        index = self._seen.pop(said, event.context.auth_index)
-        self._seen[said] = index
-        if len(self._seen) > self._KEPT_REPLIES:
-            del self._seen[next(iter(self._seen))]
-        if index != event.context.auth_index:
-            return False
-        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
-
-    def save_due(self) -> None:
-        """Save what has waited long enough since its account's last reading."""
-        now_s = self._steady()
-        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
-        for key in due:
-            self._next_s[key] = now_s + self._GAP_S
-            self._save(self._waiting.pop(key))
-
-    def _save(self, event: Event) -> None:
-        assert event.quota_headers is not None
-        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        payload = payload_of_headers(event.quota_headers)
-        reading = parse_quota(payload, read_at)
-        owner = self._owner_of(event, reading.plan or "")
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
-            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
-
-    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
-        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        files = self._account_files()
-        by_index = [file for file in files if file.auth_index == event.context.auth_index]
-        mail = event.context.source if looks_like_mail(event.context.source) else self._mail_of_index(event.context.auth_index)
-        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(same_mail) > 1:
-            same_mail = [file for file in same_mail if file.plan == plan]
-            if len(same_mail) != 1:
-                return None
-        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
-            (file,) = same_mail
-            return None if file.disabled else (file.email, file.tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
-
-    def _mail_of_index(self, auth_index: str | None) -> str:
-        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
-        accounts = self._store.accounts() if auth_index else []
-        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
-
-    def _has_several(self, mail: str) -> bool:
-        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
-
-    def _account_files(self) -> list[AccountFile]:
-        """Read the account files again at most once a minute."""
-        if self._steady() >= self._looked_s + self._GAP_S:
-            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
-        return self._files
-
-
-def _is_used_up(headers: Mapping[str, str]) -> bool:
-    return any(
-        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
-    )
-
-
-def _quota_json(
-    row: dict[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
-) -> dict[str, Any]:
-    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
-    windows = windows_at(row, now)
-    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    for window in windows:
-        told = window["meter"] is None and not window["due"]
-        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
-    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
-    for place, label in (("primary", "5h"), ("secondary", "7d")):
-        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
-            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    return {
-        **shown,
-        "account": _account_of_quota(row, accounts),
-        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
-        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
-    }
-
-
-def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Name the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [one for one in same if one.plan == (row["plan"] or "")]
-    return same[0].name if len(same) == 1 else None
+    paces = [window["forecast"] for (_, window), remaining in zip(known, left) if remaining]  # a limited one has none
+    one_plan = len({row["plan"] for row, _ in known}) == 1
+    # An account whose window came back is unknown, and may be full again.
+    if next_reset_at and paces and None not in paces and one_plan and len(known) == len(members):
+        per_hour = sum(pace["used_per_hour"] for pace in paces)
+        runs_out_at = utc_text(now + sum(left) / per_hour * 3600) if per_hour else None
+        lasts = runs_out_at is None or runs_out_at >= next_reset_at
+        pool["forecast"] = {"runs_out_at": None if lasts else runs_out_at, "until": next_reset_at}
+    return pool
 
 
 # ------------------------------------------------------------------ sources
@@ -4210,6 +4064,15 @@ class CollectorStatus:
     until: float | None = None
     mode: str | None = None
     last_event: float | None = None
+    publishing: bool | None = None
+    proxy_version: str | None = None
+    retention_seconds: float | None = None
+    clock_ahead_seconds: float | None = None
+    warning: str | None = None
+
+    def as_json(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """Return the status as ``/api/health`` shows it, with how many events were stored, rejected and ignored."""
+        return dict(asdict(self), events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
 
 
 # The collector's states. starting → recording or waiting, turn by turn, as long as the connection and the database
@@ -4255,23 +4118,20 @@ class Collector:
         self._status.last_event = span[1] if span else None
 
     def status(self) -> dict[str, Any]:
-        """Return the state, what is known of the proxy, and how many events were stored, rejected and ignored."""
+        """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
+        facts = self._facts
         with self._lock:
-            status = asdict(self._status)
-        facts, counts = self._facts, self._store.counts
-        return {
-            **status,
-            "since": min(status["since"], self._clock()),  # the clock may have been set back meanwhile
-            "message": status["message"].replace(str(self._store.path), self._store.path.name),
-            "publishing": facts.publishing,
-            "proxy_version": facts.version,
-            "retention_seconds": None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
-            "clock_ahead_seconds": facts.clock_ahead_s,
-            "warning": "retention_short" if facts.is_retention_short else None,
-            "events": counts["stored"],
-            "rejected": counts["rejected"],
-            "ignored": counts["ignored"],
-        }
+            status = replace(
+                self._status,
+                since=min(self._status.since, self._clock()),  # the clock may have been set back meanwhile
+                message=self._status.message.replace(str(self._store.path), self._store.path.name),
+                publishing=facts.publishing,
+                proxy_version=facts.version,
+                retention_seconds=None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
+                clock_ahead_seconds=facts.clock_ahead_s,
+                warning="retention_short" if facts.is_retention_short else None,
+            )
+        return status.as_json(self._store.counts)
 
     def run(self) -> None:
         """Collect until ``stop`` is set; what was popped by then is stored first."""
@@ -4550,7 +4410,8 @@ _REFUSED_BEFORE = "the management key was refused before"
 class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
 
-    The cool-down counts from the start of a round that had an account to ask and is kept in the database.
+    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
+    account to ask and is kept in the database.
     """
 
     def __init__(
@@ -4572,11 +4433,11 @@ class QuotaRefresher:
 
     @property
     def refreshing(self) -> bool:
-        """Tell whether a round is under way."""
+        """Return whether a round is under way."""
         return self._running.locked()
 
     def state(self) -> dict[str, Any]:
-        """Give progress, cool-down and the last round's start, as ``/api/quota`` shows them."""
+        """Return progress, cool-down and the last round's start (epoch seconds), as ``/api/quota`` shows them."""
         done, total = self._progress
         return {
             "refreshing": self.refreshing,
@@ -4586,8 +4447,10 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Give the whole seconds until the next round may start; a round in the future, by a clock that was wrong
-        then or is now, does not count."""
+        """Return the whole seconds until the next round may start.
+
+        A round in the future, by a clock that was wrong then or is now, does not count.
+        """
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4608,13 +4471,9 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def _round(self) -> None:
-        try:
-            self._refresh_all()
-        except StoreError as error:
-            self._log.event("refresh_quota", fault=error)
-        finally:
-            self._running.release()
+    def register_accounts(self) -> None:
+        """List the accounts of all files in the quota table, so that it names them before they are asked."""
+        self._register(self._find_files()[0])
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4623,19 +4482,21 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def announce_accounts(self) -> None:
-        """List accounts that were never asked, so that the quota table names them from the start."""
-        files, _ = self._find_files()
-        known = {(row["email"], row["account_id_tag"]): row["state"] for row in self._store.quotas()}
+    def _register(self, files: Sequence[AccountFile]) -> None:
+        accounts = []
         for file in files:
-            state = known.get((file.email, file.tag))
-            if state is None or file.disabled != (state == "disabled"):
-                self._put_state(file, "disabled" if file.disabled else "never")
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+            state = "disabled" if file.disabled else "never"
+            account = (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            accounts.append(account)
+        self._store.register_quota_accounts(accounts, self._clock())
 
-    def _put_state(self, file: AccountFile, state: str, call: QuotaCall | None = None) -> None:
-        message = QUOTA_MESSAGES[state]
-        self._store.save_quota_state(file.email, file.tag, file.plan or None, state, message, self._clock(), call)
+    def _round(self) -> None:
+        try:
+            self._refresh_all()
+        except StoreError as error:
+            self._log.event("refresh_quota", fault=error)
+        finally:
+            self._running.release()
 
     def _refresh_all(self) -> None:
         files, problems = self._find_files()
@@ -4643,61 +4504,35 @@ class QuotaRefresher:
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
-        self._progress = (0, len(files))
-        calls = self._store.quota_calls()
-        asked_before, in_vain = False, 0
-        for number, file in enumerate(files):
-            call = calls.get((file.email, file.tag), QuotaCall())
-            if self._is_to_be_asked(file, call):
-                if asked_before and self._stop.wait(random.uniform(*self._gap_s)):
-                    return
-                asked_before = True
-                in_vain = in_vain + 1 if self._refresh_or_log(file, call) in _ROUND_ENDS_AFTER else 0
-            self._progress = (number + 1, len(files))
-            if in_vain == _MOST_IN_VAIN:
-                self._log.line(f"refresh_quota: stopped after {in_vain} failures in a row")
-                break
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+        self._register(files)
+        asked = [file for file in files if not file.disabled]
+        skipped = len(files) - len(asked)
+        for number, file in enumerate(asked):
+            self._progress = (skipped + number, len(files))
+            if number and self._stop.wait(random.uniform(*self._gap_s)):
+                return
+            try:
+                self._refresh(file)
+            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+                fault = error if isinstance(error, StoreError) else where_raised(error)
+                self._log.event("refresh_quota", fault=fault)
+        self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _is_to_be_asked(self, file: AccountFile, call: QuotaCall) -> bool:
-        """Tell whether to call for this account; a disabled one, a dead login and one that backs off are not."""
-        if file.disabled:
-            self._put_state(file, "disabled")
-            return False
-        if call.parked is not None and call.parked == file.version:
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is asked again when its file changes")
-            return False
-        wait_s = 0.0 if call.retry_at is None else call.retry_at - self._clock()
-        if 0 < wait_s <= _LONGEST_WAIT_S:  # a longer one is left from a clock that was set back
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is not asked for {wait_s:.0f} more seconds")
-            return False
-        return True
-
-    def _refresh_or_log(self, file: AccountFile, call: QuotaCall) -> str | None:
-        try:
-            return self._refresh(file, call)
-        except StoreError:
-            raise
-        except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-            self._log.event("refresh_quota", fault=where_raised(error))
-            return None
-
-    def _refresh(self, file: AccountFile, call: QuotaCall) -> str | None:
-        """Ask for one account and keep what was said; the state of a failure is returned, None after a reading."""
+    def _refresh(self, file: AccountFile) -> None:
         name = mask_mail(file.email)
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            self._put_state(file, fault.state, self._next_call(file, call, fault))
+            plan = file.plan or None
+            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return fault.state
+            return
         self._store.save_reading(row)
         self._log.line(f"refresh_quota: saved quota for {name}")
-        return None
 
     def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
         """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
@@ -4711,48 +4546,16 @@ class QuotaRefresher:
                 raise
         return newer, self._fetch(newer)
 
-    def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
-        """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
-        if fault.is_final:
-            return QuotaCall(parked=file.version)
-        if fault.state not in _WAITS_S:
-            return QuotaCall()
-        first_s, longest_s = _WAITS_S[fault.state]
-        wait_s = min(longest_s, first_s * 2 ** min(call.failures, 10))
-        return QuotaCall(call.failures + 1, self._clock() + max(wait_s, min(fault.retry_after_s, _LONGEST_WAIT_S)))
-
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
-        now, mails = self._clock(), {file.email for file in files}
-        seen = [
-            (row["email"], row["account_id_tag"])
-            for row in self._store.quotas()
-            if row["source"] == "traffic" and row["email"] not in mails and now - row["read_at"] < _WEEK_S
-        ]
-        self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
-
-
-_LONGEST_WAIT_S = 3600.0
-
-
-# Seconds not to ask after the first failure, and at the longest. The cool-down between two rounds comes first; trouble
-# on the way, which passes, costs little more than that.
-_WAITS_S = {
-    "rate_limited": (600.0, _LONGEST_WAIT_S),
-    "blocked": (600.0, _LONGEST_WAIT_S),
-    "region_blocked": (600.0, _LONGEST_WAIT_S),
-    "relogin": (600.0, _LONGEST_WAIT_S),
-    "deactivated": (600.0, _LONGEST_WAIT_S),
-    "server_error": (120.0, _LONGEST_WAIT_S),
-    "bad_response": (120.0, _LONGEST_WAIT_S),
-    "network": (120.0, 600.0),
-    "timeout": (120.0, 600.0),
-}
-
-
-# These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
-_ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
-_MOST_IN_VAIN = 3
+        now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
+        gone = []
+        for row in self._store.quotas():
+            account = (row["email"], row["account_id_tag"])
+            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and row["email"] not in mails
+            if account not in kept and not is_seen:
+                gone.append(account)
+        self._store.forget_quota_accounts(gone)
 
 
 class RefreshRefused(DashboardError):
@@ -4764,7 +4567,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, thin old readings."""
+    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, downsample old readings."""
 
     def __init__(
         self,
@@ -4783,27 +4586,14 @@ class Housekeeper:
         while True:
             try:
                 self._turn()
-            except StoreError as error:
-                self._log.event("housekeeping", fault=error)
             except Exception as error:  # the thread's loop
-                self._log.event("housekeeping", fault=where_raised(error))
+                self._log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
             if self._stop.wait(3600):
                 return
 
     def _turn(self) -> None:
-        self._refresher.announce_accounts()
-        if self._store.needs_index:
-            self._log.event("housekeeping", indexing="the rows of an existing database; nothing is recorded meanwhile")
-            if not self._store.build_index(self._stop.is_set):
-                return
-            self._log.event("housekeeping", indexed="all rows")
-        if self._store.adopting:
-            self._log.event("housekeeping", adopting="rows of an existing database")
-            while self._store.adopt_some():
-                if self._stop.wait(0.005):
-                    return
-            self._log.event("housekeeping", adopted=self._store.counts["adopted"])
-        self._store.thin_snapshots(self._clock() - 14 * 86400)
+        self._refresher.register_accounts()
+        self._store.downsample_snapshots(self._clock() - 14 * 86400)
         if self._config.retention_days:
             before = self._clock() - self._config.retention_days * 86400
             while self._store.delete_some(before):
@@ -5498,191 +5288,142 @@ class _Connections:
 
 
 class _DemoAccount(NamedTuple):
-    mail: str
+    source: str
     plan: str
     share: float
+    failing: float  # share of its requests
     models: tuple[str, ...]
     used: tuple[float | None, float | None]  # percent of five hours and of the week
 
 
 _DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
 _DEMO_ACCOUNTS = (
-    _DemoAccount("an.nguyen@example.com", "plus", 0.30, _DEMO_CODEX, (38, 29)),
-    _DemoAccount("minh.tran@example.com", "plus", 0.22, _DEMO_CODEX, (76, 52)),
-    _DemoAccount("linh.pham@example.com", "pro", 0.17, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-    _DemoAccount("team@example.org", "team", 0.11, _DEMO_CODEX, (9, 17)),
-    _DemoAccount("dev.one@example.net", "plus", 0.08, _DEMO_CODEX, (100, 88)),
-    _DemoAccount("dev.two@example.net", "plus", 0.06, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-    _DemoAccount("huy.le@example.com", "free", 0.03, ("gpt-5.4-mini",), (None, None)),
-    _DemoAccount("old.mail@example.com", "plus", 0.03, ("gpt-5.3-codex",), (59, 34)),
+    _DemoAccount("an.nguyen@example.com", "plus", 0.30, 0.012, _DEMO_CODEX, (38, 29)),
+    _DemoAccount("minh.tran@example.com", "plus", 0.22, 0.012, _DEMO_CODEX, (76, 52)),
+    _DemoAccount("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+    _DemoAccount("team@example.org", "team", 0.11, 0.012, _DEMO_CODEX, (9, 17)),
+    _DemoAccount("dev.one@example.net", "plus", 0.08, 0.07, _DEMO_CODEX, (100, 88)),
+    _DemoAccount("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+    _DemoAccount("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
+    _DemoAccount("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
 )
+_DEMO_KEY = _DemoAccount("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None))
+_DEMO_SENDERS = (*_DEMO_ACCOUNTS, _DEMO_KEY)
 _DEMO_FAILURES = (
-    (429, "429 usage_limit_reached: The usage limit has been reached"),
-    (401, "401 token_expired: Provided authentication token is expired. Please try signing in again."),
-    (503, "503 Service Unavailable"),
-    (499, "499 Client Closed Request"),
+    (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
+    (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
+    (503, ""),
+    (499, ""),
 )
 _DEMO_REQUESTS_A_DAY = 1300
+_DEMO_HOURS = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1,
+               1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)  # fmt: skip
 
 
 class DemoWorld:
     """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
 
-    def __init__(self, folder: Path, now: float, seed: int = 8320):
-        self._dice = random.Random(seed)
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
+        self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
+        self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
+        self._arrivals = self._arrive(self._born_at - 7 * 86400)
+        self._next_at = next(self._arrivals)
+        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._sequence = 0
-        self._state = "recording"
-        self._last_event: float | None = None
-        self._born_at = now
+        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._write_week(now)
-        self._write_readings(now)
-        self._traffic = TrafficReadings([self.auth_dir], self.store)
+        self._record()
+        self.store.begin_outage(self._outage.start, "unreachable")
+        self.store.end_outage(self._outage.end)
+        self._write_readings()
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
         for number, account in enumerate(_DEMO_ACCOUNTS):
-            content = {
-                "type": "codex",
-                "email": account.mail,
-                "account_id": f"demo-{number}",
-                "access_token": str(number),
-            }
-            (self.auth_dir / f"codex-{number}.json").write_text(json.dumps(content), encoding="utf-8")
+            content = {"type": "codex", "email": account.source, "account_id": f"demo-{number}"}
+            text = json.dumps({**content, "access_token": str(number)})
+            (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
-    def _write_week(self, now: float) -> None:
-        events: list[Event] = []
-        at = now - 7 * 86400
-        while True:
-            busy = self._busyness(at)
-            at += self._dice.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busy)
-            if at >= now:
-                break
-            events.append(self._event(at))
-        self._put(events, now)
-        self.store.begin_outage(now - 33 * 3600, "unreachable")
-        self.store.end_outage(now - 32.2 * 3600)
-
-    def _write_readings(self, now: float) -> None:
-        """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
-        files = find_account_files([self.auth_dir])[1]
+    def _write_readings(self) -> None:
+        """Save readings of the last hour, that forecasts need; of the lost account its last good one."""
         for minutes_ago in (180, *range(60, 0, -10)):
-            for file in files:
+            for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
-                    at = now - minutes_ago * 60
-                    row = snapshot_of(file, self._quota_of(file, at), at)
-                    self.store.save_reading({**row, "source": "traffic", "raw_json": None})
+                    at = self._born_at - minutes_ago * 60
+                    reading = parse_quota(self._reply(int(file.access_token), at), at)
+                    self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
-    @staticmethod
-    def _busyness(at: float) -> float:
-        """Give how busy that hour of a working week is, as a factor around one."""
-        local = time.localtime(at)
-        by_hour = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1)
-        by_hour += (1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)
-        return by_hour[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+    def _arrive(self, at: float) -> Iterator[float]:
+        """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
+        while True:
+            local = time.localtime(at)
+            busyness = _DEMO_HOURS[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+            at += self._rng.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busyness)
+            if not self._outage.start <= at < self._outage.end:
+                yield at
 
-    def _event(self, at: float) -> Event:
-        dice = self._dice
-        if dice.random() < 0.02:
-            return self._key_event(at)
-        number = dice.choices(range(len(_DEMO_ACCOUNTS)), [one.share for one in _DEMO_ACCOUNTS])[0]
-        account = _DEMO_ACCOUNTS[number]
-        failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
-        model = dice.choice(account.models)
-        if failed:
-            return self._make(at, account, model, (0, 0, 0, 0), dice.randrange(200, 1500), dice.choice(_DEMO_FAILURES))
-        into = int(dice.lognormvariate(11.0, 0.9))
-        cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
-        out = int(dice.lognormvariate(6.4, 0.8))
-        thought = int(out * dice.triangular(0.1, 0.85, 0.5))
-        latency_ms = int(1200 + out * dice.uniform(6, 18))
-        made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
-        return made if account.mail.startswith("old") else made._replace(quota_headers=self._headers_of(number, at))
-
-    def _key_event(self, at: float) -> Event:
-        account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
-        into, out = self._dice.randrange(500, 30000), self._dice.randrange(50, 900)
-        made = self._make(at, account, "gemini-3-pro-preview", (into, out, out // 3, 0), 2600 + out * 9, None)
-        return made._replace(provider="gemini", auth_type="apikey", endpoint="POST /v1beta/models/*action")
-
-    def _make(self, at: float, account: _DemoAccount, model: str, tokens, latency_ms: int, failure) -> Event:
-        into, out, thought, cached = tokens
-        status, reason = failure or (200, None)
-        dice = self._dice
-        return Event(
-            timestamp=utc_text(at) or "",
-            ts_epoch=round(at, 3),
-            auth_index=hashlib.sha256(account.mail.encode()).hexdigest()[:16],
-            source=account.mail,
-            model=model,
-            input_tokens=into,
-            output_tokens=out,
-            reasoning_tokens=thought,
-            total_tokens=into + out,
-            latency_ms=latency_ms,
-            failed=int(reason is not None),
-            cached_tokens=cached,
-            cache_write_tokens=0,
-            ttft_ms=None if reason else dice.randrange(500, 2600),
-            status_code=status,
-            error=reason,
-            request_id=f"{dice.getrandbits(32):08x}",
-            provider="codex",
-            endpoint="POST /v1/responses",
-            auth_type="oauth",
-            alias=model,
-            reasoning_effort=dice.choice(("low", "medium", "medium", "high", "xhigh")),
-            service_tier="auto",
-            api_key=mask_key(f"sk-demo-client-{dice.randrange(3)}-made-up"),
-            plan=account.plan,
-        )
-
-    def _put(self, events: list[Event], now: float) -> None:
-        for start in range(0, len(events), 2000):
-            self._sequence += 1
-            self.store.store_batch(Parsed(events[start : start + 2000], [], 0), self._sequence, now)
-        if events:
-            self._last_event = events[-1].ts_epoch
+    def _record(self) -> None:
+        """Store the requests that have arrived by now."""
+        now, payloads = self._clock(), []
+        while self._next_at <= now:
+            payloads.append(self._payload(self._next_at))
+            self._next_at = next(self._arrivals)
+        for first in range(0, len(payloads), 2000):
+            parsed = parse_events(payloads[first : first + 2000])
+            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
+            self._traffic.note(parsed.events)
+            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
-        """Let a request arrive every few seconds until ``stop``."""
-        while not stop.wait(self._dice.uniform(1.0, 5.0)):
-            event = self._event(time.time())
-            self._put([event], time.time())
-            self._traffic.note([event])
+        """Let requests arrive at the pace of the week until ``stop``."""
+        while not stop.wait(max(0.0, self._next_at - self._clock())):
+            self._record()
             self._traffic.save_due()
 
-    def status(self) -> dict[str, Any]:
-        """Give a collector's state as it would be with a proxy."""
-        counts = self.store.counts
-        return {
-            "state": self._state,
-            "since": time.time() - 7 * 86400,
-            "until": None,
-            "message": "These data are made up.",
-            "endpoint": "demo",
-            "mode": None,
-            "last_event": self._last_event,
-            "publishing": True,
-            "proxy_version": None,
-            "retention_seconds": None,
-            "clock_ahead_seconds": None,
-            "warning": None,
-            "events": counts["stored"],
-            "rejected": counts["rejected"],
-            "ignored": counts["ignored"],
+    def _payload(self, at: float) -> bytes:
+        """Return a request as the proxy hands it over."""
+        rng = self._rng
+        number = rng.choices(range(len(_DEMO_SENDERS)), [sender.share for sender in _DEMO_SENDERS])[0]
+        sender = _DEMO_SENDERS[number]
+        is_key, model = sender is _DEMO_KEY, rng.choice(sender.models)
+        into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
+        latency_ms = int(1200 + out * rng.uniform(6, 18))
+        request = {
+            "timestamp": utc_text(at),
+            "source": sender.source,
+            "auth_index": hashlib.sha256(sender.source.encode()).hexdigest()[:16],
+            "provider": "gemini" if is_key else "codex",
+            "model": model,
+            "alias": model,
+            "endpoint": "POST /v1beta/models/*action" if is_key else "POST /v1/responses",
+            "auth_type": "apikey" if is_key else "oauth",
+            "api_key": f"sk-demo-client-{rng.randrange(3)}-made-up",
+            "request_id": f"{rng.getrandbits(32):08x}",
+            "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
+            "service_tier": "auto",
         }
+        if rng.random() < sender.failing:
+            status, body = rng.choice(_DEMO_FAILURES)
+            request.update(failed=True, fail={"status_code": status, "body": body}, latency_ms=rng.randrange(200, 1500))
+            return json.dumps(request).encode()
+        request.update(
+            failed=False,
+            fail={"status_code": 200, "body": ""},
+            latency_ms=latency_ms,
+            ttft_ms=rng.randrange(500, min(latency_ms, 2600)),
+            tokens={
+                "input_tokens": into,
+                "output_tokens": out,
+                "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
+                "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
+            },
+            response_headers={} if is_key or sender.source.startswith("old") else self._headers(number, at),
+        )
+        return json.dumps(request).encode()
 
-    def fetch(self, file: AccountFile) -> dict[str, Any]:
-        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
-        if file.email.startswith("old"):
-            raise QuotaFault("relogin", is_final=True)
-        return self._quota_of(file, time.time())
-
-    def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
-        """Give an account's windows at a time: each fills evenly and begins anew at its reset."""
+    def _windows(self, number: int, at: float) -> list[dict[str, Any]]:
+        """Return an account's windows at a time: each fills evenly and begins again at its reset."""
         account = _DEMO_ACCOUNTS[number]
         lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
         known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
@@ -5695,21 +5436,28 @@ class DemoWorld:
             windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
         return windows
 
-    def _headers_of(self, number: int, at: float) -> dict[str, str]:
-        headers = {"x-codex-plan-type": _DEMO_ACCOUNTS[number].plan}
-        for slot, window in zip(("primary", "secondary"), self._windows_of(number, at)):
-            headers[f"x-codex-{slot}-used-percent"] = str(window["used_percent"])
-            headers[f"x-codex-{slot}-window-minutes"] = str(window["limit_window_seconds"] // 60)
-            headers[f"x-codex-{slot}-reset-at"] = str(window["reset_at"])
+    def _headers(self, number: int, at: float) -> dict[str, list[str]]:
+        headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
+        for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
+            headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
+            headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
+            headers[f"X-Codex-{slot}-Reset-At"] = [str(window["reset_at"])]
         return headers
 
-    def _quota_of(self, file: AccountFile, at: float) -> dict[str, Any]:
-        number = int(file.access_token)
-        account = _DEMO_ACCOUNTS[number]
-        windows = self._windows_of(number, at)
-        spent = any(window["used_percent"] == 100 for window in windows)
-        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
-        return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
+    def _reply(self, number: int, at: float) -> dict[str, Any]:
+        return payload_of_headers({name.lower(): text for name, (text,) in self._headers(number, at).items()})
+
+    def fetch(self, file: AccountFile) -> dict[str, Any]:
+        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
+        if file.email.startswith("old"):
+            raise QuotaFault("relogin")
+        return self._reply(int(file.access_token), self._clock())
+
+    def status(self) -> dict[str, Any]:
+        """Return a collector's status as it would be with a proxy."""
+        since, message = self._born_at - 7 * 86400, "These data are made up."
+        status = CollectorStatus("recording", since, message, "demo", last_event=self._last_event, publishing=True)
+        return status.as_json(self.store.counts)
 
 
 # ------------------------------------------------------------------ check
@@ -5987,7 +5735,7 @@ def run_demo(options: Any) -> int:
     server = make_server(config.dashboard_host, config.dashboard_port)
     log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
-        world = DemoWorld(Path(folder), time.time())
+        world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()

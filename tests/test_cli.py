@@ -246,8 +246,7 @@ def test_quota_table_calls_a_reset_that_has_passed_due(program):
     store = app.Store(program.folder / "usage.db")
     window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
     reading = app.parse_quota({"plan_type": "plus", "rate_limit": {"primary_window": window}}, time.time() - 120)
-    row = app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120)
-    store.save_reading({**row, "source": "refresh", "raw_json": None})
+    store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "refresh"))
     store.close()
     assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due", program.run("quota").stdout)
 
@@ -555,8 +554,6 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
         and any(value < 10 for value in left)
     )
     assert {"limited", "relogin", "ok"} <= {row["state"] for row in quotas}
-    before = health["database"]["events"]
-    running.wait_for(lambda: get(port, "/api/health")["database"]["events"] > before, timeout=15)
     assert running.terminate() == 0
     assert sorted(path.name for path in program.folder.iterdir() if not path.name.startswith("__")) == [
         "config.example.json",

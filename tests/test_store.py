@@ -593,14 +593,14 @@ def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
     store.save_reading(reading())
     store.save_reading(reading(account_id_tag="#aaaaaa", plan="team"))
     assert [row["plan"] for row in store.quotas()] == ["plus", "team"]
-    store.forget_quota_accounts([("an@example.com", "#aaaaaa")])
+    store.forget_quota_accounts([("an@example.com", "#3f9a2c")])
     assert [row["plan"] for row in store.quotas()] == ["team"]
 
 
-def test_old_snapshots_are_thinned_to_one_an_hour(store):
+def test_old_snapshots_are_downsampled_to_one_an_hour(store):
     for minute in range(0, 180, 10):
         store.save_reading(reading(ts_epoch=3600 * 400000 + 60 * minute))
-    store.thin_snapshots(3600 * 400002)
+    store.downsample_snapshots(3600 * 400002)
     db = sqlite3.connect(str(store.path))
     assert db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0] == 2 + 6
     db.close()
