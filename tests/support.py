@@ -135,10 +135,6 @@ class Stream:
         self.buffer += data
         return bool(data)
 
-    def has_input(self) -> bool:
-        """Tell whether something can be read without asking the socket."""
-        return bool(self.buffer) or (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0)
-
     def take(self, count: int) -> bytes:
         """Read exactly count bytes."""
         while len(self.buffer) < count:
@@ -292,15 +288,8 @@ def free_port() -> int:
 
 def record(**changes: Any) -> dict[str, Any]:
     """Make the smallest event that is good, as a proxy sends it; a change to None leaves the key out."""
-    base = {
-        "timestamp": "2026-08-22T13:00:00Z",
-        "source": "an@example.com",
-        "auth_index": "00000000000000ab",
-        "model": "gpt-5.4",
-        "provider": "codex",
-        "failed": False,
-        "latency_ms": 10,
-    }
+    base = {"timestamp": "2026-08-22T13:00:00Z", "source": "an@example.com", "auth_index": "00000000000000ab",
+            "model": "gpt-5.4", "provider": "codex", "failed": False, "latency_ms": 10}  # fmt: skip
     return {key: value for key, value in {**base, **changes}.items() if value is not None}
 
 
@@ -316,7 +305,9 @@ def payloads(count: int, first: int = 0) -> list[bytes]:
 
 def event(at: float = NOON, **changes: Any) -> app.Event:
     """Make a stored event that has everything but an error; `changes` are its columns."""
-    return _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    told = {name: changes.pop(name) for name in app.Context._fields if name in changes}
+    made = _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    return made._replace(context=made.context._replace(**told))
 
 
 @functools.lru_cache(maxsize=None)
@@ -328,12 +319,23 @@ def _whole_event() -> app.Event:
     return made._replace(plan="plus")
 
 
-MALFORMED = [
-    b"", b"{", b"\xff\xfe", b"null", b"[]", b"7", b'"text"', b"{}", b"[" * 3000, b'{"timestamp": NaN}',
-    payload(1) + payload(2), b"1,0,2", payload(timestamp="2026-08-22 13:00"),
-    payload(timestamp="1999-01-01T00:00:00Z"), payload(timestamp=1755867600), payload(model=["x"]),
-    payload(latency_ms="12"), payload(latency_ms=10**30),
-    payload(fail=[1]), payload(auth_index={"a": 1}), payload(tokens={"input_tokens": 2**70}),
+MALFORMED = [  # what came, and what is said of it
+    (b"", "not JSON"), (b"{", "not JSON"), (b"1,0,2", "not JSON"), (b'{"timestamp": NaN}', "not JSON"),
+    (b"\xff\xfe", "not UTF-8"), (b"[" * 3000, "too deeply"),
+    (b"null", "not a JSON object"), (b"[]", "not a JSON object"), (b"7", "not a JSON object"),
+    (b'"text"', "not a JSON object"), (payload(1) + payload(2), "not JSON"), (b"{}", "timestamp is missing"),
+    (payload(timestamp=5), "timestamp is missing"),
+    (payload(timestamp="2026-08-22 13:00"), "timestamp is not an RFC 3339 time"),
+    (payload(timestamp="1999-01-01T00:00:00Z"), "timestamp is outside 2020 to 2100"),
+    (payload(tokens=[1]), "tokens is not an object"),
+    (payload(tokens={"input_tokens": "12"}), "tokens.input_tokens is not"),
+    (payload(tokens={"input_tokens": 1.5}), "tokens.input_tokens is not"),
+    (payload(tokens={"total_tokens": True}), "tokens.total_tokens is not"),
+    (payload(tokens={"total_tokens": 2**53}), "tokens.total_tokens is larger"),
+    (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
+    (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
+    (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
+    (payload(fail=[1]), "fail is not an object"),
 ]  # fmt: skip
 ODD_BUT_GOOD = [
     payload(100, model="\ud800"), payload(101, source="a\ud800@x.com"), payload(102, source="\x00"),
@@ -362,22 +364,10 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
 
 def reading(**changes) -> dict[str, Any]:
     """Make a row of quota_snapshots: a good one, of a refresh."""
-    base = {
-        "email": "an@example.com",
-        "account_id_tag": "#3f9a2c",
-        "timestamp": "t",
-        "ts_epoch": NOON,
-        "plan": "plus",
-        "allowed": 1,
-        "limit_reached": 0,
-        "primary_used_percent": 23,
-        "primary_remaining_percent": 77,
-        "state": "ok",
-        "source": "refresh",
-        "windows": "[]",
-    }
-    base.update(changes)
-    return base
+    base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
+            "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77,
+            "state": "ok", "source": "refresh", "windows": "[]"}  # fmt: skip
+    return {**base, **changes}
 
 
 # ---- databases -------------------------------------------------------------------------------------------
@@ -475,17 +465,24 @@ class QuickStop(threading.Event):
 
 
 class Run(Watched):
-    """A collector that runs in a thread of its own; what it logged is in `lines`."""
+    """A collector in a thread of its own; a test sets its clock ahead, and lets its machine sleep."""
 
     RECHECK_S = 0.01
 
-    def __init__(self, config: app.Config, store: app.Store, stop: threading.Event, **options) -> None:
+    def __init__(
+        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
+    ) -> None:
         super().__init__()
+        self.ahead_s = ahead_s
+        self.slept_s = 0.0
+        self.woken = False  # whether it has looked at the time since it slept
         self.stream = io.StringIO()
         self.store = store
         self.stop = stop
         self.error: BaseException | None = None
-        self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
+        self.collector = app.Collector(
+            config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
+        )
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -494,6 +491,13 @@ class Run(Watched):
             self.collector.run()
         except BaseException as error:
             self.error = error
+
+    def _clock(self) -> float:
+        return time.time() + self.ahead_s + self.slept_s
+
+    def _monotonic(self) -> float:
+        self.woken = self.slept_s > 0
+        return app.monotonic_s() + self.slept_s
 
     @property
     def status(self) -> dict:
@@ -562,13 +566,9 @@ class Site:
         self.stop = threading.Event()
         self.status = {"state": "waiting", "message": "Connected."}
         (folder / "page.html").write_text(page_text, encoding="utf-8")
+        log = app.Log((folder / "log").open("w"))
         self.refresher = app.QuotaRefresher(
-            self.config,
-            self.store,
-            app.Log((folder / "log").open("w")),
-            self.stop,
-            clock=lambda: self.now,
-            gap_s=(0, 0),
+            self.config, self.store, log, self.stop, clock=lambda: self.now, gap_s=(0, 0)
         )
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0, head_s)

@@ -19,28 +19,13 @@ import usage_dashboard as app
 
 
 @pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
-def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, proxy, mode):
-    run = collect(proxy, management_password=WRONG, collect_mode=mode)
-    run.wait_for_state("wrong_password")
-    wait_a_while(run)
-    run.end()
-    for _ in range(2):
-        again = collect(proxy, on=open_store(), management_password=WRONG, collect_mode=mode)
-        again.wait_for_state("wrong_password")
-        wait_a_while(again)
-        again.end()
-    assert (proxy.failures, proxy.connections) == (1, 1)
-
-
-@pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
-def test_collector_with_an_empty_key_fails_at_most_once(collect, open_store, proxy, mode):
-    run = collect(proxy, management_password="", collect_mode=mode)
-    run.wait_for_state("no_password")
-    wait_a_while(run)
-    run.end()
-    again = collect(proxy, on=open_store(), management_password="", collect_mode=mode)
-    again.wait_for_state("no_password")
-    wait_a_while(again)
+@pytest.mark.parametrize(("key", "state"), [(WRONG, "wrong_password"), ("", "no_password")])
+def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, proxy, key, state, mode):
+    for _ in range(3):
+        run = collect(proxy, on=open_store(), management_password=key, collect_mode=mode)
+        run.wait_for_state(state)
+        wait_a_while(run)
+        run.end()
     assert proxy.failures == 1 and "management_password" in run.status["message"]
 
 
@@ -92,16 +77,6 @@ def test_collector_restarted_with_another_key_tries_it_once(collect, open_store,
         assert proxy.auth_attempts == number + 1
 
 
-def test_collector_after_a_login_has_forgotten_an_old_refusal(collect, open_store, proxy):
-    first = collect(proxy, management_password=WRONG)
-    first.wait_for_state("wrong_password")
-    first.end()
-    assert first.store.get_meta("refused") is not None
-    run = collect(proxy, on=open_store())
-    run.wait_for_state("waiting")
-    assert run.store.get_meta("refused") is None
-
-
 def test_collector_keeps_no_readable_key_in_the_database(collect, store, proxy):
     run = collect(proxy, management_password=WRONG)
     run.wait_for_state("wrong_password")
@@ -122,58 +97,18 @@ def test_collector_with_a_wrong_key_and_a_locked_database_lives_and_fails_once(c
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shortest"),
-    [(1800, 1795), (45, 43), (59.4, 57), (3600, 3590), (120, 117), (0.3, 0)],
+    ("mode", "seconds", "shortest"),
+    [("auto", 1800, 1795), ("auto", 59.4, 57), ("auto", 3600, 3590), ("auto", 0.3, 0), ("http", 300, 295)],
 )
-def test_collector_that_is_banned_waits_as_long_as_the_proxy_says(collect, proxy, seconds, shortest):
+def test_collector_that_is_banned_waits_as_long_as_the_proxy_says(collect, proxy, mode, seconds, shortest):
     proxy.ban_seconds = seconds
     proxy.ban()
     started_at = time.time()
-    run = collect(proxy)
+    run = collect(proxy, collect_mode=mode)
     run.wait_for_state("banned")
     run.wait_for(lambda: run.stop.waits)
     assert shortest <= run.stop.waits[0] <= seconds + 3
     assert shortest <= run.status["until"] - started_at <= seconds + 6
-
-
-def test_collector_banned_over_http_waits_as_well(collect, proxy):
-    proxy.ban_seconds = 300
-    proxy.ban()
-    run = collect(proxy, collect_mode="http")
-    run.wait_for_state("banned")
-    run.wait_for(lambda: run.stop.waits)
-    assert 295 <= run.stop.waits[0] <= 303
-
-
-def test_collector_of_another_machine_is_told_remote_disabled(collect):
-    with FakeProxy(allow_remote=False, seen_from="192.168.1.7") as proxy:
-        run = collect(proxy)
-        run.wait_for_state("remote_disabled")
-        assert proxy.failures == 0 and "allow-remote" in run.status["message"]
-        proxy.allow_remote = True
-        run.wait_for_state("waiting")
-
-
-@pytest.mark.parametrize(("version", "state"), [("v7.2.140", "home_mode"), ("v7.1.16", "closed")])
-def test_collector_on_a_home_node_says_what_the_proxy_shows(collect, version, state):
-    with FakeProxy(version=version, home_mode=True) as proxy:
-        collect(proxy).wait_for_state(state)
-
-
-@pytest.mark.parametrize(("keys", "state"), [({}, "closed"), ({"collect_mode": "http"}, "closed")])
-def test_collector_without_management_is_closed_and_goes_on_when_it_is_on(collect, keys, state):
-    with FakeProxy(management=False) as proxy:
-        run = collect(proxy, **keys)
-        run.wait_for_state(state)
-        assert "management" in run.status["message"] and proxy.failures == 0
-        proxy.management = True
-        run.wait_for_state("waiting")
-
-
-def test_collector_on_a_proxy_without_a_key_is_closed(collect):
-    with FakeProxy(key="") as proxy:
-        collect(proxy).wait_for_state("closed")
-        assert proxy.failures == 0
 
 
 def test_collector_with_nobody_there_is_unreachable_and_backs_off_doubling(collect):
@@ -191,29 +126,34 @@ def test_collector_whose_queue_key_is_unknown_says_so_and_backs_off_doubling(col
     assert run.stop.waits[4] >= 12  # each login costs the proxy a bcrypt: 1, 2, 4, 8, 16
 
 
-STATES = {
-    "wrong_password": ({}, {"management_password": WRONG}),
-    "not_resp": ({"answer_http_only": True}, {"collect_mode": "pop"}),
-    "closed": ({"management": False}, {}),
-    "home_mode": ({"home_mode": True}, {}),
-    "publishing_off": ({"publishing": False}, {}),
-    "remote_disabled": ({"allow_remote": False, "seen_from": "10.0.0.9"}, {}),
-}
+REFUSING = [  # the state, the proxy, the config, and what makes it well
+    ("wrong_password", {}, {"management_password": WRONG}, {}),
+    ("not_resp", {"answer_http_only": True}, {"collect_mode": "pop"}, {"answer_http_only": False}),
+    ("closed", {"management": False}, {}, {"management": True}),
+    ("closed", {"management": False}, {"collect_mode": "http"}, {"management": True}),
+    ("closed", {"key": ""}, {"management_password": KEY}, {"key": KEY}),
+    ("home_mode", {"home_mode": True}, {}, {"home_mode": False}),
+    ("closed", {"home_mode": True, "version": "v7.1.16"}, {}, {"home_mode": False}),
+    ("publishing_off", {"publishing": False}, {}, {}),
+    ("remote_disabled", {"allow_remote": False, "seen_from": "10.0.0.9"}, {}, {"allow_remote": True}),
+]
 
 
-@pytest.mark.parametrize("state", sorted(STATES))
-def test_collector_in_every_state_shows_a_remedy_once_and_never_the_key(collect, proxy, state):
-    there, here = STATES[state]
-    proxy.key = "Key-Of-The-Owner-77"  # a text that no remedy holds
-    for name, value in there.items():
-        setattr(proxy, name, value)
-    run = collect(proxy, **{"management_password": proxy.key, **here})
-    run.wait_for_state(state)
-    wait_a_while(run, 10)
-    said = json.dumps(run.status) + run.log
-    assert proxy.key not in said and WRONG not in said
-    assert app.STATE_REMEDIES[state] in run.status["message"]
-    assert run.log.count(f"state={state} ") == 1
+@pytest.mark.parametrize(("state", "there", "here", "cure"), REFUSING)
+def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on(collect, state, there, here, cure):
+    with FakeProxy(version=there.get("version", "v7.2.140"), key="Key-Of-The-Owner-77") as proxy:
+        for name, value in there.items():
+            setattr(proxy, name, value)
+        run = collect(proxy, **{"management_password": proxy.key, **here})
+        run.wait_for_state(state)
+        wait_a_while(run, 10)
+        said = json.dumps(run.status) + run.log
+        assert "Key-Of-The-Owner-77" not in said and WRONG not in said
+        assert app.STATE_REMEDIES[state] in run.status["message"] and run.log.count(f"state={state} ") == 1
+        assert proxy.failures == (state == "wrong_password")
+        for name, value in cure.items():
+            setattr(proxy, name, value)
+        run.wait_for_state("waiting" if cure else state)
 
 
 @pytest.mark.parametrize("key", [KEY, WRONG])
@@ -241,38 +181,29 @@ def test_collector_on_a_proxy_that_publishes_nothing_says_so_and_records_as_soon
     assert run.status["publishing"] is True
 
 
-def test_collector_on_a_proxy_that_publishes_again_notices_without_an_event(collect, proxy):
-    ahead = [0.0]
+@pytest.mark.parametrize("state", ["waiting", "recording"])
+def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(collect, proxy, state):
+    run = collect(proxy)
+    if state == "recording":
+        proxy.push(payload(1))
+    run.wait_for_state(state)
     proxy.publishing = False
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
-    run.wait_for_state("publishing_off")
-    asked = len(proxy.http_requests)
-    wait_a_while(run)
-    assert len(proxy.http_requests) == asked
-    proxy.publishing = True
-    ahead[0] = 16.0
-    run.wait_for_state("waiting")
-
-
-def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(collect, proxy):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
-    run.wait_for_state("waiting")
-    proxy.publishing = False
-    ahead[0] = 301.0
+    run.ahead_s = 301.0
     run.wait_for_state("publishing_off")
 
 
 def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(collect, proxy, store):
-    ahead = [0.0]
     proxy.publishing = False
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_state("publishing_off")
+    asked = len(proxy.http_requests)
+    wait_a_while(run)
+    assert len(proxy.http_requests) == asked
     shown = [(outage["reason"], outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, time.time())]
     assert shown == [("publishing_off", None, True)]
     proxy.publishing = True
-    ahead[0] = 20.0
-    run.wait_for_state("waiting")
+    run.ahead_s = 20.0
+    run.wait_for_state("waiting")  # without any event
     (outage,) = store.outages(ALWAYS, time.time())
     assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30
 
@@ -309,13 +240,10 @@ def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_ser
 
 
 def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):
-    slept = [0.0]
-    run = collect(
-        proxy, clock=lambda: time.time() + slept[0], steady=lambda: app.steady_s() + slept[0]
-    )
+    run = collect(proxy)
     run.wait_for_state("waiting")
     wait_a_while(run)
-    slept[0] = 8 * 3600.0
+    run.slept_s = 8 * 3600.0
     run.wait_for(lambda: any(one["to"] for one in store.outages(ALWAYS, time.time())))
     (outage,) = store.outages(ALWAYS, time.time())
     assert (outage["reason"], outage["lost"]) == ("stopped", True)
@@ -323,11 +251,10 @@ def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy
 
 
 def test_collector_whose_clock_was_set_ahead_notes_no_outage(collect, proxy, store):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_state("waiting")
     wait_a_while(run)
-    ahead[0] = 8 * 3600.0
+    run.ahead_s = 8 * 3600.0
     proxy.push(payload(1))
     run.wait_for_events(1)
     wait_a_while(run)
@@ -335,13 +262,12 @@ def test_collector_whose_clock_was_set_ahead_notes_no_outage(collect, proxy, sto
 
 
 def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_ever(collect, proxy, store):
-    ahead = [0.0]
     proxy.publishing = False
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_state("publishing_off")
     proxy.ban()  # over HTTP alone, as behind a reverse proxy that forwards another address
     asked = len(proxy.http_requests)
-    ahead[0] = 20.0
+    run.ahead_s = 20.0
     run.wait_for(lambda: len(proxy.http_requests) > asked)
     proxy.publishing = True
     proxy.push(payload(1))
@@ -350,25 +276,14 @@ def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_eve
 
 
 def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing_ended(collect, proxy):
-    ahead = [0.0]
     proxy.push(payload(1), payload(2))
     proxy.publishing = False
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_events(2)
     run.wait_for_state("publishing_off")
-    ahead[0] = 3.0
+    run.ahead_s = 3.0
     wait_a_while(run)
     assert run.state == "publishing_off"
-
-
-def test_collector_that_was_recording_notices_within_minutes_that_publishing_ended(collect, proxy):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
-    proxy.push(payload(1))
-    run.wait_for_state("recording")
-    proxy.publishing = False
-    ahead[0] = 301.0
-    run.wait_for_state("publishing_off")
 
 
 def test_collector_that_leaves_a_redis_for_a_proxy_forgets_that_nothing_is_forgotten(collect, proxy, store):
@@ -383,7 +298,7 @@ def test_collector_started_on_a_locked_database_notes_the_outage_afterwards(coll
     ended.wait_for_state("waiting")
     ended.end()
     locker = lock(store)
-    run = collect(proxy, on=open_store(), clock=lambda: time.time() + 7200)
+    run = collect(proxy, on=open_store(), ahead_s=7200)
     run.wait_for_state("storage_error")
     locker.close()
     run.wait_for_state("waiting")
@@ -411,48 +326,48 @@ def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
 
 
 def test_collector_with_a_clock_that_jumps_back_has_no_negative_waits(collect, proxy):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_state("waiting")
-    ahead[0] = -86400.0 * 400
+    run.ahead_s = -86400.0 * 400
     proxy.push(payload(1))
     run.wait_for_events(1)
     wait_a_while(run)
     assert min(run.stop.waits) > 0
 
 
-def test_collector_whose_proxy_was_gone_notes_the_outage_with_its_reason(collect, proxy, store):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+@pytest.mark.parametrize("reason", ["refused", "banned", "closed"])
+def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason):
+    if reason == "refused":
+        proxy.stop_listening()
+    elif reason == "banned":
+        proxy.ban()
+    else:
+        proxy.management = False
+    run = collect(proxy)
+    run.wait_for_state(reason)
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
+    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS, time.time())] == [(reason, None)]
+    run.ahead_s = 600.0
+    proxy.lift_ban()
+    proxy.management = True
+    if reason == "refused":
+        proxy.listen_again()
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] == reason and 590 <= outage["to"] - outage["from"] <= 610
+
+
+def test_collector_whose_proxy_went_away_notes_the_outage_from_then_on(collect, proxy, store):
+    run = collect(proxy)
     run.wait_for_state("waiting")
     proxy.stop_listening()
     proxy.disconnect_all()
     run.wait_for_state("unreachable", "refused")
-    ahead[0] = 600.0
+    run.ahead_s = 600.0
     proxy.listen_again()
     run.wait_for_state("waiting")
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["reason"] in ("unreachable", "refused")
-    assert 590 <= outage["to"] - outage["from"] <= 610
-
-
-@pytest.mark.parametrize(("prepare", "reason"), [("ban", "banned"), ("switch_off", "closed")])
-def test_collector_that_was_refused_notes_the_outage_with_its_reason(collect, proxy, store, prepare, reason):
-    ahead = [0.0]
-    if prepare == "ban":
-        proxy.ban()
-    else:
-        proxy.management = False
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
-    run.wait_for_state(reason)
-    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
-    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS, time.time())] == [(reason, None)]
-    ahead[0] = 600.0
-    proxy.lift_ban()
-    proxy.management = True
-    run.wait_for_state("waiting")
-    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == [reason]
-    assert store.outages(ALWAYS, time.time())[0]["to"] is not None
+    assert outage["reason"] in ("unreachable", "refused") and 590 <= outage["to"] - outage["from"] <= 610
 
 
 def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store):
@@ -466,24 +381,23 @@ def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store
 
 def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_store, proxy):
     collect(proxy).end()
-    run = collect(proxy, clock=lambda: time.time() + 7200)
+    run = collect(proxy, ahead_s=7200)
     run.wait_for_state("waiting")
     assert run.store.outages(ALWAYS, time.time()) == []  # it was never connected before
     run.end()
-    again = collect(proxy, on=open_store(), clock=lambda: time.time() + 10800)
+    again = collect(proxy, on=open_store(), ahead_s=10800)
     again.wait_for_state("waiting")
     (outage,) = again.store.outages(ALWAYS, time.time())
     assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
 
 
 def test_collector_stopped_by_a_locked_database_notes_the_outage_afterwards(collect, proxy, store):
-    ahead = [0.0]
-    run = collect(proxy, clock=lambda: time.time() + ahead[0])
+    run = collect(proxy)
     run.wait_for_state("waiting")
     locker = lock(store)
     proxy.push(payload(1))
     run.wait_for_state("storage_error")
-    ahead[0] = 600.0
+    run.ahead_s = 600.0
     locker.close()
     run.wait_for_state("recording")
     assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ GOOD = [sample for sample in QUOTA["samples"] if sample["http_status"] == 200 an
 BAD = [sample for sample in QUOTA["samples"] if sample not in GOOD]
 
 
-def shown(meter):
-    if meter is None:
+def shown(window):
+    if window is None:
         return None
     return {
-        "used_percent": meter.used_percent,
-        "remaining_percent": meter.remaining_percent,
-        "reset_at": meter.reset_at,
+        "used_percent": window.used_percent,
+        "remaining_percent": window.remaining_percent,
+        "reset_at": window.reset_at,
     }
 
 
@@ -31,14 +32,14 @@ def test_sample_reply_gives_the_expected_windows(sample):
     assert reading.state == expect["state"]
     assert shown(reading.five_hour) == expect["five_hour"]
     assert shown(reading.weekly) == expect["weekly"]
-    monthly = [meter for meter in reading.meters if meter.label == "30d"]
+    monthly = [window for window in reading.windows if window.label == "30d"]
     assert shown(monthly[0] if monthly else None) == expect["monthly"]
     if isinstance(expect.get("credits"), dict):
         assert reading.credits_balance == expect["credits"]["balance"]
-    names = [meter.meter for meter in reading.meters if meter.meter not in (None, "Code review")]
+    names = [window.meter for window in reading.windows if window.meter not in (None, "Code review")]
     assert sorted(set(names)) == sorted(expect.get("additional_names", []))
     for other in expect.get("other", []):
-        assert other in [{"seconds": meter.seconds, "used_percent": meter.used_percent} for meter in reading.meters]
+        assert other in [{"seconds": one.seconds, "used_percent": one.used_percent} for one in reading.windows]
 
 
 def body(primary=None, secondary=None, **limits):
@@ -79,7 +80,7 @@ def test_slot_decides_only_where_no_length_is_given():
 def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
     twice = body({"used_percent": 1, "limit_window_seconds": 18000}, {"used_percent": 9, "limit_window_seconds": 18000})
     reading = app.parse_quota(twice, NOW)
-    assert (reading.five_hour.used_percent, reading.weekly, len(reading.meters)) == (9, None, 2)
+    assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +103,9 @@ def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
     ],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
-    meter = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
-    assert meter.used_percent == used
-    assert meter.remaining_percent == (None if used is None else 100 - used)
+    window = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
+    assert window.used_percent == used
+    assert window.remaining_percent == (None if used is None else 100 - used)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,9 @@ def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
         ({"reset_at": "soon"}, None),
         ({"reset_after_seconds": -1}, None),
         ({"reset_at": 10**30}, None),
+        ({"reset_at": 1500000000}, None),  # before there was any such window
+        ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60),
+        ({"reset_after_seconds": 1e300}, None),
         ({}, None),
     ],
 )
@@ -331,14 +335,18 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(through_proxy, sa
 )
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
-    assert app.classify_failure(status, {}, raw.encode()) == state
+    assert app.classify_failure(status, raw.encode()) == state
 
 
-def test_reply_that_drips_is_ended_as_a_whole(through_proxy):
-    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, drip=0.2)
+@pytest.mark.parametrize("status", [200, 429])
+@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
+                         ids=["head", "body", "chunks", "silence"])  # fmt: skip
+def test_reply_that_does_not_end_is_given_up_as_a_whole(through_proxy, answer, status):
+    through_proxy.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
+    began_at = time.monotonic()
     with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(), deadline_s=0.5)
-    assert raised.value.state == "timeout"
+        app.fetch_usage(account_file(), deadline_s=0.4)
+    assert raised.value.state == "timeout" and time.monotonic() - began_at < 2
 
 
 def test_reply_that_is_too_large_or_cut_is_no_reading(through_proxy):
