@@ -308,7 +308,7 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 
 @dataclass(frozen=True)
 class Config:
-    """The effective settings; the README's table explains each key."""
+    """The effective settings; the README's table says what each key means."""
 
     cliproxy_host: str = "127.0.0.1"
     cliproxy_port: int = 6379
@@ -327,16 +327,16 @@ class Config:
 
     @property
     def has_default_queue(self) -> bool:
-        """Whether host and port are the defaults, so that the proxy's own port may be tried too."""
+        """Return whether host and port were left alone, so that the proxy's own port may be tried too."""
         return (self.cliproxy_host, self.cliproxy_port) == (Config.cliproxy_host, Config.cliproxy_port)
 
     @property
     def database_path(self) -> Path:
-        """The absolute path of the database; a relative name counts from the script's folder."""
+        """Return the absolute path of the database; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
     def auth_dirs(self) -> list[Path]:
-        """Return the folders to look for account files in; the first that has any is used."""
+        """Return the folders to look for account files in; the first that has any is the one to use."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
             return [named]
@@ -1910,7 +1910,7 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
-        rows = _rows_to_adopt(db) if version < _SCHEMA_STEPS[-1][0] else 0
+        rows = _rows_to_adopt(db)
         if rows:
             announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
         for number, step in _SCHEMA_STEPS:
@@ -2346,21 +2346,6 @@ class Store:
         return faults
 
 
-def events_to_take_in(path: Path) -> int | None:
-    """Return how many events a file of an earlier version holds, which is left as it is; None for one of this version.
-
-    Raises StoreError where the file cannot be read.
-    """
-    import sqlite3
-
-    try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            return None if version >= _SCHEMA_STEPS[-1][0] else _rows_to_adopt(db)
-    except sqlite3.Error as error:
-        raise StoreError(_store_reason(path, error)) from error
-
-
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
 
@@ -2385,8 +2370,10 @@ def _floor_in(db) -> int:
 
 
 def _rows_to_adopt(db) -> int:
-    table = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'events'").fetchone()
-    return db.execute("SELECT COUNT(*) FROM events").fetchone()[0] if table else 0
+    """Return the number of events in a file of an earlier version; 0 for one of this version."""
+    if db.execute("PRAGMA user_version").fetchone()[0] >= _SCHEMA_STEPS[-1][0] or not _columns_of(db, "events"):
+        return 0
+    return db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
 
 
 def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
@@ -2403,6 +2390,20 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
     provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
     plan = next(filter(None, (event.plan for event in reversed(events))), "")
     return min(times), max(times), provider, plan, plan, identity_id
+
+
+def events_to_adopt(path: Path) -> int:
+    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
+
+    Raises StoreError where the file cannot be read.
+    """
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            return _rows_to_adopt(db)
+    except sqlite3.Error as error:
+        raise StoreError(_store_reason(path, error)) from error
 
 
 def _sums_in(db, table: str, from_bucket: int) -> Sums:
@@ -4590,7 +4591,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, downsample old readings."""
+    """Do the slow chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
         self,
@@ -5488,7 +5489,7 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
     if not path.exists():
         return [Finding("ok", "database: none yet, it is made at the first start")], []
     try:
-        count = events_to_take_in(path)
+        count = events_to_adopt(path)
         if count:
             return [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")], []
         with closing(Store(path)) as store:

@@ -435,18 +435,6 @@ ORIGINAL_ROWS = [
 ]
 
 
-def make_large_original(path, rows=3000):
-    """Write a database of the original that looks large by its ids."""
-    make_original(path, [])
-    db = sqlite3.connect(str(path))
-    db.executemany(
-        "INSERT INTO events(id, ts_epoch, source, model, total_tokens) VALUES (?, ?, 'a@x.com', 'gpt-5.4', 11)",
-        [(5_000_000 + number, NOON + number) for number in range(rows)],
-    )
-    db.commit()
-    db.close()
-
-
 # ---- the collector in a thread ---------------------------------------------------------------------------
 
 
