@@ -512,7 +512,7 @@ class ConnectionClosed(QueueFault):
 
 
 class NoReply(QueueFault):
-    """Report that a reply did not come in time."""
+    """A reply that did not come in time."""
 
 
 class NotResp(QueueFault):
@@ -5437,7 +5437,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
-    except ApiError as error:
+    except DashboardError as error:
         wrong_password = error.code == "password_needed"
         remedy = "correct dashboard_password" if wrong_password else "its log says more; restart it if it stays so"
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
@@ -5452,7 +5452,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
 
 
 def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any] | None:
-    """Return what the dashboard that runs on this machine answers, None where none does. Raises ApiError."""
+    """Return what the dashboard that runs on this machine answers, None where none does. Raises DashboardError."""
     host, port = config.dashboard_host, config.dashboard_port
     own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection = HTTPConnection(own_address, port, timeout=timeout_s)
@@ -5462,7 +5462,7 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
         reply = connection.getresponse()
         content = json.loads(reply.read())
     except socket.timeout as error:
-        raise ApiError(504, "timeout", f"the dashboard on port {port} does not answer in time") from error
+        raise DashboardError(f"the dashboard on port {port} does not answer in time") from error
     except (OSError, HTTPException, ValueError):
         return None
     finally:
@@ -5515,7 +5515,8 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
     if not config.management_password:
         return _check_without_key(config)
     try:
-        store = Store(config.database_path, announce=print)  # made here if need be: a refused key must be remembered
+        # Made here if need be: a refused key must be remembered.
+        store = Store(config.database_path, announce=Log(sys.stderr).line)
     except StoreError:
         return []  # told by the database's own line
     with closing(store):
@@ -5735,12 +5736,11 @@ def _open_browser(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
-def _open_for_reading(config: Config) -> Store:
-    if not config.database_path.exists():
-        raise DashboardError(
-            f"{config.database_path} does not exist yet; start the dashboard once, or name it with --db"
-        )
-    return Store(config.database_path, announce=Log(sys.stderr).line)
+def _open_store(config: Config, must_exist: bool = True) -> Store:
+    path = config.database_path
+    if must_exist and not path.exists():
+        raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    return Store(path, announce=Log(sys.stderr).line)
 
 
 def _reading_app(config: Config, store: Store) -> App:
@@ -5750,7 +5750,7 @@ def _reading_app(config: Config, store: Store) -> App:
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
-    with closing(_open_for_reading(config)) as store:
+    with closing(_open_store(config)) as store:
         summary = api_summary(_reading_app(config, store), {"range": options.range})
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
@@ -5793,7 +5793,7 @@ def run_quota(options: Any) -> int:
             answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
             if not answer["progress"]["total"]:
                 refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
-        except (ApiError, RefreshRefused) as error:
+        except DashboardError as error:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
@@ -5819,7 +5819,7 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
     """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
-    with closing(Store(config.database_path) if refresh else _open_for_reading(config)) as store:
+    with closing(_open_store(config, must_exist=not refresh)) as store:
         app = _reading_app(config, store)
         if refresh:
             app.refresher.start().join()

@@ -1,7 +1,7 @@
 """A stand-in for CLIProxyAPI's usage queue: RESP and HTTP on one real socket, as each of its versions speaks.
 
     with FakeProxy(key="secret-key") as proxy:
-        proxy.push({"timestamp": "2026-05-03T09:14:22Z", ...})
+        proxy.push('{"timestamp": "2026-05-03T09:14:22Z", ...}')
         ...                                     # point the program at proxy.host, proxy.port
         proxy.wait_for(lambda: proxy.queued == 0)
 
@@ -231,12 +231,12 @@ class FakeProxy(SocketServer):
 
     # -- for tests: events
 
-    def push(self, *events: dict[str, Any] | str | bytes) -> None:
+    def push(self, *events: str | bytes) -> None:
         """Publish events; as in the proxy, they vanish while it does not publish or is not managed."""
         with self.change():
             for event in events:
                 if self.publishing and self._management:
-                    self._publish(_payload(event))
+                    self._publish(event.encode() if isinstance(event, str) else event)
 
     def refresh(self) -> None:
         """Tell subscribers that account files may have changed (pollers never see this)."""
@@ -513,13 +513,10 @@ class FakeProxy(SocketServer):
             self._drain(subscriber)
             if subscriber.dismissed and not subscriber.outbox:
                 return
-            readable = [wire.sock]
-            if not wire.has_input():
-                readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
-            if subscriber.woken in readable:
-                subscriber.woken.recv(4096)
-            if wire.sock in readable and not self._answer_in_subscription(subscriber):
-                return
+            readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
+            if wire.sock in readable:
+                return  # nobody speaks in a subscription: the other side is gone
+            subscriber.woken.recv(4096)
 
     def _drain(self, subscriber: Subscriber) -> None:
         while True:
@@ -528,17 +525,6 @@ class FakeProxy(SocketServer):
                     return
                 frame = subscriber.outbox.popleft()
             subscriber.wire.send(frame)
-
-    def _answer_in_subscription(self, subscriber: Subscriber) -> bool:
-        """Refuse one command; False when the connection is to be closed."""
-        wire = subscriber.wire
-        if not wire.buffer and not wire.fill():
-            return False
-        command = read_command(wire)
-        with self.change():
-            self.commands.append(command[0].upper())
-        wire.send(error(f"unknown command '{command[0].lower()}'"))
-        return True
 
     # -- HTTP
 
@@ -605,35 +591,23 @@ class FakeProxy(SocketServer):
         return http_reply(status, body, "application/json; charset=utf-8", version)
 
 
-def _payload(event: dict[str, Any] | str | bytes) -> bytes:
-    if isinstance(event, bytes):
-        return event
-    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return text.encode()
-
-
 def read_command(wire: Wire) -> list[str]:
     """Read one command; an empty array gives an empty list."""
-    first = wire.line()
-    if first[:1] != b"*":
-        raise ProtocolError
-    return [_read_argument(wire) for _ in range(max(0, _integer(first[1:])))]
+    return [_read_argument(wire) for _ in range(_length_after(wire, b"*"))]
 
 
 def _read_argument(wire: Wire) -> str:
-    line = wire.line()
-    kind, rest = line[:1], line[1:]
-    if kind in (b"+", b":"):
-        return rest.decode("utf-8", "replace")
-    if kind != b"$":
-        raise ProtocolError
-    length = _integer(rest)
-    if length < 0:
-        return ""
-    data = wire.take(length + 2)
+    data = wire.take(_length_after(wire, b"$") + 2)
     if data[-2:] != b"\r\n":
         raise ProtocolError
     return data[:-2].decode("utf-8", "replace")
+
+
+def _length_after(wire: Wire, sign: bytes) -> int:
+    line = wire.line()
+    if line[:1] != sign:
+        raise ProtocolError
+    return max(0, _integer(line[1:]))
 
 
 def _integer(digits: bytes) -> int:

@@ -135,10 +135,6 @@ class Stream:
         self.buffer += data
         return bool(data)
 
-    def has_input(self) -> bool:
-        """Tell whether something can be read without asking the socket."""
-        return bool(self.buffer) or (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0)
-
     def take(self, count: int) -> bytes:
         """Read exactly count bytes."""
         while len(self.buffer) < count:
@@ -323,12 +319,23 @@ def _whole_event() -> app.Event:
     return made._replace(plan="plus")
 
 
-MALFORMED = [
-    b"", b"{", b"\xff\xfe", b"null", b"[]", b"7", b'"text"', b"{}", b"[" * 3000, b'{"timestamp": NaN}',
-    payload(1) + payload(2), b"1,0,2", payload(timestamp="2026-08-22 13:00"),
-    payload(timestamp="1999-01-01T00:00:00Z"), payload(timestamp=1755867600), payload(model=["x"]),
-    payload(latency_ms="12"), payload(latency_ms=10**30),
-    payload(fail=[1]), payload(auth_index={"a": 1}), payload(tokens={"input_tokens": 2**70}),
+MALFORMED = [  # what came, and what is said of it
+    (b"", "not JSON"), (b"{", "not JSON"), (b"1,0,2", "not JSON"), (b'{"timestamp": NaN}', "not JSON"),
+    (b"\xff\xfe", "not UTF-8"), (b"[" * 3000, "too deeply"),
+    (b"null", "not a JSON object"), (b"[]", "not a JSON object"), (b"7", "not a JSON object"),
+    (b'"text"', "not a JSON object"), (payload(1) + payload(2), "not JSON"), (b"{}", "timestamp is missing"),
+    (payload(timestamp=5), "timestamp is missing"),
+    (payload(timestamp="2026-08-22 13:00"), "timestamp is not an RFC 3339 time"),
+    (payload(timestamp="1999-01-01T00:00:00Z"), "timestamp is outside 2020 to 2100"),
+    (payload(tokens=[1]), "tokens is not an object"),
+    (payload(tokens={"input_tokens": "12"}), "tokens.input_tokens is not"),
+    (payload(tokens={"input_tokens": 1.5}), "tokens.input_tokens is not"),
+    (payload(tokens={"total_tokens": True}), "tokens.total_tokens is not"),
+    (payload(tokens={"total_tokens": 2**53}), "tokens.total_tokens is larger"),
+    (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
+    (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
+    (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
+    (payload(fail=[1]), "fail is not an object"),
 ]  # fmt: skip
 ODD_BUT_GOOD = [
     payload(100, model="\ud800"), payload(101, source="a\ud800@x.com"), payload(102, source="\x00"),

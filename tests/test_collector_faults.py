@@ -164,16 +164,16 @@ def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, posit
 
 
 def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(collect, proxy):
-    good = payloads(len(MALFORMED), first=200)
-    mixed = [one for pair in zip(MALFORMED, good) for one in pair]
+    bad = [raw for raw, _ in MALFORMED]
+    good = payloads(len(bad), first=200)
+    mixed = [one for pair in zip(bad, good) for one in pair]
     proxy.push(*mixed, *ODD_BUT_GOOD, b'{"refresh":true}', payload(99, generate=False))
     run = collect(proxy)
     run.wait_for(lambda: run.accounted >= len(proxy.handed_over) > 0 and proxy.queued == 0)
-    status = run.status
-    assert (status["events"], status["rejected"], status["ignored"]) == (
-        len(good) + len(ODD_BUT_GOOD), len(MALFORMED), 2)  # fmt: skip
+    counted = [run.status[name] for name in ("events", "rejected", "ignored")]
+    assert counted == [len(good) + len(ODD_BUT_GOOD), len(bad), 2]
     kept = rows(run.store.path, "SELECT reason, length, event FROM rejected_events ORDER BY id")
-    assert [row[1] for row in kept] == [len(raw) for raw in MALFORMED]
+    assert [row[1] for row in kept] == [len(raw) for raw in bad]
     assert all(reason for reason, _, _ in kept) and run.store.find_faults() == []
 
 
