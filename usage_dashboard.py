@@ -290,7 +290,7 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report every fault of the configuration at once, and what else is odd: often it is the fault's cause."""
+    """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
 
     exit_code = 2
     code = "bad_config"
@@ -337,88 +337,50 @@ class Config:
 
     def auth_dirs(self) -> list[Path]:
         """Return the folders to look for account files in; the first that has any is the one to use."""
-        named = Path(os.path.expanduser(self.auth_dir))
-        if self.auth_dir != Config.auth_dir:
-            return [named]
-        return [named, Path(os.path.expanduser("~/.cli-proxy-api"))]
+        others = ["~/.cli-proxy-api"] if self.auth_dir == Config.auth_dir else []
+        return [Path(os.path.expanduser(name)) for name in (self.auth_dir, *others)]
 
 
-def _valid_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be a text in double quotes")
-    return value
-
-
-def _valid_secret(value: Any) -> str:
-    text = _valid_text(value)
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
-        raise ValueError("must not hold line breaks or other control characters")
-    return text
-
-
-def _valid_name(value: Any) -> str:
-    if not _valid_text(value).strip():
-        raise ValueError("must not be empty")
-    return value
-
-
-def _valid_host(value: Any) -> str:
-    host = _valid_name(value).strip()
-    if "/" in host:
-        raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
-    if re.match(r"[^:\s]+:\d+\Z", host):
-        raise ValueError("must be a host name or address alone; the port has a key of its own")
-    if re.search(r"\s", host):
-        raise ValueError("must not hold spaces")
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
-
-
-def _valid_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false, without quotes")
-    return value
-
-
-def _valid_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        kind = "whole number" if whole else "number"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-            raise ValueError(f"must be a {kind} from {low} to {high}, without quotes")
-        return value
-
-    return check
-
-
-def _valid_mode(value: Any) -> str:
-    if value not in COLLECT_MODES:
-        raise ValueError("must be one of " + ", ".join(f'"{mode}"' for mode in COLLECT_MODES))
-    return value
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "cliproxy_host": _valid_host,
-    "cliproxy_port": _valid_number(1, 65535),
-    "cliproxy_tls": _valid_flag,
-    "management_password": _valid_secret,
-    "queue_key": _valid_name,
-    "collect_mode": _valid_mode,
-    "poll_interval_seconds": _valid_number(0.1, 3600, whole=False),
-    "quota_refresh_seconds": _valid_number(0, 86400),
-    "auth_dir": _valid_name,
-    "database": _valid_name,
-    "retention_days": _valid_number(0, 36500),
-    "dashboard_host": _valid_host,
-    "dashboard_port": _valid_number(0, 65535),
-    "dashboard_password": _valid_secret,
+_RANGES = {
+    "cliproxy_port": (1, 65535),
+    "poll_interval_seconds": (0.1, 3600),
+    "quota_refresh_seconds": (0, 86400),
+    "retention_days": (0, 36500),
+    "dashboard_port": (0, 65535),
 }
-_OTHER_NAMES = {"management_key": "management_password"}
-_ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
+
+
+def _fault_of(key: str, value: Any) -> str | None:
+    """Return what is wrong with a value of this key, which must be known."""
+    if key in _RANGES:
+        low, high = _RANGES[key]
+        kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        return None if is_number and low <= value <= high else f"must be a {kind} from {low} to {high}, without quotes"
+    if key == "cliproxy_tls":
+        return None if isinstance(value, bool) else "must be true or false, without quotes"
+    if key == "collect_mode":
+        modes = ", ".join(f'"{mode}"' for mode in COLLECT_MODES)
+        return None if value in COLLECT_MODES else f"must be one of {modes}"
+    if not isinstance(value, str):
+        return "must be a text in double quotes"
+    if key.endswith("_password"):
+        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
+    if not value.strip():
+        return "must not be empty"
+    return _fault_of_host(value.strip()) if key.endswith("_host") else None
+
+
+def _fault_of_host(host: str) -> str | None:
+    if "/" in host:
+        return 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
+    if re.match(r"[^:\s]+:\d+\Z", host):
+        return "must be a host name or address alone; the port has a key of its own"
+    return "must not hold spaces" if re.search(r"\s", host) else None
 
 
 def load_config(
-    path: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
     """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
 
@@ -429,59 +391,55 @@ def load_config(
     warnings: list[str] = []
     values: dict[str, Any] = {}
     shown = path if path is not None else BASE_DIR / "config.json"
-    for key, value in _read_config_file(shown, path is not None, faults).items():
-        _take_key(key, value, str(shown), values, faults, warnings)
-    for name in _ENVIRONMENT:
-        secret = (env if env is not None else os.environ).get(name, "")
-        if secret:
-            _take_key("management_password", secret, f"the environment variable {name}", values, faults, warnings)
-            break
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _take_key(key, value, "the command line", values, faults, warnings)
+    env = os.environ if env is None else env
+    entries = [(str(shown), *item) for item in _read_config_file(shown, path is not None, faults).items()]
+    names = [name for name in ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD") if env.get(name)]
+    entries += [(f"the environment variable {name}", "management_password", env[name]) for name in names[:1]]
+    entries += [("the command line", *item) for item in (flags or {}).items() if item[1] is not None]
+    for where, key, value in entries:
+        _take_key(where, key, value, values, faults, warnings)
     if faults:
         raise ConfigError(faults, warnings)
     return Config(**values), warnings
 
 
 def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str, Any]:
+    content, fault = {}, None
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        if required:
-            faults.append(f"{path} does not exist; copy config.example.json there or leave out --config")
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        faults.append(f"{path} cannot be read: {reason}")
-        return {}
-    try:
-        content = json.loads(text)
+        fault = "does not exist; copy config.example.json there or leave out --config" if required else None
+    except OSError as error:
+        fault = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        fault = "cannot be read: it is not UTF-8 text"
     except ValueError as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
-        faults.append(f"{path} is not valid JSON{where}; compare it with config.example.json")
-        return {}
+        fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
-        faults.append(f"{path} must hold one JSON object, {{ … }}")
-        return {}
+        content, fault = {}, "must hold one JSON object, { … }"
+    if fault:
+        faults.append(f"{path} {fault}")
     return content
 
 
-def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
-    name = _OTHER_NAMES.get(key, key)
-    if name not in _CHECKS:
+def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
+    name = "management_password" if key == "management_key" else key
+    known = [*asdict(Config()), "management_key"]
+    if key not in known:
         import difflib
 
-        close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
+        close = difflib.get_close_matches(key, known, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
     if name != key and name in values and values[name] != value:
         warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
-    try:
-        values[name] = _CHECKS[name](value)
-    except ValueError as error:
-        faults.append(f'{where}: "{key}" {error}')
+    fault = _fault_of(name, value)
+    if fault:
+        faults.append(f'{where}: "{key}" {fault}')
+    else:
+        values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
 
 
 # ------------------------------------------------------------------ resp
