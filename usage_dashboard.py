@@ -1162,9 +1162,23 @@ class Account:
     last_at: float
     identity_ids: list[int]
 
+    def takes_over(self, old: Account) -> bool:
+        """Return whether this newer login of the same mail replaces the older one."""
+        if self.provider and old.provider and self.provider != old.provider:
+            return False
+        if not self.auth_index or not old.auth_index:
+            return True  # without an index there is nothing to tell them apart by
+        same_plan = self.plan == old.plan or not self.plan or not old.plan
+        # A new login's first request may start before the old one's last stream ends.
+        return same_plan and old.last_at <= self.first_at + 900
 
-# A new login's first request may start before the old one's last stream ends.
-_LOGIN_OVERLAP_S = 900.0
+    def join(self, new: Account) -> None:
+        """Add the identities of a newer login of this account, and what it tells."""
+        if new.last_at >= self.last_at:
+            self.auth_index, self.source = new.auth_index or self.auth_index, new.source
+            self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
+        self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
+        self.identity_ids = self.identity_ids + new.identity_ids
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
@@ -1182,12 +1196,12 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     for group in by_index.values():
         account = _account_of_index(group)
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        earlier = next((known for known in same_mail if _takes_over(account, known)), None)
+        earlier = next((known for known in same_mail if account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
             same_mail.append(account)
         else:
-            _join(earlier, account)
+            earlier.join(account)
     _name_apart(accounts)
     return accounts
 
@@ -1208,24 +1222,6 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
         newest.last_at,
         [one.id for one in group],
     )
-
-
-def _takes_over(new: Account, old: Account) -> bool:
-    """Return whether a newer login of the same mail replaces the older one."""
-    if new.provider and old.provider and new.provider != old.provider:
-        return False
-    if not new.auth_index or not old.auth_index:
-        return True  # without an index there is nothing to tell them apart by
-    same_plan = new.plan == old.plan or not new.plan or not old.plan
-    return same_plan and old.last_at <= new.first_at + _LOGIN_OVERLAP_S
-
-
-def _join(old: Account, new: Account) -> None:
-    if new.last_at >= old.last_at:
-        old.auth_index, old.source = new.auth_index or old.auth_index, new.source
-        old.plan, old.provider = new.plan or old.plan, new.provider or old.provider
-    old.first_at, old.last_at = min(old.first_at, new.first_at), max(old.last_at, new.last_at)
-    old.identity_ids = old.identity_ids + new.identity_ids
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
@@ -1260,7 +1256,7 @@ class AccountFile(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """The stable tag of the account id."""
+        """Return a stable tag of the login, which does not reveal its id."""
         return "#" + short_tag(self.account_id, self.email)
 
     def __repr__(self) -> str:
@@ -1268,31 +1264,28 @@ class AccountFile(NamedTuple):
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, with a sentence for each odd file.
+    """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
 
     A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
     opened for reading only, and never followed into sub-folders.
     """
-    folder, found, problems = folders[0], [], []
-    for candidate in folders:
-        found, odd = _read_folder(candidate)
+    problems: list[str] = []
+    for folder in folders:
+        found, odd = _read_folder(folder)
         problems += odd
         if found:
-            folder = candidate
             break
+    else:
+        folder = folders[0]
     newest: dict[tuple[str, str], AccountFile] = {}
     for file in sorted(found, key=lambda file: not file.account_id):
-        key = _login_of(file, newest)
+        same_mail = [key for key in newest if key[1] == file.email]
+        # An old file without the id belongs to the only login with its mail.
+        key = same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
         known = newest.get(key)
         if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
             newest[key] = file._replace(account_id=file.account_id or key[0])
     return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
-
-
-def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Return (account id, mail); an old file without the id belongs to the only login with its mail."""
-    same_mail = [key for key in known if key[1] == file.email]
-    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
@@ -1305,30 +1298,20 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
         try:
             file = read_account_file(path)
         except ValueError as error:
-            problems.append(f"{_masked_name(path)} is skipped: {error}")
+            masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
+            problems.append(f"{_printable(masked_name)} is skipped: {error}")
             continue
         if file is not None:
             found.append(file)
     return found, problems
 
 
-def _masked_name(path: Path) -> str:
-    """Return a file's name with the mail in it masked, as the console shows mails."""
-    return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
-
-
-def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd.
-
-    The proxy rewrites its files in place, so one that is caught half-written is read a second time.
-    """
-    for attempt in range(attempts):
-        try:
-            content = _read_json_file(path)
-            break
-        except ValueError:
-            if attempt == attempts - 1:
-                raise
+def read_account_file(path: Path) -> AccountFile | None:
+    """Read one file; None where it is of another provider. Raises ValueError that says what is odd."""
+    try:
+        content = _read_json_file(path)
+    except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
+        content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     if _word(content.get("type")).lower() != "codex":
@@ -1338,7 +1321,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     about = about if isinstance(about, dict) else {}
     token = _word(content.get("access_token"))
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not (token + account_id).isascii() or not (token + account_id).isprintable() or " " in token + account_id:
+    if not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
@@ -1348,7 +1331,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         token,
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
-        _freshness(content),
+        _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
         auth_index_of(os.path.abspath(str(path))),
         _any_time(about.get("chatgpt_subscription_active_until")),
     )
@@ -1387,16 +1370,6 @@ def _claims(token: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return claims if isinstance(claims, dict) else {}
-
-
-def _freshness(content: Mapping[str, Any]) -> str:
-    """Return a text that sorts by when the login was renewed."""
-    for name in ("last_refresh", "expired"):
-        try:
-            return parse_time(_word(content.get(name)))[1]
-        except ValueError:
-            continue
-    return ""
 
 
 def _any_time(value: Any) -> str | None:
