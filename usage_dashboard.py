@@ -2550,9 +2550,6 @@ def _cut(levels: Sequence[_RollUp], start: float, end: float) -> Iterable[tuple[
 # ------------------------------------------------------------------ quota
 
 
-USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
-
-
 class QuotaWindow(NamedTuple):
     """One quota window of an account; None is unknown.
 
@@ -2572,6 +2569,10 @@ class QuotaWindow(NamedTuple):
     def is_due(self, now: float) -> bool:
         """Return whether the reset has passed, so that what was used says nothing any more."""
         return self.reset_at is not None and self.reset_at <= now
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the window as the database and ``/api/quota`` hold it, its reset as ISO UTC text."""
+        return {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
 
 
 class Reading(NamedTuple):
@@ -2624,7 +2625,8 @@ def parse_quota(payload: Any, now: float) -> Reading:
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
     limits = limits if isinstance(limits, dict) else {}
-    allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
+    flags = (limits.get("allowed"), limits.get("limit_reached"))
+    allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
     # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
     binding = [window for window in main if window.label != "5h" or not allowed]
@@ -2642,10 +2644,6 @@ def parse_quota(payload: Any, now: float) -> Reading:
         main + _extra_windows(payload, now),
         _credits_balance(payload.get("credits")),
     )
-
-
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
@@ -2690,12 +2688,10 @@ def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     return None
 
 
-_KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
-
-
 def window_label(seconds: int) -> str:
     """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
-    for length, label in _KNOWN_LENGTHS:
+    days = ((86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
+    for length, label in ((_FIVE_HOURS_S, "5h"), *days):
         if abs(seconds - length) <= 0.05 * length:
             return label
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -2757,34 +2753,30 @@ def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
-    return {
-        f"{slot}_window": _window_of_headers(headers, f"x-codex-{group}{slot}-") for slot in ("primary", "secondary")
-    }
-
-
-def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
-    minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
-    window = {
-        "used_percent": used,
-        "limit_window_seconds": None if minutes is None else minutes * 60,
-        "reset_at": headers.get(prefix + "reset-at"),
-        "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
-    }
-    if used is None or minutes is None or not 0 < minutes * 60 <= _LONGEST_WINDOW_S:
-        return None
-    return window if _reset_at(window, _EARLIEST_AT) is not None else None
+    limits = {}
+    for slot in ("primary", "secondary"):
+        prefix = f"x-codex-{group}{slot}-"
+        minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
+        window = {
+            "used_percent": used,
+            "limit_window_seconds": 60 * (minutes or 0),
+            "reset_at": headers.get(prefix + "reset-at"),
+            "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
+        }
+        is_known = used is not None and 0 < window["limit_window_seconds"] <= _LONGEST_WINDOW_S
+        if is_known and _reset_at(window, _EARLIEST_AT) is not None:
+            limits[f"{slot}_window"] = window
+    return limits
 
 
 def classify_failure(status: int, body: bytes) -> str:
     """Return the state that an HTTP status other than 200 stands for, by status and error code."""
     code, message = _json_error(body.decode("utf-8", "replace"))
     reason = code or message
-    if "deactivated" in reason:
+    if status == 402 or "deactivated" in reason:
         return "deactivated"
     if status == 401:
         return "expired" if code == "token_expired" or not code else "relogin"
-    if status == 402:
-        return "deactivated"
     if status == 403:
         if "unsupported_country" in reason:
             return "region_blocked"
@@ -2810,25 +2802,24 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     def call() -> None:
         try:
             outcomes.append(_ask_usage(file, proxies, deadline_s))
-        except Exception as error:  # raised again below
+        except Exception as error:  # raised below, in the caller's thread
             outcomes.append(error)
 
     thread = threading.Thread(target=call, name="chatgpt", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    if not outcomes:
-        raise QuotaFault("timeout")
-    if isinstance(outcomes[0], Exception):
-        raise outcomes[0]
-    return outcomes[0]
+    outcome = outcomes[0] if outcomes else QuotaFault("timeout")
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
     import urllib.request
-    from http.client import HTTPException
 
     ends_at = time.monotonic() + deadline_s
-    request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    url = "https://chatgpt.com/backend-api/wham/usage"
+    request = urllib.request.Request(url, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
@@ -2868,12 +2859,12 @@ def proxies_of(file: AccountFile) -> dict[str, str]:
     return {"https": file.proxy_url} if file.proxy_url else getproxies()
 
 
-def _clock_ahead(date: str | None) -> float | None:
+def _clock_ahead(date: Any) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
     try:
-        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+        return parsedate_to_datetime(date).timestamp() - time.time()
     except (TypeError, ValueError):
         return None
 
@@ -2912,15 +2903,12 @@ def reading_row(
         "secondary_used_percent": weekly.used_percent,
         "secondary_remaining_percent": weekly.remaining_percent,
         "secondary_reset_at": utc_text(weekly.reset_at),
-        "windows": _windows_text(reading.windows),
+        "windows": json.dumps([window.as_json() for window in reading.windows], ensure_ascii=False),
         "credits_balance": reading.credits_balance,
         "raw_json": raw_json,
         "source": source,
         "state": reading.state,
     }
-
-
-_IDENTIFYING = frozenset(["email", "user_id", "account_id"])
 
 
 def _without_identity(value: Any, depth: int = 0) -> Any:
@@ -2929,28 +2917,13 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
         return {
             _printable(str(key)[:80]): _without_identity(item, depth + 1)
             for key, item in value.items()
-            if key not in _IDENTIFYING
+            if key not in ("email", "user_id", "account_id")
         }
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
         return without_secrets(value, 300)
     return value if isinstance(value, (int, float, bool, type(None))) else None
-
-
-def _window_json(window: QuotaWindow) -> dict[str, Any]:
-    return {
-        "label": window.label,
-        "seconds": window.seconds,
-        "used_percent": window.used_percent,
-        "remaining_percent": window.remaining_percent,
-        "reset_at": utc_text(window.reset_at),
-        "meter": window.meter,
-    }
-
-
-def _windows_text(windows: Iterable[QuotaWindow]) -> str:
-    return json.dumps([_window_json(window) for window in windows], ensure_ascii=False)
 
 
 _PLACES = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
@@ -2977,9 +2950,6 @@ def _epoch(text: str | None) -> float | None:
         return None
 
 
-_SLOT_S = 300.0  # of an account's readings from traffic one row is kept for each of these
-
-
 def merge_traffic_reading(
     row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
 ) -> Mapping[str, Any] | None:
@@ -2997,8 +2967,9 @@ def merge_traffic_reading(
     present = {None, *(window.meter for window in windows)}
     windows += [window for window in windows_of(before) if window.meter not in present]
     credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
-    merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
-    if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
+    text = json.dumps([window.as_json() for window in windows], ensure_ascii=False)
+    merged = {**row, "windows": text, "credits_balance": credits}
+    if before["source"] == "traffic" and before["ts_epoch"] // 300 == row["ts_epoch"] // 300:
         merged["id"] = before["id"]
     return merged
 
@@ -3047,7 +3018,7 @@ class TrafficReadings:
         if index != event.context.auth_index:
             return False
         limits = _limits_of_headers(headers, "").values()
-        used_up = any(window is not None and window["used_percent"] >= 100 for window in limits)
+        used_up = any(window["used_percent"] >= 100 for window in limits)
         return not event.failed or (event.status_code == 429 and used_up)
 
     def save_due(self) -> None:
@@ -3101,8 +3072,12 @@ class UsagePoint(NamedTuple):
     used_percent: float
     reset_at: float
 
+    def runs_out_at(self, rise: float, lasted_s: float) -> float | None:
+        """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+        at = self.at + (100 - self.used_percent) / rise * lasted_s if rise > 0 else self.reset_at
+        return at if at < self.reset_at else None
 
-_FEWEST_POINTS, _SHORTEST_RISE_S, _OLDEST_POINT_S = 3, 600.0, 900.0
+
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
@@ -3130,25 +3105,15 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
         same.append(point)
-    if len(same) < _FEWEST_POINTS:
+    if len(same) < 3:
         return None
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
-    if lasted_s < _SHORTEST_RISE_S or now - last.at > _OLDEST_POINT_S:
+    if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
         return None
-    if last.used_percent >= 100 or last.reset_at <= now:
-        return None
-    slow, likely, fast = (_runs_out_at(last, rise + off, lasted_s) for off in (-1, 0, 1))
+    slow, likely, fast = (last.runs_out_at(rise + off, lasted_s) for off in (-1, 0, 1))
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
-
-
-def _runs_out_at(last: UsagePoint, rise: float, lasted_s: float) -> float | None:
-    """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
-    if rise <= 0:
-        return None
-    at = last.at + (100 - last.used_percent) / rise * lasted_s
-    return at if at < last.reset_at else None
 
 
 def _quota_json(
@@ -3170,7 +3135,7 @@ def _quota_json(
             window = window._replace(used_percent=None)
         elif window.meter is None:
             pace = forecast(points.get(window.label, ()), now)
-        answer["windows"].append({**_window_json(window), "due": due, "forecast": pace})
+        answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
     due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
     for place, label, _ in _PLACES:
         if label in due_labels:
@@ -3197,9 +3162,6 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
     return same[0].name if len(same) == 1 else None
 
 
-_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
-
-
 def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
     """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
@@ -3209,7 +3171,7 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for row in quotas:
         for window in row["windows"]:
-            if window["meter"] is None and row["state"] not in _OUT_OF_THE_POOL:
+            if window["meter"] is None and row["state"] not in ("disabled", "deactivated", "relogin", "no_token"):
                 by_label.setdefault(window["label"], []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
     pools = (_pool_of_label(label, members, now) for label, members in ordered)
