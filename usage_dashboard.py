@@ -1266,7 +1266,7 @@ class AccountFile(NamedTuple):
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
     """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
 
-    A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
+    A file is recognised by its content, not its name. Of two files of one login the fresher one counts. Files are
     opened for reading only, and never followed into sub-folders.
     """
     problems: list[str] = []
@@ -2576,7 +2576,7 @@ class QuotaWindow(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+    """The content of one reply; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
 
     state: str
     plan: str | None
@@ -2615,11 +2615,11 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Parse a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+    """Parse a reply of the usage endpoint; a window is identified by its length, or by its slot where it has none.
 
-    A length within 5 % of five hours or a week fills that place; only a window without any length is taken
-    by its slot. Numbers that cannot be are unknown. Raises QuotaFault("bad_response") where the reply is no JSON
-    object. The endpoint is undocumented; its shape is that of the official client's models.
+    A length within 5 % of five hours or a week counts as that. Impossible numbers are unknown. Raises
+    QuotaFault("bad_response") where the reply is no JSON object. The endpoint is undocumented; its shape is that of
+    the official client's models.
     """
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
@@ -2628,7 +2628,7 @@ def parse_quota(payload: Any, now: float) -> Reading:
     flags = (limits.get("allowed"), limits.get("limit_reached"))
     allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
-    # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
+    # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
     binding = [window for window in main if window.label != "5h" or not allowed]
     if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
@@ -2690,8 +2690,8 @@ def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
 
 def window_label(seconds: int) -> str:
     """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
-    days = ((86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
-    for length, label in ((_FIVE_HOURS_S, "5h"), *days):
+    usual = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
+    for length, label in usual:
         if abs(seconds - length) <= 0.05 * length:
             return label
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -2718,7 +2718,7 @@ def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
 
 
 def _credits_balance(credits: Any) -> str | None:
-    """Return the credits as text; None where there are none to tell of or the seat hides them."""
+    """Return the credits as text; None where the reply has none."""
     if not isinstance(credits, dict):
         return None
     if credits.get("unlimited") is True:
@@ -2851,7 +2851,7 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
 
 
 def proxies_of(file: AccountFile) -> dict[str, str]:
-    """Return the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    """Return the proxies for chatgpt.com: the account's own, else the environment's; ``direct`` means none."""
     from urllib.request import getproxies
 
     if file.proxy_url.lower() in ("direct", "none"):
@@ -2859,7 +2859,7 @@ def proxies_of(file: AccountFile) -> dict[str, str]:
     return {"https": file.proxy_url} if file.proxy_url else getproxies()
 
 
-def _clock_ahead(date: Any) -> float | None:
+def _clock_ahead(date: str | None) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
@@ -2875,18 +2875,16 @@ def _clock_ahead(date: Any) -> float | None:
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
     """Return the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
     raw_json = json.dumps(_without_identity(payload), ensure_ascii=False)
-    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, "refresh", raw_json)
+    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, raw_json)
 
 
 def reading_row(
-    reading: Reading,
-    account: tuple[str, str],
-    plan: str,
-    at: float,
-    source: str = "traffic",
-    raw_json: str | None = None,
+    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None
 ) -> dict[str, Any]:
-    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
+    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``.
+
+    Without ``raw_json``, the usage endpoint's reply, it is a reading from traffic.
+    """
     unknown = QuotaWindow("", None, None, None, None)
     five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
     return {
@@ -2906,7 +2904,7 @@ def reading_row(
         "windows": json.dumps([window.as_json() for window in reading.windows], ensure_ascii=False),
         "credits_balance": reading.credits_balance,
         "raw_json": raw_json,
-        "source": source,
+        "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
     }
 
@@ -2914,11 +2912,8 @@ def reading_row(
 def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
-        return {
-            _printable(str(key)[:80]): _without_identity(item, depth + 1)
-            for key, item in value.items()
-            if key not in ("email", "user_id", "account_id")
-        }
+        kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
+        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
@@ -2950,9 +2945,7 @@ def _epoch(text: str | None) -> float | None:
         return None
 
 
-def merge_traffic_reading(
-    row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
-) -> Mapping[str, Any] | None:
+def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
     """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
     What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
@@ -2977,11 +2970,8 @@ def merge_traffic_reading(
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
 
-    Once a minute at most the newest of each account is saved. One that cannot be told whose it is, is left out.
+    The newest of each account is saved once a minute at most. A reading whose account is uncertain is left out.
     """
-
-    _PAUSE_S = 60.0
-    _KEPT_REPLIES = 2000
 
     def __init__(
         self,
@@ -3007,13 +2997,13 @@ class TrafficReadings:
         """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
 
         The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
+        shows the last one's. No two accounts' headers are equal, resets included. Of failures only a used-up quota
+        counts, where the headers agree.
         """
         reply = tuple(headers.items())
         index = self._replies.pop(reply, event.context.auth_index)
         self._replies[reply] = index
-        if len(self._replies) > self._KEPT_REPLIES:
+        if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
         if index != event.context.auth_index:
             return False
@@ -3026,7 +3016,7 @@ class TrafficReadings:
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
-        self._next_s = now_s + self._PAUSE_S
+        self._next_s = now_s + 60
         files = find_account_files(self._folders)[1]
         while self._waiting:
             self._save(self._waiting.popitem()[1], files)
@@ -3082,7 +3072,7 @@ PACE_S = 3600.0  # the pace is that of the last hour
 
 
 def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
-    """Return what an account's readings say of its main windows, by label in order of time; the unknown left out."""
+    """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
         for window in windows_of(row):
@@ -3095,7 +3085,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
 def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
 
-    ``points`` in order of time. Told from at least three of this same window over ten minutes, the newest at most
+    ``points`` in order of time. At least three of this same window over ten minutes are needed, the newest at most
     fifteen old. ``runs_out_at`` None means that it lasts.
     """
     same: list[UsagePoint] = []
@@ -3117,10 +3107,7 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 
 
 def _quota_json(
-    row: Mapping[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
+    row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
 
@@ -3162,13 +3149,13 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
     return same[0].name if len(same) == 1 else None
 
 
-def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
     """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
     An account that is limited has nothing left in any window. Percentages of different plans are not the same
     amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
     """
-    by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         for window in row["windows"]:
             if window["meter"] is None and row["state"] not in ("disabled", "deactivated", "relogin", "no_token"):
@@ -3178,9 +3165,7 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     return [pool for pool in pools if pool["accounts"]]
 
 
-def _pool_of_label(
-    label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
-) -> dict[str, Any]:
+def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
     next_reset_at = min((window["reset_at"] for _, window in known if window["reset_at"]), default=None)
