@@ -4373,9 +4373,16 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def register_accounts(self) -> None:
-        """List the accounts of all files in the quota table, so that it names them before they are asked."""
-        self._register(self._find_files()[0])
+    def register_accounts(self) -> tuple[list[AccountFile], list[str]]:
+        """List the accounts of all files in the quota table before they are asked; return files and problems."""
+        files, problems = self._find_files()
+        states = ["disabled" if file.disabled else "never" for file in files]
+        accounts = [
+            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            for file, state in zip(files, states)
+        ]
+        self._store.register_quota_accounts(accounts, self._clock())
+        return files, problems
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4383,14 +4390,6 @@ class QuotaRefresher:
         for problem in problems:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
-
-    def _register(self, files: Sequence[AccountFile]) -> None:
-        accounts = []
-        for file in files:
-            state = "disabled" if file.disabled else "never"
-            account = (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
-            accounts.append(account)
-        self._store.register_quota_accounts(accounts, self._clock())
 
     def _round(self) -> None:
         try:
@@ -4401,12 +4400,11 @@ class QuotaRefresher:
             self._running.release()
 
     def _refresh_all(self) -> None:
-        files, problems = self._find_files()
+        files, problems = self.register_accounts()
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
-        self._register(files)
         asked = [file for file in files if not file.disabled]
         skipped = len(files) - len(asked)
         for number, file in enumerate(asked):
@@ -4416,8 +4414,7 @@ class QuotaRefresher:
             try:
                 self._refresh(file)
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-                fault = error if isinstance(error, StoreError) else where_raised(error)
-                self._log.event("refresh_quota", fault=fault)
+                self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
@@ -4432,12 +4429,12 @@ class QuotaRefresher:
             plan = file.plan or None
             self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return
-        self._store.save_reading(row)
-        self._log.line(f"refresh_quota: saved quota for {name}")
+        else:
+            self._store.save_reading(row)
+            self._log.line(f"refresh_quota: saved quota for {name}")
 
     def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
-        """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
+        """Fetch, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
         try:
             return file, self._fetch(file)
         except QuotaFault as fault:
@@ -4449,7 +4446,7 @@ class QuotaRefresher:
         return newer, self._fetch(newer)
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
-        """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
+        """Delete accounts without a file from the table, except those seen in the traffic of the last week."""
         now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
         gone = []
         for row in self._store.quotas():
@@ -4469,7 +4466,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: register accounts, delete old events, downsample old readings."""
+    """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
         self,
@@ -4484,7 +4481,7 @@ class Housekeeper:
         self._log, self._stop, self._clock = log, stop, clock
 
     def run(self) -> None:
-        """Work through all chores each hour until ``stop``; a fault of the database ends only this turn."""
+        """Do all chores each hour until ``stop``; a fault ends only this turn."""
         while True:
             try:
                 self._turn()
@@ -5136,7 +5133,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
 # ------------------------------------------------------------------ demo
 
 
-class _DemoAccount(NamedTuple):
+class _DemoSender(NamedTuple):
     source: str
     plan: str
     share: float
@@ -5145,32 +5142,28 @@ class _DemoAccount(NamedTuple):
     used: tuple[float | None, float | None]  # percent of five hours and of the week
 
 
-_DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
-_DEMO_ACCOUNTS = (
-    _DemoAccount("an.nguyen@example.com", "plus", 0.30, 0.012, _DEMO_CODEX, (38, 29)),
-    _DemoAccount("minh.tran@example.com", "plus", 0.22, 0.012, _DEMO_CODEX, (76, 52)),
-    _DemoAccount("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-    _DemoAccount("team@example.org", "team", 0.11, 0.012, _DEMO_CODEX, (9, 17)),
-    _DemoAccount("dev.one@example.net", "plus", 0.08, 0.07, _DEMO_CODEX, (100, 88)),
-    _DemoAccount("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-    _DemoAccount("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
-    _DemoAccount("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
-)
-_DEMO_KEY = _DemoAccount("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None))
-_DEMO_SENDERS = (*_DEMO_ACCOUNTS, _DEMO_KEY)
-_DEMO_FAILURES = (
-    (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
-    (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
-    (503, ""),
-    (499, ""),
-)
-_DEMO_REQUESTS_A_DAY = 1300
-_DEMO_HOURS = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1,
-               1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)  # fmt: skip
-
-
 class DemoWorld:
-    """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
+    """A made-up week of traffic and quotas of eight accounts, in a folder of its own; touches no network."""
+
+    _CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
+    _SENDERS = (
+        _DemoSender("an.nguyen@example.com", "plus", 0.30, 0.012, _CODEX, (38, 29)),
+        _DemoSender("minh.tran@example.com", "plus", 0.22, 0.012, _CODEX, (76, 52)),
+        _DemoSender("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+        _DemoSender("team@example.org", "team", 0.11, 0.012, _CODEX, (9, 17)),
+        _DemoSender("dev.one@example.net", "plus", 0.08, 0.07, _CODEX, (100, 88)),
+        _DemoSender("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+        _DemoSender("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
+        _DemoSender("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
+        _DemoSender("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None)),
+    )
+    _FAILURES = (
+        (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
+        (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
+        (503, ""),
+        (499, ""),
+    )
+    _PER_HOUR = (8, 5, 4, 4, 5, 11, 22, 43, 87, 119, 130, 114, 70, 98, 125, 130, 119, 92, 60, 49, 54, 49, 33, 16)
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
         self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
@@ -5189,9 +5182,9 @@ class DemoWorld:
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
-        for number, account in enumerate(_DEMO_ACCOUNTS):
-            content = {"type": "codex", "email": account.source, "account_id": f"demo-{number}"}
-            text = json.dumps({**content, "access_token": str(number)})
+        for number, sender in enumerate(self._SENDERS[:-1]):
+            login = {"email": sender.source, "account_id": f"demo-{number}", "access_token": str(number)}
+            text = json.dumps({"type": "codex", **login})
             (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
     def _write_readings(self) -> None:
@@ -5200,15 +5193,15 @@ class DemoWorld:
             for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
                     at = self._born_at - minutes_ago * 60
-                    reading = parse_quota(self._reply(int(file.access_token), at), at)
+                    reading = parse_quota(payload_of_headers(self._headers(int(file.access_token), at)), at)
                     self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
     def _arrive(self, at: float) -> Iterator[float]:
         """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
         while True:
             local = time.localtime(at)
-            busyness = _DEMO_HOURS[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
-            at += self._rng.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busyness)
+            per_hour = self._PER_HOUR[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+            at += self._rng.expovariate(per_hour / 3600)
             if not self._outage.start <= at < self._outage.end:
                 yield at
 
@@ -5233,11 +5226,13 @@ class DemoWorld:
     def _payload(self, at: float) -> bytes:
         """Return a request as the proxy hands it over."""
         rng = self._rng
-        number = rng.choices(range(len(_DEMO_SENDERS)), [sender.share for sender in _DEMO_SENDERS])[0]
-        sender = _DEMO_SENDERS[number]
-        is_key, model = sender is _DEMO_KEY, rng.choice(sender.models)
+        number = rng.choices(range(len(self._SENDERS)), [sender.share for sender in self._SENDERS])[0]
+        sender = self._SENDERS[number]
+        is_key, model = not sender.plan, rng.choice(sender.models)
+        headers = {} if is_key or sender.source.startswith("old") else self._headers(number, at)
         into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
-        latency_ms = int(1200 + out * rng.uniform(6, 18))
+        latency_ms, failed = int(1200 + out * rng.uniform(6, 18)), rng.random() < sender.failing
+        status, body = rng.choice(self._FAILURES) if failed else (200, "")
         request = {
             "timestamp": utc_text(at),
             "source": sender.source,
@@ -5251,56 +5246,41 @@ class DemoWorld:
             "request_id": f"{rng.getrandbits(32):08x}",
             "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
             "service_tier": "auto",
+            "failed": failed,
+            "fail": {"status_code": status, "body": body},
+            "latency_ms": rng.randrange(200, 1500) if failed else latency_ms,
         }
-        if rng.random() < sender.failing:
-            status, body = rng.choice(_DEMO_FAILURES)
-            request.update(failed=True, fail={"status_code": status, "body": body}, latency_ms=rng.randrange(200, 1500))
-            return json.dumps(request).encode()
-        request.update(
-            failed=False,
-            fail={"status_code": 200, "body": ""},
-            latency_ms=latency_ms,
-            ttft_ms=rng.randrange(500, min(latency_ms, 2600)),
-            tokens={
+        if not failed:
+            request["ttft_ms"] = rng.randrange(500, min(latency_ms, 2600))
+            request["response_headers"] = {name.title(): [text] for name, text in headers.items()}
+            request["tokens"] = {
                 "input_tokens": into,
                 "output_tokens": out,
                 "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
                 "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
-            },
-            response_headers={} if is_key or sender.source.startswith("old") else self._headers(number, at),
-        )
+            }
         return json.dumps(request).encode()
 
-    def _windows(self, number: int, at: float) -> list[dict[str, Any]]:
-        """Return an account's windows at a time: each fills evenly and begins again at its reset."""
-        account = _DEMO_ACCOUNTS[number]
+    def _headers(self, number: int, at: float) -> dict[str, str]:
+        """Return an account's quota headers at a time; each window fills evenly and begins again at its reset."""
+        sender = self._SENDERS[number]
+        headers = {"x-codex-plan-type": sender.plan}
         lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
-        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
-        windows = []
-        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
+        known = [(used, *length) for used, length in zip(sender.used, lengths) if used is not None]
+        for slot, (used, seconds, left) in zip(("primary", "secondary"), known or [(23, 30 * 86400, 0.6)]):
             began_at = self._born_at - seconds * (1 - left)
             began_at += (at - began_at) // seconds * seconds
             percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
-            reset_at = int(began_at + seconds)
-            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
-        return windows
-
-    def _headers(self, number: int, at: float) -> dict[str, list[str]]:
-        headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
-        for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
-            headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
-            headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
-            headers[f"X-Codex-{slot}-Reset-At"] = [str(window["reset_at"])]
+            headers[f"x-codex-{slot}-used-percent"] = str(percent)
+            headers[f"x-codex-{slot}-window-minutes"] = str(seconds // 60)
+            headers[f"x-codex-{slot}-reset-at"] = str(int(began_at + seconds))
         return headers
-
-    def _reply(self, number: int, at: float) -> dict[str, Any]:
-        return payload_of_headers({name.lower(): text for name, (text,) in self._headers(number, at).items()})
 
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
             raise QuotaFault("relogin")
-        return self._reply(int(file.access_token), self._clock())
+        return payload_of_headers(self._headers(int(file.access_token), self._clock()))
 
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
