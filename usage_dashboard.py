@@ -1211,16 +1211,10 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
     mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
     newest = newest_first[0]
     name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    plan = next((one.plan for one in newest_first if one.plan), "")
+    first_at, ids = min(one.first_at for one in group), [one.id for one in group]
     return Account(
-        name,
-        mail,
-        mail or newest.source,
-        newest.auth_index,
-        newest.provider,
-        next((one.plan for one in newest_first if one.plan), ""),
-        min(one.first_at for one in group),
-        newest.last_at,
-        [one.id for one in group],
+        name, mail, mail or newest.source, newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids
     )
 
 
@@ -1296,14 +1290,11 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
     found, problems = [], []
     for path in paths:
         try:
-            file = read_account_file(path)
+            found.append(read_account_file(path))
         except ValueError as error:
             masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
             problems.append(f"{_printable(masked_name)} is skipped: {error}")
-            continue
-        if file is not None:
-            found.append(file)
-    return found, problems
+    return [file for file in found if file is not None], problems
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -2681,11 +2672,8 @@ def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
-    if at is not None and _EARLIEST_AT <= at < _LATEST_AT:
-        return at
-    if after_s is not None and after_s >= 0 and _EARLIEST_AT <= now + after_s < _LATEST_AT:
-        return now + after_s
-    return None
+    later = now + after_s if after_s is not None and after_s >= 0 else None
+    return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
 
 
 def window_label(seconds: int) -> str:
@@ -2721,12 +2709,9 @@ def _credits_balance(credits: Any) -> str | None:
     """Return the credits as text; None where the reply has none."""
     if not isinstance(credits, dict):
         return None
-    if credits.get("unlimited") is True:
-        return "unlimited"
-    balance = credits.get("balance")
-    if isinstance(balance, bool) or not isinstance(balance, (str, int, float)):
-        return None
-    return _printable(str(balance)[:32])
+    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
+    is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
+    return _printable(str(balance)[:32]) if is_text else None
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -2735,12 +2720,11 @@ def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
     A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
     with a limit name of its own is an extra meter.
     """
-    groups = [name[len("x-codex-") : -len("-limit-name")] for name in headers if name.endswith("-limit-name")]
-    extra = [
-        {"limit_name": headers[f"x-codex-{group}-limit-name"], "rate_limit": _limits_of_headers(headers, f"{group}-")}
-        for group in groups
-        if group and group not in ("primary", "secondary")
-    ]
+    extra = []
+    for name in headers:
+        group = name[len("x-codex-") : -len("-limit-name")]
+        if name.endswith("-limit-name") and group not in ("", "primary", "secondary"):
+            extra.append({"limit_name": headers[name], "rate_limit": _limits_of_headers(headers, f"{group}-")})
     return {
         "plan_type": headers.get("x-codex-plan-type"),
         "rate_limit": _limits_of_headers(headers, ""),
@@ -2830,10 +2814,7 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
     body = b""
     try:
         with opener.open(request, timeout=deadline_s) as reply:
-            while len(body) <= _LARGEST_BODY:
-                chunk = reply.read1(64 * 1024)
-                if not chunk:
-                    break
+            while len(body) <= _LARGEST_BODY and (chunk := reply.read1(64 * 1024)):
                 body += chunk
                 if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
                     raise QuotaFault("timeout")
@@ -2881,10 +2862,7 @@ def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
 def reading_row(
     reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None
 ) -> dict[str, Any]:
-    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``.
-
-    Without ``raw_json``, the usage endpoint's reply, it is a reading from traffic.
-    """
+    """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
     unknown = QuotaWindow("", None, None, None, None)
     five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
     return {
@@ -3090,11 +3068,10 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     """
     same: list[UsagePoint] = []
     for point in points:
-        if point.at < now - PACE_S:
-            continue
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
-        same.append(point)
+        if point.at >= now - PACE_S:
+            same.append(point)
     if len(same) < 3:
         return None
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
@@ -3123,9 +3100,8 @@ def _quota_json(
         elif window.meter is None:
             pace = forecast(points.get(window.label, ()), now)
         answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
-    due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
     for place, label, _ in _PLACES:
-        if label in due_labels:
+        if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
