@@ -351,7 +351,7 @@ _RANGES = {
 
 
 def _fault_of(key: str, value: Any) -> str | None:
-    """Return what is wrong with a value of this key, which must be known."""
+    """Return what is wrong with the value of a known key; None where nothing is."""
     if key in _RANGES:
         low, high = _RANGES[key]
         kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
@@ -2558,7 +2558,7 @@ class QuotaWindow(NamedTuple):
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
 
     def is_due(self, now: float) -> bool:
-        """Return whether the reset has passed, so that what was used says nothing any more."""
+        """Return whether the reset has passed, which makes ``used_percent`` obsolete."""
         return self.reset_at is not None and self.reset_at <= now
 
     def as_json(self) -> dict[str, Any]:
@@ -2926,9 +2926,9 @@ def _epoch(text: str | None) -> float | None:
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
     """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
-    What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
-    a reading from traffic of the same five minutes, which it replaces. None where ``before`` is newer; one of the
-    future, by a clock that was ahead, is not.
+    What the headers lack, extra meters and credits, is taken from ``before``. The row has the ``id`` of a reading from
+    traffic of the same five minutes, which it replaces. None where ``before`` is newer, unless it is of the future, by
+    a clock that was ahead.
     """
     if before is None:
         return row
@@ -2990,7 +2990,7 @@ class TrafficReadings:
         return not event.failed or (event.status_code == 429 and used_up)
 
     def save_due(self) -> None:
-        """Save what waits, where the last time is long enough ago. Raises StoreError."""
+        """Save the readings that wait, once a minute at most. Raises StoreError."""
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
@@ -5164,7 +5164,7 @@ class DemoWorld:
             (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
     def _write_readings(self) -> None:
-        """Save readings of the last hour, that forecasts need; of the lost account its last good one."""
+        """Save the last hour's readings, which forecasts need; of the account to be signed in its last good one."""
         for minutes_ago in (180, *range(60, 0, -10)):
             for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
@@ -5173,7 +5173,7 @@ class DemoWorld:
                     self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
     def _arrive(self, at: float) -> Iterator[float]:
-        """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
+        """Yield the times of requests from ``at`` on, endlessly: busy on workdays, none during the outage."""
         while True:
             local = time.localtime(at)
             per_hour = self._PER_HOUR[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
