@@ -1300,34 +1300,6 @@ def test_thousands_of_rows_and_hundreds_of_accounts_are_neither_rebuilt_nor_draw
     assert shown.script("return document.querySelectorAll('#requests tr[data-id]').length") == 5001
 
 
-def test_last_data_of_the_tab_are_painted_before_any_answer(show, site, between):
-    fill(site)
-    shown = show(between)
-    shown.wait_until("document.querySelectorAll('#requests tr[data-id]').length === 3 && sessionStorage.last")
-    held = threading.Event()
-
-    def hold(handler):
-        held.wait(20)
-        handler.close_connection = True
-
-    for path in ("/api/summary", "/api/quota", "/api/requests", "/api/health"):
-        between.faults[path] = hold
-    show.faults_expected = True
-    watch = shown.new_document_script(
-        "addEventListener('DOMContentLoaded', () => { window.shown_at_once = !document.body.classList.contains('booting'); })"
-    )
-    try:
-        show(between, fresh=False)
-        assert shown.script("return window.shown_at_once")
-        assert value(shown, "requests") == 3
-        assert "62%" in cell_texts(shown, "an@example.com")
-        assert len(first_cells(shown, 0)) == 3
-    finally:
-        shown.remove_document_script(watch)
-        between.faults.clear()
-        held.set()
-
-
 def test_masked_page_holds_no_name_and_no_search_anywhere(page, site):
     fill(site)
     shown = page("?range=24h&q=example")
@@ -1354,12 +1326,10 @@ def test_address_of_a_masked_page_holds_no_name(page, site):
     shown = page("?range=24h&account=b%40example.com&q=b%40example.com")
     shown.click("#privacy")
     shown.wait_until("!decodeURIComponent(location.search).includes('@')")
-    masked_address = shown.script("return location.search")
-    assert "account=b***" in shown.script("return decodeURIComponent(location.search).replaceAll('+', ' ')")
+    assert shown.script("return location.search") == "?range=24h"
     assert value(shown, "requests") == 2
-    page(masked_address, fresh=False)  # a bookmark of it finds its account again
-    shown.wait_until("document.querySelector('#kpi-requests').dataset.value === '2'")
-    assert "@" not in shown.script("return decodeURIComponent(location.search)")
+    page("?range=24h&account=b%40example.com", fresh=False)  # an address from elsewhere
+    assert value(shown, "requests") == 2 and shown.script("return location.search") == "?range=24h"
     assert "@" not in shown.script("return document.body.innerText")
     shown.click("#search")
     shown.press("gpt-5.5")
@@ -1396,7 +1366,7 @@ def test_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(show, site, 
     try:
         shown = show(between)
         shown.wait_until(
-            "window.fire && document.querySelectorAll('#requests tr[data-id]').length === 3 && sessionStorage.last"
+            "window.fire && document.querySelectorAll('#requests tr[data-id]').length === 3"
         )
         shown.script("""
           window.hidden_since = [];
