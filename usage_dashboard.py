@@ -34,13 +34,16 @@ import operator
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from http.client import HTTPConnection, HTTPException, HTTPMessage, LineTooLong
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (
     Any,
@@ -53,6 +56,7 @@ from typing import (
     Sequence,
     Tuple,
 )
+from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
 
@@ -286,14 +290,17 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """All faults of a configuration in one message."""
+    """Report every fault of the configuration at once, and what else is odd: often it is the fault's cause."""
 
     exit_code = 2
     code = "bad_config"
 
-    def __init__(self, faults: Sequence[str]):
-        self.faults = list(faults)
-        super().__init__("The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+    def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
+        self.faults, self.warnings = list(faults), list(warnings)
+        lines = ["The configuration has faults:", *(f"  - {fault}" for fault in faults)]
+        if warnings:
+            lines += ["Besides:", *(f"  - {warning}" for warning in warnings)]
+        super().__init__("\n".join(lines))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -301,7 +308,7 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 
 @dataclass(frozen=True)
 class Config:
-    """The effective settings; the README's table explains each key."""
+    """The effective settings; the README's table says what each key means."""
 
     cliproxy_host: str = "127.0.0.1"
     cliproxy_port: int = 6379
@@ -320,43 +327,43 @@ class Config:
 
     @property
     def has_default_queue(self) -> bool:
-        """Whether host and port are the defaults, so that the proxy's own port may be tried too."""
+        """Return whether host and port were left alone, so that the proxy's own port may be tried too."""
         return (self.cliproxy_host, self.cliproxy_port) == (Config.cliproxy_host, Config.cliproxy_port)
 
     @property
     def database_path(self) -> Path:
-        """The database file; a relative name counts from the script's folder."""
+        """Return the absolute path of the database; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
     def auth_dirs(self) -> list[Path]:
-        """Return the folders to look for account files in; the first that has any is used."""
+        """Return the folders to look for account files in; the first that has any is the one to use."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
             return [named]
         return [named, Path(os.path.expanduser("~/.cli-proxy-api"))]
 
 
-def _check_text(value: Any) -> str:
+def _valid_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a text in double quotes")
     return value
 
 
-def _check_secret(value: Any) -> str:
-    text = _check_text(value)
+def _valid_secret(value: Any) -> str:
+    text = _valid_text(value)
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise ValueError("must not hold line breaks or other control characters")
     return text
 
 
-def _check_name(value: Any) -> str:
-    if not _check_text(value).strip():
+def _valid_name(value: Any) -> str:
+    if not _valid_text(value).strip():
         raise ValueError("must not be empty")
     return value
 
 
-def _check_host(value: Any) -> str:
-    host = _check_name(value).strip()
+def _valid_host(value: Any) -> str:
+    host = _valid_name(value).strip()
     if "/" in host:
         raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
     if re.match(r"[^:\s]+:\d+\Z", host):
@@ -366,13 +373,13 @@ def _check_host(value: Any) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def _check_flag(value: Any) -> bool:
+def _valid_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false, without quotes")
     return value
 
 
-def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
+def _valid_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         kind = "whole number" if whole else "number"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
@@ -382,27 +389,27 @@ def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any]
     return check
 
 
-def _check_mode(value: Any) -> str:
+def _valid_mode(value: Any) -> str:
     if value not in COLLECT_MODES:
         raise ValueError("must be one of " + ", ".join(f'"{mode}"' for mode in COLLECT_MODES))
     return value
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "cliproxy_host": _check_host,
-    "cliproxy_port": _check_number(1, 65535),
-    "cliproxy_tls": _check_flag,
-    "management_password": _check_secret,
-    "queue_key": _check_name,
-    "collect_mode": _check_mode,
-    "poll_interval_seconds": _check_number(0.1, 3600, whole=False),
-    "quota_refresh_seconds": _check_number(0, 86400),
-    "auth_dir": _check_name,
-    "database": _check_name,
-    "retention_days": _check_number(0, 36500),
-    "dashboard_host": _check_host,
-    "dashboard_port": _check_number(0, 65535),
-    "dashboard_password": _check_secret,
+    "cliproxy_host": _valid_host,
+    "cliproxy_port": _valid_number(1, 65535),
+    "cliproxy_tls": _valid_flag,
+    "management_password": _valid_secret,
+    "queue_key": _valid_name,
+    "collect_mode": _valid_mode,
+    "poll_interval_seconds": _valid_number(0.1, 3600, whole=False),
+    "quota_refresh_seconds": _valid_number(0, 86400),
+    "auth_dir": _valid_name,
+    "database": _valid_name,
+    "retention_days": _valid_number(0, 36500),
+    "dashboard_host": _valid_host,
+    "dashboard_port": _valid_number(0, 65535),
+    "dashboard_password": _valid_secret,
 }
 _OTHER_NAMES = {"management_key": "management_password"}
 _ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
@@ -413,7 +420,7 @@ def load_config(
     env: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> tuple[Config, list[str]]:
-    """Read defaults, file, environment and flags, in this order, and return the result with its warnings.
+    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
 
     ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
     Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
@@ -433,7 +440,7 @@ def load_config(
         if value is not None:
             _take_key(key, value, "the command line", values, faults, warnings)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, warnings)
     return Config(**values), warnings
 
 
@@ -463,7 +470,11 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
 def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
     name = _OTHER_NAMES.get(key, key)
     if name not in _CHECKS:
-        warnings.append(f'{where}: the key "{key}" is unknown and ignored{_nearest(key)}')
+        import difflib
+
+        close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
     if name != key and name in values and values[name] != value:
         warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
@@ -471,13 +482,6 @@ def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: 
         values[name] = _CHECKS[name](value)
     except ValueError as error:
         faults.append(f'{where}: "{key}" {error}')
-
-
-def _nearest(key: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 # ------------------------------------------------------------------ resp
@@ -505,6 +509,10 @@ class ConnectionClosed(QueueFault):
     def __init__(self, clean: bool):
         super().__init__("the queue closed the connection" + ("" if clean else " in the middle of a reply"))
         self.clean = clean
+
+
+class NoReply(QueueFault):
+    """Report that a reply did not come in time."""
 
 
 class NotResp(QueueFault):
@@ -683,7 +691,7 @@ class RespClient:
         try:
             return self._reader.read_reply()
         except socket.timeout as error:
-            raise QueueFault("the queue does not answer in time") from error
+            raise NoReply("the queue does not answer in time") from error
         except ConnectionResetError as error:
             raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
@@ -1902,7 +1910,7 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
-        rows = _rows_to_adopt(db) if version < _SCHEMA_STEPS[-1][0] else 0
+        rows = _rows_to_adopt(db)
         if rows:
             announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
         for number, step in _SCHEMA_STEPS:
@@ -2362,8 +2370,10 @@ def _floor_in(db) -> int:
 
 
 def _rows_to_adopt(db) -> int:
-    table = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'events'").fetchone()
-    return db.execute("SELECT COUNT(*) FROM events").fetchone()[0] if table else 0
+    """Return the number of events in a file of an earlier version; 0 for one of this version."""
+    if db.execute("PRAGMA user_version").fetchone()[0] >= _SCHEMA_STEPS[-1][0] or not _columns_of(db, "events"):
+        return 0
+    return db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
 
 
 def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
@@ -2380,6 +2390,20 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
     provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
     plan = next(filter(None, (event.plan for event in reversed(events))), "")
     return min(times), max(times), provider, plan, plan, identity_id
+
+
+def events_to_adopt(path: Path) -> int:
+    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
+
+    Raises StoreError where the file cannot be read.
+    """
+    import sqlite3
+
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            return _rows_to_adopt(db)
+    except sqlite3.Error as error:
+        raise StoreError(_store_reason(path, error)) from error
 
 
 def _sums_in(db, table: str, from_bucket: int) -> Sums:
@@ -4567,7 +4591,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, downsample old readings."""
+    """Do the slow chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
         self,
@@ -4622,7 +4646,7 @@ Query = Mapping[str, str]
 
 
 class App:
-    """Hold what the routes answer from; ``collector`` and ``refresher`` are asked for their state only."""
+    """What the routes answer from; collector and refresher are asked for their state only."""
 
     def __init__(
         self,
@@ -4635,7 +4659,7 @@ class App:
     ):
         self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
         self.collector_status = collector_status
-        self.started_at = time.monotonic()
+        self.started_at, self.run_id = time.monotonic(), os.urandom(4).hex()
 
 
 def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
@@ -4664,7 +4688,7 @@ def _moment(query: Query, name: str) -> float | None:
 
 
 def _offset_s(query: Query, now: float) -> int:
-    """Give the zone in seconds east of UTC: the viewer's, else this machine's."""
+    """Return the zone in seconds east of UTC: the viewer's, else this machine's. Raises ApiError."""
     if "tz_offset" not in query:
         return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
     minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
@@ -4690,7 +4714,7 @@ def _midnight(now: float, query: Query, offset_s: int) -> float:
 
 
 def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
-    """Give the range's name and window; ``start`` and ``end`` win over the range's own.
+    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
 
     The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
     """
@@ -4829,7 +4853,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 class Route(NamedTuple):
-    """Hold a route's function and what its answer depends on besides the query; None is not kept at all."""
+    """A route's function, and what its answer depends on besides the query; None is never a 304."""
 
     answer: Callable[[App, Query], dict[str, Any]]
     version: Callable[[App], tuple[Any, ...]] | None
@@ -4851,103 +4875,46 @@ ROUTES = {
 }
 
 
+def etag_of(app: App, path: str, query: Query) -> str | None:
+    """Return the tag that the answer to this question has now; None for a route that has none."""
+    version = ROUTES[path].version
+    if version is None:
+        return None
+    parts = [app.run_id, path, sorted(query.items()), version(app)]
+    return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
+
+
 class Answer(NamedTuple):
-    """Hold a body as it is sent, plain and compressed, with its tag."""
+    """A body as it is sent; ``gzipped`` where it was compressed beforehand."""
 
-    etag: str | None
     body: bytes
-    zipped: bytes | None
-    content_type: str
-
-
-def make_answer(body: bytes, etag: str | None, content_type: str, level: int) -> Answer:
-    """Compress a body once; small ones are not worth it."""
-    import gzip
-
-    zipped = gzip.compress(body, level) if len(body) > 1000 else None
-    return Answer(etag, body, zipped, content_type)
-
-
-class _Question:
-    """Hold the last answer to one question, and the lock under which it is made."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.answer: Answer | None = None
-        self.begun_at = 0.0
-
-
-class Answers:
-    """Answer equal questions once: an answer is kept while the data and the minute are the same."""
-
-    def __init__(self, app: App, kept: int = 64):
-        self._app, self._kept = app, kept
-        self._lock = threading.Lock()
-        self._questions: dict[tuple[Any, ...], _Question] = {}
-        self._run = os.urandom(4).hex()
-
-    def etag(self, path: str, query: Query) -> str | None:
-        """Give the tag that the answer to this question has now; None where it is not kept."""
-        version = ROUTES[path].version
-        if version is None:
-            return None
-        parts = [self._run, path, sorted(query.items()), version(self._app)]
-        return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
-
-    def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
-
-        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
-        """
-        if ROUTES[path].version is None:
-            return self._make(path, query, None)
-        asked_at = time.monotonic()
-        question = self._question((path, *sorted(query.items())))
-        with question.lock:
-            etag = self.etag(path, query)
-            answer = question.answer
-            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
-                begun_at = time.monotonic()
-                answer = question.answer = self._make(path, query, etag)
-                question.begun_at = begun_at
-            return answer
-
-    def _question(self, key: tuple[Any, ...]) -> _Question:
-        with self._lock:
-            question = self._questions.pop(key, None) or _Question()
-            self._questions[key] = question
-            if len(self._questions) > self._kept:
-                del self._questions[next(iter(self._questions))]
-            return question
-
-    def _make(self, path: str, query: Query, etag: str | None) -> Answer:
-        return json_answer(ROUTES[path].answer(self._app, query), etag)
+    etag: str | None = None
+    content_type: str = "application/json; charset=utf-8"
+    policy: str = "default-src 'none'; frame-ancestors 'none'"
+    gzipped: bytes | None = None
 
 
 def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
-    """Write a JSON answer."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return make_answer(body, etag, "application/json; charset=utf-8", level=1)
+    """Return the answer that holds this content."""
+    return Answer(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
-_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+def load_page(path: Path) -> Answer:
+    """Return the page, with a policy that lets only its own script and style run. Raises DashboardError."""
+    import gzip
 
-
-class Page:
-    """Hold the page and the policy that lets only its own script and style run."""
-
-    def __init__(self, path: Path):
-        try:
-            body = path.read_bytes()
-        except OSError as error:
-            raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
-        self.answer = make_answer(body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', "text/html; charset=utf-8", 9)
-        scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
-        styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
-        self.policy = (
-            f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
+    scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
+    styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+    policy = (
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
+    return Answer(body, etag, "text/html; charset=utf-8", policy, gzip.compress(body, 9))
 
 
 def _hashes(parts: Sequence[bytes]) -> str:
@@ -4955,279 +4922,13 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _SEND_S = 75.0, 20.0
-_LARGEST_HEAD = 16 * 1024
-_MOST_CONNECTIONS = 128
+def is_loopback(host: str) -> bool:
+    """Return whether this name or address is one of this machine alone."""
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
-    """Bind the port and return the server, with ``app`` and ``page`` still to be set.
-
-    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
-    Raises DashboardError that names the port.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from urllib.parse import parse_qsl, urlsplit
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 128
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        app: App
-        page: Page
-        answers: Answers
-
-        def server_bind(self) -> None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
-            self.connections = _Connections()
-
-        def serve(self, app: App, page: Page, poll_interval_s: float = 0.5) -> None:
-            """Answer requests until shutdown(), which is noticed within the poll interval."""
-            self.app, self.page, self.answers = app, page, Answers(app)
-            self.serve_forever(poll_interval_s)
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            if self.connections.add(request):
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
-
-        def shutdown_request(self, request: Any) -> None:
-            self.connections.remove(request)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: what arrives here is a client that went away."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        server: Server
-
-        def setup(self) -> None:
-            super().setup()
-            self._received = b""
-
-        def handle_one_request(self) -> None:
-            self.close_connection = True
-            self.command, self.path, self.requestline, self.request_version = "GET", "", "", "HTTP/1.1"
-            try:
-                head = self._read_head()
-                if head is None:
-                    return
-                self.rfile = io.BytesIO(head)
-                self.raw_requestline = self.rfile.readline()
-                if self.parse_request():
-                    self._answer()
-            except ApiError as error:
-                self.close_connection = True
-                self._send_error(error)
-                self._read_over()
-
-        @staticmethod
-        def _refuse_large(head: bytes) -> None:
-            if len(head) > _LARGEST_HEAD:
-                raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
-
-        def _read_over(self) -> None:
-            """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
-            deadline = time.monotonic() + 2.0
-            try:
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(1.0)
-                while time.monotonic() < deadline and self.connection.recv(65536):
-                    pass
-            except OSError:
-                pass
-
-        def _read_head(self) -> bytes | None:
-            """Read one request's head within its limits of size and time; None where the client went away."""
-            self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
-            while b"\r\n\r\n" not in self._received:
-                self._refuse_large(self._received)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                self.connection.settimeout(left)
-                try:
-                    piece = self.connection.recv(8192)
-                except OSError:
-                    return None
-                if not piece:
-                    return None
-                if not self._received:
-                    deadline = time.monotonic() + head_s
-                self._received += piece
-            self.server.connections.busy(self.connection)
-            self.connection.settimeout(_SEND_S)
-            head, _, self._received = self._received.partition(b"\r\n\r\n")
-            self._refuse_large(head)
-            return head + b"\r\n\r\n"
-
-        def _answer(self) -> None:
-            if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # a body is of no use here and is not read
-            try:
-                self._check_access()
-                self._route()
-            except DashboardError as error:
-                self._send_error(error)
-            except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-                Log(sys.stderr).event("http", fault=where_raised(error))
-                self._send_error(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
-
-        def _check_access(self) -> None:
-            if self.request_version == "HTTP/0.9":
-                raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
-            if self.server.app.config.dashboard_host in _LOOPBACK and not _is_loopback_name(self.headers.get("Host")):
-                raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
-            if not _password_fits(self.headers.get("Authorization"), self.server.app.config.dashboard_password):
-                said = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
-                raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", said)
-            if self.command not in ("GET", "HEAD"):
-                self.close_connection = True
-                raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
-
-        def _route(self) -> None:
-            parts, query = self._question()
-            if parts.path == "/":
-                self._send(200, self.server.page.answer, policy=self.server.page.policy)
-                return
-            if parts.path not in ROUTES:
-                raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-            forced = query.pop("force", None) == "1" and self.command == "GET"
-            if parts.path == "/api/quota" and forced:
-                self._refuse_other_sites()
-                self._send(200, json_answer(force_quota(self.server.app, query)))
-                return
-            etag = self.server.answers.etag(parts.path, query)
-            if etag is not None and self._has(etag):
-                self._send_head(304, {"ETag": etag}, b"")
-                return
-            self._send(200, self.server.answers.get(parts.path, query))
-
-        def _question(self) -> tuple[Any, dict[str, str]]:
-            try:
-                parts = urlsplit(self.path)
-                fields = parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace")
-            except ValueError as error:
-                raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
-            return parts, dict(fields)
-
-        def _refuse_other_sites(self) -> None:
-            """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-            said = self.headers.get("Sec-Fetch-Site")
-            own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-            sent = [self.headers.get(name) for name in ("Origin", "Referer")]
-            if said is not None:
-                foreign = said not in ("same-origin", "none")
-            else:
-                foreign = any(url and _host_of(url) not in own_hosts for url in sent)
-            if foreign:
-                raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
-
-        def _has(self, etag: str) -> bool:
-            sent = self.headers.get("If-None-Match", "")
-            return etag in [tag.strip().replace("W/", "", 1) for tag in sent.split(",")]
-
-        def _send(self, status: int, answer: Answer, policy: str = _API_POLICY, more: Mapping[str, str] = {}) -> None:
-            headers = {"Content-Type": answer.content_type, "Content-Security-Policy": policy, **more}
-            if answer.etag is not None:
-                headers["ETag"] = answer.etag
-                if self._has(answer.etag):
-                    self._send_head(304, headers, b"")
-                    return
-            body = answer.body
-            if answer.zipped is not None:
-                headers["Vary"] = "Accept-Encoding"
-                if "gzip" in self.headers.get("Accept-Encoding", ""):
-                    headers["Content-Encoding"], body = "gzip", answer.zipped
-            headers["Content-Length"] = str(len(body))
-            self._send_head(status, headers, b"" if self.command == "HEAD" else body)
-
-        def _send_error(self, error: DashboardError) -> None:
-            self.headers = getattr(self, "headers", None) or {}
-            message = str(error) if isinstance(error, ApiError) else _public_message(error)
-            content = {"error": message, "code": error.code}
-            self._send(error.http_status, json_answer(content), more=getattr(error, "headers", {}))
-
-        def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-            """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
-            lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
-            lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
-            lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-            try:
-                self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-            except OSError:
-                self.close_connection = True
-
-        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            """Answer what the standard parser refuses, in the API's own form."""
-            self.close_connection = True
-            known = {414: "bad_request", 431: "head_too_large", 505: "bad_version"}
-            self._send_error(ApiError(int(code), known.get(int(code), "bad_request"), "this is not an HTTP request"))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep no access log: it would hold the clients' addresses."""
-
-    try:
-        return Server((host, port), Handler)
-    except OverflowError as error:
-        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
-        raise DashboardError(_bind_fault(host, port, error)) from error
-
-
-def _bind_fault(host: str, port: int, error: OSError) -> str:
-    import errno
-
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop that "
-            f'one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
-        )
-    if error.errno == errno.EACCES:
-        return f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
-    return f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-
-
-def _public_message(error: DashboardError) -> str:
-    """Say what is wrong without a path: answers may be read by others than the owner."""
-    if isinstance(error, StoreError):
-        return "the database cannot be read just now; the dashboard's log and its check command say why"
-    return str(error)
-
-
-_COMMON_HEADERS = {
-    "Cache-Control": "private, no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def _host_of(url: str) -> str:
-    from urllib.parse import urlsplit
-
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return url
-
-
-def _is_loopback_name(host: str | None) -> bool:
-    """Tell whether a Host header names this machine; the port does not matter (ssh -L)."""
-    if host is None:
-        return True
-    name = re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
-    return name in _LOOPBACK or name.endswith(".localhost") or re.match(r"127(\.\d{1,3}){3}\Z", name) is not None
+def _takes_gzip(accepted: str) -> bool:
+    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.I) is not None
 
 
 def _password_fits(header: str | None, password: str) -> bool:
@@ -5244,44 +4945,314 @@ def _password_fits(header: str | None, password: str) -> bool:
     return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
-class _Connections:
-    """Count open connections; beyond the limit, the one that has kept its request to itself longest goes."""
+class Connections:
+    """The open connections, and until when the server waits for each one's client.
 
-    def __init__(self) -> None:
+    A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
+    fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
+    """
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
         self._lock = threading.Lock()
-        self._waiting_since: dict[Any, float] = {}
         self._open: set[Any] = set()
+        self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
-        """Take a new connection in, and tell whether there was a place for it."""
+        """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._open) >= _MOST_CONNECTIONS:
-                if not self._waiting_since:
+            if len(self._open) >= self._most:
+                if not self._waits_until:
                     return False
-                oldest = min(self._waiting_since, key=lambda one: self._waiting_since[one])
-                del self._waiting_since[oldest]
-                try:
-                    oldest.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                self._end(next(iter(self._waits_until)))
             self._open.add(connection)
             return True
 
-    def wait(self, connection: Any) -> None:
-        """Note that this one has yet to send its request."""
+    def wait(self, connection: Any, seconds: float) -> None:
+        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
         with self._lock:
-            self._waiting_since.setdefault(connection, time.monotonic())
+            self._waits_until.pop(connection, None)
+            if connection in self._open:
+                self._waits_until[connection] = time.monotonic() + seconds
 
     def busy(self, connection: Any) -> None:
-        """Note that its request is whole."""
+        """Record that the client waits for us."""
         with self._lock:
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def end_late(self) -> None:
+        """End the connections whose time is over."""
+        with self._lock:
+            now = time.monotonic()
+            for connection in [one for one, until in self._waits_until.items() if until <= now]:
+                self._end(connection)
 
     def remove(self, connection: Any) -> None:
-        """Forget a closed one."""
+        """Forget a closed connection."""
         with self._lock:
             self._open.discard(connection)
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def _end(self, connection: Any) -> None:
+        self._open.discard(connection)
+        del self._waits_until[connection]
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client was quicker
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
+
+    A request's head must be there within ``head_s`` seconds, however its bytes drip in. Nothing is looked up in
+    the DNS.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    app: App
+    page: Answer
+
+    def __init__(self, host: str, port: int, head_s: float):
+        self.connections, self.head_s = Connections(), head_s
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name that the standard server does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def serve(self, app: App, page: Answer, poll_interval_s: float = 0.5) -> None:
+        """Answer requests until shutdown(), which is noticed within the poll interval, as are late clients."""
+        self.app, self.page = app, page
+        self.serve_forever(poll_interval_s)
+
+    def service_actions(self) -> None:
+        """End the connections of late clients; called at least once a poll interval."""
+        self.connections.end_late()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.connections.add(request):
+            self.connections.wait(request, Handler.idle_s)
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log nothing: what arrives here is a client that went away."""
+
+
+class HeadReader(io.BufferedReader):
+    """Read the lines of a request's head: whole ones only, and at most 16 KiB of them together.
+
+    Raises LineTooLong beyond that, and ConnectionError where the client leaves in the middle: to the standard parser
+    the end of the stream would be the end of the head.
+    """
+
+    largest = left = 16 * 1024
+
+    def readline(self, limit: int | None = -1) -> bytes:
+        """Return the next line of the head, whatever ``limit`` is."""
+        line = super().readline(self.left)
+        self.left -= len(line)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("no whole line came") if self.left else LineTooLong("request's head")
+        return line
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answer the requests of one connection; the only place that knows HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    rbufsize = 0
+    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    server: Server
+    common_headers = {
+        "Cache-Control": "private, no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "X-Frame-Options": "DENY",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+    parser_faults = {
+        400: ("bad_request", "this is not an HTTP request"),
+        431: ("head_too_large", f"the request's head is over {HeadReader.largest} bytes or 100 lines"),
+        505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
+    }
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = HeadReader(self.rfile)
+
+    def handle_one_request(self) -> None:
+        """Answer the next request, or find that the client has left or was ended."""
+        self.close_connection, self.headers = True, HTTPMessage()
+        self.server.connections.wait(self.connection, self.idle_s)
+        if not self.rfile.peek(1):
+            return
+        self.server.connections.wait(self.connection, self.server.head_s)
+        self.rfile.left = self.rfile.largest
+        self.command = None
+        try:
+            self.raw_requestline = self.rfile.readline()
+        except LineTooLong:
+            self.send_error(431)
+            return
+        if self.parse_request():
+            self.server.connections.busy(self.connection)
+            self._answer()
+
+    def _answer(self) -> None:
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        may_have_body = self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers
+        may_have_body = may_have_body or any(length.strip() != "0" for length in lengths)
+        if may_have_body:
+            self.close_connection = True  # a body is of no use here
+        try:
+            self._check_access()
+            self._route()
+        except DashboardError as error:
+            self._send_fault(error)
+        except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
+            Log(sys.stderr).event("http", fault=where_raised(error))
+            self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
+        if may_have_body:
+            self._drain()
+
+    def _check_access(self) -> None:
+        config = self.server.app.config
+        if self.request_version == "HTTP/0.9":
+            raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
+        host = re.sub(r":\d+\Z", "", self.headers.get("Host", "localhost").strip().lower())  # any port is fine (ssh -L)
+        if is_loopback(config.dashboard_host) and not is_loopback(host.strip("[]").rstrip(".")):
+            raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
+        if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
+            wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
+            raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", wanted)
+        if self.command not in ("GET", "HEAD"):
+            raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
+
+    def _route(self) -> None:
+        try:
+            parts = urlsplit(self.path)
+            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+        except ValueError as error:
+            raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
+        if parts.path == "/":
+            self._send_unless_known(self.server.page.etag, lambda: self.server.page)
+            return
+        if parts.path not in ROUTES:
+            raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
+        forced = query.pop("force", None) == "1" and self.command == "GET"
+        if parts.path == "/api/quota" and forced:
+            self._refuse_other_sites()
+            self._send(200, json_answer(force_quota(self.server.app, query)))
+            return
+        app, etag = self.server.app, etag_of(self.server.app, parts.path, query)
+        self._send_unless_known(etag, lambda: json_answer(ROUTES[parts.path].answer(app, query), etag))
+
+    def _send_unless_known(self, etag: str | None, make: Callable[[], Answer]) -> None:
+        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
+        if etag is not None and (etag in tags or "*" in tags):
+            self._send_head(304, {"ETag": etag}, b"")
+        else:
+            self._send(200, make())
+
+    def _refuse_other_sites(self) -> None:
+        """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
+        site = self.headers.get("Sec-Fetch-Site")
+        own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
+        sent = filter(None, [self.headers.get(name) for name in ("Origin", "Referer")])
+        try:
+            foreign = site not in ("same-origin", "none", None)
+            if site is None:
+                foreign = any(urlsplit(url).netloc not in own_hosts for url in sent)
+        except ValueError:
+            foreign = True
+        if foreign:
+            raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        body = answer.body
+        if answer.etag is not None:
+            headers["ETag"] = answer.etag
+        if len(body) > 1000:
+            headers["Vary"] = "Accept-Encoding"
+            if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+                import gzip
+
+                headers["Content-Encoding"] = "gzip"
+                body = answer.gzipped or gzip.compress(body, 1)
+        headers["Content-Length"] = str(len(body))
+        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+
+    def _send_fault(self, error: DashboardError) -> None:
+        message = str(error)
+        if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
+            message = "the database cannot be read just now; the dashboard's log and its check command say why"
+        answer = json_answer({"error": message, "code": error.code})
+        self._send(error.http_status, answer, getattr(error, "headers", {}))
+
+    def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
+        lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
+        self.server.connections.wait(self.connection, self.send_s)
+        try:
+            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        except OSError:
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
+        self.server.connections.wait(self.connection, self.drain_s)
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(65536):
+                pass
+        except OSError:
+            pass  # the client was quicker
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what the standard parser refuses, in the API's own form."""
+        self.close_connection = True
+        self._send_fault(ApiError(int(code), *self.parser_faults.get(int(code), self.parser_faults[400])))
+        self._drain()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep no access log: it would hold the clients' addresses."""
+
+
+def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
+    """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
+    import errno
+
+    try:
+        return Server(host, port, head_s)
+    except OverflowError as error:
+        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
+    except OSError as error:
+        message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
+        if error.errno == errno.EADDRINUSE:
+            message = (
+                f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
+                f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
+            )
+        elif error.errno == errno.EACCES:
+            message = f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
+        raise DashboardError(message) from error
 
 
 # ------------------------------------------------------------------ demo
@@ -5463,176 +5434,226 @@ class DemoWorld:
 # ------------------------------------------------------------------ check
 
 
-def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
-    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
-    import http.client
+class Finding(NamedTuple):
+    """What check found: ``level`` is ok, warning or fault, ``remedy`` the line to change."""
 
-    host = config.dashboard_host
-    connection = http.client.HTTPConnection(
-        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def check_everything(config: Config, config_path: Path) -> list[Finding]:
+    """Return what one pass over files, database, accounts and queue finds. Nothing is popped."""
+    about_database, quotas = _check_database(config.database_path)
+    return [
+        *_check_modes(config, config_path),
+        *_check_disk(config.database_path),
+        *about_database,
+        *_check_accounts(config, quotas),
+        *_check_dashboard(config, config_path),
+    ]
+
+
+def _check_modes(config: Config, config_path: Path) -> list[Finding]:
+    """Look for files with secrets or usage in them that others on the machine can read."""
+    import shlex
+
+    folder, files, _ = find_account_files(config.auth_dirs())
+    findings = []
+    for path in (config_path, config.database_path, *(folder / file.name for file in files)):
+        try:
+            open_to_others = path.stat().st_mode & 0o077
+        except OSError:
+            continue
+        if open_to_others:
+            remedy = f"chmod 600 {shlex.quote(str(path))}"
+            findings.append(Finding("warning", f"{path} can be read by other users", remedy))
+    return findings or [Finding("ok", "file modes")]
+
+
+def _check_disk(path: Path) -> list[Finding]:
+    import shutil
+
+    if not os.access(str(path.parent), os.W_OK):
+        remedy = f'chown it to this user, or set "database" ({path})'
+        return [Finding("fault", f"{path.parent} cannot be written", remedy)]
+    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
+    found = f"{free_mib} MiB are free on the database's disk"
+    if free_mib >= 200:
+        return [Finding("ok", found)]
+    return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
+
+
+def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Check the file's sums and losses, and also return its accounts' quotas; an earlier version's stays as it is."""
+    if not path.exists():
+        return [Finding("ok", "database: none yet, it is made at the first start")], []
+    try:
+        count = events_to_adopt(path)
+        if count:
+            return [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")], []
+        with closing(Store(path)) as store:
+            remedy = "move the file away; a new one is made"
+            faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
+            well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
+            return [*(faults or [well]), *_check_losses(store)], store.quotas()
+    except StoreError as error:
+        return [Finding("fault", str(error), "see the sentence above")], []
+
+
+def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
+    """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
+    now = time.time()
+    losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
+    findings = []
+    for outage in losses[-shown:]:
+        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
+        if outage["to"] is None:
+            remedy = STATE_REMEDIES.get(outage["reason"], remedy)
+        findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
+    return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
+
+
+def outage_text(outage: Mapping[str, Any]) -> str:
+    """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
+    start, end = (
+        "now" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+        for at in (outage["from"], outage["to"])
     )
+    return f"{start} to {end} ({outage['reason'].replace('_', ' ')})"
+
+
+_NEED_A_PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token")
+
+
+def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Name the account files that cannot be used, by what they hold and by the state that was stored last."""
+    folder, files, problems = find_account_files(config.auth_dirs())
+    findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
+    if not files:
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
+    stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
+    odd = []
+    for file in files:
+        state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
+        name = f"{file.email} ({file.plan})" if file.plan else file.email
+        if state in _NEED_A_PERSON:
+            odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
+        elif state == "disabled":  # as somebody wanted it
+            odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
+    count = f"{len(files) - len(odd)} of {len(files)}" if odd else f"{len(files)}"
+    return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
+
+
+def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
+    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    try:
+        health = ask_dashboard(config, "/api/health", 5.0)
+    except ApiError as error:
+        wrong_password = error.code == "password_needed"
+        remedy = "correct dashboard_password" if wrong_password else "its log says more; restart it if it stays so"
+        return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
+    if health is not None and "collector" in health:
+        running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
+        return [running, *_findings_of_status(health["collector"], config)]
+    try:
+        make_server(config.dashboard_host, config.dashboard_port).server_close()
+    except DashboardError as error:
+        return [Finding("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
+    return [Finding("ok", f"port {config.dashboard_port} is free"), *_check_queue(config, config_path)]
+
+
+def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any] | None:
+    """Return what the dashboard that runs on this machine answers, None where none does. Raises ApiError."""
+    host, port = config.dashboard_host, config.dashboard_port
+    own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    connection = HTTPConnection(own_address, port, timeout=timeout_s)
     login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
     try:
         connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
         reply = connection.getresponse()
         content = json.loads(reply.read())
     except socket.timeout as error:
-        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
-    except (OSError, http.client.HTTPException, ValueError):
+        raise ApiError(504, "timeout", f"the dashboard on port {port} does not answer in time") from error
+    except (OSError, HTTPException, ValueError):
         return None
     finally:
         connection.close()
-    if reply.status == 200:
-        return content
-    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
+    if not isinstance(content, dict):
+        return None  # another program
+    if reply.status != 200:
+        message = content.get("error", f"the dashboard answered with status {reply.status}")
+        raise ApiError(reply.status, str(content.get("code")), str(message))
+    return content
 
 
-# Findings of check: (level, what was found, the line that mends it)
-_Finding = Tuple[str, str, str]
-
-
-def _check_modes(config: Config, options: Any) -> list[_Finding]:
-    """Look for files with secrets or usage in them that others on the machine can read."""
-    paths = [options.config or BASE_DIR / "config.json", config.database_path]
-    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
-    findings: list[_Finding] = []
-    for path in paths:
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
-            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
-    return findings or [("ok", "file modes", "")]
-
-
-def _check_database(config: Config, options: Any) -> list[_Finding]:
-    import shutil
-
-    path = config.database_path
-    if not os.access(str(path.parent), os.W_OK):
-        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
-    if not path.exists():
-        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
-    try:
-        store = Store(path)
-        try:
-            faults = store.find_faults()
-            count = store.event_count
-        finally:
-            store.close()
-    except StoreError as error:
-        return [*findings, ("fault", str(error), "see the sentence above")]
-    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
-    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
-
-
-def _check_accounts(config: Config, options: Any) -> list[_Finding]:
-    folder, files, problems = find_account_files(config.auth_dirs())
-    findings: list[_Finding] = [
-        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
-    ]
-    if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
-        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
-    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
-
-
-def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
-    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
-    try:
-        health = _ask_dashboard(config, "/api/health", 5.0)
-    except DashboardError as error:
-        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
-    if isinstance(health, dict) and "collector" in health:
-        running: list[_Finding] = [
-            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
-        ]
-        return running + _findings_of_status(health["collector"], config)
-    try:
-        make_server(config.dashboard_host, config.dashboard_port).server_close()
-    except DashboardError as error:
-        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
-    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
-
-
-def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
-    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
+    """Judge the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
     state = status["state"]
-    connected = state in _CONNECTED
-    level = "ok" if connected or state == "starting" else "fault"
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
     shown = "connected" if state == "publishing_off" else state
-    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
-    if not connected:
-        return found
-    if status["publishing"] is not None:
-        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
-        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
-    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
-            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
+    found = f"queue at {status['endpoint']}: {shown}{version}"
+    if state not in _CONNECTED:
+        return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
+    findings = [Finding("ok", found)]
+    if status["publishing"] is False:
+        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+    elif status["publishing"]:
+        findings.append(Finding("ok", "the proxy publishes its usage"))
+    findings += _check_retention(status["retention_seconds"], config.poll_interval_seconds)
+    return findings + _check_clock(status["clock_ahead_seconds"])
 
 
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[Finding]:
     if retention_s is None:
         return []
     if retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [("warning", found, remedy)]
-    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
+        return [Finding("warning", found, remedy)]
+    return [Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")]
 
 
-def _check_queue(config: Config, options: Any) -> list[_Finding]:
+def _check_clock(ahead_s: float | None) -> list[Finding]:
+    if ahead_s is None:
+        return []
+    if abs(ahead_s) < 60:
+        return [Finding("ok", "the proxy's clock and this machine's agree")]
+    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+    return [Finding("warning", found, "let both machines set their clocks by NTP")]
+
+
+def _check_queue(config: Config, config_path: Path) -> list[Finding]:
+    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
     if not config.management_password:
         return _check_without_key(config)
     try:
-        store = Store(config.database_path)  # made here if need be: a refused key must be remembered
+        store = Store(config.database_path, announce=print)  # made here if need be: a refused key must be remembered
     except StoreError:
         return []  # told by the database's own line
-    try:
-        return _probe(config, store, options)
-    finally:
-        store.close()
+    with closing(store):
+        collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=config_path)
+        return _findings_of_status(collector.probe(), config)
 
 
-def _check_without_key(config: Config) -> list[_Finding]:
-    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
+def _check_without_key(config: Config) -> list[Finding]:
+    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
     last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in dict.fromkeys(
-        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
-    ):
+    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+        address = f"{config.cliproxy_host}:{port}"
         try:
             with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
                 client.send(b"*0\r\n")
                 if isinstance(client.receive(), ErrorReply):
-                    return [needs_key]
+                    found = "no management key is set, and the proxy needs one"
+                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        except NoReply:  # a Redis passes over an empty command
+            return [Finding("ok", f"{address} is a Redis server, used without a password")]
         except ConnectionClosed as fault:
-            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
+            return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
         except QueueFault as fault:
-            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
-                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
             last = fault
-    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
-
-
-def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [("ok", "the proxy's clock and this machine's agree", "")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [("warning", found, "let both machines set their clocks by NTP")]
-
-
-def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
-    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
-    path = options.config or BASE_DIR / "config.json"
-    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
-    return _findings_of_status(collector.probe(), config)
+    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
 
 
 # ------------------------------------------------------------------ cli
@@ -5640,17 +5661,28 @@ def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a fault, 2 a wrong command line or configuration."""
-    options = _parse_arguments(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
+        options = _parse_arguments(arguments)
         return options.run(options)
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
+    except (KeyboardInterrupt, BrokenPipeError):  # nobody reads on, as with "report | head -1"
+        return 0
+    finally:
+        _finish_output()
+
+
+def _finish_output() -> None:
+    """Write out what is left, or drop it where nobody takes it: Python would end with exit code 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> Any:
@@ -5707,10 +5739,10 @@ def run_start(options: Any) -> int:
     log = Log()
     for warning in warnings:
         log.line(f"warning: {warning}")
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
-        store = Store(config.database_path)
+        store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
         raise
@@ -5719,7 +5751,9 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status)
-    _welcome(log, config, server.server_port)
+    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, server.server_port)}")
+    closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
+    _warn_if_open(log, config, closes)
     _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.interrupt)
     log.line("stopped")
     return 0
@@ -5731,7 +5765,7 @@ def run_demo(options: Any) -> int:
 
     flags = {"dashboard_host": options.host, "dashboard_port": options.port}
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
@@ -5741,44 +5775,46 @@ def run_demo(options: Any) -> int:
         refresher.start().join()
         app = App(config, world.store, refresher, world.status, demo=True)
         log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
+        _warn_if_open(log, config, "start it with --host 127.0.0.1.")
         _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
     return 0
 
 
 def _stop_on_signal() -> threading.Event:
-    """Give the event that SIGTERM and Ctrl+C set from now on."""
-    import signal
-
+    """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Not here: the signal may come while this very thread holds the event's lock.
-        signal.signal(number, lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+    # Not in the handler: the signal may come while this very thread holds the event's lock.
+    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
     return stop
+
+
+def _handle_stop_signals(handler: Any) -> None:
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)
+        under_nohup = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+        if number is not None and not under_nohup:
+            signal.signal(number, handler)
 
 
 def _address(config: Config, port: int) -> str:
     host = config.dashboard_host
-    named = "localhost" if host in ("0.0.0.0", "::", *_LOOPBACK) else f"[{host}]" if ":" in host else host
+    named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     return f"http://{named}:{port}"
 
 
-def _welcome(log: Log, config: Config, port: int) -> None:
-    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, port)}")
-    if config.dashboard_host not in _LOOPBACK and not config.dashboard_password:
-        log.line(
-            "Everyone who reaches this machine can open it. To close it, set in config.json "
-            '"dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
-        )
+def _warn_if_open(log: Log, config: Config, closes: str) -> None:
+    if not is_loopback(config.dashboard_host) and not config.dashboard_password:
+        log.line(f"Everyone who reaches this machine can open it. To close it, {closes}")
 
 
 def _run_until_stopped(
     server: Any,
     app: App,
-    page: Page,
+    page: Answer,
     jobs: Sequence[Callable[[], None]],
     stop: threading.Event,
     no_browser: bool,
-    hurry: Callable[[], None] = lambda: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
@@ -5795,11 +5831,12 @@ def _run_until_stopped(
     for thread in threads:
         thread.join(max(0.0, patience_s - time.monotonic()))
     if any(thread.is_alive() for thread in threads):
-        hurry()
+        interrupt()
         for thread in threads:
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
+    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
 
 
 def _open_browser(url: str) -> None:
@@ -5816,32 +5853,36 @@ def _open_for_reading(config: Config) -> Store:
         raise DashboardError(
             f"{config.database_path} does not exist yet; start the dashboard once, or name it with --db"
         )
-    return Store(config.database_path)
+    return Store(config.database_path, announce=Log(sys.stderr).line)
 
 
-def _reading_app(config: Config, store: Store, log: Log) -> App:
-    return App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+def _reading_app(config: Config, store: Store) -> App:
+    return App(config, store, QuotaRefresher(config, store, Log(sys.stderr), threading.Event()), dict)
 
 
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
-    store = _open_for_reading(config)
-    try:
-        summary = api_summary(_reading_app(config, store, Log(sys.stderr)), {"range": options.range})
-    finally:
-        store.close()
+    with closing(_open_for_reading(config)) as store:
+        summary = api_summary(_reading_app(config, store), {"range": options.range})
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
-        return 0
+    else:
+        _print_summary(summary, options.range)
+    return 0
+
+
+def _print_summary(summary: Mapping[str, Any], range_name: str) -> None:
     local = "%Y-%m-%d %H:%M"
     start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
-    print(f"Usage, {options.range}: {start} to {end}\n")
+    print(f"Usage, {range_name}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
         total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
         print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
-    return 0
+    losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
+    if losses:
+        print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -5859,53 +5900,48 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def run_quota(options: Any) -> int:
     """Print the quota table; with --force ask the running dashboard, or ChatGPT where none runs."""
     config, _ = _load(options)
-    answer, said = None, None
+    answer, refusal = None, None
     if options.force:
         try:
-            answer = _refresh_at_dashboard(config)
-        except DashboardError as error:
-            said = str(error)
-    if answer is None:
-        answer, refused = _quota_of_database(config, options.force and said is None)
-        said = said or refused
+            answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
+            if not answer["progress"]["total"]:
+                refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
+        except (ApiError, RefreshRefused) as error:
+            refusal = str(error)
+    answer = answer or _quota_of_database(config)
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
-    else:
-        print(_quota_table(answer))
-    if said:
-        print(f"usage_dashboard: {said}", file=sys.stderr)
-    return 1 if said else 0
+    elif answer["quotas"]:
+        print(_quota_table(answer["quotas"]))
+    elif refusal is None:
+        print("No account has been asked yet; see: usage_dashboard.py quota --force")
+    if refusal is None:
+        return 0
+    print(f"usage_dashboard: {refusal}", file=sys.stderr)
+    return 1
 
 
-def _refresh_at_dashboard(config: Config) -> Any:
+def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
-    answer = _ask_dashboard(config, "/api/quota?force=1", 40.0)
+    answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
-        answer = _ask_dashboard(config, "/api/quota", 10.0)
+        answer = ask_dashboard(config, "/api/quota", 10.0)
     return answer
 
 
-def _quota_of_database(config: Config, force: bool) -> tuple[dict[str, Any], str | None]:
-    """Read the quota table from the database, after a round of its own with ``force``; also why there was none."""
-    store, refused = Store(config.database_path) if force else _open_for_reading(config), None
-    try:
-        app = _reading_app(config, store, Log(sys.stderr))
-        if force:
-            try:
-                app.refresher.start().join()
-            except RefreshRefused as error:
-                refused = str(error)
-        return api_quota(app, {}), refused
-    finally:
-        store.close()
+def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    with closing(Store(config.database_path) if refresh else _open_for_reading(config)) as store:
+        app = _reading_app(config, store)
+        if refresh:
+            app.refresher.start().join()
+        return api_quota(app, {})
 
 
-def _quota_table(answer: Mapping[str, Any]) -> str:
-    if not answer["quotas"]:
-        return "No account has been asked yet; see: usage_dashboard.py quota --force"
+def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
     heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
-    return _table(heads, [_quota_line(row) for row in answer["quotas"]])
+    return _table(heads, [_quota_line(row) for row in quotas])
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
@@ -5933,33 +5969,29 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
 
 def run_check(options: Any) -> int:
     """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
-    findings: list[_Finding] = []
+    config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
     except ConfigError as error:
-        findings = [("fault", fault, "correct this line of the configuration") for fault in error.faults]
+        warnings = error.warnings
+        findings = [Finding("fault", fault, "correct this line of the configuration") for fault in error.faults]
     else:
-        findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
-            ("ok", "configuration", "")
-        ]
-        for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
-            findings += look(config, options)
-    for level, found, remedy in findings:
-        print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
-    return 0 if all(level == "ok" for level, _, _ in findings) else 1
-
-
-_AS_MODULE = (
-    "import sys; sys.path[:] = [{folder!r}, *filter(None, sys.path)]; import {name} as dashboard; "
-    "sys.exit(dashboard.main(sys.argv[2:]))"
-)
+        findings = [] if warnings else [Finding("ok", "configuration")]
+        findings += check_everything(config, config_path)
+    findings[:0] = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
+    for finding in findings:
+        print(f"{finding.level:8}{_printable(finding.found)}")
+        if finding.remedy:
+            print(f"        → {_printable(finding.remedy)}")
+    return 0 if all(finding.level == "ok" for finding in findings) else 1
 
 
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
-    Python compiles a script at each start, and what it needs for one of this size stays in memory for good: 15 MB,
-    more than all the rest. The script's name stays in the command line, for ``pkill -f``.
+    Python has compiled the whole script before this line runs, at every start. What it needed for that stays in
+    memory for good, 15 MB, more than all the rest; a process that loads the compiled module never needs it. The
+    script's name stays in the command line, for ``pkill -f``.
     """
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
@@ -5969,16 +6001,28 @@ def start_from_compiled() -> None:
         return
     compiled = Path(cache_from_source(str(script)))
     try:
-        if not compiled.exists() or compiled.stat().st_mtime < script.stat().st_mtime:
-            compile_file(str(script), quiet=2)
-        is_kept = compiled.exists()
+        is_fresh = _is_whole(compiled) and compiled.stat().st_mtime >= script.stat().st_mtime
+        if not is_fresh and compile_file(str(script), quiet=2) is None:
+            return
     except OSError:  # the folder cannot be written
         return
-    if is_kept:
-        # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-        code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
-        os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+    # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    code = (
+        f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
+        f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+    )
+    os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+
+
+def _is_whole(compiled: Path) -> bool:
+    """Return whether this file can be loaded: a power cut may leave a part of it, or zeros."""
+    import marshal
+
+    try:
+        return bool(marshal.loads(compiled.read_bytes()[16:]))
+    except (OSError, EOFError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -435,18 +435,6 @@ ORIGINAL_ROWS = [
 ]
 
 
-def make_large_original(path, rows=3000):
-    """Write a database of the original that looks large by its ids."""
-    make_original(path, [])
-    db = sqlite3.connect(str(path))
-    db.executemany(
-        "INSERT INTO events(id, ts_epoch, source, model, total_tokens) VALUES (?, ?, 'a@x.com', 'gpt-5.4', 11)",
-        [(5_000_000 + number, NOON + number) for number in range(rows)],
-    )
-    db.commit()
-    db.close()
-
-
 # ---- the collector in a thread ---------------------------------------------------------------------------
 
 
@@ -573,7 +561,7 @@ class Site:
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve, args=(made, app.Page(folder / "page.html"), 0.01))
+        self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))
         self.thread.start()
         self.log = folder / "log"
 

@@ -2,21 +2,25 @@ from __future__ import annotations
 
 import http.client
 import json
+import marshal
 import os
+import py_compile
 import re
 import signal
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from support import QUOTA_BY_NAME, SAMPLES, free_port, payload
+from support import ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload
 
 import usage_dashboard as app
 
@@ -140,6 +144,19 @@ def test_program_in_a_folder_that_keeps_no_compiled_form_runs_all_the_same(progr
     assert running.terminate() == 0
 
 
+@pytest.mark.parametrize("left", [slice(0), slice(9), slice(3000), slice(-1)], ids=["nothing", "head", "part", "most"])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_program_starts_from_a_compiled_form_that_a_power_cut_has_damaged(program, proxy, left, zeroed):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    compiled = Path(py_compile.compile(str(program.script), quiet=2, doraise=True))
+    whole = compiled.read_bytes()
+    compiled.write_bytes(whole[left].ljust(len(whole), b"\0") if zeroed else whole[left])
+    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
+    assert b"-c" in Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
+    assert running.terminate() == 0 and not any("Traceback" in line for line in running.lines)
+    assert marshal.loads(compiled.read_bytes()[16:])
+
+
 def test_kill_and_restart_stores_everything_once(program, proxy):
     port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
     proxy.push(*shifted())
@@ -242,6 +259,18 @@ def test_quota_command_refreshes_itself_where_no_dashboard_runs(program, chatgpt
     assert program.run("quota").returncode == 0
 
 
+def test_forced_quota_without_account_files_says_so(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    alone = program.run("quota", "--force")
+    running = start(program, port)
+    for done in (alone, program.run("quota", "--force")):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no Codex account file" in done.stderr and '"auth_dir"' in done.stderr
+    assert json.loads(program.run("quota", "--force", "--json").stdout)["quotas"] == []
+    assert "quota --force" in program.run("quota").stdout
+    assert running.terminate() == 0
+
+
 def test_quota_table_calls_a_reset_that_has_passed_due(program):
     store = app.Store(program.folder / "usage.db")
     window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
@@ -264,6 +293,50 @@ def test_report_prints_the_totals_of_a_range(program):
     assert wrong.returncode == 2 and "today" in wrong.stderr
 
 
+@contextmanager
+def opened(program):
+    store = app.Store(program.folder / "usage.db")
+    yield store
+    store.close()
+
+
+def lose(store, hours_ago, hours, reason="unreachable"):
+    """Record an outage that lasted longer than the queue remembers."""
+    store.begin_outage(time.time() - 3600 * hours_ago, reason)
+    store.end_outage(time.time() - 3600 * (hours_ago - hours))
+
+
+def test_report_names_the_losses_in_its_range(program):
+    with opened(program) as store:
+        lose(store, 100, 2, "publishing_off")
+        lose(store, 3, 1)
+    shown = program.run("report", "7d").stdout.partition("requests were lost:\n")[2]
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - 3 * 3600))[:-3]
+    assert re.fullmatch(r"  .* \(publishing off\)\n  " + begun + r":\d\d to .* \(unreachable\)\n", shown)
+    assert "lost" not in program.run("report", "1h").stdout
+
+
+@pytest.mark.parametrize("command", ["report", "check", "quota"])
+def test_command_on_a_terminal_that_takes_ascii_only_ends_well(program, command):
+    with opened(program) as store:
+        store.store_batch(app.parse_events([payload(source="ông@example.com", model="mô-hình")]), 1, 0.0)
+    ascii_only = {"LC_ALL": "C", "LANG": None, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = program.run(command, env=ascii_only)
+    assert done.stderr == "" and done.stdout.isascii() and done.stdout
+
+
+@pytest.mark.parametrize("command", ["report", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_command_whose_output_nobody_reads_ends_well(program, command, unbuffered):
+    with opened(program):
+        pass
+    words = [sys.executable, str(program.script), command]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
 @pytest.mark.parametrize("command", ["report", "quota"])
 def test_command_without_a_database_says_what_to_do(program, command):
     done = program.run(command)
@@ -272,10 +345,14 @@ def test_command_without_a_database_says_what_to_do(program, command):
 
 
 def test_wrong_configuration_ends_with_2_and_names_every_fault(program):
-    configure(program, cliproxy_port="8317", collect_mode="push", management_password=7)
+    configure(program, cliproxy_port="8317", collect_mode="push", management_password=7, dashbord_port=1)
+    checked = program.run("check")
+    assert checked.returncode == 1 and 'did you mean "dashboard_port"?' in checked.stdout
+    assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["warni", "fault", "fault", "fault"]
     done = program.run("start", "--no-browser")
     assert done.returncode == 2
     assert all(key in done.stderr for key in ("cliproxy_port", "collect_mode", "management_password"))
+    assert 'did you mean "dashboard_port"?' in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -308,6 +385,21 @@ def test_open_dashboard_says_so_on_the_console(program, proxy):
     assert running.terminate() == 0
 
 
+def test_closed_terminal_ends_the_program_unless_it_was_started_with_nohup(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    running = start(program, port)
+    assert running.terminate(signal.SIGHUP) == 0
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a new process inherits, as from nohup
+    try:
+        running = start(program, port)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.kill(running.pid, signal.SIGHUP)
+    proxy.push(*shifted())
+    wait_for_events(running, port, STORED)
+    assert running.terminate() == 0
+
+
 def test_wrong_key_is_sent_once_over_restarts_and_check(program, proxy):
     port = configure(program, cliproxy_port=proxy.port, management_password="wrong")
     for _ in range(2):
@@ -324,6 +416,14 @@ def test_check_before_the_first_start_sends_a_wrong_key_once(program, proxy):
     for _ in range(3):
         assert "wrong_password" in program.run("check").stdout
     assert proxy.failures == 1
+
+
+def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_server):
+    configure(program, cliproxy_port=redis_server.port)
+    assert f"127.0.0.1:{redis_server.port} is a Redis server, used without a password" in program.run("check").stdout
+    configure(program, cliproxy_port=proxy.port)
+    assert re.search("^fault   no management key is set, and the proxy needs one$", program.run("check").stdout, re.M)
+    assert proxy.failures == 0
 
 
 @pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish"])
@@ -535,11 +635,76 @@ def test_check_finds_a_damaged_database(program, proxy):
     assert done.returncode == 1 and "damaged or no SQLite database" in done.stdout and "Traceback" not in done.stderr
 
 
+def test_check_names_accounts_that_need_a_person(program, chatgpt):
+    folder = write_accounts(program, 5)
+    for number, changes in ((3, {"access_token": ""}), (4, {"disabled": True})):
+        path = folder / f"codex-{number}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    configure(program)
+    chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
+    chatgpt.answer("tok-secret-1", 401, body={"error": {"code": "token_invalidated"}})
+    chatgpt.answer("tok-secret-2", 402, body={"detail": {"code": "deactivated_workspace"}})
+    program.run("quota", "--force", env=chatgpt.environment)
+    done = program.run("check")
+    assert done.returncode == 1
+    for name, state, remedy in (
+        ("user1@example.com", "relogin", "sign in again in the proxy"),
+        ("user2@example.com", "deactivated", "deactivated"),
+        ("user3@example.com", "no token", "sign in again in the proxy"),
+    ):
+        assert re.search(f"^warning {name}.*: {state}\n +→ .*{remedy}", done.stdout, re.M), done.stdout
+    assert re.search("^ok      user4@example.com.* is disabled", done.stdout, re.M)
+    assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
+
+
+def test_check_names_the_losses_of_the_last_day(program):
+    configure(program)
+    with opened(program) as store:
+        lose(store, 30, 2)
+    assert "no losses are known of in the last 24 hours" in program.run("check").stdout
+    with opened(program) as store:
+        lose(store, 3, 1)
+        store.begin_outage(time.time() - 600, "publishing_off")
+    lines = program.run("check").stdout.splitlines()
+    over, going_on = [number for number, line in enumerate(lines) if "requests were lost" in line]
+    assert "(unreachable)" in lines[over] and "redis-usage-queue-retention-seconds: 3600" in lines[over + 1]
+    assert "to now (publishing off)" in lines[going_on] and "usage-statistics-enabled: true" in lines[going_on + 1]
+
+
+def test_check_before_the_first_start_says_how_many_events_are_taken_in(program):
+    configure(program)
+    path = program.folder / "usage.db"
+    make_original(path, ORIGINAL_ROWS)
+    before = path.read_bytes()
+    done = program.run("check")
+    assert "3 events of an earlier version will be taken in" in done.stdout and path.read_bytes() == before
+
+
+def test_check_shows_no_control_letters_of_file_names(program):
+    folder = write_accounts(program, 1)
+    (folder / "codex-0.json").rename(folder / "a\x1b[31m\rb.json")
+    (folder / "c\x1b[32m.json").write_text("{ broken")
+    configure(program)
+    done = program.run("check")
+    assert "can be read by other users" in done.stdout and "is skipped" in done.stdout
+    assert all(letter.isprintable() for letter in done.stdout.replace("\n", ""))
+
+
+def test_check_names_a_dashboard_that_refuses_or_is_another_program(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="a")
+    running = start(program, port)
+    configure(program, cliproxy_port=proxy.port, dashboard_port=port, dashboard_password="b")
+    done = program.run("check")
+    assert done.returncode == 1 and re.search(f"port {port} answers: .*\n +→ correct dashboard_password", done.stdout)
+    assert running.terminate() == 0
+
+
 def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     port = free_port()
     (program.folder / "config.json").write_text("{ broken")
     running = program.start("demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port))
     running.wait_for_line("Demo with made-up data")
+    assert not any("Everyone" in line for line in running.lines)
     health, summary, quotas = (
         get(port, "/api/health"),
         get(port, "/api/summary?range=7d"),
@@ -561,6 +726,12 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
         "usage-dashboard.html",
         "usage_dashboard.py",
     ]
+
+
+def test_demo_says_who_can_open_it(program):
+    running = program.start("demo", "--no-browser", "--port", str(free_port()))
+    assert "--host 127.0.0.1" in running.wait_for_line("Everyone who reaches this machine can open it")
+    assert running.terminate() == 0
 
 
 def test_bare_command_and_help_name_every_command(program):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import QUOTA_BY_NAME, Watched, make_large_original
+from support import QUOTA_BY_NAME, Watched
 
 import usage_dashboard as app
 
@@ -629,7 +629,7 @@ def store_events(store, *times):
 def total_of(store) -> int:
     db = sqlite3.connect(str(store.path))
     try:
-        return db.execute("SELECT SUM(total_tokens) FROM usage_by_model").fetchone()[0]
+        return db.execute("SELECT SUM(total_tokens) FROM usage_by_day").fetchone()[0]
     finally:
         db.close()
 
@@ -660,40 +660,6 @@ def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(be
     kept = [row[0] for row in db.execute("SELECT ts_epoch FROM quota_snapshots ORDER BY id")]
     db.close()
     assert kept == times[2:]
-
-
-def test_housekeeper_adopts_the_rows_of_an_original_database(bench, store, tmp_path):
-    path = tmp_path / "original.db"
-    db = sqlite3.connect(str(path))
-    db.execute(
-        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
-        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
-        "latency_ms INTEGER, failed INTEGER)"
-    )
-    rows = [(NOW + number, "a@x.com", "gpt-5.4", 11) for number in range(12000)]
-    db.executemany("INSERT INTO events(ts_epoch, source, model, total_tokens) VALUES (?, ?, ?, ?)", rows)
-    db.commit()
-    db.close()
-    adopted = app.Store(path)
-    try:
-        lines = keep_house(bench, adopted)
-        assert "housekeeping adopted=12000" in lines
-        assert (adopted.adopting, adopted.event_count, total_of(adopted)) == (False, 12000, 132000)
-        assert adopted.find_faults() == []
-    finally:
-        adopted.close()
-
-
-def test_housekeeper_says_that_it_indexes_a_large_original_database(bench, store, tmp_path):
-    make_large_original(tmp_path / "original.db")
-    adopted = app.Store(tmp_path / "original.db")
-    try:
-        lines = keep_house(bench, adopted)
-        said = [line for line in lines if line.startswith("housekeeping ")]
-        assert "nothing is recorded meanwhile" in said[0] and said[1] == 'housekeeping indexed="all rows"'
-        assert (adopted.needs_index, adopted.adopting, adopted.find_faults()) == (False, False, [])
-    finally:
-        adopted.close()
 
 
 def test_housekeeper_stopped_in_the_middle_goes_on_the_next_time(bench, store):
