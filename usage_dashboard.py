@@ -512,7 +512,7 @@ class ConnectionClosed(QueueFault):
 
 
 class NoReply(QueueFault):
-    """Report that a reply did not come in time."""
+    """A reply that did not come in time."""
 
 
 class NotResp(QueueFault):
@@ -789,12 +789,7 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-# Exact up to here in every browser; no request of any model comes near.
-_LARGEST_NUMBER = 2**53 - 1
-_CLAUDE = frozenset(["claude"])
-_THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
-_MOST_QUOTA_HEADERS = 80  # eight groups of ten
-_CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
+_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
 
 
 def _mask_source(text: str) -> str:
@@ -806,38 +801,33 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
 
     One bad event never costs its neighbours: it becomes a Reject.
     """
-    parsed = Parsed([], [], 0)
-    ignored = 0
-    for raw, content in zip(raws, _decode_all(raws)):
-        try:
-            if isinstance(content, Rejected):
-                raise content
-            event = parse_event(content)
-        except Rejected as reason:
-            parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
-            continue
-        if event is None:
-            ignored += 1
-        else:
-            parsed.events.append(event)
+    parsed, ignored = Parsed([], [], 0), 0
+    step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
+    for first in range(0, len(raws), step):
+        part = raws[first : first + step]
+        for raw, content in zip(part, _decode(part)):
+            try:
+                if isinstance(content, Rejected):
+                    raise content
+                event = parse_event(content)
+            except Rejected as reason:
+                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
+                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+                continue
+            if event is None:
+                ignored += 1
+            else:
+                parsed.events.append(event)
     return parsed._replace(ignored=ignored)
 
 
-_DECODED_AT_ONCE = 100  # more are not faster, and decoded events take ten times the memory of their JSON
-
-
-def _decode_all(raws: Sequence[Any]) -> Iterable[Any]:
-    for first in range(0, len(raws), _DECODED_AT_ONCE):
-        yield from _decode_some(raws[first : first + _DECODED_AT_ONCE])
-
-
-def _decode_some(raws: Sequence[Any]) -> list[Any]:
+def _decode(raws: Sequence[Any]) -> list[Any]:
     """Decode events in one call, as one array with a zero between every two.
 
     The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
     """
     try:
-        joined = _decode(b"[" + b",0,".join(raws) + b"]")
+        joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
     except (TypeError, ValueError, RecursionError):
@@ -851,7 +841,7 @@ def _decode_one(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _decode(raw)
+        return _loads(raw)
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -860,21 +850,11 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _loads(raw: bytes) -> Any:
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
 
-
-_json_decoder = json.JSONDecoder(parse_constant=_no_constant)
-
-
-def _decode(raw: bytes) -> Any:
-    return _json_decoder.decode(raw.decode("utf-8"))
-
-
-def _length_of(raw: Any) -> int:
-    if isinstance(raw, Oversized):
-        return int(raw)
-    return len(raw if isinstance(raw, bytes) else json.dumps(raw))
+    return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
 def parse_event(content: Any) -> Event | None:
@@ -884,7 +864,7 @@ def parse_event(content: Any) -> Event | None:
     """
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if len(content) == 1 and set(content) in _CONTROL_KEYS:
+    if set(content) in ({"refresh"}, {"support_refresh"}):
         return None
     get = content.get
     if get("generate") is False:
@@ -923,12 +903,9 @@ def parse_event(content: Any) -> Event | None:
 
 
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
-_CONTEXT_NAMES = ("model", *Context._fields)
-
-
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
-    values = tuple(map(content.get, _CONTEXT_NAMES))
+    values = tuple(map(content.get, ("model", *Context._fields)))
     try:
         return _contexts[values]
     except KeyError:
@@ -1001,7 +978,7 @@ def _quota_headers(headers: Any) -> dict[str, str] | None:
         for name, values in headers.items()
         if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
     }
-    return kept if kept and len(kept) <= _MOST_QUOTA_HEADERS else None
+    return kept if 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
 class TokenCounts(NamedTuple):
@@ -1028,10 +1005,14 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _TOKEN_LABELS))
-    if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
+    try:
+        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
         return _claude_usage(sent)
-    return _inclusive_usage(sent, thoughts_apart=provider in _THOUGHTS_APART)
+    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+    return _inclusive_usage(sent, thoughts_apart)
 
 
 class _SentTokens(NamedTuple):
@@ -1044,9 +1025,6 @@ class _SentTokens(NamedTuple):
     cached_tokens: int | None
     cache_read_tokens: int | None
     cache_creation_tokens: int | None
-
-
-_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _SentTokens._fields)
 
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
@@ -1090,9 +1068,6 @@ def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
     return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
 
 
-_OWN_PHRASES = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-
-
 def _status_of(fail: Any) -> int | None:
     """Return the HTTP status in ``fail``; None where it is 0 or absent."""
     if fail is None:
@@ -1111,40 +1086,30 @@ def failure_reason(status: int | None, body: Any) -> str | None:
     if code or message:
         said = ": ".join(part for part in (code, message) if part)
         return without_secrets(said if status is None else f"{status} {said}")
-    return None if status is None else f"{status} {_status_phrase(status)}".strip()
+    if status is None:
+        return None
+    from http.client import responses
 
-
-_CHANGING = re.compile(r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*")  # words with a digit: ids, times, amounts
+    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
+    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
 
 
 def failure_kind(status: int | None, error: str | None) -> str:
     """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
-    text, prefix = error or "", f"{status} "
-    if text.startswith(prefix):
-        return prefix + _CHANGING.sub("…", text[len(prefix) :])
-    return _CHANGING.sub("…", text)
-
-
-def _status_phrase(status: int) -> str:
-    from http import HTTPStatus
-
-    try:
-        return _OWN_PHRASES.get(status) or HTTPStatus(status).phrase
-    except ValueError:
-        return ""
-
-
-_KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type model "
-    "alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-).split()
+    prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
+    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
 
 
 def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
+    names = (
+        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+    )
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -1460,18 +1425,9 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-_LARGEST_LOG = 16 * 1024 * 1024  # bytes of the write-ahead log that stay on the disk after it was larger once
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
-SUM_NAMES = (
-    "requests",
-    "failed",
-    "input_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "cached_tokens",
-    "total_tokens",
-)
+SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
 
 
 class _RollUp(NamedTuple):
@@ -1487,9 +1443,6 @@ _BY_TIME = _RollUp("usage_by_time", BUCKET_S)
 _BY_QUARTER = _RollUp("usage_by_quarter", BUCKET_S)
 _BY_HOUR = _RollUp("usage_by_hour", 3600)
 _BY_DAY = _RollUp("usage_by_day", 86400)
-_CELL = "identity_id, model_id, key_id, reason_id"
-_NO_KEY, _UNKNOWN_KEY, _UNKNOWN_REASON = 0, -1, 1
-_MOST_REASONS = 2000
 
 # Schema steps. Each is frozen as it was released: it uses no constant of this file, and never changes again. A new
 # one goes to the end. Each runs in a transaction of its own, which also sets PRAGMA user_version to its number.
@@ -1729,6 +1682,8 @@ def _id_of(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = 
 class _Reasons:
     """The ids of failures' reasons; beyond the limit a new one is counted as its status' "other"."""
 
+    _MOST = 2000
+
     def __init__(self, db):
         self._db = db
         self._ids: dict[tuple[Any, Any], int] = {}
@@ -1744,7 +1699,7 @@ class _Reasons:
         found = row.fetchone()
         if found is not None:
             return found[0]
-        if self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= _MOST_REASONS:
+        if self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
             reason["error"] = "other"
         return _id_of(self._db, "reasons", reason)
 
@@ -1788,7 +1743,7 @@ _SUM_UP_BATCH = (
 
 
 def _add_batch_to(roll_up: _RollUp) -> str:
-    keys = "bucket" if roll_up is _BY_TIME else f"bucket, {_CELL}"
+    keys = "bucket" if roll_up is _BY_TIME else "bucket, identity_id, model_id, key_id, reason_id"
     return (
         f"INSERT INTO {roll_up.table}({keys}, {', '.join(SUM_NAMES)}) "
         f"SELECT bucket * {BUCKET_S} / {roll_up.seconds} AS {keys}, {_ADDED} FROM batch "
@@ -1798,7 +1753,6 @@ def _add_batch_to(roll_up: _RollUp) -> str:
 
 
 _ADD_BATCH = tuple(_add_batch_to(roll_up) for roll_up in (_BY_TIME, _BY_QUARTER, _BY_HOUR, _BY_DAY))
-_KEPT_REJECTS = 1000
 
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
@@ -1829,15 +1783,11 @@ class Filters(NamedTuple):
 
 _NO_FILTERS = Filters()
 Sums = Tuple[int, ...]
-_NOTHING: Sums = (0,) * len(SUM_NAMES)
 
 
 def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
     """Add rows of sums, as SUM_NAMES orders them; zeros where there are none."""
-    total = _NOTHING
-    for row in rows:
-        total = tuple(map(operator.add, total, row))
-    return total
+    return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
 
 
 class Usage(NamedTuple):
@@ -1909,7 +1859,7 @@ class Store:
             )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
+        db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
             announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
@@ -1988,7 +1938,11 @@ class Store:
             if parsed.events:
                 self._insert_events(db, parsed.events)
             if parsed.rejects:
-                _insert_rejects(db, parsed.rejects, now)
+                db.executemany(
+                    "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
+                    [(utc_text(now), now, *reject) for reject in parsed.rejects],
+                )
+                db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - 1000")
             _put_meta(db, "sequence", sequence)
             _count(db, stored=len(parsed.events), rejected=len(parsed.rejects), ignored=parsed.ignored)
         return True
@@ -2020,7 +1974,7 @@ class Store:
         identity = {"auth_index": told.pop("auth_index") or "", "source": told.pop("source")}
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
-        key_id = _id_of(db, "client_keys", {"name": told["api_key"]}) if told["api_key"] else _NO_KEY
+        key_id = _id_of(db, "client_keys", {"name": told["api_key"]}) if told["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **told}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
 
@@ -2061,7 +2015,8 @@ class Store:
     @property
     def byte_count(self) -> int:
         """The size of the database with its write-ahead log."""
-        return sum(_size_of(Path(str(self.path) + suffix)) for suffix in ("", "-wal", "-shm"))
+        paths = (Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
+        return sum(path.stat().st_size for path in paths if path.exists())
 
     def check_writable(self) -> None:
         """Open and end a transaction that writes, so that nothing is popped that could not be stored."""
@@ -2331,18 +2286,13 @@ class Store:
                 return [f"the file is damaged: {found[0]}"]
             floor = _floor_in(db)
             rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
-            of_events = tuple(value or 0 for value in rows.fetchone())
+            of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
+            if _sums_in(db, _BY_TIME.table, floor) != of_events:
+                faults.append(f"{_BY_TIME.table} does not add up to the events")
             everything = _sums_in(db, _BY_TIME.table, 0)
-            faults = [
-                f"{table} does not add up to the events"
-                for table in (_BY_TIME.table, _BY_QUARTER.table)
-                if _sums_in(db, table, floor) != of_events
-            ]
-            faults += [
-                f"{table} does not add up to {_BY_TIME.table}"
-                for table in (_BY_QUARTER.table, _BY_HOUR.table, _BY_DAY.table)
-                if _sums_in(db, table, 0) != everything
-            ]
+            for table in (_BY_QUARTER.table, _BY_HOUR.table, _BY_DAY.table):
+                if _sums_in(db, table, 0) != everything:
+                    faults.append(f"{table} does not add up to {_BY_TIME.table}")
         return faults
 
 
@@ -2374,14 +2324,6 @@ def _rows_to_adopt(db) -> int:
     if db.execute("PRAGMA user_version").fetchone()[0] >= _SCHEMA_STEPS[-1][0] or not _columns_of(db, "events"):
         return 0
     return db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
-
-
-def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
-    db.executemany(
-        "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
-        [(utc_text(now), now, *reject) for reject in rejects],
-    )
-    db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - ?", (_KEPT_REJECTS,))
 
 
 def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
@@ -3312,10 +3254,10 @@ def _pool_of_label(
 # ------------------------------------------------------------------ sources
 
 
-_NOT_THERE = ("refused", "unreachable")
-_BATCH_FIRST, _BATCH_LARGEST = 16, 500
-_POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
 PROXY_PORT = 8317
+_NOT_THERE = ("refused", "unreachable")
+
+
 class PopResult(NamedTuple):
     """One turn of a source: values for parse_events, whether more may wait, and the fault that ended it."""
 
@@ -3324,92 +3266,121 @@ class PopResult(NamedTuple):
     fault: QueueFault | None
 
 
-def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
-    """Return what an error reply of a proxy or a Redis means."""
-    text = reply.lower()
-    if "banned" in text:
-        return BannedFault(_go_duration(text))
-    if "home mode" in text:
-        return QueueFault("the usage queue is switched off there", "home_mode")
-    if "remote management disabled" in text:
-        return QueueFault("the proxy takes no login from another machine", "remote_disabled")
-    if "key not set" in text:
-        return QueueFault("the proxy has no management key", "closed")
-    if "mtls" in text:
-        return NotResp("this version of the proxy does not serve its queue over RESP")
-    if "noauth" in text or "missing management key" in text:
-        return QueueFault("a management key is needed", "no_password")
-    if "invalid management key" in text:
-        return QueueFault("the management key is refused", "wrong_password")
-    if "wrongpass" in text or "invalid password" in text:
-        return RedisRefusal("the Redis server there refuses the password")
-    if "unsupported channel" in text:
-        message = 'the proxy does not know this queue_key; set "queue_key": "usage"'
-        return QueueFault(message, "unreachable", says_remedy=True)
-    if "wrongtype" in text:
-        message = 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled'
-        return QueueFault(message, "unreachable", says_remedy=True)
-    if during_auth and "unknown command" in text:
-        return NotResp("the server there knows no AUTH")
-    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
-
-
 class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
-
-    state = "wrong_password"
 
 
 class BannedFault(QueueFault):
     """A ban after failed logins, with the seconds that it still lasts."""
 
-    state = "banned"
-
     def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds")
+        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
         self.seconds = seconds
 
 
-def _go_duration(text: str) -> float:
-    """Return the seconds of ``Try again in 29m59s``; a full ban of 30 minutes where there are none."""
-    match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
-    if match is None:
-        return 1800.0
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(hours * 3600 + minutes * 60 + seconds)
+# Words in an error reply of a proxy or a Redis, what they mean, and the state.
+_REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
+    ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
+    ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
+    ("key not set", QueueFault, "the proxy has no management key", "closed"),
+    ("mtls", NotResp, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("noauth", QueueFault, "a management key is needed", "no_password"),
+    ("missing management key", QueueFault, "a management key is needed", "no_password"),
+    ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
+    ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+)
+_WRONG_KEYS = {
+    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
+    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
+}
 
 
-class PopSource:
-    """Pop values off a list with pipelined single RPOPs, which every proxy and every Redis knows.
+def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+    """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
+    text = reply.lower()
+    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+        hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
+        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
+    for words, kind, message, state in _REPLIES:
+        if words in text:
+            return kind(message, state)
+    for words, message in _WRONG_KEYS.items():
+        if words in text:
+            return QueueFault(message, "unreachable", says_remedy=True)
+    if during_auth and "unknown command" in text:
+        return NotResp("the server there knows no AUTH")
+    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+
+
+def _log_in(client: RespClient, password: str) -> None:
+    """Send AUTH; a Redis that needs no password is fine. Raises QueueFault."""
+    reply = client.call("AUTH", password)
+    if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
+        raise _fault_of_reply(reply, during_auth=True)
+
+
+class Source:
+    """One way to take values off the queue; its connection lasts from open() to close().
 
     ``api`` is set where a proxy may be asked over HTTP: after a login that worked.
     """
 
+    mode = ""
+    largest_batch = 500
+    unread = 0  # values that have arrived already
+    is_proxy = True
+    list_length: int | None = None
+    api: ProxyApi | None = None
+
+    def open(self) -> None:
+        """Connect and log in, without taking anything. Raises QueueFault."""
+
+    def take(self, count: int) -> PopResult:
+        """Take up to so many values; those that arrived whole count, whatever happens behind them."""
+        raise NotImplementedError
+
+    def drain(self) -> list[Any]:
+        """Return what has arrived and was not taken."""
+        return []
+
+    def close(self) -> None:
+        """Close all connections."""
+
+    def abort(self) -> None:
+        """Wake a thread that waits for an answer."""
+        self.close()
+
+
+class PopSource(Source):
+    """Pop values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
+
     mode = "pop"
-    largest_batch = _POPS_IN_FLIGHT
-    unread = 0
+    largest_batch = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
+    is_proxy = False
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
-        self._client: RespClient | None = None
+        self._client: Any = None
         self._early: list[Any] = []
-        self.is_proxy = False
-        self.list_length: int | None = None
-        self.api: ProxyApi | None = None
 
     def open(self) -> None:
-        """Connect and log in, with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
+        """Log in with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
 
-        Every command before a login and every wrong key counts towards the proxy's ban. Raises QueueFault.
+        Every command before a login and every wrong key counts towards the proxy's ban. Without a key the first
+        command is a pop, and what it brings is the first value.
         """
         self._client = RespClient(self._connect)
         if not self._password:
-            self._pop_without_key()
+            reply = self._client.call("RPOP", self._key)
+            if isinstance(reply, ErrorReply):
+                raise _fault_of_reply(reply, during_auth=True)
+            self._early = [] if reply is None else [reply]
+            self.list_length = len(self._early)
             return
-        reply = self._client.call("AUTH", self._password)
-        if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
-            raise _fault_of_reply(reply, during_auth=True)
+        _log_in(self._client, self._password)
         length = self._client.call("LLEN", self._key)
         self.is_proxy = isinstance(length, ErrorReply) and "unknown command" in length.lower()
         if isinstance(length, int):
@@ -3417,22 +3388,8 @@ class PopSource:
         elif not self.is_proxy:
             raise _fault_of_reply(str(length), during_auth=False)
 
-    def _pop_without_key(self) -> None:
-        assert self._client is not None
-        self._client.send(self._pop)
-        reply = self._client.receive()
-        if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        self.list_length = 0 if reply is None else 1
-        if reply is not None:
-            self._early.append(reply)
-
     def take(self, count: int) -> PopResult:
-        """Send so many pops and read their replies.
-
-        The whole ones count, also where the connection breaks behind them or an error stands between them.
-        """
-        assert self._client is not None
+        """Send so many pops and read their replies."""
         values, self._early, empty, fault = self._early, [], False, None
         try:
             self._client.send(self._pop * count)
@@ -3449,7 +3406,7 @@ class PopSource:
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken."""
+        """Return the value that came before the first take()."""
         left, self._early = self._early, []
         return left
 
@@ -3457,13 +3414,6 @@ class PopSource:
         """Close the connection."""
         if self._client is not None:
             self._client.close()
-
-    abort = close
-
-
-def _needs_no_password(reply: str) -> bool:
-    text = reply.lower()
-    return "without any password" in text or "no password is set" in text
 
 
 class ProxyApi:
@@ -3493,7 +3443,14 @@ class ProxyApi:
                 return json.loads(content)
             except (ValueError, RecursionError):
                 raise NotResp("the management API answered with something that is not JSON") from None
-        raise _fault_of_status(status, content)
+        if status in (401, 403):
+            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+            if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
+                fault = QueueFault("the management key is refused", "wrong_password")
+            raise fault
+        if status == 404:
+            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
+        raise QueueFault(f"the management API answered with status {status}")
 
     def _exchange(self, path: str) -> tuple[int, bytes]:
         import http.client
@@ -3504,26 +3461,17 @@ class ProxyApi:
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
-        content = self._read_whole(reply)
-        self.version = reply.headers.get("X-CPA-VERSION") or self.version
-        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
-        return reply.status, content
-
-    @staticmethod
-    def _read_whole(reply: Any) -> bytes:
-        """Read an answer in pieces: older Pythons would allocate the most that is allowed at each poll."""
-        import http.client
-
-        pieces, room = [], 64 * 1024 * 1024
-        while room > 0:
-            pieces.append(reply.read(min(room, 256 * 1024)))
+        # In pieces: older Pythons would allocate the most that is allowed at each poll.
+        pieces, room = [reply.read(256 * 1024)], 64 * 1024 * 1024
+        while pieces[-1] and room > 0:
             room -= len(pieces[-1])
-            if not pieces[-1]:
-                break
+            pieces.append(reply.read(min(room, 256 * 1024)))
         content = b"".join(pieces)
         if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
             raise http.client.IncompleteRead(content)
-        return content
+        self.version = reply.headers.get("X-CPA-VERSION") or self.version
+        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
+        return reply.status, content
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
@@ -3541,33 +3489,17 @@ class ProxyApi:
             self._connection = None
 
 
-def _fault_of_status(status: int, content: bytes) -> QueueFault:
-    if status in (401, 403):
-        fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
-        if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
-            return QueueFault("the management key is refused", "wrong_password")
-        return fault
-    if status == 404:
-        what = "has its management API switched off or is older than v6.10.8"
-        return QueueFault(f"the proxy {what}", "closed")
-    return QueueFault(f"the management API answered with status {status}")
-
-
-class HttpSource:
+class HttpSource(Source):
     """Pop values off the queue by the management API, for proxies that do not speak RESP here."""
 
     mode = "http"
-    largest_batch = _BATCH_LARGEST
-    unread = 0
-    is_proxy = True
-    list_length: int | None = None
 
     def __init__(self, api: ProxyApi):
         self._api = api
-        self.api: ProxyApi | None = None
+        self.close, self.abort = api.close, api.abort
 
     def open(self) -> None:
-        """Log in with a question that takes nothing off the queue. Raises QueueFault."""
+        """Log in with a question that takes nothing off the queue."""
         self._api.get("/v0/management/usage-statistics-enabled")
 
     def take(self, count: int) -> PopResult:
@@ -3580,46 +3512,28 @@ class HttpSource:
             return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
 
-    def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken: nothing, since an answer is taken whole."""
-        return []
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._api.close()
-
-    def abort(self) -> None:
-        """Wake a thread that waits for an answer."""
-        self._api.abort()
-
-
-class SubscribeSource:
+class SubscribeSource(Source):
     """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
 
-    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves
-    no gap.
+    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves no gap.
     """
 
     mode = "subscribe"
-    largest_batch = _BATCH_LARGEST
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
-        self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._backlog: PopSource | None = PopSource(connect, password, key)
-        self._client: RespClient | None = None
-        self._inbox: Any = None
-        self.is_proxy, self.list_length = True, None
-        self.api: ProxyApi | None = None
-
-    def open(self) -> None:
-        """Log in, subscribe, and open the second connection that drains. Raises QueueFault."""
         import queue
 
+        self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
+        self._backlog: PopSource | None = PopSource(connect, password, key)
+        self._client: Any = None
+        self._inbox: Any = queue.Queue(10_000)
+
+    def open(self) -> None:
+        """Log in, subscribe, and open the second connection, which takes the backlog."""
         self._client = RespClient(self._connect)
         if self._password:
-            reply = self._client.call("AUTH", self._password)
-            if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
-                raise _fault_of_reply(reply, during_auth=True)
+            _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
         if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
             message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
@@ -3629,7 +3543,6 @@ class SubscribeSource:
         assert self._backlog is not None
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
-        self._inbox = queue.Queue(10_000)
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
@@ -3644,9 +3557,9 @@ class SubscribeSource:
                 self._inbox.put(frame[2])
 
     @property
-    def unread(self) -> int:
+    def unread(self) -> int:  # type: ignore[override]
         """The number of values that have arrived already."""
-        return 0 if self._inbox is None else self._inbox.qsize()
+        return self._inbox.qsize()
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
@@ -3685,58 +3598,49 @@ class SubscribeSource:
             if part is not None:
                 part.close()
 
-    abort = close
 
-
-def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Any:
+def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     """Connect and log in to the configured queue and return its source.
 
     While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` is told each
     address before it is tried, the one in use last. Raises QueueFault.
     """
-    if not config.has_default_queue:
-        return _open_at(config, config.cliproxy_port, on_endpoint)
+    found, first = None, None
     try:
         found = _open_at(config, config.cliproxy_port, on_endpoint)
     except QueueFault as fault:
-        if fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal):
+        if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
-        return _open_proxy_port(config, fault, on_endpoint)
-    if found.is_proxy or found.list_length:
+        first = fault
+    if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
         return found
     try:
         better = _open_at(config, PROXY_PORT, on_endpoint)
     except QueueFault as fault:
-        if fault.state not in _NOT_THERE:
+        if fault.state in _NOT_THERE and found is not None:
+            on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
+            return found
+        if found is not None:
             found.close()
+        if fault.state not in _NOT_THERE or first is None:
             raise
-        on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
-        return found
-    found.close()
+        raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
+    if found is not None:
+        found.close()
     return better
 
 
-def _open_proxy_port(config: Config, first: QueueFault, on_endpoint: Callable[[str], None]) -> Any:
-    try:
-        return _open_at(config, PROXY_PORT, on_endpoint)
-    except QueueFault as second:
-        if second.state not in _NOT_THERE:
-            raise
-        raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from second
-
-
-def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Any:
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
     connect = tcp_connector(host, port, config.cliproxy_tls)
     api = ProxyApi(host, port, config.cliproxy_tls, password)
+    source: Source = PopSource(connect, password, key)
     if config.collect_mode == "subscribe":
-        source: Any = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
+        source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
         source = HttpSource(api)
-    else:
-        source = PopSource(connect, password, key)
     try:
         _open_or_close(source)
     except NotResp as no_resp:
@@ -3747,12 +3651,13 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> A
             _open_or_close(source)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
-            raise no_resp if fault.state in ("closed", "unreachable") and api.version is None else fault from None
+            is_other = fault.state in ("closed", "unreachable") and api.version is None
+            raise no_resp if is_other else fault from None
     source.api = api if source.is_proxy and password else None
     return source
 
 
-def _open_or_close(source: Any) -> None:
+def _open_or_close(source: Source) -> None:
     try:
         source.open()
     except BaseException:
@@ -3815,9 +3720,9 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 #   pop → parse and mask → append to the spool (a numbered batch) → one transaction: rows, roll-ups and the number
 #   as the mark → empty the spool
 #
-# Killed before the append, what was in flight is gone: at most _POPS_IN_FLIGHT events. Killed after it, the next start
-# finds the batch in the spool. If its number is above the mark it was not committed and is stored now; otherwise it
-# was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
+# Killed before the append, what was in flight is gone: at most PopSource.largest_batch events. Killed after it, the
+# next start finds the batch in the spool. If its number is above the mark it was not committed and is stored now;
+# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
 
 
 class Spool:
@@ -3834,7 +3739,7 @@ class Spool:
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        content = [sequence, _SPOOL_NAMES, parsed.events, parsed.rejects, parsed.ignored]
+        content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
         # The line feed in front ends a line that a full disk may have cut off before.
         line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
@@ -3860,7 +3765,9 @@ class Spool:
             if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
                 continue
             try:
-                batches.append(_batch_of_json(json.loads(text)))
+                sequence, names, events, rejects, ignored = json.loads(text)
+                parsed = [_event_of_row(names, row) for row in events], [Reject(*reject) for reject in rejects]
+                batches.append((int(sequence), Parsed(*parsed, int(ignored))))
             except (TypeError, ValueError, AttributeError, LookupError):
                 self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
         if self.set_aside is not None:
@@ -3887,21 +3794,6 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
-_SPOOL_NAMES = [Event._fields, Context._fields]
-
-
-def _merged(batches: Sequence[Parsed]) -> Parsed:
-    events = [event for batch in batches for event in batch.events]
-    rejects = [reject for batch in batches for reject in batch.rejects]
-    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
-
-
-def _batch_of_json(content: Any) -> tuple[int, Parsed]:
-    sequence, names, events, rejects, ignored = content
-    rows = [_event_of_row(names, row) for row in events]
-    return int(sequence), Parsed(rows, [Reject(*reject) for reject in rejects], int(ignored))
-
-
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     """Return an event of a spool that another version may have written; 3.0.0 wrote the context's values flat."""
     if isinstance(names[0], str):
@@ -3920,13 +3812,12 @@ class ProxyFacts:
     which would count as a failed login.
     """
 
-    _PAUSE_S, _PAUSE_WHILE_OFF_S, _PAUSE_IN_DOUBT_S = 300.0, 15.0, 2.0
+    _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
     def __init__(self, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]):
         self._store, self._log, self._poll_interval_s, self._clock = store, log, poll_interval_s, clock
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
-        self._is_in_doubt = False
         self.publishing: bool | None = None
         self.version: str | None = None
         self.retention_s: float | None = None
@@ -3960,26 +3851,19 @@ class ProxyFacts:
         self._api.close()
 
     def note_events(self) -> None:
-        """Take events as a sign that the proxy publishes; where it denied that, ask again soon."""
+        """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
             self.publishing = None
         elif self.publishing is not False:
             self.publishing, self._asked_at = True, self._clock()
         else:  # left from before it was switched off, or it is on again
-            soon = self._clock() - (self._PAUSE_WHILE_OFF_S - self._PAUSE_IN_DOUBT_S)
-            self._asked_at, self._is_in_doubt = min(self._asked_at, soon), True
+            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
         pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
-
-    def take_doubt(self) -> bool:
-        """Return whether events came while the proxy denied to publish, once, when that is settled."""
-        settled = self._is_in_doubt and self.publishing is not False
-        self._is_in_doubt = self._is_in_doubt and not settled
-        return settled
 
     def disconnect(self) -> None:
         """Close the connection to the management API; nothing is asked until the next connect()."""
@@ -4135,6 +4019,7 @@ class Collector:
         self._refused = RefusedLogins(store)
         self._source: Any = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
+        self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
@@ -4212,7 +4097,7 @@ class Collector:
             raise QueueFault(_REFUSED_BEFORE, state)
         source = self._source = open_source(self._config, self._show_endpoint)
         try:
-            self._is_proven, self._status.mode = False, source.mode
+            self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
             self._facts.connect(source)
             self._collect(source)
         finally:
@@ -4228,7 +4113,8 @@ class Collector:
 
         No reply is on its way while the database is written, so that a kill or a lock then costs none.
         """
-        goal = _BATCH_FIRST
+        first, largest = 16, 500  # small where little comes, so that it is seen at once
+        goal = first
         while source.unread or not self._stop.is_set():
             result = source.take(min(goal, source.largest_batch))
             more = result.full and result.fault is None and not self._stop.is_set()
@@ -4236,7 +4122,7 @@ class Collector:
             if result.values:
                 self._hold(parsed)
             if not more or self._held >= goal:
-                goal = min(goal * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
+                goal = min(goal * 4, largest) if more else first
                 self._store_pending(source)
             if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(result.fault), "unreachable") from result.fault
@@ -4284,12 +4170,15 @@ class Collector:
         """Store all that is pending in one transaction. Raises StoreError."""
         if not self._pending:
             return
-        sequence, parsed = self._pending[-1][0], _merged([batch for _, batch in self._pending])
-        self._store.store_batch(parsed, sequence, self._clock())
+        batches = [parsed for _, parsed in self._pending]
+        events = [event for parsed in batches for event in parsed.events]
+        rejects = [reject for parsed in batches for reject in parsed.rejects]
+        merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+        self._store.store_batch(merged, self._pending[-1][0], self._clock())
         self._pending.clear()
-        self._readings.note(parsed.events)
-        if parsed.events:
-            newest = max(event.ts_epoch for event in parsed.events)
+        self._readings.note(events)
+        if events:
+            newest = max(event.ts_epoch for event in events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         try:
             self._spool.clear()
@@ -4327,7 +4216,7 @@ class Collector:
             self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
 
     def _after_turn(self, got_values: bool) -> None:
-        """Update state, outages and what is known of the proxy after each turn."""
+        """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         try:
             self._spool.touch(self._clock())
         except OSError as error:
@@ -4348,15 +4237,13 @@ class Collector:
             self._facts.note_events()
         self._facts.ask_if_due()
         self._outages.note_publishing(self._facts.publishing)
-        self._enter(self._state_after_turn(got_values or self._facts.take_doubt()))
+        now = self._clock()
+        if got_values:
+            self._recorded_at = now
+        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
+        off = self._facts.publishing is False
+        self._enter("publishing_off" if off else "waiting" if is_quiet else "recording")
 
-    def _state_after_turn(self, recorded: bool) -> str:
-        """Return the state of a connection that works; recording turns to waiting after a quiet hour."""
-        if self._facts.publishing is False:
-            return "publishing_off"
-        now, status = self._clock(), self._status
-        is_quiet = now - (status.last_event or 0.0) > 3600 and now - status.since > 3600
-        return "recording" if recorded or (status.state == "recording" and not is_quiet) else "waiting"
 
     # States and waiting
 
@@ -5550,7 +5437,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
-    except ApiError as error:
+    except DashboardError as error:
         wrong_password = error.code == "password_needed"
         remedy = "correct dashboard_password" if wrong_password else "its log says more; restart it if it stays so"
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
@@ -5565,7 +5452,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
 
 
 def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any] | None:
-    """Return what the dashboard that runs on this machine answers, None where none does. Raises ApiError."""
+    """Return what the dashboard that runs on this machine answers, None where none does. Raises DashboardError."""
     host, port = config.dashboard_host, config.dashboard_port
     own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection = HTTPConnection(own_address, port, timeout=timeout_s)
@@ -5575,7 +5462,7 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
         reply = connection.getresponse()
         content = json.loads(reply.read())
     except socket.timeout as error:
-        raise ApiError(504, "timeout", f"the dashboard on port {port} does not answer in time") from error
+        raise DashboardError(f"the dashboard on port {port} does not answer in time") from error
     except (OSError, HTTPException, ValueError):
         return None
     finally:
@@ -5628,7 +5515,8 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
     if not config.management_password:
         return _check_without_key(config)
     try:
-        store = Store(config.database_path, announce=print)  # made here if need be: a refused key must be remembered
+        # Made here if need be: a refused key must be remembered.
+        store = Store(config.database_path, announce=Log(sys.stderr).line)
     except StoreError:
         return []  # told by the database's own line
     with closing(store):
@@ -5848,12 +5736,11 @@ def _open_browser(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
-def _open_for_reading(config: Config) -> Store:
-    if not config.database_path.exists():
-        raise DashboardError(
-            f"{config.database_path} does not exist yet; start the dashboard once, or name it with --db"
-        )
-    return Store(config.database_path, announce=Log(sys.stderr).line)
+def _open_store(config: Config, must_exist: bool = True) -> Store:
+    path = config.database_path
+    if must_exist and not path.exists():
+        raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    return Store(path, announce=Log(sys.stderr).line)
 
 
 def _reading_app(config: Config, store: Store) -> App:
@@ -5863,7 +5750,7 @@ def _reading_app(config: Config, store: Store) -> App:
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
-    with closing(_open_for_reading(config)) as store:
+    with closing(_open_store(config)) as store:
         summary = api_summary(_reading_app(config, store), {"range": options.range})
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
@@ -5906,7 +5793,7 @@ def run_quota(options: Any) -> int:
             answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
             if not answer["progress"]["total"]:
                 refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
-        except (ApiError, RefreshRefused) as error:
+        except DashboardError as error:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
@@ -5932,7 +5819,7 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
     """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
-    with closing(Store(config.database_path) if refresh else _open_for_reading(config)) as store:
+    with closing(_open_store(config, must_exist=not refresh)) as store:
         app = _reading_app(config, store)
         if refresh:
             app.refresher.start().join()

@@ -620,6 +620,18 @@ def test_check_before_the_first_start_says_how_many_events_are_taken_in(program)
     before = path.read_bytes()
     done = program.run("check")
     assert "3 events of an earlier version will be taken in" in done.stdout and path.read_bytes() == before
+    shown = program.run("report", "7d")
+    assert "adopting 3 rows" in shown.stderr and "adopting" not in shown.stdout
+    assert re.search("^ok      database: 3 events", program.run("check").stdout, re.M)
+
+
+def test_start_on_a_database_of_the_original_says_what_is_being_done(program, proxy):
+    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+    make_original(program.folder / "usage.db", ORIGINAL_ROWS)
+    running = start(program, port)
+    assert any("adopting 3 rows" in line for line in running.lines)
+    assert get(port, "/api/summary?range=all")["summary"]["requests"] == 3
+    assert running.terminate() == 0
 
 
 def test_check_shows_no_control_letters_of_file_names(program):
