@@ -42,20 +42,18 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from http.client import HTTPConnection, HTTPException, HTTPMessage, LineTooLong
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPMessage,
+    HTTPSConnection,
+    IncompleteRead,
+    LineTooLong,
+    responses,
+)
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
@@ -546,21 +544,9 @@ class RespReader:
     bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
     """
 
-    def __init__(
-        self,
-        stream,
-        max_line: int = 64 * 1024,
-        max_bulk: int = 8 * 1024 * 1024,
-        max_skipped: int = 512 * 1024 * 1024,
-        max_items: int = 100_000,
-    ):
-        self._stream = stream
-        self._max_line, self._max_bulk, self._max_skipped, self._max_items = (
-            max_line,
-            max_bulk,
-            max_skipped,
-            max_items,
-        )
+    def __init__(self, stream, max_line=64 * 1024, max_bulk=8 << 20, max_skipped=512 << 20, max_items=100_000):
+        self._stream, self._max_line, self._max_bulk = stream, max_line, max_bulk
+        self._max_skipped, self._max_items = max_skipped, max_items
 
     def read_reply(self, depth: int = 0) -> Any:
         """Read one whole reply; the commonest kind, a bulk string, is looked at first."""
@@ -575,7 +561,12 @@ class RespReader:
         if kind == b":":
             return _reply_number(rest)
         if kind == b"*":
-            return self._read_array(_reply_number(rest), depth)
+            count = _reply_number(rest)
+            if count == -1:
+                return None
+            if not 0 <= count <= self._max_items or depth >= 4:
+                raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
+            return [self.read_reply(depth + 1) for _ in range(count)]
         what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
         raise NotResp(f"the queue sent {what} instead of a RESP reply")
 
@@ -614,13 +605,6 @@ class RespReader:
             if not piece:
                 raise ConnectionClosed(clean=False)
             length -= len(piece)
-
-    def _read_array(self, count: int, depth: int) -> list[Any] | None:
-        if count == -1:
-            return None
-        if not 0 <= count <= self._max_items or depth >= 4:
-            raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
-        return [self.read_reply(depth + 1) for _ in range(count)]
 
 
 def _reply_number(text: bytes) -> int:
@@ -1088,8 +1072,6 @@ def failure_reason(status: int | None, body: Any) -> str | None:
         return without_secrets(said if status is None else f"{status} {said}")
     if status is None:
         return None
-    from http.client import responses
-
     own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
     return f"{status} {own.get(status) or responses.get(status, '')}".strip()
 
@@ -1574,9 +1556,7 @@ def _add_keys_and_reasons(db) -> None:
     db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
     db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
     db.execute("ALTER TABLE contexts ADD COLUMN key_id INTEGER NOT NULL DEFAULT 0")
-    db.execute(
-        "UPDATE contexts SET key_id = (SELECT id FROM client_keys WHERE name = api_key) WHERE api_key <> ''"
-    )
+    db.execute("UPDATE contexts SET key_id = (SELECT id FROM client_keys WHERE name = api_key) WHERE api_key <> ''")
     db.execute(
         "CREATE TABLE reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, "
         "UNIQUE(status_code, error))"
@@ -1611,9 +1591,7 @@ def _sum_up_rows(db, floor: int) -> None:
         f"INSERT INTO usage_by_hour SELECT bucket / 4 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_quarter "
         f"GROUP BY b, {_STEP_6_CELL}"
     )
-    db.execute(
-        f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM usage_by_quarter GROUP BY bucket"
-    )
+    db.execute(f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM usage_by_quarter GROUP BY bucket")
 
 
 def _keep_old_sums(db, floor: int) -> None:
@@ -2091,12 +2069,7 @@ class Store:
         return self._accounts[1]
 
     def usage(
-        self,
-        window: Window,
-        bucket_s: int,
-        offset_s: int,
-        filters: Filters = _NO_FILTERS,
-        from_rows: bool = False,
+        self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
     ) -> Usage:
         """Sum up a window; its buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC.
 
@@ -2836,7 +2809,6 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
     import urllib.request
-    from http.client import HTTPException
 
     ends_at = time.monotonic() + deadline_s
     request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
@@ -3427,15 +3399,13 @@ class ProxyApi:
 
     def get(self, path: str) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
-        import http.client
-
         try:
             status, content = self._exchange(path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, HTTPException) as error:
             self.close()
             if hasattr(error, "verify_message"):
                 raise _untrusted(self._host, self._port, error) from error
-            if isinstance(error, http.client.IncompleteRead):
+            if isinstance(error, IncompleteRead):
                 raise QueueFault("the management API broke off in the middle of an answer") from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
@@ -3453,10 +3423,8 @@ class ProxyApi:
         raise QueueFault(f"the management API answered with status {status}")
 
     def _exchange(self, path: str) -> tuple[int, bytes]:
-        import http.client
-
         if self._connection is None:
-            kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
+            kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
@@ -3468,7 +3436,7 @@ class ProxyApi:
             pieces.append(reply.read(min(room, 256 * 1024)))
         content = b"".join(pieces)
         if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
-            raise http.client.IncompleteRead(content)
+            raise IncompleteRead(content)
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         return reply.status, content
@@ -3697,16 +3665,6 @@ _CONNECTED = ("recording", "waiting", "publishing_off")
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
-def _retention_of(config: Any) -> float:
-    """Return from the proxy's configuration how many seconds its queue keeps a record; nothing else in it is used.
-
-    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
-    """
-    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
-    return min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S
-
-
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
     """Return what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
     return (
@@ -3844,7 +3802,11 @@ class ProxyFacts:
             self.publishing = publishing if isinstance(publishing, bool) else None
             self.version, self.clock_ahead_s = self._api.version, self._api.clock_ahead_s
             if self.retention_s is None:
-                self._learn_retention(_retention_of(self._api.get("/v0/management/config")))
+                config = self._api.get("/v0/management/config")
+                seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+                known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+                self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
         except QueueFault:
             self.disconnect()
             return
@@ -3945,7 +3907,7 @@ class RefusedLogins:
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
         salt = os.urandom(16).hex()
-        self._store.put_meta("refused", f"{state} {salt} {_login_hash(login, salt)}")
+        self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
         """Forget the refused login: one has worked."""
@@ -3954,11 +3916,11 @@ class RefusedLogins:
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
         words = str(self._store.get_meta("refused") or "").split()
-        return words[0] if len(words) == 3 and _login_hash(login, words[1]) == words[2] else None
+        return words[0] if len(words) == 3 and self._hash(login, words[1]) == words[2] else None
 
-
-def _login_hash(login: Sequence[Any], salt: str) -> str:
-    return hashlib.sha256((salt + json.dumps(list(login))).encode()).hexdigest()
+    @staticmethod
+    def _hash(login: Sequence[Any], salt: str) -> str:
+        return hashlib.sha256((salt + json.dumps(list(login))).encode()).hexdigest()
 
 
 @dataclass
@@ -4017,7 +3979,7 @@ class Collector:
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store)
-        self._source: Any = None
+        self._source: Source | None = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
@@ -4072,12 +4034,8 @@ class Collector:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
         if self._config.collect_mode == "subscribe":  # what is published to a listener is lost with it
             self._config = replace(self._config, collect_mode="pop")
-        state = self._refused.state_of(self._login())
-        if state is not None:
-            self._enter(state, _REFUSED_BEFORE)
-            return self.status()
         try:
-            source = open_source(self._config, self._show_endpoint)
+            source = self._open()
             self._facts.connect(source)
             source.close()
             self._enter("publishing_off" if self._facts.publishing is False else "waiting")
@@ -4092,10 +4050,7 @@ class Collector:
     def _session(self) -> None:
         self._flush()
         self._store.check_writable()
-        state = self._refused.state_of(self._login())
-        if state is not None:
-            raise QueueFault(_REFUSED_BEFORE, state)
-        source = self._source = open_source(self._config, self._show_endpoint)
+        source = self._source = self._open()
         try:
             self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
             self._facts.connect(source)
@@ -4108,7 +4063,17 @@ class Collector:
             if left:
                 self._hold(parse_events(left))
 
-    def _collect(self, source: Any) -> None:
+    def _open(self) -> Source:
+        state = self._refused.state_of(self._login())
+        if state is not None:
+            raise QueueFault("the management key was refused before", state)
+
+        def show(endpoint: str) -> None:
+            self._status.endpoint = endpoint
+
+        return open_source(self._config, show)
+
+    def _collect(self, source: Source) -> None:
         """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
 
         No reply is on its way while the database is written, so that a kill or a lock then costs none.
@@ -4121,7 +4086,8 @@ class Collector:
             parsed = parse_events(result.values)
             if result.values:
                 self._hold(parsed)
-            if not more or self._held >= goal:
+            held = sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in self._pending)
+            if not more or held >= goal:
                 goal = min(goal * 4, largest) if more else first
                 self._store_pending(source)
             if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
@@ -4151,11 +4117,6 @@ class Collector:
                 self._hold(parse_events(result.values))
         if fault is not None:
             raise fault
-
-    @property
-    def _held(self) -> int:
-        """The number of values that are pending."""
-        return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
 
     def _hold(self, parsed: Parsed) -> None:
         """Append a batch to the spool; on a full disk it is kept in memory alone."""
@@ -4247,9 +4208,6 @@ class Collector:
 
     # States and waiting
 
-    def _show_endpoint(self, endpoint: str) -> None:
-        self._status.endpoint = endpoint
-
     def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
         """Change the state; a change is logged once."""
         message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
@@ -4310,9 +4268,6 @@ class Collector:
             if self._login() != refused:
                 self._backoff.reset()
                 return
-
-
-_REFUSED_BEFORE = "the management key was refused before"
 
 
 # ------------------------------------------------------------------ refresher
