@@ -36,6 +36,7 @@ import random
 import re
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -1412,19 +1413,10 @@ BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buck
 SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
 
 
-class _RollUp(NamedTuple):
-    """A table of sums and the seconds of its buckets, which begin at multiples of that in UTC."""
-
-    table: str
-    seconds: int
-
-
-# ``usage_by_time`` keeps everything together. The others keep apart (identity, model, client key, reason), where
-# reason 0 is success. A key of -1 is unknown, 0 is a request without a key; reason 1 is an unknown failure.
-_BY_TIME = _RollUp("usage_by_time", BUCKET_S)
-_BY_QUARTER = _RollUp("usage_by_quarter", BUCKET_S)
-_BY_HOUR = _RollUp("usage_by_hour", 3600)
-_BY_DAY = _RollUp("usage_by_day", 86400)
+# Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
+# everything together. The others keep apart (identity, model, client key, reason), where reason 0 is success. A key of
+# -1 is unknown, 0 is a request without a key; reason 1 is an unknown failure.
+_ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
 
 # Schema steps. Each is frozen as it was released: it uses no constant of this file, and never changes again. A new
 # one goes to the end. Each runs in a transaction of its own, which also sets PRAGMA user_version to its number.
@@ -1720,17 +1712,17 @@ _SUM_UP_BATCH = (
 )
 
 
-def _add_batch_to(roll_up: _RollUp) -> str:
-    keys = "bucket" if roll_up is _BY_TIME else "bucket, identity_id, model_id, key_id, reason_id"
+def _add_batch_to(table: str) -> str:
+    keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
     return (
-        f"INSERT INTO {roll_up.table}({keys}, {', '.join(SUM_NAMES)}) "
-        f"SELECT bucket * {BUCKET_S} / {roll_up.seconds} AS {keys}, {_ADDED} FROM batch "
+        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
         f"GROUP BY {keys.replace('bucket', '1')} "
         f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
     )
 
 
-_ADD_BATCH = tuple(_add_batch_to(roll_up) for roll_up in (_BY_TIME, _BY_QUARTER, _BY_HOUR, _BY_DAY))
+_ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
 
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
@@ -1789,11 +1781,8 @@ class Store:
     """
 
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
-        import sqlite3
-
         self.path = path
         self.changes = 0
-        self._sqlite = sqlite3
         self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
@@ -1811,18 +1800,15 @@ class Store:
             self._reader = self._connect(busy_timeout_s)
             self._reader.execute("PRAGMA query_only = ON")
             self._known_counts = _counts_in(self._reader)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StoreError) as error:
             self._writer.close()
-            raise StoreError(_store_reason(path, error)) from error
-        except StoreError:
-            self._writer.close()
-            raise
+            raise error if isinstance(error, StoreError) else StoreError(_store_reason(path, error)) from error
 
     def _connect(self, busy_timeout_s: float):
-        db = self._sqlite.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-        except self._sqlite.Error:
+        except sqlite3.Error:
             db.close()
             raise
         return db
@@ -1879,7 +1865,7 @@ class Store:
                 self._reasons.clear()
                 if db.in_transaction:
                     self._try(db, "ROLLBACK")
-                if not isinstance(error, self._sqlite.Error):
+                if not isinstance(error, sqlite3.Error):
                     raise
                 # SQLite would keep the pages of a damaged file after it was mended.
                 self._try(db, "PRAGMA shrink_memory")
@@ -1888,7 +1874,7 @@ class Store:
     def _try(self, db, statement: str) -> None:
         try:
             db.execute(statement)
-        except self._sqlite.Error:
+        except sqlite3.Error:
             pass  # rolled back already, as on a full disk; closed; or damaged beyond even that
 
     @contextmanager
@@ -2260,12 +2246,12 @@ class Store:
             floor = _floor_in(db)
             rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
             of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
-            if _sums_in(db, _BY_TIME.table, floor) != of_events:
-                faults.append(f"{_BY_TIME.table} does not add up to the events")
-            everything = _sums_in(db, _BY_TIME.table, 0)
-            for table in (_BY_QUARTER.table, _BY_HOUR.table, _BY_DAY.table):
+            if _sums_in(db, "usage_by_time", floor) != of_events:
+                faults.append("usage_by_time does not add up to the events")
+            everything = _sums_in(db, "usage_by_time", 0)
+            for table in _ROLL_UPS:
                 if _sums_in(db, table, 0) != everything:
-                    faults.append(f"{table} does not add up to {_BY_TIME.table}")
+                    faults.append(f"{table} does not add up to usage_by_time")
         return faults
 
 
@@ -2312,8 +2298,6 @@ def events_to_adopt(path: Path) -> int:
 
     Raises StoreError where the file cannot be read.
     """
-    import sqlite3
-
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
             return _rows_to_adopt(db)
@@ -2380,7 +2364,7 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         return
     condition, values = _roll_up_conditions(filters, accounts)
     buckets = db.execute(
-        f"SELECT DISTINCT r.bucket FROM {_BY_QUARTER.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
+        f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
         (window.start / BUCKET_S - 1, end / BUCKET_S, *values),
     )
@@ -2464,16 +2448,17 @@ class _UsagePlan:
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
-        self._levels = () if from_rows else (_BY_DAY, _BY_HOUR, _BY_QUARTER)
+        self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._has_filters = filters._replace(text=None) != _NO_FILTERS
         self._event_conditions = _event_conditions(filters, accounts)
         self._roll_up_conditions = _roll_up_conditions(filters, accounts)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
-        levels = [one for one in self._levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]
+        sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
+        levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
         if levels and not self._has_filters:
-            levels = [_BY_TIME]
+            levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
         return {key: tuple(sums) for key, *sums in self._sums(db, levels, in_rows, in_roll_up)}
@@ -2485,19 +2470,19 @@ class _UsagePlan:
         names = dict(db.execute("SELECT id, name FROM models").fetchall())
         return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
 
-    def _sums(self, db, levels: Sequence[_RollUp], in_rows: str, in_roll_up: str) -> Any:
+    def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
         """Sum up by one or two keys, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
         parts, values = [], []
         middle = min(max(self._start, self._floor_at), self._end)
-        below = _cut(levels or [_BY_QUARTER], self._start, middle)
+        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
         for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
             if roll_up is None:
                 key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
                 group = key
             else:
-                key = in_roll_up.replace("{seconds}", str(roll_up.seconds))
-                sums, table, column = _ADDED, f"{roll_up.table} r", "r.bucket"
+                key = in_roll_up.replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
+                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
                 # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
                 group = f"r.bucket, {key}" if "," in key else "r.bucket"
@@ -2511,7 +2496,7 @@ class _UsagePlan:
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
 
-def _cut(levels: Sequence[_RollUp], start: float, end: float) -> Iterable[tuple[_RollUp | None, float, float]]:
+def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
     """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows (None) at the ends.
 
     A roll-up comes with its first and behind its last bucket, rows with epoch seconds.
@@ -2521,14 +2506,14 @@ def _cut(levels: Sequence[_RollUp], start: float, end: float) -> Iterable[tuple[
     if not levels:
         yield None, start, end
         return
-    roll_up, finer = levels[0], levels[1:]
-    first, last = -int(-start // roll_up.seconds), int(end // roll_up.seconds)
+    size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
+    first, last = -int(-start // size_s), int(end // size_s)
     if first >= last:
-        yield from _cut(finer, start, end)
+        yield from _cut(levels[1:], start, end)
         return
-    yield from _cut(finer, start, first * roll_up.seconds)
-    yield roll_up, first, last
-    yield from _cut(finer, last * roll_up.seconds, end)
+    yield from _cut(levels[1:], start, first * size_s)
+    yield levels[0], first, last
+    yield from _cut(levels[1:], last * size_s, end)
 
 
 # ------------------------------------------------------------------ quota
