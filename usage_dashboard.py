@@ -1,9 +1,24 @@
 #!/usr/bin/env python3
-"""CLIProxyAPI Usage Dashboard: collect, keep and show the usage of a CLIProxyAPI account pool.
+"""CLIProxyAPI Usage Dashboard: collect, store and show the usage of a CLIProxyAPI account pool.
 
 One process takes usage records off the proxy's Redis-compatible queue, keeps them in SQLite and serves one
-page with its JSON API. Only Python's standard library is needed. Sections stand from low to high, and each
-uses only those above it: base, config, resp, events, store, quota, collector, web, demo, cli.
+page with its JSON API. Only Python's standard library is needed. Sections, each using only those above it:
+
+base       errors, log, times, back-off, private files, masks and scrubbing of texts
+config     settings from defaults, file, environment and flags, all faults in one error
+resp       the wire protocol of the queue: encoder, reader, client
+events     queue records parsed into events: masks, token rules of each provider
+accounts   account files, and which identities are one account
+store      the SQLite file, the only SQL: schema steps, writes, summaries
+quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
+readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
+sources    the ways to take records: pop, http, subscribe
+collector  the loop from source to store: spool, proxy facts, outages
+refresher  rounds of quota calls on request, and hourly chores
+web        routes, the HTTP server, the page
+demo       made-up traffic for a look at the page
+check      everything that can be wrong, each finding with its remedy
+cli        commands, signals, exit codes
 """
 
 from __future__ import annotations
@@ -13,28 +28,34 @@ import binascii
 import gc
 import hashlib
 import io
+import itertools
 import json
 import operator
 import os
 import random
 import re
+import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Iterable,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPMessage,
+    HTTPSConnection,
+    IncompleteRead,
+    LineTooLong,
+    responses,
 )
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
+from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
 
@@ -44,7 +65,7 @@ BASE_DIR = Path(__file__).resolve().parent
 
 
 class DashboardError(Exception):
-    """Report a fault in words for people; the sentence says what is wrong and what to do."""
+    """A fault in words for people: what is wrong and what to do."""
 
     exit_code = 1
     http_status = 500
@@ -52,7 +73,7 @@ class DashboardError(Exception):
 
 
 class Log:
-    """Write one flushed line per event to a stream; values must be free of keys, tokens and mails."""
+    """Write one flushed line per event to a stream (stdout); values must be free of keys, tokens and mails."""
 
     def __init__(self, stream=None):
         self._stream = stream if stream is not None else sys.stdout
@@ -60,7 +81,7 @@ class Log:
         self._lock = threading.Lock()
 
     def line(self, text: str) -> None:
-        """Write a line as it is; a broken or full stream is not a reason to stop collecting."""
+        """Write a line as it is; a broken or full stream is no reason to stop collecting."""
         with self._lock:
             try:
                 print(text, file=self._stream, flush=True)
@@ -68,13 +89,13 @@ class Log:
                 pass
 
     def once(self, name: str, **values: Any) -> None:
-        """Write an event, unless it says what the last one of its name said."""
+        """Write an event unless the last one of its name had the same values."""
         if self._last.get(name) != values:
             self._last[name] = values
             self.event(name, **values)
 
     def event(self, name: str, **values: Any) -> None:
-        """Write ``name key=value …``, with values that hold spaces in quotes."""
+        """Write ``name key=value …``; values with spaces are quoted."""
         parts = [name]
         for key, value in values.items():
             text = str(value)
@@ -89,18 +110,18 @@ _LATEST_AT = 4102444800.0  # 2100-01-01
 _minutes: dict[tuple[str, str], tuple[int, str]] = {}
 
 
-def remember(known: dict[Any, Any], key: Any, value: Any, most: int = 4096) -> Any:
-    """Keep a value that is dear to work out and asked for again and again; returns it."""
-    if len(known) >= most:
-        known.clear()
-    known[key] = value
+def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> Any:
+    """Cache an expensive value and return it; a full cache is emptied."""
+    if len(values) >= limit:
+        values.clear()
+    values[key] = value
     return value
 
 
 def parse_time(text: str) -> tuple[float, str]:
-    """Turn RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
+    """Parse RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
 
-    Takes 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
+    Accepts 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
     anything else and for instants outside 2020 to 2100.
     """
     match = _RFC3339.match(text)
@@ -114,7 +135,7 @@ def parse_time(text: str) -> tuple[float, str]:
 
 
 def _read_minute(minute: str, zone: str) -> tuple[int, str]:
-    """Give a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
+    """Return a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
     year, month, day, hour, minutes = (int(minute[i:j]) for i, j in ((0, 4), (5, 7), (8, 10), (11, 13), (14, 16)))
     epoch = int(datetime(year, month, day, hour, minutes, tzinfo=timezone.utc).timestamp())
     if zone not in "Zz":
@@ -125,7 +146,7 @@ def _read_minute(minute: str, zone: str) -> tuple[int, str]:
         epoch += -offset if zone[0] == "+" else offset
     if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    return remember(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), most=500)
+    return cache(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), limit=500)
 
 
 def _utc_second(epoch_s: float) -> str:
@@ -133,28 +154,28 @@ def _utc_second(epoch_s: float) -> str:
 
 
 def utc_text(epoch_s: float | None) -> str | None:
-    """Write epoch seconds as ISO UTC text to the second; None stays None."""
+    """Format epoch seconds as ISO UTC text to the second; None stays None."""
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
-def steady_s() -> float:
-    """Give seconds that no setting of the clock moves, and that go on while the machine sleeps where it can tell."""
+def monotonic_s() -> float:
+    """Return monotonic seconds, counting time asleep where the OS supports it (CLOCK_BOOTTIME)."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()
 
 
 class Backoff:
-    """Give waiting times that double from ``first_s`` to ``limit_s``, each shortened by up to a quarter at random."""
+    """Waiting times that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
 
-    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, chance: Callable[[], float] = random.random):
-        self.first_s, self.limit_s, self._chance = first_s, limit_s, chance
+    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, jitter: Callable[[], float] = random.random):
+        self.first_s, self.limit_s, self._jitter = first_s, limit_s, jitter
         self._next_s = first_s
 
     def next(self) -> float:
-        """Return the seconds to wait now and double the following one."""
+        """Return the seconds to wait now; the next wait is twice as long."""
         wait_s, self._next_s = self._next_s, min(self._next_s * 2, self.limit_s)
-        return wait_s * (1 - 0.25 * self._chance())
+        return wait_s * (1 - 0.25 * self._jitter())
 
     def reset(self) -> None:
         """Start again from the first wait."""
@@ -171,7 +192,7 @@ def make_private(path: Path) -> None:
 
 
 def where_raised(error: BaseException) -> str:
-    """Name an unforeseen fault by its kind and line, without its text, which may quote what it stumbled over."""
+    """Describe an unexpected exception by type and line only: its message may quote user data."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -179,22 +200,106 @@ def where_raised(error: BaseException) -> str:
 
 
 def short_tag(*parts: str) -> str:
-    """Give six hex digits that stay the same for the same text and do not reveal it."""
+    """Return six hex digits that are the same for the same text and do not reveal it."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+
+
+def os_reason(error: BaseException) -> str:
+    """Return an operating system's error in its own short words, without addresses or paths."""
+    if isinstance(error, socket.timeout):
+        return "no answer in time"
+    if isinstance(error, socket.gaierror):
+        return "the name is unknown"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+_MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
+
+
+def looks_like_mail(text: str) -> bool:
+    """Return whether a source is an e-mail address, the only kind that may be stored as sent."""
+    return len(text) <= 254 and _MAIL.match(text) is not None
+
+
+def mask_key(text: str) -> str:
+    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would reveal too much."""
+    if not text:
+        return ""
+    tag = short_tag(text)
+    return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
+
+
+def mask_mail(mail: str) -> str:
+    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+    name, at, domain = mail.partition("@")
+    return f"{name[:1]}***@{domain}" if at else "***"
+
+
+def _printable(text: str) -> str:
+    """Replace what neither SQLite's shell nor a terminal takes: control characters and lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+_SECRETS = re.compile(
+    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
+    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
+    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+)
+
+
+def without_secrets(text: str, limit: int = 160) -> str:
+    """Return a sentence without mails, keys, long ids and addresses, at most ``limit`` characters long."""
+    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+
+
+def _json_error(body: Any) -> tuple[str, str]:
+    """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
+    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
+        return "", ""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return "", ""
+    if isinstance(content, list) and content:
+        content = content[0]
+    if not isinstance(content, dict):
+        return "", ""
+    error = next((content[name] for name in ("error", "detail") if content.get(name)), content)
+    if not isinstance(error, dict):
+        return "", error if isinstance(error, str) else ""
+    words = [error.get(name) for name in ("code", "status", "type", "message")]
+    code, state, kind, message = (word if isinstance(word, str) else "" for word in words)
+    return code or kind or state, message
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number, also from a text that is one; None for anything else, NaN and infinity included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < 1e18 else None
 
 
 # ------------------------------------------------------------------ config
 
 
 class ConfigError(DashboardError):
-    """Report every fault of the configuration at once."""
+    """Report every fault of the configuration at once, and what else is odd: often it is the fault's cause."""
 
     exit_code = 2
     code = "bad_config"
 
-    def __init__(self, faults: Sequence[str]):
-        self.faults = list(faults)
-        super().__init__("The configuration has faults:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+    def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
+        self.faults, self.warnings = list(faults), list(warnings)
+        lines = ["The configuration has faults:", *(f"  - {fault}" for fault in faults)]
+        if warnings:
+            lines += ["Besides:", *(f"  - {warning}" for warning in warnings)]
+        super().__init__("\n".join(lines))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -202,7 +307,7 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the effective settings; the README's table says what each key means."""
+    """The effective settings; the README's table says what each key means."""
 
     cliproxy_host: str = "127.0.0.1"
     cliproxy_port: int = 6379
@@ -221,43 +326,43 @@ class Config:
 
     @property
     def has_default_queue(self) -> bool:
-        """Tell whether host and port were left alone, so that the proxy's own port may be tried too."""
+        """Return whether host and port were left alone, so that the proxy's own port may be tried too."""
         return (self.cliproxy_host, self.cliproxy_port) == (Config.cliproxy_host, Config.cliproxy_port)
 
     @property
     def database_path(self) -> Path:
-        """Give the database file; a relative name counts from the script's folder."""
+        """Return the absolute path of the database; a relative name counts from the script's folder."""
         return BASE_DIR / os.path.expanduser(self.database)
 
     def auth_dirs(self) -> list[Path]:
-        """Name the folders to look for account files in, the first that has any being the one to use."""
+        """Return the folders to look for account files in; the first that has any is the one to use."""
         named = Path(os.path.expanduser(self.auth_dir))
         if self.auth_dir != Config.auth_dir:
             return [named]
         return [named, Path(os.path.expanduser("~/.cli-proxy-api"))]
 
 
-def _check_text(value: Any) -> str:
+def _valid_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a text in double quotes")
     return value
 
 
-def _check_secret(value: Any) -> str:
-    text = _check_text(value)
+def _valid_secret(value: Any) -> str:
+    text = _valid_text(value)
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise ValueError("must not hold line breaks or other control characters")
     return text
 
 
-def _check_name(value: Any) -> str:
-    if not _check_text(value).strip():
+def _valid_name(value: Any) -> str:
+    if not _valid_text(value).strip():
         raise ValueError("must not be empty")
     return value
 
 
-def _check_host(value: Any) -> str:
-    host = _check_name(value).strip()
+def _valid_host(value: Any) -> str:
+    host = _valid_name(value).strip()
     if "/" in host:
         raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
     if re.match(r"[^:\s]+:\d+\Z", host):
@@ -267,13 +372,13 @@ def _check_host(value: Any) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
-def _check_flag(value: Any) -> bool:
+def _valid_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false, without quotes")
     return value
 
 
-def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
+def _valid_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         kind = "whole number" if whole else "number"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
@@ -283,27 +388,27 @@ def _check_number(low: float, high: float, whole: bool = True) -> Callable[[Any]
     return check
 
 
-def _check_mode(value: Any) -> str:
+def _valid_mode(value: Any) -> str:
     if value not in COLLECT_MODES:
         raise ValueError("must be one of " + ", ".join(f'"{mode}"' for mode in COLLECT_MODES))
     return value
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "cliproxy_host": _check_host,
-    "cliproxy_port": _check_number(1, 65535),
-    "cliproxy_tls": _check_flag,
-    "management_password": _check_secret,
-    "queue_key": _check_name,
-    "collect_mode": _check_mode,
-    "poll_interval_seconds": _check_number(0.1, 3600, whole=False),
-    "quota_refresh_seconds": _check_number(0, 86400),
-    "auth_dir": _check_name,
-    "database": _check_name,
-    "retention_days": _check_number(0, 36500),
-    "dashboard_host": _check_host,
-    "dashboard_port": _check_number(0, 65535),
-    "dashboard_password": _check_secret,
+    "cliproxy_host": _valid_host,
+    "cliproxy_port": _valid_number(1, 65535),
+    "cliproxy_tls": _valid_flag,
+    "management_password": _valid_secret,
+    "queue_key": _valid_name,
+    "collect_mode": _valid_mode,
+    "poll_interval_seconds": _valid_number(0.1, 3600, whole=False),
+    "quota_refresh_seconds": _valid_number(0, 86400),
+    "auth_dir": _valid_name,
+    "database": _valid_name,
+    "retention_days": _valid_number(0, 36500),
+    "dashboard_host": _valid_host,
+    "dashboard_port": _valid_number(0, 65535),
+    "dashboard_password": _valid_secret,
 }
 _OTHER_NAMES = {"management_key": "management_password"}
 _ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
@@ -314,7 +419,7 @@ def load_config(
     env: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> tuple[Config, list[str]]:
-    """Read defaults, file, environment and flags, in this order, and return the result with its warnings.
+    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
 
     ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
     Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
@@ -334,7 +439,7 @@ def load_config(
         if value is not None:
             _take_key(key, value, "the command line", values, faults, warnings)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, warnings)
     return Config(**values), warnings
 
 
@@ -364,7 +469,11 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
 def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
     name = _OTHER_NAMES.get(key, key)
     if name not in _CHECKS:
-        warnings.append(f'{where}: the key "{key}" is unknown and ignored{_nearest(key)}')
+        import difflib
+
+        close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
     if name != key and name in values and values[name] != value:
         warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
@@ -374,18 +483,11 @@ def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: 
         faults.append(f'{where}: "{key}" {error}')
 
 
-def _nearest(key: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
-
-
 # ------------------------------------------------------------------ resp
 
 
 class QueueFault(DashboardError):
-    """Report why the queue cannot be read; ``state`` is the collector state that tells it to people."""
+    """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
     http_status = 502
     code = "queue_fault"
@@ -399,7 +501,7 @@ class QueueFault(DashboardError):
 
 
 class ConnectionClosed(QueueFault):
-    """Report the end of the stream; ``clean`` when it came between two replies."""
+    """The end of the stream; ``clean`` when it came between two replies."""
 
     state = "closed"
 
@@ -408,22 +510,26 @@ class ConnectionClosed(QueueFault):
         self.clean = clean
 
 
+class NoReply(QueueFault):
+    """A reply that did not come in time."""
+
+
 class NotResp(QueueFault):
-    """Report bytes that are no RESP reply; an HTTP answer means a reverse proxy stands in front of the queue."""
+    """Bytes that are no RESP reply; an HTTP answer means a reverse proxy in front of the queue."""
 
     state = "not_resp"
 
 
 class ErrorReply(str):
-    """Hold the text of a ``-…`` reply; it is a value, since one of many pipelined replies may be an error."""
+    """The text of a ``-…`` reply; a value, since one of many pipelined replies may be an error."""
 
 
 class Oversized(int):
-    """Stand for a bulk string over the cap: its length in bytes, its content read over and forgotten."""
+    """A bulk string over the cap: its length in bytes; its content was skipped."""
 
 
 def encode_command(*words: Any) -> bytes:
-    """Write one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
+    """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
     parts = [b"*%d\r\n" % len(words)]
     for word in words:
         data = word if isinstance(word, bytes) else str(word).encode("utf-8")
@@ -432,28 +538,16 @@ def encode_command(*words: Any) -> bytes:
 
 
 class RespReader:
-    """Take RESP2 replies from a buffered binary stream, one at a time.
+    """Read RESP2 replies from a buffered binary stream, one at a time.
 
     A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
     Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
     bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
     """
 
-    def __init__(
-        self,
-        stream,
-        max_line: int = 64 * 1024,
-        max_bulk: int = 8 * 1024 * 1024,
-        max_skipped: int = 512 * 1024 * 1024,
-        max_items: int = 100_000,
-    ):
-        self._stream = stream
-        self._max_line, self._max_bulk, self._max_skipped, self._max_items = (
-            max_line,
-            max_bulk,
-            max_skipped,
-            max_items,
-        )
+    def __init__(self, stream, max_line=64 * 1024, max_bulk=8 << 20, max_skipped=512 << 20, max_items=100_000):
+        self._stream, self._max_line, self._max_bulk = stream, max_line, max_bulk
+        self._max_skipped, self._max_items = max_skipped, max_items
 
     def read_reply(self, depth: int = 0) -> Any:
         """Read one whole reply; the commonest kind, a bulk string, is looked at first."""
@@ -468,7 +562,12 @@ class RespReader:
         if kind == b":":
             return _reply_number(rest)
         if kind == b"*":
-            return self._read_array(_reply_number(rest), depth)
+            count = _reply_number(rest)
+            if count == -1:
+                return None
+            if not 0 <= count <= self._max_items or depth >= 4:
+                raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
+            return [self.read_reply(depth + 1) for _ in range(count)]
         what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
         raise NotResp(f"the queue sent {what} instead of a RESP reply")
 
@@ -508,13 +607,6 @@ class RespReader:
                 raise ConnectionClosed(clean=False)
             length -= len(piece)
 
-    def _read_array(self, count: int, depth: int) -> list[Any] | None:
-        if count == -1:
-            return None
-        if not 0 <= count <= self._max_items or depth >= 4:
-            raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
-        return [self.read_reply(depth + 1) for _ in range(count)]
-
 
 def _reply_number(text: bytes) -> int:
     if not re.match(rb"[+-]?\d{1,19}\Z", text):
@@ -523,7 +615,7 @@ def _reply_number(text: bytes) -> int:
 
 
 def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Make a function that opens a connection; ``timeout_s`` bounds each wait for the other side.
+    """Return a function that opens a connection; ``timeout_s`` limits each wait for the other side.
 
     TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
     connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
@@ -552,7 +644,8 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
         raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
-        raise QueueFault(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', state="closed") from error
+        message = f'{host}:{port} does not speak TLS; set "cliproxy_tls": false'
+        raise QueueFault(message, "closed", says_remedy=True) from error
 
 
 def _untrusted(host: str, port: int, error: Any) -> QueueFault:
@@ -563,17 +656,8 @@ def _untrusted(host: str, port: int, error: Any) -> QueueFault:
     return QueueFault(said, "closed", says_remedy=True)
 
 
-def os_reason(error: BaseException) -> str:
-    """Put an operating system's error in its own short words, without addresses or paths."""
-    if isinstance(error, socket.timeout):
-        return "no answer in time"
-    if isinstance(error, socket.gaierror):
-        return "the name is unknown"
-    return getattr(error, "strerror", None) or type(error).__name__
-
-
 class RespClient:
-    """Speak RESP over one connection: commands out in one write, whole replies in."""
+    """RESP over one connection: commands out in one write, whole replies in."""
 
     def __init__(self, connect: Callable[[], socket.socket]):
         self._socket = connect()
@@ -592,7 +676,7 @@ class RespClient:
         try:
             return self._reader.read_reply()
         except socket.timeout as error:
-            raise QueueFault("the queue does not answer in time") from error
+            raise NoReply("the queue does not answer in time") from error
         except ConnectionResetError as error:
             raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
@@ -604,7 +688,7 @@ class RespClient:
         return self.receive()
 
     def wait_for_ever(self) -> None:
-        """Let the next replies take as long as they like, as a subscription needs it."""
+        """Lift the time limit of replies, as a subscription needs it."""
         self._socket.settimeout(None)
 
     def close(self) -> None:
@@ -630,21 +714,33 @@ class RespClient:
 
 
 class Rejected(ValueError):
-    """Report why an event cannot be stored; the sentence holds no value of the event."""
+    """An event that cannot be stored; the sentence contains no value of the event."""
+
+
+class Context(NamedTuple):
+    """What many events have in common, cleaned and masked; each combination is stored once."""
+
+    auth_index: str | None
+    source: str
+    provider: str
+    endpoint: str
+    auth_type: str
+    alias: str
+    reasoning_effort: str
+    service_tier: str
+    api_key: str
 
 
 class Event(NamedTuple):
-    """Hold one upstream attempt as it will be stored; None is unknown, zero is measured.
+    """One upstream attempt as it will be stored; None is unknown, zero is measured.
 
-    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider.
-    ``quota_headers`` are the ``x-codex-…`` headers of the reply, on their way to the account's quota; they are no
-    part of the stored event.
+    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider. ``plan``
+    and ``quota_headers`` (the ``x-codex-…`` headers of the reply) go to the account's quota and are not stored here.
     """
 
     timestamp: str
     ts_epoch: float
-    auth_index: str | None
-    source: str
+    context: Context
     model: str
     input_tokens: int | None
     output_tokens: int | None
@@ -658,19 +754,12 @@ class Event(NamedTuple):
     status_code: int | None
     error: str | None
     request_id: str | None
-    provider: str
-    endpoint: str
-    auth_type: str
-    alias: str
-    reasoning_effort: str
-    service_tier: str
-    api_key: str
-    plan: str
+    plan: str = ""
     quota_headers: dict[str, str] | None = None
 
 
 class Reject(NamedTuple):
-    """Hold an event that cannot be stored: why, how long it was, and what of it may be kept (masked JSON)."""
+    """The record of an event that could not be stored: reason, length in bytes, masked JSON where it was an object."""
 
     reason: str
     length: int
@@ -678,39 +767,14 @@ class Reject(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """Hold what a batch became; the three counts add up to the number of values handed over."""
+    """A parsed batch; events, rejects and ignored add up to the number of values handed over."""
 
     events: list[Event]
     rejects: list[Reject]
     ignored: int
 
 
-_MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
-# Exact up to here in every browser; no request of any model comes near.
-_LARGEST_NUMBER = 2**53 - 1
-_CLAUDE = frozenset(["claude"])
-_THOUGHTS_APART = frozenset(["gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions"])
-_MOST_QUOTA_HEADERS = 80  # eight groups of ten
-_CONTROL_KEYS = ({"refresh"}, {"support_refresh"})
-
-
-def looks_like_mail(text: str) -> bool:
-    """Tell whether a source is an e-mail address, the only kind that may be stored as sent."""
-    return len(text) <= 254 and _MAIL.match(text) is not None
-
-
-def mask_key(text: str) -> str:
-    """Mask what may be a key: its ends and a stable tag, or the tag alone where the ends would tell too much."""
-    if not text:
-        return ""
-    tag = short_tag(text)
-    return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
-
-
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
-    name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
+_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
 
 
 def _mask_source(text: str) -> str:
@@ -718,42 +782,37 @@ def _mask_source(text: str) -> str:
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
-    """Parse what the queue handed over: JSON as bytes, objects that were JSON already, or Oversized.
+    """Parse values of the queue: JSON as bytes, objects decoded already, or Oversized.
 
-    One bad event never costs its neighbours: it becomes a Reject, with what may be kept of it.
+    One bad event never costs its neighbours: it becomes a Reject.
     """
-    parsed = Parsed([], [], 0)
-    ignored = 0
-    for raw, content in zip(raws, _decode_all(raws)):
-        try:
-            if isinstance(content, Rejected):
-                raise content
-            event = parse_event(content)
-        except Rejected as reason:
-            parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
-            continue
-        if event is None:
-            ignored += 1
-        else:
-            parsed.events.append(event)
+    parsed, ignored = Parsed([], [], 0), 0
+    step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
+    for first in range(0, len(raws), step):
+        part = raws[first : first + step]
+        for raw, content in zip(part, _decode(part)):
+            try:
+                if isinstance(content, Rejected):
+                    raise content
+                event = parse_event(content)
+            except Rejected as reason:
+                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
+                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+                continue
+            if event is None:
+                ignored += 1
+            else:
+                parsed.events.append(event)
     return parsed._replace(ignored=ignored)
 
 
-_DECODED_AT_ONCE = 100  # more are not quicker, and decoded events take ten times the room of their JSON
-
-
-def _decode_all(raws: Sequence[Any]) -> Iterable[Any]:
-    for first in range(0, len(raws), _DECODED_AT_ONCE):
-        yield from _decode_some(raws[first : first + _DECODED_AT_ONCE])
-
-
-def _decode_some(raws: Sequence[Any]) -> list[Any]:
+def _decode(raws: Sequence[Any]) -> list[Any]:
     """Decode events in one call, as one array with a zero between every two.
 
-    The zeros prove that each event was one JSON value by itself; otherwise each is decoded alone.
+    The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
     """
     try:
-        joined = _decode(b"[" + b",0,".join(raws) + b"]")
+        joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
     except (TypeError, ValueError, RecursionError):
@@ -767,7 +826,7 @@ def _decode_one(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _decode(raw)
+        return _loads(raw)
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -776,31 +835,21 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _loads(raw: bytes) -> Any:
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
 
-
-_json_decoder = json.JSONDecoder(parse_constant=_no_constant)
-
-
-def _decode(raw: bytes) -> Any:
-    return _json_decoder.decode(raw.decode("utf-8"))
-
-
-def _length_of(raw: Any) -> int:
-    if isinstance(raw, Oversized):
-        return int(raw)
-    return len(raw if isinstance(raw, bytes) else json.dumps(raw))
+    return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
 def parse_event(content: Any) -> Event | None:
-    """Turn one decoded record into an Event; None for control messages and warm-ups, which are no usage.
+    """Parse one decoded record; None for control messages and warm-ups, which are no usage.
 
     Raises Rejected. Key and client address are masked or dropped here, at the edge.
     """
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if len(content) == 1 and set(content) in _CONTROL_KEYS:
+    if set(content) in ({"refresh"}, {"support_refresh"}):
         return None
     get = content.get
     if get("generate") is False:
@@ -811,87 +860,60 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    sender = _sender(content)
-    provider = sender.provider
+    model, context = _context_of(content)
     status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
-    usage = _usage(content, provider)
-    quota_headers = _quota_headers(get("response_headers")) if provider == "codex" else None
+    usage = _usage(content, context.provider)
+    headers = _quota_headers(get("response_headers")) if context.provider == "codex" else None
     return Event(
-        timestamp,
-        ts_epoch,
-        sender.auth_index,
-        sender.source,
-        sender.model,
-        *usage[:4],
-        _number(get("latency_ms"), "latency_ms"),
-        failed,
-        *usage[4:],
-        _number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
-        status,
-        failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
-        _text(get("request_id"), "request_id", 64) or None,
-        *sender[3:],
-        "" if failed or not quota_headers else quota_headers.get("x-codex-plan-type", "").strip().lower()[:32],
-        quota_headers,
+        timestamp=timestamp,
+        ts_epoch=ts_epoch,
+        context=context,
+        model=model,
+        input_tokens=usage.input,
+        output_tokens=usage.output,
+        reasoning_tokens=usage.reasoning,
+        total_tokens=usage.total,
+        latency_ms=_number(get("latency_ms"), "latency_ms"),
+        failed=failed,
+        cached_tokens=usage.cached,
+        cache_write_tokens=usage.cache_write,
+        ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
+        status_code=status,
+        error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
+        request_id=_text(get("request_id"), "request_id", 64) or None,
+        plan="" if failed or not headers else headers.get("x-codex-plan-type", "").strip().lower()[:32],
+        quota_headers=headers,
     )
 
 
-class _Sender(NamedTuple):
-    """Hold what repeats from event to event, cleaned and masked."""
-
-    auth_index: str | None
-    source: str
-    model: str
-    provider: str
-    endpoint: str
-    auth_type: str
-    alias: str
-    reasoning_effort: str
-    service_tier: str
-    api_key: str
-
-
-_senders: dict[tuple[Any, ...], _Sender] = {}
-
-
-def _sender(content: Mapping[str, Any]) -> _Sender:
-    """Clean and mask what an event says of its sender, once for all events that say the same."""
-    said = tuple(map(content.get, _Sender._fields))
+_contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
+def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
+    """Return (model, context) of an event, cleaned once for all events with the same values."""
+    values = tuple(map(content.get, ("model", *Context._fields)))
     try:
-        return _senders[said]
+        return _contexts[values]
     except KeyError:
-        sender = _read_sender(*said)
+        found = _read_context(content)
     except TypeError:  # a list or an object, where a text belongs
-        return _read_sender(*said)
-    # Texts alone are looked up safely: 1 and true are equal as keys. Long ones are not worth their memory.
-    repeats = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in said)
-    return remember(_senders, said, sender) if repeats else sender
+        return _read_context(content)
+    # Texts alone are safe as keys: 1 and true are equal. Long ones are not worth their memory.
+    is_safe = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in values)
+    return cache(_contexts, values, found) if is_safe else found
 
 
-def _read_sender(
-    auth_index: Any,
-    source: Any,
-    model: Any,
-    provider: Any,
-    endpoint: Any,
-    auth_type: Any,
-    alias: Any,
-    reasoning_effort: Any,
-    service_tier: Any,
-    api_key: Any,
-) -> _Sender:
-    return _Sender(
-        _auth_index(auth_index),
-        _mask_source(_text(source, "source", 512)),
-        _text(model, "model") or "unknown",
-        _text(provider, "provider").lower(),
-        _text(endpoint, "endpoint"),
-        _text(auth_type, "auth_type", 32),
-        _text(alias, "alias"),
-        _text(reasoning_effort, "reasoning_effort", 32),
-        _text(service_tier, "service_tier", 32),
-        mask_key(_text(api_key, "api_key", 512)),
+def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
+    get = content.get
+    return _text(get("model"), "model") or "unknown", Context(
+        auth_index=_auth_index(get("auth_index")),
+        source=_mask_source(_text(get("source"), "source", 512)),
+        provider=_text(get("provider"), "provider").lower(),
+        endpoint=_text(get("endpoint"), "endpoint"),
+        auth_type=_text(get("auth_type"), "auth_type", 32),
+        alias=_text(get("alias"), "alias"),
+        reasoning_effort=_text(get("reasoning_effort"), "reasoning_effort", 32),
+        service_tier=_text(get("service_tier"), "service_tier", 32),
+        api_key=mask_key(_text(get("api_key"), "api_key", 512)),
     )
 
 
@@ -903,13 +925,8 @@ def _text(value: Any, name: str, limit: int = 200) -> str:
     return _printable(value[:limit])
 
 
-def _printable(text: str) -> str:
-    """Replace what neither SQLite's shell nor a terminal takes: control characters and lone surrogates."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def _number(value: Any, name: str) -> int | None:
-    """Take a count; a negative one, which senders use for "not known", is unknown."""
+    """Return a count; None for a negative one, which senders use for "not known". Raises Rejected."""
     if value is None or (type(value) is int and 0 <= value <= _LARGEST_NUMBER):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -938,7 +955,7 @@ def _failed_flag(value: Any, status: int | None) -> int:
 
 
 def _quota_headers(headers: Any) -> dict[str, str] | None:
-    """Keep the quota headers of a reply and no other: the rest holds cookies and ids."""
+    """Return the quota headers of a reply and no other: the rest contains cookies and ids."""
     if not isinstance(headers, dict):
         return None
     kept = {
@@ -946,14 +963,22 @@ def _quota_headers(headers: Any) -> dict[str, str] | None:
         for name, values in headers.items()
         if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
     }
-    return kept if kept and len(kept) <= _MOST_QUOTA_HEADERS else None
+    return kept if 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
-_Usage = Tuple[Optional[int], ...]  # input, output, reasoning, total, cached, cache write
+class TokenCounts(NamedTuple):
+    """Token counts in one meaning for all providers: input with cache, output with reasoning."""
+
+    input: int | None = None
+    output: int | None = None
+    reasoning: int | None = None
+    total: int | None = None
+    cached: int | None = None
+    cache_write: int | None = None
 
 
-def _usage(content: dict[str, Any], provider: str) -> _Usage:
-    """Bring the token counts to one meaning: input with cache, output with reasoning."""
+def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
+    """Return the token counts of an event. Raises Rejected."""
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
         try:
@@ -962,83 +987,74 @@ def _usage(content: dict[str, Any], provider: str) -> _Usage:
             pass  # an incomplete breakdown is no reason to lose the plain counts
     tokens = content.get("tokens")
     if tokens is None:
-        return (None,) * 6
+        return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    counts = tuple(map(_number, map(tokens.get, _TOKEN_NAMES), _TOKEN_LABELS))
-    if provider in _CLAUDE or content.get("executor_type") == "ClaudeExecutor":
-        return _claude_usage(counts)
-    return _inclusive_usage(counts, thoughts_apart=provider in _THOUGHTS_APART)
+    try:
+        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
+        return _claude_usage(sent)
+    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+    return _inclusive_usage(sent, thoughts_apart)
 
 
-_TOKEN_NAMES = (
-    "input_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "total_tokens",
-    "cached_tokens",
-    "cache_read_tokens",
-    "cache_creation_tokens",
-)
-_TOKEN_LABELS = tuple(f"tokens.{name}" for name in _TOKEN_NAMES)
+class _SentTokens(NamedTuple):
+    """The members of ``tokens`` as sent; their meaning differs by provider and release."""
+
+    input_tokens: int | None
+    output_tokens: int | None
+    reasoning_tokens: int | None
+    total_tokens: int | None
+    cached_tokens: int | None
+    cache_read_tokens: int | None
+    cache_creation_tokens: int | None
 
 
-def _breakdown_usage(breakdown: dict[str, Any]) -> _Usage:
-    into, out = breakdown["input"], breakdown["output"]
+def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
+    sent, answer = breakdown["input"], breakdown["output"]
     counts = (
-        into["total_tokens"],
-        out["total_tokens"],
-        out["reasoning_tokens"],
+        sent["total_tokens"],
+        answer["total_tokens"],
+        answer["reasoning_tokens"],
         breakdown["total_tokens"],
-        into["cache_read_tokens"],
-        into["cache_write_tokens"],
+        sent["cache_read_tokens"],
+        sent["cache_write_tokens"],
     )
-    return tuple(_number(count, "token_breakdown") for count in counts)
+    return TokenCounts(*(_number(count, "token_breakdown") for count in counts))
 
 
 def _sum(*numbers: int | None) -> int | None:
-    """Add what is known; unknown where nothing is."""
+    """Add the known numbers; None where none is known."""
     known = [number for number in numbers if number is not None]
     return sum(known) if known else None
 
 
-def _claude_usage(counts: _Usage) -> _Usage:
+def _claude_usage(sent: _SentTokens) -> TokenCounts:
     """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    sent_input, output, reasoning, total, cached, read, written = counts
-    if read is None:  # before v7.0.3; since then cached_tokens repeats the writes where nothing was read
-        read = cached
-    whole_input = None if sent_input is None else _sum(sent_input, read, written)
-    if not total or total == _sum(sent_input, output):
-        total = _sum(whole_input, output)
-    return whole_input, output, reasoning, total, read, written
+    # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes where nothing was read.
+    read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
+    whole_input = None if sent.input_tokens is None else _sum(sent.input_tokens, read, sent.cache_creation_tokens)
+    total = sent.total_tokens
+    if not total or total == _sum(sent.input_tokens, sent.output_tokens):
+        total = _sum(whole_input, sent.output_tokens)
+    return TokenCounts(whole_input, sent.output_tokens, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
 
 
-def _inclusive_usage(counts: _Usage, thoughts_apart: bool) -> _Usage:
-    """Take OpenAI's meaning as it is; Gemini's output leaves the thoughts out, so they are added."""
-    sent_input, output, reasoning, total, cached, read, written = counts
+def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
+    """Return OpenAI's counts as they are; Gemini's output leaves the thoughts out, so they are added."""
+    output = sent.output_tokens
     if thoughts_apart and output is not None:
-        output = _sum(output, reasoning)
+        output = _sum(output, sent.reasoning_tokens)
+    total = sent.total_tokens or _sum(sent.input_tokens, output)
     # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    return sent_input, output, reasoning, total or _sum(sent_input, output), read or cached, written
-
-
-_SECRETS = re.compile(
-    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
-    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
-    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
-)
-_OWN_PHRASES = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-
-
-def without_secrets(text: str, limit: int = 160) -> str:
-    """Take mails, keys, long ids and addresses out of a sentence and shorten it."""
-    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
-    return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+    read = sent.cache_read_tokens or sent.cached_tokens
+    return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
 
 
 def _status_of(fail: Any) -> int | None:
-    """Give the HTTP status of ``fail``; 0 stands for none."""
+    """Return the HTTP status in ``fail``; None where it is 0 or absent."""
     if fail is None:
         return None
     if not isinstance(fail, dict):
@@ -1047,7 +1063,7 @@ def _status_of(fail: Any) -> int | None:
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
-    """Say shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
+    """Return shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
 
     Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
     """
@@ -1055,66 +1071,28 @@ def failure_reason(status: int | None, body: Any) -> str | None:
     if code or message:
         said = ": ".join(part for part in (code, message) if part)
         return without_secrets(said if status is None else f"{status} {said}")
-    return None if status is None else f"{status} {_status_phrase(status)}".strip()
+    if status is None:
+        return None
+    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
+    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
 
 
-def _status_phrase(status: int) -> str:
-    from http import HTTPStatus
-
-    try:
-        return _OWN_PHRASES.get(status) or HTTPStatus(status).phrase
-    except ValueError:
-        return ""
-
-
-def _json_error(body: Any) -> tuple[str, str]:
-    """Find (code, message) in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
-        return "", ""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
-    if isinstance(content, list) and content:
-        content = content[0]
-    if not isinstance(content, dict):
-        return "", ""
-    error = next((content[name] for name in ("error", "detail") if content.get(name)), content)
-    if not isinstance(error, dict):
-        return "", error if isinstance(error, str) else ""
-    words = [error.get(name) for name in ("code", "status", "type", "message")]
-    code, state, kind, message = (word if isinstance(word, str) else "" for word in words)
-    return code or kind or state, message
-
-
-_KEPT_OF_REJECT = [
-    "timestamp",
-    "latency_ms",
-    "ttft_ms",
-    "source",
-    "auth_index",
-    "failed",
-    "generate",
-    "accounting_version",
-    "provider",
-    "executor_type",
-    "model",
-    "alias",
-    "endpoint",
-    "auth_type",
-    "api_key",
-    "request_id",
-    "reasoning_effort",
-    "service_tier",
-    "response_service_tier",
-]
+def failure_kind(status: int | None, error: str | None) -> str:
+    """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
+    prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
+    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
 
 
 def masked_json(content: Any) -> str | None:
-    """Write what may be kept of a rejected event, by the masks of a good one; None where it was no object."""
+    """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT if name in content}
+    names = (
+        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+    )
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -1127,7 +1105,7 @@ def masked_json(content: Any) -> str | None:
 
 
 def _harmless(value: Any) -> Any:
-    """Keep a number or a short text without secrets; of anything else only its kind."""
+    """Return a number or a short text without secrets; of anything else the name of its type."""
     if value is None or isinstance(value, (bool, int, float)):
         return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
     return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
@@ -1141,8 +1119,15 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     return _harmless(value)
 
 
+# ------------------------------------------------------------------ accounts
+
+
+_LARGEST_BODY = 1024 * 1024
+_FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
+
+
 class Identity(NamedTuple):
-    """Hold one (auth_index, source) pair that events came with; times are epoch seconds."""
+    """One (auth_index, source) pair that events came with; times are epoch seconds."""
 
     id: int
     auth_index: str
@@ -1155,7 +1140,7 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """Hold one row of the accounts table: who it is, and which identities are counted for it."""
+    """One row of the accounts table and the identities that count for it; times are epoch seconds."""
 
     name: str
     mail: str
@@ -1216,7 +1201,7 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
 
 
 def _takes_over(new: Account, old: Account) -> bool:
-    """Tell whether a newer login of the same mail is the older one's successor."""
+    """Return whether a newer login of the same mail replaces the older one."""
     if new.provider and old.provider and new.provider != old.provider:
         return False
     if not new.auth_index or not old.auth_index:
@@ -1234,7 +1219,7 @@ def _join(old: Account, new: Account) -> None:
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
-    """Tell accounts of one name apart by plan, else provider, else a short tag of the index."""
+    """Rename accounts that share a name: by plan, else provider, else a short tag of the index."""
     for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
         by_name: dict[str, list[Account]] = {}
         for account in accounts:
@@ -1246,1248 +1231,10 @@ def _name_apart(accounts: Sequence[Account]) -> None:
                     one.name = f"{one.name} ({text})"
 
 
-# ------------------------------------------------------------------ store
-
-
-class StoreError(DashboardError):
-    """Report why the database cannot be used; the file is never replaced or repaired by itself."""
-
-    http_status = 503
-    code = "storage_error"
-
-
-_LARGEST_LOG = 16 * 1024 * 1024  # bytes that the write-ahead log keeps on the disk after it was larger for once
-BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
-
-SUM_NAMES = (
-    "requests",
-    "failed",
-    "input_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "cached_tokens",
-    "total_tokens",
-)
-
-# The columns of an event that SUM_NAMES counts, after the event itself.
-_counted = operator.itemgetter(*(Event._fields.index(name) for name in SUM_NAMES[1:]))
-
-
-class _RollUp(NamedTuple):
-    """Hold a table of sums: the seconds of its buckets, what it keeps apart, and where a cell's sums go in it.
-
-    A cell is the finest there is: (15-minute bucket, identity, model, status), where status is 1 for failed ones.
-    """
-
-    table: str
-    seconds: int
-    keys: tuple[str, ...]
-    key_of: Callable[[int, int, int, int], tuple[int, ...]]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the columns that are unique together."""
-        return ("bucket", *self.keys)
-
-
-_ALL_KEYS = ("identity_id", "model_id", "status")
-_BY_TIME = _RollUp("usage_by_time", BUCKET_S, (), lambda bucket, *_: (bucket,))
-_BY_ACCOUNT = _RollUp("usage_by_account", BUCKET_S, _ALL_KEYS[:1], lambda bucket, identity, *_: (bucket, identity))
-_BY_MODEL = _RollUp("usage_by_model", BUCKET_S, _ALL_KEYS[1:2], lambda bucket, identity, model, _: (bucket, model))
-_BY_HOUR = _RollUp("usage_by_hour", 3600, _ALL_KEYS, lambda bucket, *keys: (bucket // 4, *keys))
-_BY_DAY = _RollUp("usage_by_day", 86400, _ALL_KEYS, lambda bucket, *keys: (bucket // 96, *keys))
-_ROLL_UPS = (_BY_TIME, _BY_ACCOUNT, _BY_MODEL, _BY_HOUR, _BY_DAY)
-
-
-def _levels_for(by_account: bool, by_model: bool, by_status: bool) -> tuple[_RollUp, ...]:
-    """Name the roll-ups that keep apart what a question asks for; the coarsest first, whose edges the next fills."""
-    if by_status or (by_account and by_model):
-        return _BY_DAY, _BY_HOUR
-    if by_account:
-        return _BY_DAY, _BY_ACCOUNT
-    return (_BY_DAY, _BY_MODEL) if by_model else (_BY_TIME,)
-
-
-_ORIGINAL_COLUMNS = {
-    "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
-    "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER",
-    "quota_snapshots": "timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, allowed INTEGER, limit_reached INTEGER, "
-    "primary_used_percent INTEGER, primary_remaining_percent INTEGER, primary_reset_at TEXT, "
-    "secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, secondary_reset_at TEXT, "
-    "credits_balance TEXT, raw_json TEXT",
-}
-_OWN_COLUMNS = {
-    "events": "cached_tokens INTEGER, cache_write_tokens INTEGER, ttft_ms INTEGER, status_code INTEGER, error TEXT, "
-    "request_id TEXT, context_id INTEGER",
-    "quota_snapshots": "account_id_tag TEXT, source TEXT, windows TEXT",
-}
-_OWN_TABLES = (
-    "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-    "CREATE TABLE models(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
-    # The auth_index as it was sent: in events its column's affinity makes numbers of some hex texts.
-    "CREATE TABLE identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
-    "provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', first_at REAL NOT NULL, last_at REAL NOT NULL, "
-    "UNIQUE(auth_index, source))",
-    "CREATE TABLE contexts(id INTEGER PRIMARY KEY, identity_id INTEGER NOT NULL, provider TEXT NOT NULL, "
-    "endpoint TEXT NOT NULL, auth_type TEXT NOT NULL, alias TEXT NOT NULL, reasoning_effort TEXT NOT NULL, "
-    "service_tier TEXT NOT NULL, api_key TEXT NOT NULL, "
-    "UNIQUE(identity_id, provider, endpoint, auth_type, alias, reasoning_effort, service_tier, api_key))",
-    "CREATE TABLE rejected_events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, reason TEXT, length INTEGER, "
-    "event TEXT)",
-    "CREATE TABLE outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL)",
-    "CREATE TABLE quota_accounts(email TEXT NOT NULL, account_id_tag TEXT NOT NULL, plan TEXT, state TEXT NOT NULL, "
-    "message TEXT, state_at REAL NOT NULL, snapshot_id INTEGER, PRIMARY KEY(email, account_id_tag)) WITHOUT ROWID",
-)
-
-
-def _columns_of(db, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-
-
-def _add_columns(db, table: str, columns: str) -> None:
-    present = _columns_of(db, table)
-    for column in columns.split(", "):
-        if column.split()[0] not in present:
-            db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-
-
-def _step_original_tables(db) -> None:
-    for table, columns in _ORIGINAL_COLUMNS.items():
-        db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
-        _add_columns(db, table, columns)
-
-
-def _step_own_tables(db) -> None:
-    for table, columns in _OWN_COLUMNS.items():
-        _add_columns(db, table, columns)
-    for statement in _OWN_TABLES:
-        db.execute(statement)
-    last_id = db.execute("SELECT MAX(id) FROM events").fetchone()[0]
-    if not _has_time_index(db) and (last_id or 0) <= _INDEXED_AT_ONCE:
-        db.execute(_CREATE_TIME_INDEX)
-    db.execute(
-        "INSERT INTO quota_accounts SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' "
-        "ELSE 'ok' END, NULL, ts_epoch, id FROM quota_snapshots WHERE id IN "
-        "(SELECT MAX(id) FROM quota_snapshots WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
-    )
-
-
-_CREATE_TIME_INDEX = "CREATE INDEX events_by_time ON events(ts_epoch)"
-_INDEXED_AT_ONCE = 100_000  # more rows would hold up the start; Store.build_index makes up for it
-
-
-def _has_time_index(db) -> bool:
-    names = [row[1] for row in db.execute("PRAGMA index_list(events)")]
-    return any(db.execute(f'PRAGMA index_info("{name}")').fetchone()[2] == "ts_epoch" for name in names)
-
-
-def _step_sums(db) -> None:
-    """Make the roll-ups anew, to be filled from the rows; a first form of two of them knew no status."""
-    db.execute("DROP TABLE IF EXISTS usage_by_account")
-    db.execute("DROP TABLE IF EXISTS usage_by_model")
-    for roll_up in _ROLL_UPS:
-        columns = ", ".join(f"{name} INTEGER NOT NULL" for name in (*roll_up.columns, *SUM_NAMES))
-        keys = ", ".join(roll_up.columns)
-        db.execute(f"CREATE TABLE {roll_up.table}({columns}, PRIMARY KEY({keys})) WITHOUT ROWID")
-    first_id, last_id = db.execute("SELECT (SELECT MIN(id) FROM events), (SELECT MAX(id) FROM events)").fetchone()
-    if last_id is None:
-        return
-    _put_meta(db, "adopt_next", first_id)
-    _put_meta(db, "adopt_last", last_id)
-    # Adopting counts every row, also those that were counted as they were stored.
-    counted = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('stored', 'deleted')").fetchall())
-    _put_meta(db, "adopted", counted.get("deleted", 0) - counted.get("stored", 0))
-
-
-def _step_losses(db) -> None:
-    _add_columns(db, "outages", "lost INTEGER")
-
-
-def _put_meta(db, key: str, value: Any) -> None:
-    db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
-
-
-def _find_or_add(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = {}) -> int:
-    """Give the id of a row by what is unique of it, added with ``more`` where there is none."""
-    where = " AND ".join(f"{name} = ?" for name in unique)
-    row = db.execute(f"SELECT id FROM {table} WHERE {where}", tuple(unique.values())).fetchone()
-    if row is not None:
-        return row[0]
-    values = {**unique, **more}
-    columns, marks = ", ".join(values), ", ".join("?" * len(values))
-    return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
-
-
-_Sums = Tuple[int, ...]
-
-
-def _cells(rows: Iterable[_Sums], key_of: Callable[[int, int, int, int], _Sums]) -> list[_Sums]:
-    """Add up rows of (bucket, identity, model, status, sums …) that have one key; gives rows of (key …, sums …)."""
-    groups: dict[_Sums, list[_Sums]] = {}
-    for row in rows:
-        groups.setdefault(key_of(*row[:4]), []).append(row[4:])
-    return [(*key, *map(sum, zip(*members))) for key, members in groups.items()]
-
-
-def _roll_up(db, cells: Iterable[_Sums]) -> None:
-    """Add cells to every roll-up."""
-    cells = list(cells)
-    for roll_up in _ROLL_UPS:
-        db.executemany(_ADD_TO[roll_up], _cells(cells, roll_up.key_of))
-
-
-def _statement_of(roll_up: _RollUp) -> str:
-    columns, keys = (*roll_up.columns, *SUM_NAMES), ", ".join(roll_up.columns)
-    return (
-        f"INSERT INTO {roll_up.table}({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
-    )
-
-
-_ADD_TO = {roll_up: _statement_of(roll_up) for roll_up in _ROLL_UPS}
-
-
-def _step_quota_calls(db) -> None:
-    _add_columns(
-        db,
-        "quota_accounts",
-        "subscription_until TEXT, failures INTEGER, retry_at REAL, parked TEXT",
-    )
-    # A reading that says the same as the one before makes no row: how long it was true, and how often it was said.
-    _add_columns(db, "quota_snapshots", "last_at REAL, readings INTEGER")
-
-
-# Never edited after a release; a new step goes at the end.
-_SCHEMA_STEPS: tuple[Callable[[Any], None], ...] = (
-    _step_original_tables,
-    _step_own_tables,
-    _step_sums,
-    _step_losses,
-    _step_quota_calls,
-)
-
-_IDENTITY_OF = (
-    "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
-)
-_MODEL_OF = "IFNULL(e.model, 'unknown')"
-_STATUS_OF = "IFNULL(e.failed, 0)"
-_EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
-    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
-)
-_CELLS_OF_ROWS = (
-    f"SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, {_IDENTITY_OF} AS i, m.id AS m, {_STATUS_OF} AS s, "
-    f"{_EVENT_SUMS} "
-    f"FROM {_EVENTS} JOIN models m ON m.name = {_MODEL_OF} "
-    "WHERE e.id BETWEEN ? AND ? AND e.ts_epoch IS NOT NULL GROUP BY b, i, m.id, s"
-)
-_EVENT_COLUMNS = Event._fields[:17]
-_INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id) VALUES ({', '.join('?' * 17)}, ?)"
-_CONTEXT_COLUMNS = Event._fields[17:24]
-_TOUCH_IDENTITY = (
-    "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
-    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
-)
-_KEPT_REJECTS = 1000
-
-
-# An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
-_OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
-_SHORTEST_RETENTION_S = 60.0
-
-
-def _retention_in(db) -> float:
-    """Give how long the queue keeps what nobody takes, as far as was learnt; never less than any proxy does."""
-    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
-    return row[0] if row else _SHORTEST_RETENTION_S
-
-
-class Window(NamedTuple):
-    """Hold a span of time, ``start <= t < end``, in epoch seconds."""
-
-    start: float
-    end: float
-
-
-class Filters(NamedTuple):
-    """Hold what an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
-
-    account: str | None = None
-    model: str | None = None
-    status: str | None = None
-    text: str | None = None
-
-
-_NO_FILTERS = Filters()
-
-
-class QuotaCall(NamedTuple):
-    """Hold what the next round has to know of an account: failures in a row, until when not to ask (epoch seconds),
-    and the version of the account file that is of no use, until which changes it is not asked."""
-
-    failures: int = 0
-    retry_at: float | None = None
-    parked: str | None = None
-
-
-class _Ids(NamedTuple):
-    """Hold the ids of what an event has in common with others."""
-
-    identity_id: int
-    context_id: int
-    model_id: int
-
-
-def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
-    """Give what a batch's events of one identity tell of it, as _TOUCH_IDENTITY takes it."""
-    times = [event.ts_epoch for event in events]
-    provider, plan = (next(filter(None, values), "") for values in zip(*((e.provider, e.plan) for e in events[::-1])))
-    return min(times), max(times), provider, plan, plan, identity_id
-
-
-class Store:
-    """Keep events, roll-ups and quota readings in one SQLite file; the only place with SQL.
-
-    One connection writes and one reads, each behind its lock. ``changes`` counts the commits that can alter an
-    answer. Raises StoreError with what to do about it. Times passed in are epoch seconds.
-    """
-
-    def __init__(self, path: Path, busy_timeout_s: float = 2.0):
-        import sqlite3
-
-        self.path = path
-        self.changes = 0
-        self._sqlite = sqlite3
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
-        self._ids: dict[tuple[Any, ...], _Ids] = {}
-        self._accounts: tuple[int, list[Account]] = (-1, [])
-        self._indexing = False
-        self._identity_changes = 0
-        try:
-            make_private(path)
-            self._writer = self._connect(busy_timeout_s)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(_store_reason(path, error)) from error
-        try:
-            self._prepare()
-            self._reader = self._connect(busy_timeout_s)
-            self._reader.execute("PRAGMA query_only = ON")
-            self._counts = self._read_counts()
-            self._indexed = _has_time_index(self._writer)
-        except sqlite3.Error as error:
-            self._writer.close()
-            raise StoreError(_store_reason(path, error)) from error
-        except StoreError:
-            self._writer.close()
-            raise
-
-    def _connect(self, busy_timeout_s: float):
-        db = self._sqlite.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-        return db
-
-    def _prepare(self) -> None:
-        db = self._writer
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(_SCHEMA_STEPS):
-            raise StoreError(
-                f"{self.path} was written by a newer version of this dashboard; install that version, or name "
-                'another file with "database"'
-            )
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
-        for number, step in enumerate(_SCHEMA_STEPS[version:], start=version + 1):
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                step(db)
-                db.execute(f"PRAGMA user_version = {number}")
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-
-    def close(self) -> None:
-        """Close both connections; the write-ahead log is folded into the file."""
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
-
-    def _write(self) -> _Transaction:
-        return _Transaction(self, self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT")
-
-    def _read(self) -> _Transaction:
-        return _Transaction(self, self._reader, self._read_lock, "BEGIN", "ROLLBACK")
-
-    def _forget_caches(self) -> None:
-        self._ids.clear()
-
-    # Writing
-
-    def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
-        """Store a batch with its roll-ups, counts and mark in one transaction.
-
-        ``sequence`` grows with each batch; one that is not above the stored mark was stored before, and is
-        left out: then False is returned.
-        """
-        with self._write_lock:
-            counts = dict(self._counts)
-            if sequence <= counts["sequence"]:
-                return False
-            with self._write() as db:
-                if parsed.events:
-                    self._insert_events(db, parsed.events)
-                if parsed.rejects:
-                    self._insert_rejects(db, parsed.rejects, now)
-                counts["sequence"] = sequence
-                counts["stored"] += len(parsed.events)
-                counts["rejected"] += len(parsed.rejects)
-                counts["ignored"] += parsed.ignored
-                self._put_counts(db, counts)
-            self._note_change(counts, identities=bool(parsed.events), answers=bool(parsed.events))
-        return True
-
-    def _note_change(self, counts: dict[str, int], identities: bool, answers: bool) -> None:
-        """Take over what a commit has made true, while no other can come between."""
-        self._counts = counts
-        self._identity_changes += identities
-        self.changes += answers
-
-    def _insert_events(self, db, events: Sequence[Event]) -> None:
-        rows, counted, by_identity = [], [], {}
-        for event in events:
-            ids = self._ids.get(event[2:5] + event[17:24]) or self._find_ids(db, event)
-            rows.append((*event[:17], ids.context_id))
-            sums = _counted(event)
-            if None in sums:
-                sums = tuple(number or 0 for number in sums)
-            counted.append((int(event.ts_epoch) // BUCKET_S, ids.identity_id, ids.model_id, event.failed, 1, *sums))
-            by_identity.setdefault(ids.identity_id, []).append(event)
-        db.executemany(_INSERT_EVENT, rows)
-        db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
-        _roll_up(db, _cells(counted, lambda *key: key))
-
-    def _find_ids(self, db, event: Event) -> _Ids:
-        identity = {"auth_index": event.auth_index or "", "source": event.source}
-        times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
-        identity_id = _find_or_add(db, "identities", identity, times)
-        context = dict(zip(_CONTEXT_COLUMNS, event[17:24]))
-        ids = _Ids(
-            identity_id,
-            _find_or_add(db, "contexts", {"identity_id": identity_id, **context}),
-            _find_or_add(db, "models", {"name": event.model}),
-        )
-        return remember(self._ids, event[2:5] + event[17:24], ids)
-
-    @staticmethod
-    def _insert_rejects(db, rejects: Sequence[Reject], now: float) -> None:
-        db.executemany(
-            "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
-            [(utc_text(now), now, *reject) for reject in rejects],
-        )
-        db.execute(
-            "DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - ?",
-            (_KEPT_REJECTS,),
-        )
-
-    @property
-    def needs_index(self) -> bool:
-        """Tell whether this is a large adopted database without an index on its time."""
-        return not self._indexed
-
-    def build_index(self, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Index an adopted database by time, unless ``stopped`` says so meanwhile; tells whether it is done.
-
-        SQLite can do that in one go only. Nothing can be stored until then, which StoreError says to whoever tries.
-        """
-        with self._write_lock:
-            self._indexing = True
-        db = self._connect(60.0)
-        db.execute("PRAGMA cache_size = -16000")  # it sorts all rows
-        db.set_progress_handler(stopped, 10_000)
-        try:
-            self._guard(lambda: db.execute(_CREATE_TIME_INDEX))
-            self._indexed = True
-        except StoreError:
-            if not stopped():
-                raise
-        finally:
-            db.close()
-            self._indexing = False
-        return self._indexed
-
-    def adopt_some(self, rows: int = 5000) -> bool:
-        """Take the next rows of an adopted database into the roll-ups; False once none is left.
-
-        Until then every answer comes from the rows themselves.
-        """
-        first_id = self.get_meta("adopt_next")
-        if first_id is None:
-            return False
-        with self._write_lock:
-            counts = dict(self._counts)
-            with self._write() as db:
-                last_id = self.get_meta("adopt_last")
-                to_id = min(first_id + rows - 1, last_id)
-                ids = (first_id, to_id)
-                db.execute(
-                    "INSERT INTO identities(auth_index, source, first_at, last_at) "
-                    "SELECT IFNULL(CAST(auth_index AS TEXT), '') AS a, IFNULL(source, '') AS s, "
-                    "MIN(ts_epoch), MAX(ts_epoch) FROM events "
-                    "WHERE id BETWEEN ? AND ? AND ts_epoch IS NOT NULL AND context_id IS NULL GROUP BY a, s "
-                    "ON CONFLICT(auth_index, source) DO UPDATE SET "
-                    "first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)",
-                    ids,
-                )
-                db.execute(
-                    f"INSERT INTO models(name) SELECT DISTINCT {_MODEL_OF} FROM events e WHERE e.id BETWEEN ? AND ? "
-                    "ON CONFLICT(name) DO NOTHING",
-                    ids,
-                )
-                _roll_up(db, db.execute(_CELLS_OF_ROWS, ids))
-                counts["adopted"] += db.execute("SELECT COUNT(*) FROM events WHERE id BETWEEN ? AND ?", ids).fetchone()[
-                    0
-                ]
-                self._put_counts(db, counts)
-                if to_id < last_id:
-                    db.execute("UPDATE meta SET value = ? WHERE key = 'adopt_next'", (to_id + 1,))
-                else:
-                    db.execute("DELETE FROM meta WHERE key IN ('adopt_next', 'adopt_last')")
-            self._note_change(counts, identities=True, answers=True)
-        return to_id < last_id
-
-    def delete_some(self, before: float, rows: int = 2000) -> int:
-        """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
-        floor = int(before) // 3600 * 3600 // BUCKET_S
-        if self.adopting:
-            return 0
-        with self._write_lock:
-            counts = dict(self._counts)
-            with self._write() as db:
-                if floor > (self.get_meta("events_floor") or 0):
-                    _put_meta(db, "events_floor", floor)
-                done = db.execute(
-                    "DELETE FROM events WHERE id IN "
-                    "(SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
-                    (floor * BUCKET_S, rows),
-                ).rowcount
-                counts["deleted"] += done
-                self._put_counts(db, counts)
-            self._note_change(counts, identities=False, answers=done > 0)
-        return done
-
-    # Small values and counts
-
-    _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
-
-    def _read_counts(self) -> dict[str, int]:
-        rows = dict(self._writer.execute("SELECT key, value FROM meta").fetchall())
-        return {name: rows.get(name, 0) for name in self._COUNT_NAMES}
-
-    def _put_counts(self, db, counts: Mapping[str, int]) -> None:
-        for name, value in counts.items():
-            if value != self._counts[name]:
-                _put_meta(db, name, value)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Give how many events were ever stored, rejected, ignored, adopted and deleted, and the last sequence."""
-        return dict(self._counts)
-
-    @property
-    def event_count(self) -> int:
-        """Give the number of rows in ``events`` without counting them."""
-        return self._counts["stored"] + self._counts["adopted"] - self._counts["deleted"]
-
-    @property
-    def byte_count(self) -> int:
-        """Give the size of the database with its write-ahead log."""
-        return sum(_size_of(Path(str(self.path) + suffix)) for suffix in ("", "-wal", "-shm"))
-
-    @property
-    def adopting(self) -> bool:
-        """Tell whether rows of an adopted database are still missing from the roll-ups."""
-        return self.get_meta("adopt_next") is not None
-
-    def check_writable(self) -> None:
-        """Take the write lock and give it back, so that nothing is popped that could not be stored."""
-        with self._write():
-            pass
-
-    def get_meta(self, key: str) -> Any:
-        """Read a small value by its key; None where there is none."""
-        with self._write_lock:
-            row = self._guard(lambda: self._writer.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone())
-        return row[0] if row else None
-
-    def put_meta(self, key: str, value: Any) -> None:
-        """Write a small value; None removes it."""
-        with self._write() as db:
-            if value is None:
-                db.execute("DELETE FROM meta WHERE key = ?", (key,))
-            else:
-                _put_meta(db, key, value)
-
-    def _guard(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except self._sqlite.Error as error:
-            raise StoreError(_store_reason(self.path, error)) from error
-
-    # Outages
-
-    def begin_outage(self, at: float, reason: str) -> None:
-        """Note that recording stopped; one that is open already goes on, with its first reason."""
-        with self._write() as db:
-            db.execute(
-                "INSERT INTO outages(from_at, reason) SELECT ?, ? "
-                "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, reason),
-            )
-        self.changes += 1
-
-    def end_outage(self, at: float, shortest_s: float = 60.0) -> None:
-        """Note that recording goes on, and whether the queue had forgotten something by then.
-
-        One that is shorter than ``shortest_s``, which every proxy remembers, is not worth keeping.
-        """
-        with self._write() as db:
-            db.execute(
-                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
-                (at - shortest_s,),
-            )
-            db.execute(
-                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _retention_in(db)),
-            )
-        self.changes += 1
-
-    def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
-        """List the spans in which nobody recorded; ``to`` None is still going on.
-
-        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
-        """
-        with self._read() as db:
-            rows = db.execute(
-                f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
-                "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
-                (now, _retention_in(db), window.end, window.start),
-            ).fetchall()
-        return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
-
-    # Reading usage
-
-    def accounts(self) -> list[Account]:
-        """Give the accounts that all identities seen so far make up."""
-        with self._read() as db:
-            return self._accounts_in(db)
-
-    def _accounts_in(self, db) -> list[Account]:
-        version = self._identity_changes
-        if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
-            self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
-        return self._accounts[1]
-
-    def usage(
-        self,
-        window: Window,
-        bucket_s: int,
-        offset_s: int,
-        filters: Filters = _NO_FILTERS,
-        from_rows: bool = False,
-    ) -> tuple[dict[int, tuple[int, ...]], list[tuple[str, tuple[int, ...]]], list[tuple[Account, tuple[int, ...]]]]:
-        """Sum up a window: by bucket start (epoch), by model and by account, each with sums as SUM_NAMES.
-
-        Buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC. ``from_rows`` leaves the
-        roll-ups out, to prove them.
-        """
-        with self._read() as db:
-            accounts = self._accounts_in(db)
-            plan = _UsagePlan(window, filters, accounts, self._floor(db), from_rows or self._adopting_in(db))
-            by_bucket = plan.sums(db, "bucket", bucket_s, offset_s)
-            by_model = plan.sums(db, "model")
-            by_identity = plan.sums(db, "account")
-        buckets = {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}
-        models = sorted(by_model.items(), key=lambda item: (-item[1][-1], -item[1][0], item[0]))
-        return buckets, models, _sums_of_accounts(by_identity, accounts)
-
-    @staticmethod
-    def _floor(db) -> int:
-        row = db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone()
-        return row[0] if row else 0
-
-    @staticmethod
-    def _adopting_in(db) -> bool:
-        return db.execute("SELECT 1 FROM meta WHERE key = 'adopt_next'").fetchone() is not None
-
-    def span(self) -> tuple[float, float] | None:
-        """Give the times of the first and the last event ever counted; None where there is none."""
-        with self._read() as db:
-            order = "ts_epoch" if self._indexed else "id"
-            low, high = db.execute(
-                f"SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} LIMIT 1), "
-                f"(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY {order} DESC LIMIT 1)"
-            ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
-        starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
-        return (min(starts), high if high is not None else min(starts)) if starts else None
-
-    def requests(
-        self,
-        limit: int,
-        window: Window | None = None,
-        filters: Filters = _NO_FILTERS,
-        before: tuple[float, int] | None = None,
-    ) -> list[dict[str, Any]]:
-        """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or Window(float("-inf"), float("inf"))
-        end, row_id = before or (window.end, 0)
-        with self._read() as db:
-            accounts = self._accounts_in(db)
-            condition, values = _event_conditions(filters, accounts)
-            rows: list[Any] = []
-            spans = [window] if self._adopting_in(db) else _spans_to_search(db, window, end, filters, accounts)
-            for span in spans:
-                stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
-                bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
-                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
-                if len(rows) >= limit:
-                    break
-        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
-        return [_request_of(row, names) for row in rows]
-
-    # Quota
-
-    def save_reading(self, reading: Mapping[str, Any], now: float | None = None) -> None:
-        """Keep a quota reading (keys as the columns of ``quota_snapshots``, and ``state``) as its account's newest.
-
-        One of ``source`` traffic is left out where a newer one is there, unless that is of the future, and makes no
-        row where nothing changed since the last one of its kind.
-        """
-        columns = [name for name in _SNAPSHOT_COLUMNS if name in reading]
-        with self._write() as db:
-            snapshot_id = None
-            if reading["source"] == "traffic":
-                before = self._newest_reading(db, reading)
-                if before and reading["ts_epoch"] < before["read_at"] <= (now or reading["ts_epoch"]):
-                    return
-                if before:
-                    reading = _with_extra_meters(reading, before)
-                    same = before["source"] == "traffic" and before["read_at"] <= reading["ts_epoch"]
-                    snapshot_id = before["id"] if same and _says_the_same(reading, before) else None
-                if snapshot_id is not None:
-                    db.execute(
-                        "UPDATE quota_snapshots SET last_at = ?, readings = IFNULL(readings, 1) + 1 WHERE id = ?",
-                        (reading["ts_epoch"], snapshot_id),
-                    )
-            if snapshot_id is None:
-                snapshot_id = db.execute(
-                    f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                    [reading[name] for name in columns],
-                ).lastrowid
-            self._put_quota_state(db, reading, reading["ts_epoch"], snapshot_id)
-            if reading["source"] != "traffic":
-                self._put_quota_call(db, reading, QuotaCall())
-            else:  # the login works
-                key = (reading["email"], reading["account_id_tag"])
-                db.execute("UPDATE quota_accounts SET parked = NULL WHERE email = ? AND account_id_tag = ?", key)
-        self.changes += 1
-
-    @staticmethod
-    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", "read_at", *_READING_COLUMNS)
-        row = db.execute(
-            "SELECT s.id, IFNULL(s.last_at, s.ts_epoch), "
-            f"{', '.join(f's.{name}' for name in _READING_COLUMNS)} FROM quota_accounts a "
-            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
-            (account["email"], account["account_id_tag"]),
-        ).fetchone()
-        return dict(zip(columns, row)) if row else None
-
-    def save_quota_state(
-        self,
-        email: str,
-        tag: str,
-        plan: str | None,
-        state: str,
-        message: str | None,
-        now: float,
-        call: QuotaCall | None = None,
-    ) -> None:
-        """Note why an account has no new reading; the last good one stays beside it.
-
-        ``call`` is what the next round has to know; None leaves that as it was.
-        """
-        account = {"email": email, "account_id_tag": tag, "plan": plan, "state": state, "message": message}
-        with self._write() as db:
-            self._put_quota_state(db, account, now, None)
-            if call is not None:
-                self._put_quota_call(db, account, call)
-        self.changes += 1
-
-    @staticmethod
-    def _put_quota_state(db, account: Mapping[str, Any], at: float, snapshot_id: int | None) -> None:
-        key = (account["email"], account["account_id_tag"])
-        db.execute(
-            "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
-            "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
-            "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
-            (*key, account["plan"], account["state"], account.get("message"), at, snapshot_id),
-        )
-        if key[1]:  # the account id is known now: the row adopted by its mail alone is this one
-            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", key[:1])
-
-    @staticmethod
-    def _put_quota_call(db, account: Mapping[str, Any], call: QuotaCall) -> None:
-        db.execute(
-            "UPDATE quota_accounts SET failures = ?, retry_at = ?, parked = ? WHERE email = ? AND account_id_tag = ?",
-            (*call, account["email"], account["account_id_tag"]),
-        )
-
-    def quota_calls(self) -> dict[tuple[str, str], QuotaCall]:
-        """Give by (email, tag) what is known of the calls that failed."""
-        with self._read() as db:
-            rows = db.execute(
-                "SELECT email, account_id_tag, IFNULL(failures, 0), retry_at, parked FROM quota_accounts"
-            ).fetchall()
-        return {row[:2]: QuotaCall(*row[2:]) for row in rows}
-
-    def put_subscriptions(self, ends: Iterable[tuple[str | None, str, str]]) -> None:
-        """Note until when accounts are paid for: (ISO UTC text, email, tag)."""
-        with self._write() as db:
-            db.executemany(
-                "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?", ends
-            )
-        self.changes += 1
-
-    def forget_quota_accounts(self, kept: Iterable[tuple[str, str]]) -> None:
-        """Take accounts off the quota table that no account file names any more; their readings stay."""
-        kept = set(kept)
-        with self._write() as db:
-            present = db.execute("SELECT email, account_id_tag FROM quota_accounts").fetchall()
-            gone = [key for key in present if key not in kept]
-            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", gone)
-        self.changes += 1
-
-    def quotas(self) -> list[dict[str, Any]]:
-        """List each account's state with its last good reading, by mail; ``read_at`` is when that was last true."""
-        columns = ", ".join(f"s.{name}" for name in _SNAPSHOT_COLUMNS[2:])
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until", "retry_at")
-        with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, s.id, IFNULL(s.last_at, s.ts_epoch), {columns} "
-                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
-            ).fetchall()
-        names = (*own, "id", "read_at", *_SNAPSHOT_COLUMNS[2:])
-        quotas = []
-        for row in rows:
-            quota = dict(zip(names, row))  # the reading's own plan comes last and wins, where there is one
-            quotas.append({**quota, "plan": quota["plan"] or row[2]})
-        return quotas
-
-    def readings_since(self, since: float, most: int = 20_000) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Give by (email, tag) the rows of readings since then, without a scan: they are in order of time."""
-        names = ("email", "account_id_tag", "ts_epoch", "last_at", "readings", *_READING_COLUMNS)
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        with self._read() as db:
-            rows = db.execute(f"SELECT {', '.join(names)} FROM quota_snapshots ORDER BY id DESC LIMIT ?", (most,))
-            for row in rows:
-                if row[2] is None or row[2] < since - 120:  # one from traffic may come up to a minute late
-                    break
-                found.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
-        return found
-
-    def thin_snapshots(self, before: float) -> None:
-        """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
-        with self._write() as db:
-            db.execute(
-                "DELETE FROM quota_snapshots WHERE ts_epoch < ? AND id NOT IN (SELECT MAX(id) FROM quota_snapshots "
-                "WHERE ts_epoch < ? GROUP BY email, IFNULL(account_id_tag, ''), CAST(ts_epoch AS INTEGER) / 3600) "
-                "AND id NOT IN (SELECT snapshot_id FROM quota_accounts WHERE snapshot_id IS NOT NULL)",
-                (before, before),
-            )
-
-    # Proof
-
-    def find_faults(self) -> list[str]:
-        """Compare the file with itself: its structure, and the roll-ups against the rows they were made of."""
-        with self._read() as db:
-            said = [row[0] for row in db.execute("PRAGMA quick_check(5)").fetchall()]
-            if said != ["ok"]:
-                return [f"the file is damaged: {said[0]}"]
-            if self._adopting_in(db):
-                return []
-            floor = self._floor(db)
-            rows = db.execute(
-                f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,)
-            ).fetchone()
-            faults = []
-            for table in ("usage_by_time", "usage_by_account", "usage_by_model"):
-                if _sums_in(db, table, floor) != tuple(value or 0 for value in rows):
-                    faults.append(f"{table} does not add up to the events")
-            for table in ("usage_by_hour", "usage_by_day"):
-                if _sums_in(db, table) != _sums_in(db, "usage_by_time"):
-                    faults.append(f"{table} does not add up to the 15-minute sums")
-        return faults
-
-
-def _sums_in(db, table: str, from_bucket: int = 0) -> tuple[int, ...]:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
-
-
-class _Transaction:
-    """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
-
-    def __init__(self, store: Store, db, lock, begin: str, end: str):
-        self._store, self._db, self._lock, self._begin, self._end = store, db, lock, begin, end
-
-    def __enter__(self):
-        self._lock.acquire()
-        if self._store._indexing and self._lock is self._store._write_lock:
-            self._lock.release()
-            raise StoreError(f"{self._store.path} is being indexed, once; recording goes on by itself after that")
-        try:
-            self._db.execute(self._begin)
-        except self._store._sqlite.Error as error:
-            self._forget_pages()
-            self._lock.release()
-            raise StoreError(_store_reason(self._store.path, error)) from error
-        return self._db
-
-    def __exit__(self, kind, error, trace) -> None:
-        sqlite_error = self._store._sqlite.Error
-        try:
-            if error is None:
-                self._db.execute(self._end)
-        except sqlite_error as failed:
-            error = failed
-        finally:
-            if error is not None:
-                self._store._forget_caches()  # ids of rows that were rolled back
-            if self._db.in_transaction:
-                self._roll_back()
-            if isinstance(error, sqlite_error):
-                self._forget_pages()
-            self._lock.release()
-        if isinstance(error, sqlite_error):
-            raise StoreError(_store_reason(self._store.path, error)) from error
-
-    def _roll_back(self) -> None:
-        try:
-            self._db.execute("ROLLBACK")
-        except self._store._sqlite.Error:
-            pass  # SQLite has rolled back by itself, as it does on a full disk
-
-    def _forget_pages(self) -> None:
-        """Have the file read anew next time: SQLite would keep the pages of a damaged one after it was mended."""
-        try:
-            self._db.execute("PRAGMA shrink_memory")
-        except self._store._sqlite.Error:
-            pass  # closed, or damaged beyond even that
-
-
-def _store_reason(path: Path, error: BaseException) -> str:
-    """Say what is wrong with the database file and what to do."""
-    text = str(error).lower()
-    if isinstance(error, OSError):
-        return (
-            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
-        )
-    if "locked" in text or "busy" in text:
-        return f"{path} is locked by another program; close it there, recording goes on by itself"
-    if "full" in text:
-        return f"no room on the disk of {path}; free some, recording goes on by itself"
-    if "readonly" in text or "unable to open" in text:
-        return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
-    if "not a database" in text or "malformed" in text:
-        return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
-    return f"{path} cannot be used: {error}"
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-_SNAPSHOT_COLUMNS = (
-    "email",
-    "account_id_tag",
-    "ts_epoch",
-    "timestamp",
-    "plan",
-    "allowed",
-    "limit_reached",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "raw_json",
-    "source",
-    "windows",
-    "last_at",
-    "readings",
-)
-_READING_COLUMNS = (
-    "source",
-    "plan",
-    "primary_used_percent",
-    "primary_remaining_percent",
-    "primary_reset_at",
-    "secondary_used_percent",
-    "secondary_remaining_percent",
-    "secondary_reset_at",
-    "credits_balance",
-    "windows",
-)
-
-
-def _with_extra_meters(reading: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the extra meters that a request's headers do not tell of, as they were last read."""
-    windows = json.loads(reading["windows"])
-    told = {window["meter"] for window in windows}
-    kept = [window for window in json.loads(before["windows"] or "[]") if window["meter"] not in told | {None}]
-    return {**reading, "windows": json.dumps(windows + kept, ensure_ascii=False)}
-
-
-def _says_the_same(reading: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Tell whether two readings differ in nothing but a reset that moved by less than two minutes."""
-
-    def said(row: Mapping[str, Any]) -> list[Any]:
-        windows = [{**window, "reset_at": None} for window in json.loads(row["windows"] or "[]")]
-        return [row["plan"], row["credits_balance"], windows]
-
-    def resets(row: Mapping[str, Any]) -> list[float]:
-        return [parse_time(window["reset_at"])[0] for window in json.loads(row["windows"]) if window["reset_at"]]
-
-    if said(reading) != said(before):
-        return False
-    mine, theirs = resets(reading), resets(before)
-    return len(mine) == len(theirs) and all(abs(a - b) < 120 for a, b in zip(mine, theirs))
-
-
-_REQUEST_NAMES = ("id", *(name for name in _EVENT_COLUMNS if name != "auth_index"), *_CONTEXT_COLUMNS)
-_REQUEST_COLUMNS = ", ".join(
-    ["e.id", *(f"e.{name}" for name in _EVENT_COLUMNS if name != "auth_index")]
-    + [f"c.{name}" for name in _CONTEXT_COLUMNS]
-    + ["CAST(e.auth_index AS TEXT)"]
-)
-
-
-_LIST_EVENTS = (
-    f"SELECT {_REQUEST_COLUMNS}, {_IDENTITY_OF}, i.auth_index FROM {_EVENTS} "
-    "LEFT JOIN identities i ON i.id = c.identity_id "
-    "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
-    "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
-)
-
-
-def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
-    """Name the spans that hold what the filters ask for, newest first, so that no others are read."""
-    if filters._replace(text=None) == _NO_FILTERS:
-        yield window
-        return
-    roll_up = _levels_of(filters)[-1]
-    condition, values = _roll_up_conditions(filters, accounts)
-    buckets = db.execute(
-        f"SELECT DISTINCT r.bucket FROM {roll_up.table} r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
-        "ORDER BY r.bucket DESC",
-        (window.start / roll_up.seconds - 1, end / roll_up.seconds, *values),
-    )
-    for (bucket,) in buckets:
-        yield Window(bucket * roll_up.seconds, (bucket + 1) * roll_up.seconds)
-
-
-def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
-    *values, shown_index, identity_id, sent_index = row
-    request = dict(zip(_REQUEST_NAMES, values))
-    for name in _CONTEXT_COLUMNS:
-        request[name] = request[name] or None
-    request["failed"] = request["failed"] or 0
-    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
-    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
-    return request
-
-
-def _sums_of_accounts(
-    by_identity: Mapping[Any, tuple[int, ...]], accounts: Sequence[Account]
-) -> list[tuple[Account, tuple[int, ...]]]:
-    """Fold sums by identity into sums by account, most tokens first."""
-    owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
-    nobody = Account("unknown", "", "", "", "", "", 0.0, 0.0, [])
-    folded: dict[int, tuple[Account, tuple[int, ...]]] = {}
-    for identity_id, sums in by_identity.items():
-        account = owners.get(identity_id, nobody)
-        _, before = folded.get(id(account), (account, (0,) * len(SUM_NAMES)))
-        folded[id(account)] = (account, tuple(a + b for a, b in zip(before, sums)))
-    return sorted(folded.values(), key=lambda item: (-item[1][-1], -item[1][0], item[0].name))
-
-
-def _account_ids(name: str, accounts: Sequence[Account]) -> list[int]:
-    """Give the identities of an account by its name, or by a mail that several accounts share."""
-    return [
-        identity_id
-        for account in accounts
-        if name in (account.name, account.mail)
-        for identity_id in account.identity_ids
-    ]
-
-
-def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Write the filters as SQL conditions on ``events e`` with the values to bind."""
-    parts, values = [], []
-    if filters.account is not None:
-        ids = ", ".join(str(identity_id) for identity_id in _account_ids(filters.account, accounts))
-        parts.append(f"{_IDENTITY_OF} IN ({ids})")
-    if filters.model is not None:
-        parts.append(f"{_MODEL_OF} = ?")
-        values.append(filters.model)
-    if filters.status is not None:
-        parts.append(f"{_STATUS_OF} = ?")
-        values.append(int(filters.status == "failed"))
-    if filters.text:
-        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
-        searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
-        parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
-        values += [pattern] * len(searched)
-    return "".join(f" AND {part}" for part in parts), values
-
-
-def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Write the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
-    parts, values = [], []
-    if filters.account is not None:
-        ids = ", ".join(map(str, _account_ids(filters.account, accounts)))
-        parts.append(f"r.identity_id IN ({ids})")
-    if filters.model is not None:
-        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
-        values.append(filters.model)
-    if filters.status is not None:
-        parts.append("r.status = ?")
-        values.append(int(filters.status == "failed"))
-    return "".join(f" AND {part}" for part in parts), values
-
-
-def _levels_of(filters: Filters, group: str = "") -> tuple[_RollUp, ...]:
-    return _levels_for(
-        group == "account" or filters.account is not None,
-        group == "model" or filters.model is not None,
-        filters.status is not None,
-    )
-
-
-class _UsagePlan:
-    """Choose for one question between the roll-ups, with their cut edges from the rows, and the rows alone."""
-
-    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, rows_only: bool):
-        self._window, self._filters = window, filters
-        self._rows_only = rows_only
-        self._conditions = _event_conditions(filters, accounts)
-        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
-        self._floor_at = floor * BUCKET_S
-
-    def sums(self, db, group: str, bucket_s: int = BUCKET_S, offset_s: int = 0) -> dict[Any, tuple[int, ...]]:
-        """Sum up by ``bucket``, ``model`` or ``account``; keys are local bucket numbers, names or identities."""
-        levels = self._levels(group, bucket_s, offset_s)
-        window, parts, values = self._window, [], []
-        spans = [
-            *self._deleted_spans(levels, group),
-            *self._spans(levels, max(window.start, self._floor_at), window.end),
-        ]
-        for roll_up, start, end in spans:
-            if roll_up is None:
-                part, bound = self._rows_part(group, bucket_s, offset_s)
-            else:
-                part, bound = self._roll_up_part(roll_up, group, bucket_s, offset_s)
-            parts.append(part)
-            values += [start, end, *bound]
-        if not parts:
-            return {}
-        sums = ", ".join(f"SUM({name})" for name in SUM_NAMES)
-        rows = db.execute(f"SELECT k, {sums} FROM ({' UNION ALL '.join(parts)}) GROUP BY k", values)
-        return {row[0]: tuple(row[1:]) for row in rows}
-
-    def _levels(self, group: str, bucket_s: int, offset_s: int) -> list[_RollUp]:
-        """Name the roll-ups that can answer, the coarsest first."""
-        if self._rows_only:
-            return []
-        levels = _levels_of(self._filters, group)
-        if group != "bucket":
-            return list(levels)
-        return [one for one in levels if bucket_s % one.seconds == 0 and offset_s % one.seconds == 0]
-
-    def _spans(
-        self, levels: Sequence[_RollUp], start: float, end: float
-    ) -> Iterable[tuple[_RollUp | None, float, float]]:
-        """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows at the edges."""
-        if not levels:
-            if start < end:
-                yield None, start, end
-            return
-        roll_up, finer = levels[0], levels[1:]
-        first, last = -int(-start // roll_up.seconds), int(end // roll_up.seconds)
-        if first >= last:
-            yield from self._spans(finer, start, end)
-            return
-        yield from self._spans(finer, start, first * roll_up.seconds)
-        yield roll_up, first, last
-        yield from self._spans(finer, last * roll_up.seconds, end)
-
-    def _deleted_spans(self, levels: Sequence[_RollUp], group: str) -> Iterable[tuple[_RollUp | None, float, float]]:
-        """Cut what lies below the floor, where single events were deleted: a cut bucket counts whole there.
-
-        Where no roll-up fits the question, the finest that there is has to do.
-        """
-        start, end = self._window.start, min(self._window.end, self._floor_at)
-        if self._rows_only or start >= end:
-            return ()
-        levels = levels or _levels_of(self._filters, group)[-1:]
-        step_s = levels[-1].seconds
-        return self._spans(levels, start // step_s * step_s, -(-end // step_s) * step_s)
-
-    def _rows_part(self, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
-        key = {
-            "bucket": f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}",
-            "model": _MODEL_OF,
-            "account": _IDENTITY_OF,
-        }[group]
-        where, values = self._conditions
-        condition = f"e.ts_epoch >= ? AND e.ts_epoch < ?{where}"
-        return f"SELECT {key} AS k, {_EVENT_SUMS} FROM {_EVENTS} WHERE {condition} GROUP BY k", values
-
-    def _roll_up_part(self, roll_up: _RollUp, group: str, bucket_s: int, offset_s: int) -> tuple[str, list[Any]]:
-        key, grouped = {
-            "bucket": (f"(r.bucket * {roll_up.seconds} + {offset_s}) / {bucket_s}", "k"),
-            "model": ("(SELECT name FROM models WHERE id = r.model_id)", "r.model_id"),
-            "account": ("r.identity_id", "k"),
-        }[group]
-        condition, values = self._roll_up_conditions
-        sums = ", ".join(f"SUM(r.{name}) AS {name}" for name in SUM_NAMES)
-        where = f"r.bucket >= ? AND r.bucket < ?{condition}"
-        return f"SELECT {key} AS k, {sums} FROM {roll_up.table} r WHERE {where} GROUP BY {grouped}", values
-
-
-# ------------------------------------------------------------------ quota
-
-
-USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
-_LARGEST_BODY = 1024 * 1024
-_FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
-
-
 class AccountFile(NamedTuple):
-    """Hold what is needed of one account file; the token goes to chatgpt.com alone.
+    """One account file; the token goes to chatgpt.com alone.
 
-    ``version`` changes whenever the file is written. ``auth_index`` is the one that the proxy gives this file since
-    v7.0.0, where both see it under the same path.
+    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
     """
 
     name: str
@@ -2498,76 +1245,16 @@ class AccountFile(NamedTuple):
     disabled: bool
     proxy_url: str
     freshness: str
-    version: str = ""
     auth_index: str = ""
     subscription_until: str | None = None
 
     @property
     def tag(self) -> str:
-        """Give the stable tag that stands for the account id."""
+        """The stable tag of the account id."""
         return "#" + short_tag(self.account_id, self.email)
 
     def __repr__(self) -> str:
         return f"AccountFile({self.name!r})"
-
-
-class Meter(NamedTuple):
-    """Hold one quota window; None is unknown. ``meter`` names an extra meter, None is the main one."""
-
-    label: str
-    seconds: int | None
-    used_percent: float | None
-    reset_at: float | None
-    meter: str | None
-
-    @property
-    def remaining_percent(self) -> float | None:
-        """Give what is left, in percent."""
-        return None if self.used_percent is None else _tidy(100 - self.used_percent)
-
-
-class Reading(NamedTuple):
-    """Hold what one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
-
-    state: str
-    plan: str | None
-    allowed: bool | None
-    limit_reached: bool | None
-    five_hour: Meter | None
-    weekly: Meter | None
-    meters: list[Meter]
-    credits_balance: str | None
-
-
-class QuotaFault(DashboardError):
-    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it.
-
-    ``is_final`` is true of a login that is of no use until its file changes.
-    """
-
-    code = "quota_fault"
-
-    def __init__(self, state: str, retry_after_s: float = 0.0, is_final: bool = False):
-        super().__init__(QUOTA_MESSAGES[state])
-        self.state, self.retry_after_s, self.is_final = state, retry_after_s, is_final
-
-
-QUOTA_MESSAGES = {
-    "expired": "the access token has expired; the proxy renews it by itself, usually with the next request",
-    "relogin": "the login is no longer valid; sign in again in the proxy",
-    "deactivated": "the workspace or account is deactivated",
-    "blocked": "blocked by Cloudflare, not a sign-in problem; try later or set proxy_url in the account file",
-    "region_blocked": "ChatGPT refuses this country or region; set proxy_url in the account file",
-    "rate_limited": "asked too often; wait a few minutes",
-    "server_error": "ChatGPT has a fault of its own; try later",
-    "network": "chatgpt.com cannot be reached from this machine",
-    "timeout": "chatgpt.com did not answer in time",
-    "bad_response": "the answer was not the expected JSON",
-    "no_token": "the account file has no access token; sign in again in the proxy",
-    "disabled": "the account is disabled in its file and not asked",
-    "never": "not asked yet; Refresh Quota asks ChatGPT",
-    "proxy_unsupported": "a SOCKS proxy is set, which is not supported here; use an http:// one",
-}
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
@@ -2593,7 +1280,7 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Give (account id, mail); an old file without the id is of the one login that has its mail."""
+    """Return (account id, mail); an old file without the id belongs to the only login with its mail."""
     same_mail = [key for key in known if key[1] == file.email]
     return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
@@ -2616,7 +1303,7 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
 
 
 def _masked_name(path: Path) -> str:
-    """Give a file's name with the mail in it shortened, as the console shows mails."""
+    """Return a file's name with the mail in it masked, as the console shows mails."""
     return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
 
 
@@ -2627,7 +1314,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     """
     for attempt in range(attempts):
         try:
-            content, written_at = _read_json_file(path)
+            content = _read_json_file(path)
             break
         except ValueError:
             if attempt == attempts - 1:
@@ -2652,28 +1339,26 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _freshness(content),
-        short_tag(token, str(written_at)),
         auth_index_of(os.path.abspath(str(path))),
         _any_time(about.get("chatgpt_subscription_active_until")),
     )
 
 
 def auth_index_of(path: str) -> str:
-    """Give the ``auth_index`` by which proxies since v7.0.0 call the Codex account file at this absolute path."""
+    """Return the ``auth_index`` that proxies since v7.0.0 derive from a Codex account file's absolute path."""
     return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _read_json_file(path: Path) -> tuple[Any, int]:
-    """Give a file's content and when it was written, in nanoseconds."""
+def _read_json_file(path: Path) -> Any:
     try:
         with open(str(path), "rb") as stream:
-            data, written_at = stream.read(_LARGEST_BODY + 1), os.fstat(stream.fileno()).st_mtime_ns
+            data = stream.read(_LARGEST_BODY + 1)
     except OSError as error:
         raise ValueError(os_reason(error)) from error
     if len(data) > _LARGEST_BODY:
         raise ValueError("it is too large for an account file")
     try:
-        return json.loads(data.decode("utf-8-sig")), written_at
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError("it is empty, half-written or not JSON") from None
 
@@ -2695,7 +1380,7 @@ def _claims(token: str) -> dict[str, Any]:
 
 
 def _freshness(content: Mapping[str, Any]) -> str:
-    """Give a text that sorts by when the login was renewed."""
+    """Return a text that sorts by when the login was renewed."""
     for name in ("last_refresh", "expired"):
         try:
             return parse_time(_word(content.get(name)))[1]
@@ -2705,7 +1390,7 @@ def _freshness(content: Mapping[str, Any]) -> str:
 
 
 def _any_time(value: Any) -> str | None:
-    """Write a time that comes as RFC 3339 or as epoch seconds as ISO UTC text; None where it is neither."""
+    """Format a time in RFC 3339 or epoch seconds as ISO UTC text; None where it is neither."""
     try:
         return utc_text(parse_time(_word(value))[0])
     except ValueError:
@@ -2713,22 +1398,1206 @@ def _any_time(value: Any) -> str | None:
         return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
 
 
+# ------------------------------------------------------------------ store
+
+
+class StoreError(DashboardError):
+    """The database cannot be used; the file is never replaced or repaired by itself."""
+
+    http_status = 503
+    code = "storage_error"
+
+
+BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
+
+SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+
+
+# Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
+# everything together. The others keep apart (identity, model, client key, reason), where reason 0 is success. A key of
+# -1 is unknown, 0 is a request without a key; reason 1 is an unknown failure.
+_ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
+
+# Schema steps. Each is frozen as it was released: it uses no constant of this file, and never changes again. A new
+# one goes to the end. Each runs in a transaction of its own, which also sets PRAGMA user_version to its number.
+
+
+def _columns_of(db, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def _add_columns(db, table: str, columns: str) -> None:
+    present = _columns_of(db, table)
+    for column in columns.split(", "):
+        if column.split()[0] not in present:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+
+
+_STEP_5_COLUMNS = {
+    "events": "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
+    "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER, "
+    "cached_tokens INTEGER, cache_write_tokens INTEGER, ttft_ms INTEGER, status_code INTEGER, error TEXT, "
+    "request_id TEXT, context_id INTEGER",
+    "quota_snapshots": "timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, allowed INTEGER, limit_reached INTEGER, "
+    "primary_used_percent INTEGER, primary_remaining_percent INTEGER, primary_reset_at TEXT, "
+    "secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, secondary_reset_at TEXT, "
+    "credits_balance TEXT, raw_json TEXT, account_id_tag TEXT, source TEXT, windows TEXT, last_at REAL",
+}
+_STEP_5_TABLES = (
+    "meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    "models(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    # The auth_index as it was sent: in events its column's affinity makes numbers of some hex texts.
+    "identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+    "provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', first_at REAL NOT NULL, last_at REAL NOT NULL, "
+    "UNIQUE(auth_index, source))",
+    "contexts(id INTEGER PRIMARY KEY, identity_id INTEGER NOT NULL, provider TEXT NOT NULL, "
+    "endpoint TEXT NOT NULL, auth_type TEXT NOT NULL, alias TEXT NOT NULL, reasoning_effort TEXT NOT NULL, "
+    "service_tier TEXT NOT NULL, api_key TEXT NOT NULL, "
+    "UNIQUE(identity_id, provider, endpoint, auth_type, alias, reasoning_effort, service_tier, api_key))",
+    "rejected_events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, reason TEXT, length INTEGER, event TEXT)",
+    "outages(id INTEGER PRIMARY KEY, from_at REAL NOT NULL, to_at REAL, reason TEXT NOT NULL, lost INTEGER)",
+    "quota_accounts(email TEXT NOT NULL, account_id_tag TEXT NOT NULL, plan TEXT, state TEXT NOT NULL, "
+    "message TEXT, state_at REAL NOT NULL, snapshot_id INTEGER, subscription_until TEXT, "
+    "PRIMARY KEY(email, account_id_tag)) WITHOUT ROWID",
+)
+
+
+def _step_tables(db) -> None:
+    """Make the tables of 3.0.0, or complete those of the original."""
+    for table, columns in _STEP_5_COLUMNS.items():
+        db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
+        _add_columns(db, table, columns)
+    for table in _STEP_5_TABLES:
+        db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+    _add_columns(db, "outages", "lost INTEGER")
+    _add_columns(db, "quota_accounts", "subscription_until TEXT")
+    db.execute(
+        "INSERT INTO quota_accounts(email, account_id_tag, plan, state, state_at, snapshot_id) "
+        "SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' ELSE 'ok' END, ts_epoch, id "
+        "FROM quota_snapshots WHERE id IN (SELECT MAX(id) FROM quota_snapshots "
+        "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email) "
+        "AND NOT EXISTS (SELECT 1 FROM quota_accounts)"
+    )
+
+
+_STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
+_STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
+
+
+def _step_roll_ups(db) -> None:
+    """Sum up by client key and reason too, at all of a quarter hour, an hour and a day.
+
+    Fills the roll-ups from the rows. Below the retention floor, where those are deleted, the old sums are kept:
+    their key and reason are unknown.
+    """
+    floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
+    _add_keys_and_reasons(db)
+    db.execute(
+        "INSERT INTO identities(auth_index, source, first_at, last_at) SELECT IFNULL(CAST(auth_index AS TEXT), '') "
+        "AS a, IFNULL(source, '') AS s, MIN(ts_epoch), MAX(ts_epoch) FROM events "
+        "WHERE context_id IS NULL AND ts_epoch IS NOT NULL GROUP BY a, s ON CONFLICT(auth_index, source) DO UPDATE "
+        "SET first_at = MIN(first_at, excluded.first_at), last_at = MAX(last_at, excluded.last_at)"
+    )
+    db.execute(
+        "INSERT INTO models(name) SELECT DISTINCT IFNULL(model, 'unknown') FROM events WHERE 1 "
+        "ON CONFLICT(name) DO NOTHING"
+    )
+    if not any(
+        db.execute(f'PRAGMA index_info("{row[1]}")').fetchone()[2] == "ts_epoch"
+        for row in db.execute("PRAGMA index_list(events)").fetchall()
+    ):
+        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
+    old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
+    for table in old:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
+    db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
+    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day"):
+        db.execute(
+            f"CREATE TABLE {table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, model_id INTEGER NOT NULL, "
+            f"key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, {sums}, PRIMARY KEY(bucket, {_STEP_6_CELL})) "
+            "WITHOUT ROWID"
+        )
+    _sum_up_rows(db, floor)
+    if floor and "usage_by_hour" in old:
+        _keep_old_sums(db, floor)
+    db.execute(
+        f"INSERT INTO usage_by_day SELECT bucket / 24 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_hour "
+        f"GROUP BY b, {_STEP_6_CELL}"
+    )
+    for table in old:
+        db.execute(f"DROP TABLE old_{table}")
+    # The number of rows that were not counted as they were stored; a 3.0.0 that was still adopting had counted some.
+    db.execute(
+        "INSERT INTO meta SELECT 'adopted', (SELECT COUNT(*) FROM events) "
+        "+ IFNULL((SELECT value FROM meta WHERE key = 'deleted'), 0) "
+        "- IFNULL((SELECT value FROM meta WHERE key = 'stored'), 0) WHERE 1 "
+        "ON CONFLICT(key) DO UPDATE SET value = excluded.value"
+    )
+    db.execute("DELETE FROM meta WHERE key IN ('adopt_next', 'adopt_last')")
+    # 3.0.0 wrote no row for a reading that was the same again, but when it was last true.
+    db.execute(
+        "UPDATE quota_snapshots SET ts_epoch = last_at, "
+        "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') "
+        "WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
+    )
+
+
+def _add_keys_and_reasons(db) -> None:
+    db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
+    db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
+    db.execute("ALTER TABLE contexts ADD COLUMN key_id INTEGER NOT NULL DEFAULT 0")
+    db.execute("UPDATE contexts SET key_id = (SELECT id FROM client_keys WHERE name = api_key) WHERE api_key <> ''")
+    db.execute(
+        "CREATE TABLE reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, "
+        "UNIQUE(status_code, error))"
+    )
+    db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
+    db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
+    reasons, last_id = _Reasons(db), -(1 << 63)
+    while True:
+        rows = db.execute(
+            "SELECT id, status_code, error FROM events WHERE id > ? AND failed <> 0 ORDER BY id LIMIT 5000", (last_id,)
+        ).fetchall()
+        if not rows:
+            return
+        updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
+        db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
+        last_id = rows[-1][0]
+
+
+def _sum_up_rows(db, floor: int) -> None:
+    """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
+    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_SUMS.split(", ")[1:])
+    db.execute(
+        "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
+        "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
+        "AND source = IFNULL(e.source, ''))) AS i, "
+        "(SELECT id FROM models WHERE name = IFNULL(e.model, 'unknown')) AS m, IFNULL(c.key_id, -1) AS k, "
+        f"IFNULL(e.reason_id, 0) AS r, COUNT(*), {counts} FROM events e LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE e.ts_epoch >= ? GROUP BY b, i, m, k, r",
+        (floor * 900,),
+    )
+    db.execute(
+        f"INSERT INTO usage_by_hour SELECT bucket / 4 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_quarter "
+        f"GROUP BY b, {_STEP_6_CELL}"
+    )
+    db.execute(f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM usage_by_quarter GROUP BY bucket")
+
+
+def _keep_old_sums(db, floor: int) -> None:
+    """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
+    db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
+    db.execute(
+        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
+        "FROM old_usage_by_hour WHERE bucket < ?",
+        (floor // 4,),
+    )
+    sums = "bucket, {0}, requests - failed, failed, " + ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    by_account, by_model = (
+        db.execute(f"SELECT {sums.format(key)} FROM old_usage_by_{name} WHERE bucket < ? ORDER BY bucket", (floor,))
+        for name, key in (("account", "identity_id"), ("model", "model_id"))
+    )
+    rows: list[tuple[int, ...]] = []
+    groups = [itertools.groupby(table.fetchall(), operator.itemgetter(0)) for table in (by_account, by_model)]
+    for (bucket, accounts), (_, models) in zip(*groups):
+        for (identity, model), (passed, failed, *tokens) in _joined_margins(list(accounts), list(models)).items():
+            rows.append((bucket, identity, model, -1, 0, passed, 0, *tokens))
+            if failed:
+                rows.append((bucket, identity, model, -1, 1, failed, failed, 0, 0, 0, 0, 0))
+    db.executemany("INSERT INTO usage_by_quarter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def _joined_margins(accounts: list[tuple[int, ...]], models: list[tuple[int, ...]]) -> dict[Any, list[int]]:
+    """Return sums by (identity, model) that add up to both margins, by the north-west corner rule.
+
+    3.0.0 kept quarters by account and by model, never by both; their pairs are not known any more. Rows are
+    (bucket, id, counts …).
+    """
+    cells: dict[Any, list[int]] = {}
+    for column in range(2, len(accounts[0])):
+        across = [[row[1], row[column]] for row in models]
+        for account in accounts:
+            left = account[column]
+            while left and across:
+                taken = min(left, across[0][1])
+                cell = cells.setdefault((account[1], across[0][0]), [0] * (len(account) - 2))
+                cell[column - 2] += taken
+                left -= taken
+                across[0][1] -= taken
+                if not across[0][1]:
+                    del across[0]
+    return cells
+
+
+_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+
+
+def _put_meta(db, key: str, value: Any) -> None:
+    db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
+
+
+def _id_of(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = {}) -> int:
+    """Return the id of the row with these unique columns; insert it, with ``more``, if missing."""
+    where = " AND ".join(f"{name} IS ?" for name in unique)
+    row = db.execute(f"SELECT id FROM {table} WHERE {where}", tuple(unique.values())).fetchone()
+    if row is not None:
+        return row[0]
+    values = {**unique, **more}
+    columns, marks = ", ".join(values), ", ".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
+
+
+class _Reasons:
+    """The ids of failures' reasons; beyond the limit a new one is counted as its status' "other"."""
+
+    _MOST = 2000
+
+    def __init__(self, db):
+        self._db = db
+        self._ids: dict[tuple[Any, Any], int] = {}
+
+    def id_of(self, status: int | None, error: str | None) -> int:
+        """Return the id of a failure's reason, inserted if it is new."""
+        known = self._ids.get((status, error))
+        return known if known is not None else cache(self._ids, (status, error), self._find(status, error))
+
+    def _find(self, status: int | None, error: str | None) -> int:
+        reason = {"status_code": status, "error": failure_kind(status, error)}
+        row = self._db.execute("SELECT id FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+        found = row.fetchone()
+        if found is not None:
+            return found[0]
+        if self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
+            reason["error"] = "other"
+        return _id_of(self._db, "reasons", reason)
+
+    def clear(self) -> None:
+        """Forget all ids: a transaction that inserted some was rolled back."""
+        self._ids.clear()
+
+
+# One event, as it is read back. A row of the original has no context: its identity is told by its own columns.
+_EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
+_IDENTITY_OF = (
+    "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
+)
+_MODEL_OF = "IFNULL(e.model, 'unknown')"
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
+    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
+)
+_OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
+_own_event_values = operator.attrgetter(*_OWN_EVENT_COLUMNS)
+_EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
+_INSERT_EVENT = (
+    f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id, reason_id) "
+    f"VALUES ({', '.join('?' * len(_EVENT_COLUMNS))}, ?, ?)"
+)
+_TOUCH_IDENTITY = (
+    "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
+    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
+)
+
+# The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
+_ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
+_CREATE_BATCH = (
+    "CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, " + ", ".join(SUM_NAMES) + ")"
+)
+_SUM_UP_BATCH = (
+    f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
+    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
+)
+
+
+def _add_batch_to(table: str) -> str:
+    keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
+    return (
+        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
+        f"GROUP BY {keys.replace('bucket', '1')} "
+        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+    )
+
+
+_ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
+
+# An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
+_OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
+SHORTEST_RETENTION_S = 60.0
+
+
+def _retention_in(db) -> float:
+    """Return for how many seconds the queue keeps what nobody takes, as far as known; at least what any proxy does."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
+    return row[0] if row else SHORTEST_RETENTION_S
+
+
+class Window(NamedTuple):
+    """A span of time, ``start <= t < end``, in epoch seconds."""
+
+    start: float
+    end: float
+
+
+class Filters(NamedTuple):
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
+
+    account: str | None = None
+    model: str | None = None
+    status: str | None = None
+    text: str | None = None
+
+
+_NO_FILTERS = Filters()
+Sums = Tuple[int, ...]
+
+
+def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
+    """Add rows of sums, as SUM_NAMES orders them; zeros where there are none."""
+    return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
+
+
+class Usage(NamedTuple):
+    """Sums of a window by bucket start (epoch seconds), by model and by account, most tokens first."""
+
+    buckets: dict[int, Sums]
+    models: list[tuple[str, Sums]]
+    accounts: list[tuple[Account, Sums]]
+
+
+# One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
+# waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
+# held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
+
+
+class Store:
+    """Events, roll-ups and quota readings in one SQLite file; the only place with SQL.
+
+    ``changes`` counts the commits that can alter an answer. ``announce`` gets a line before a long schema step.
+    Raises StoreError with what to do about it. Times passed in are epoch seconds.
+    """
+
+    def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
+        self.path = path
+        self.changes = 0
+        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._models: set[str] = set()
+        self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._identity_changes = 0
+        try:
+            make_private(path)
+            self._writer = self._connect(busy_timeout_s)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(_store_reason(path, error)) from error
+        try:
+            self._migrate(announce)
+            self._writer.execute(_CREATE_BATCH)
+            self._reasons = _Reasons(self._writer)
+            self._reader = self._connect(busy_timeout_s)
+            self._reader.execute("PRAGMA query_only = ON")
+            self._known_counts = _counts_in(self._reader)
+        except (sqlite3.Error, StoreError) as error:
+            self._writer.close()
+            raise error if isinstance(error, StoreError) else StoreError(_store_reason(path, error)) from error
+
+    def _connect(self, busy_timeout_s: float):
+        db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
+    def _migrate(self, announce: Callable[[str], None]) -> None:
+        db = self._writer
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > _SCHEMA_STEPS[-1][0]:
+            raise StoreError(
+                f"{self.path} was written by a newer version of this dashboard; install that version, or name "
+                'another file with "database"'
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
+        rows = _rows_to_adopt(db)
+        if rows:
+            announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
+        for number, step in _SCHEMA_STEPS:
+            if version < number:
+                self._run_step(number, step)
+        if rows:
+            announce(f"adopted {rows:,} rows")
+
+    def _run_step(self, number: int, step: Callable[[Any], None]) -> None:
+        db = self._writer
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            if db.execute("PRAGMA user_version").fetchone()[0] < number:  # another process may have been faster
+                step(db)
+                db.execute(f"PRAGMA user_version = {number}")
+            db.execute("COMMIT")
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Close both connections; the write-ahead log is folded into the file."""
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    @contextmanager
+    def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
+        """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
+        with lock:
+            try:
+                db.execute(begin)
+                yield db
+                db.execute(end)
+            except BaseException as error:
+                self._context_ids.clear()
+                self._models.clear()
+                self._reasons.clear()
+                if db.in_transaction:
+                    self._try(db, "ROLLBACK")
+                if not isinstance(error, sqlite3.Error):
+                    raise
+                # SQLite would keep the pages of a damaged file after it was mended.
+                self._try(db, "PRAGMA shrink_memory")
+                raise StoreError(_store_reason(self.path, error)) from error
+
+    def _try(self, db, statement: str) -> None:
+        try:
+            db.execute(statement)
+        except sqlite3.Error:
+            pass  # rolled back already, as on a full disk; closed; or damaged beyond even that
+
+    @contextmanager
+    def _write(self, changes: bool = True) -> Iterator[Any]:
+        """Open a transaction that writes; ``changes``: its commit can alter an answer."""
+        with self._write_lock:
+            with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
+                yield db
+            self.changes += changes
+
+    def _read(self) -> ContextManager[Any]:
+        return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+
+    # Writing
+
+    def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
+        """Store a batch with its roll-ups, counts and mark in one transaction.
+
+        ``sequence`` grows with each batch. One that is not above the stored mark was stored before and is left out:
+        then False is returned.
+        """
+        with self._write(changes=bool(parsed.events)) as db:
+            if sequence <= _counts_in(db)["sequence"]:
+                return False
+            if parsed.events:
+                self._insert_events(db, parsed.events)
+            if parsed.rejects:
+                db.executemany(
+                    "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
+                    [(utc_text(now), now, *reject) for reject in parsed.rejects],
+                )
+                db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - 1000")
+            _put_meta(db, "sequence", sequence)
+            _count(db, stored=len(parsed.events), rejected=len(parsed.rejects), ignored=parsed.ignored)
+        return True
+
+    def _insert_events(self, db, events: Sequence[Event]) -> None:
+        last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
+        rows: list[tuple[Any, ...]] = []
+        by_identity: dict[int, list[Event]] = {}
+        for event in events:
+            context = event.context
+            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
+            reason_id = self._reasons.id_of(event.status_code, event.error) if event.failed else None
+            rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
+            by_identity.setdefault(identity_id, []).append(event)
+            if event.model not in self._models:
+                _id_of(db, "models", {"name": event.model})
+                self._models.add(event.model)
+        db.executemany(_INSERT_EVENT, rows)
+        db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
+        db.execute(_SUM_UP_BATCH, (last_id,))
+        for statement in _ADD_BATCH:
+            db.execute(statement)
+        db.execute("DELETE FROM batch")
+        self._identity_changes += 1
+
+    def _find_context(self, db, event: Event) -> tuple[int, int]:
+        """Return (identity id, context id) of an event's context, both inserted where they are new."""
+        told = event.context._asdict()
+        identity = {"auth_index": told.pop("auth_index") or "", "source": told.pop("source")}
+        times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
+        identity_id = _id_of(db, "identities", identity, times)
+        key_id = _id_of(db, "client_keys", {"name": told["api_key"]}) if told["api_key"] else 0
+        context_id = _id_of(db, "contexts", {"identity_id": identity_id, **told}, {"key_id": key_id})
+        return cache(self._context_ids, event.context, (identity_id, context_id))
+
+    def delete_some(self, before: float, rows: int = 2000) -> int:
+        """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        floor = int(before) // 3600 * 3600 // BUCKET_S
+        with self._write() as db:
+            if floor > _floor_in(db):
+                _put_meta(db, "events_floor", floor)
+            done = db.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
+                (floor * BUCKET_S, rows),
+            ).rowcount
+            _count(db, deleted=done)
+        return done
+
+    # Small values and counts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence.
+
+        As last known while the database cannot be read, when health is asked for most.
+        """
+        try:
+            with self._read() as db:
+                self._known_counts = _counts_in(db)
+        except StoreError:
+            pass
+        return dict(self._known_counts)
+
+    @property
+    def event_count(self) -> int:
+        """The number of rows in ``events``, without counting them."""
+        counts = self.counts
+        return counts["stored"] + counts["adopted"] - counts["deleted"]
+
+    @property
+    def byte_count(self) -> int:
+        """The size of the database with its write-ahead log."""
+        paths = (Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def check_writable(self) -> None:
+        """Open and end a transaction that writes, so that nothing is popped that could not be stored."""
+        with self._write(changes=False):
+            pass
+
+    def get_meta(self, key: str) -> Any:
+        """Return a small value by its key; None where there is none."""
+        with self._read() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def put_meta(self, key: str, value: Any) -> None:
+        """Write a small value; None removes it."""
+        with self._write(changes=False) as db:
+            if value is None:
+                db.execute("DELETE FROM meta WHERE key = ?", (key,))
+            else:
+                _put_meta(db, key, value)
+
+    # Outages
+
+    def begin_outage(self, at: float, reason: str) -> None:
+        """Record that recording stopped; one that is open already goes on, with its first reason."""
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO outages(from_at, reason) SELECT ?, ? "
+                "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
+                (at, reason),
+            )
+
+    def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
+        """Record that recording goes on, and whether the queue had forgotten something by then.
+
+        One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
+        """
+        with self._write() as db:
+            db.execute(
+                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
+                (at - shortest_s,),
+            )
+            db.execute(
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, at, _retention_in(db)),
+            )
+
+    def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
+        """List the spans in which nothing was recorded; ``to`` None is still going on.
+
+        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
+        """
+        with self._read() as db:
+            rows = db.execute(
+                f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
+                "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
+                (now, _retention_in(db), window.end, window.start),
+            ).fetchall()
+        return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
+
+    # Reading usage
+
+    def accounts(self) -> list[Account]:
+        """Return the accounts that all identities seen so far make up."""
+        with self._read() as db:
+            return self._accounts_in(db)
+
+    def _accounts_in(self, db) -> list[Account]:
+        version = self._identity_changes
+        if self._accounts[0] != version:
+            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
+            self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
+        return self._accounts[1]
+
+    def usage(
+        self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
+    ) -> Usage:
+        """Sum up a window; its buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC.
+
+        ``from_rows`` leaves the roll-ups out, to prove them.
+        """
+        with self._read() as db:
+            accounts = self._accounts_in(db)
+            plan = _UsagePlan(window, filters, accounts, 0 if from_rows else _floor_in(db), from_rows)
+            by_bucket = plan.by_bucket(db, bucket_s, offset_s)
+            by_pair = plan.by_pair(db)
+        models: dict[str, list[Sums]] = {}
+        identities: dict[Any, list[Sums]] = {}
+        for (identity_id, model), sums in by_pair.items():
+            models.setdefault(model, []).append(sums)
+            identities.setdefault(identity_id, []).append(sums)
+        by_model = [(model, add_sums(rows)) for model, rows in models.items()]
+        by_account = _sums_of_accounts({key: add_sums(rows) for key, rows in identities.items()}, accounts)
+        return Usage(
+            {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()},
+            sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
+            sorted(by_account, key=lambda row: (-row[1][-1], -row[1][0], row[0].name)),
+        )
+
+    def span(self) -> tuple[float, float] | None:
+        """Return the times of the first and the last event ever counted; None where there is none."""
+        with self._read() as db:
+            low, high = db.execute(
+                "SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch LIMIT 1), "
+                "(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch DESC LIMIT 1)"
+            ).fetchone()
+            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
+        starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
+        return (min(starts), high if high is not None else min(starts)) if starts else None
+
+    def requests(
+        self,
+        limit: int,
+        window: Window | None = None,
+        filters: Filters = _NO_FILTERS,
+        before: tuple[float, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
+        window = window or Window(float("-inf"), float("inf"))
+        end, row_id = before or (window.end, 0)
+        rows: list[Any] = []
+        with self._read() as db:
+            accounts = self._accounts_in(db)
+            condition, values = _event_conditions(filters, accounts)
+            for span in _spans_to_search(db, window, end, filters, accounts):
+                stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
+                bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
+                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                if len(rows) >= limit:
+                    break
+        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
+        return [_request_of(row, names) for row in rows]
+
+    # Quota: rows as they are; what they mean is told in readings
+
+    def save_reading(
+        self,
+        row: Mapping[str, Any],
+        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
+
+        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
+        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
+        """
+        with self._write() as db:
+            merged = row if merge is None else merge(self._newest_reading(db, row))
+            if merged is None:
+                return
+            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            inserted = db.execute(
+                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+                f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
+                [merged.get(name) for name in columns],
+            )
+            account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
+            self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
+
+    @staticmethod
+    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
+        columns = ("id", *_SNAPSHOT_COLUMNS)
+        row = db.execute(
+            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
+            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
+            (account["email"], account["account_id_tag"]),
+        ).fetchone()
+        return dict(zip(columns, row)) if row else None
+
+    def save_quota_state(
+        self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
+    ) -> None:
+        """Record why an account has no new reading; the last good one stays beside it."""
+        with self._write() as db:
+            self._put_quota_state(db, email, tag, plan, state, message, now, None)
+
+    @staticmethod
+    def _put_quota_state(db, email, tag, plan, state, message, at, snapshot_id) -> None:
+        db.execute(
+            "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
+            "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
+            "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
+            (email, tag, plan, state, message, at, snapshot_id),
+        )
+        if tag:  # the account id is known now: the row adopted by its mail alone is this one
+            db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
+
+    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
+
+        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
+        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
+        that of the only account of this mail.
+        """
+        mails = [account[0] for account in accounts]
+        with self._write() as db:
+            for email, tag, plan, state, message, paid_until in accounts:
+                if mails.count(email) == 1:
+                    db.execute(
+                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
+                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
+                        (tag, email, email, tag),
+                    )
+                db.execute(
+                    "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
+                    "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
+                    "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
+                    (email, tag, plan, state, message, now),
+                )
+                db.execute(
+                    "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
+                    (paid_until, email, tag),
+                )
+
+    def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
+        """Take accounts (email, tag) off the quota table; their readings stay."""
+        with self._write() as db:
+            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", accounts)
+
+    def quotas(self) -> list[dict[str, Any]]:
+        """List each account's state with the columns of its last good reading, None where it has none, by mail."""
+        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
+        read = ("id", *_SNAPSHOT_COLUMNS[3:])
+        with self._read() as db:
+            rows = db.execute(
+                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
+                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
+            ).fetchall()
+        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+
+    def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
+        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
+        readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        with self._read() as db:
+            rows = db.execute(
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
+                (since, most),
+            ).fetchall()
+        for row in rows:
+            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+        return readings
+
+    def downsample_snapshots(self, before: float) -> None:
+        """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
+        with self._write() as db:
+            db.execute(
+                "DELETE FROM quota_snapshots WHERE ts_epoch < ? AND id NOT IN (SELECT MAX(id) FROM quota_snapshots "
+                "WHERE ts_epoch < ? GROUP BY email, IFNULL(account_id_tag, ''), CAST(ts_epoch AS INTEGER) / 3600) "
+                "AND id NOT IN (SELECT snapshot_id FROM quota_accounts WHERE snapshot_id IS NOT NULL)",
+                (before, before),
+            )
+
+    # Proof
+
+    def find_faults(self) -> list[str]:
+        """Compare the file with itself: its structure, and the roll-ups against the rows they were made of."""
+        with self._read() as db:
+            found = [row[0] for row in db.execute("PRAGMA quick_check(5)").fetchall()]
+            if found != ["ok"]:
+                return [f"the file is damaged: {found[0]}"]
+            floor = _floor_in(db)
+            rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
+            of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
+            if _sums_in(db, "usage_by_time", floor) != of_events:
+                faults.append("usage_by_time does not add up to the events")
+            everything = _sums_in(db, "usage_by_time", 0)
+            for table in _ROLL_UPS:
+                if _sums_in(db, table, 0) != everything:
+                    faults.append(f"{table} does not add up to usage_by_time")
+        return faults
+
+
+_COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
+
+
+def _counts_in(db) -> dict[str, int]:
+    marks = ", ".join("?" * len(_COUNT_NAMES))
+    rows = dict(db.execute(f"SELECT key, value FROM meta WHERE key IN ({marks})", _COUNT_NAMES).fetchall())
+    return {name: rows.get(name, 0) for name in _COUNT_NAMES}
+
+
+def _count(db, **added: int) -> None:
+    """Add to counts in the database itself, so that two that write keep them right."""
+    db.executemany(
+        "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = value + excluded.value",
+        [(name, number) for name, number in added.items() if number],
+    )
+
+
+def _floor_in(db) -> int:
+    """Return the first bucket of BUCKET_S whose single events are all there still."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone()
+    return row[0] if row else 0
+
+
+def _rows_to_adopt(db) -> int:
+    """Return the number of events in a file of an earlier version; 0 for one of this version."""
+    if db.execute("PRAGMA user_version").fetchone()[0] >= _SCHEMA_STEPS[-1][0] or not _columns_of(db, "events"):
+        return 0
+    return db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
+
+
+def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
+    """Return what a batch's events of one identity tell of it, as _TOUCH_IDENTITY binds it."""
+    times = [event.ts_epoch for event in events]
+    provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
+    plan = next(filter(None, (event.plan for event in reversed(events))), "")
+    return min(times), max(times), provider, plan, plan, identity_id
+
+
+def events_to_adopt(path: Path) -> int:
+    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
+
+    Raises StoreError where the file cannot be read.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+            return _rows_to_adopt(db)
+    except sqlite3.Error as error:
+        raise StoreError(_store_reason(path, error)) from error
+
+
+def _sums_in(db, table: str, from_bucket: int) -> Sums:
+    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
+    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
+
+
+def _store_reason(path: Path, error: BaseException) -> str:
+    """Return what is wrong with the database file and what to do."""
+    text = str(error).lower()
+    if isinstance(error, OSError):
+        return (
+            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
+        )
+    if "locked" in text or "busy" in text:
+        return f"{path} is locked by another program; close it there, recording goes on by itself"
+    if "full" in text:
+        return f"no room on the disk of {path}; free some, recording goes on by itself"
+    if "readonly" in text or "unable to open" in text:
+        return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
+    if "not a database" in text or "malformed" in text:
+        return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
+    return f"{path} cannot be used: {error}"
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+_WINDOW_COLUMNS = (
+    *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
+    *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
+)
+_SNAPSHOT_COLUMNS = (
+    *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
+    *_WINDOW_COLUMNS,
+    *("credits_balance", "raw_json", "source"),
+)
+
+
+_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
+_REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
+_LIST_EVENTS = (
+    f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
+    f"{', '.join(f'c.{name}' for name in _CONTEXT_COLUMNS)}, CAST(e.auth_index AS TEXT), {_IDENTITY_OF}, i.auth_index "
+    f"FROM {_EVENTS} LEFT JOIN identities i ON i.id = c.identity_id "
+    "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
+    "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
+)
+
+
+def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
+    """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
+    if filters._replace(text=None) == _NO_FILTERS:
+        yield window
+        return
+    condition, values = _roll_up_conditions(filters, accounts)
+    buckets = db.execute(
+        f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
+        "ORDER BY r.bucket DESC",
+        (window.start / BUCKET_S - 1, end / BUCKET_S, *values),
+    )
+    for (bucket,) in buckets:
+        yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
+
+
+def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
+    *values, shown_index, identity_id, sent_index = row
+    request = dict(zip(_REQUEST_NAMES, values))
+    for name in _CONTEXT_COLUMNS:
+        request[name] = request[name] or None
+    request["failed"] = request["failed"] or 0
+    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
+    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
+    return request
+
+
+def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
+    """Return the sums of accounts, folded from those of their identities."""
+    owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+    nobody = Account("unknown", "", "", "", "", "", 0.0, 0.0, [])
+    folded: dict[int, tuple[Account, list[Sums]]] = {}
+    for identity_id, sums in by_identity.items():
+        account = owners.get(identity_id, nobody)
+        folded.setdefault(id(account), (account, []))[1].append(sums)
+    return [(account, add_sums(rows)) for account, rows in folded.values()]
+
+
+def _identity_list(name: str, accounts: Sequence[Account]) -> str:
+    """Return the identities of an account as SQL, by its name or by a mail that several accounts share."""
+    ids = (account.identity_ids for account in accounts if name in (account.name, account.mail))
+    return ", ".join(str(identity_id) for members in ids for identity_id in members)
+
+
+def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
+    """Return the filters as SQL conditions on ``events e`` with the values to bind."""
+    parts, values = [], []
+    if filters.account is not None:
+        parts.append(f"{_IDENTITY_OF} IN ({_identity_list(filters.account, accounts)})")
+    if filters.model is not None:
+        parts.append(f"{_MODEL_OF} = ?")
+        values.append(filters.model)
+    if filters.status is not None:
+        parts.append(f"IFNULL(e.failed, 0) {'<>' if filters.status == 'failed' else '='} 0")
+    if filters.text:
+        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
+        searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
+        parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
+        values += [pattern] * len(searched)
+    return "".join(f" AND {part}" for part in parts), values
+
+
+def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
+    """Return the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
+    parts, values = [], []
+    if filters.account is not None:
+        parts.append(f"r.identity_id IN ({_identity_list(filters.account, accounts)})")
+    if filters.model is not None:
+        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
+        values.append(filters.model)
+    if filters.status is not None:
+        parts.append(f"r.reason_id {'<>' if filters.status == 'failed' else '='} 0")
+    return "".join(f" AND {part}" for part in parts), values
+
+
+# The plan of a summary. A window is cut into whole days, then whole hours before and after them, then whole quarter
+# hours, and what is left at its two ends is read from the rows, so that sums are exact to the microsecond:
+#
+#     rows | quarters | hours | days … days | hours | quarters | rows
+#
+# A chart's buckets are cut at local marks, so only roll-ups whose buckets fit them take part: in a zone half an hour
+# off, quarters do. Below the floor the rows are deleted: there a cut quarter counts as a whole.
+
+
+class _UsagePlan:
+    """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
+
+    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
+        start, end = window
+        self._floor_at = floor_at = floor * BUCKET_S
+        self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
+        self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
+        self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
+        self._has_filters = filters._replace(text=None) != _NO_FILTERS
+        self._event_conditions = _event_conditions(filters, accounts)
+        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
+
+    def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
+        """Return sums by local bucket number."""
+        sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
+        levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
+        if levels and not self._has_filters:
+            levels = ["usage_by_time"]
+        in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
+        in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
+        return {key: tuple(sums) for key, *sums in self._sums(db, levels, in_rows, in_roll_up)}
+
+    def by_pair(self, db) -> dict[tuple[Any, str], Sums]:
+        """Return sums by (identity, model)."""
+        in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
+        rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
+        names = dict(db.execute("SELECT id, name FROM models").fetchall())
+        return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
+
+    def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
+        """Sum up by one or two keys, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
+        parts, values = [], []
+        middle = min(max(self._start, self._floor_at), self._end)
+        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
+        for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
+            if roll_up is None:
+                key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
+                condition, bound = self._event_conditions
+                group = key
+            else:
+                key = in_roll_up.replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
+                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
+                condition, bound = self._roll_up_conditions
+                # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
+                group = f"r.bucket, {key}" if "," in key else "r.bucket"
+            where = f"{column} >= ? AND {column} < ?{condition}"
+            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
+            values += [start, end, *bound]
+        keys = "k1, k2" if ", " in in_roll_up else "k1"
+        if not parts:
+            return db.execute("SELECT NULL WHERE 0")
+        with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
+        return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
+
+
+def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
+    """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows (None) at the ends.
+
+    A roll-up comes with its first and behind its last bucket, rows with epoch seconds.
+    """
+    if start >= end:
+        return
+    if not levels:
+        yield None, start, end
+        return
+    size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
+    first, last = -int(-start // size_s), int(end // size_s)
+    if first >= last:
+        yield from _cut(levels[1:], start, end)
+        return
+    yield from _cut(levels[1:], start, first * size_s)
+    yield levels[0], first, last
+    yield from _cut(levels[1:], last * size_s, end)
+
+
+# ------------------------------------------------------------------ quota
+
+
+USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
+
+
+class QuotaWindow(NamedTuple):
+    """One quota window of an account; None is unknown.
+
+    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
+    """
+
+    label: str
+    seconds: int | None
+    used_percent: float | None
+    reset_at: float | None
+    meter: str | None
+
+    @property
+    def remaining_percent(self) -> float | None:
+        return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether the reset has passed, so that what was used says nothing any more."""
+        return self.reset_at is not None and self.reset_at <= now
+
+
+class Reading(NamedTuple):
+    """What one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+
+    state: str
+    plan: str | None
+    allowed: bool | None
+    limit_reached: bool | None
+    five_hour: QuotaWindow | None
+    weekly: QuotaWindow | None
+    windows: list[QuotaWindow]
+    credits_balance: str | None
+
+
+class QuotaFault(DashboardError):
+    """Report why an account's quota could not be read; ``state`` is the stable code shown beside it."""
+
+    def __init__(self, state: str):
+        super().__init__(QUOTA_MESSAGES[state])
+        self.state = state
+
+
+QUOTA_MESSAGES = {
+    "expired": "the access token has expired; the proxy renews it by itself, usually with the next request",
+    "relogin": "the login is no longer valid; sign in again in the proxy",
+    "deactivated": "the workspace or account is deactivated",
+    "blocked": "blocked by Cloudflare, not a sign-in problem; try later or set proxy_url in the account file",
+    "region_blocked": "ChatGPT refuses this country or region; set proxy_url in the account file",
+    "rate_limited": "asked too often; wait a few minutes",
+    "server_error": "ChatGPT has a fault of its own; try later",
+    "network": "chatgpt.com cannot be reached from this machine",
+    "timeout": "chatgpt.com did not answer in time",
+    "bad_response": "the answer was not the expected JSON",
+    "no_token": "the account file has no access token; sign in again in the proxy",
+    "disabled": "the account is disabled in its file and not asked",
+    "never": "not asked yet; Refresh Quota asks ChatGPT",
+    "proxy_unsupported": "a SOCKS proxy is set, which is not supported here; use an http:// one",
+}
+
+
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Read a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+    """Parse a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
 
     A length within 5 % of five hours or a week fills that place; only a window without any length is taken
-    by its slot. Raises QuotaFault("bad_response") where the reply is no JSON object.
+    by its slot. Numbers that cannot be are unknown. Raises QuotaFault("bad_response") where the reply is no JSON
+    object. The endpoint is undocumented; its shape is that of the official client's models.
     """
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
     limits = limits if isinstance(limits, dict) else {}
     allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
-    main = _meters_of(limits, None, now, used_up=reached is True or allowed is False)
-    five_hour, weekly = _fullest(main, "5h"), _fullest(main, "7d")
+    main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
     # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
-    binding = [meter for meter in main if meter.label != "5h" or not allowed]
-    if reached or allowed is False or any(meter.remaining_percent == 0 for meter in binding):
+    binding = [window for window in main if window.label != "5h" or not allowed]
+    if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
         state = "ok" if main else "no_windows"
@@ -2737,9 +2606,9 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _word(payload.get("plan_type")).lower()[:32] or None,
         allowed,
         reached,
-        five_hour,
-        weekly,
-        main + _extra_meters(payload, now),
+        _fullest(main, "5h"),
+        _fullest(main, "7d"),
+        main + _extra_windows(payload, now),
         _credits_balance(payload.get("credits")),
     )
 
@@ -2748,58 +2617,53 @@ def _flag(value: Any) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _meters_of(limits: Any, name: str | None, now: float, used_up: bool = False) -> list[Meter]:
+def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
     if not isinstance(limits, dict):
         return []
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
-    made = (_meter(limits.get(slot), seconds, name, now, used_up) for slot, seconds in slots)
-    return [meter for meter in made if meter is not None]
+    windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
+    return [window for window in windows if window is not None]
 
 
-def _meter(window: Any, slot_seconds: int, name: str | None, now: float, used_up: bool) -> Meter | None:
-    if not isinstance(window, dict):
+_LONGEST_WINDOW_S = 10 * 366 * 86400
+
+
+def _quota_window(content: Any, slot_seconds: int, meter: str | None, now: float, used_up: bool) -> QuotaWindow | None:
+    if not isinstance(content, dict):
         return None
-    seconds = _finite(window.get("limit_window_seconds"))
-    seconds = int(seconds) if seconds is not None and seconds > 0 else None
-    used, reset_at = _finite(window.get("used_percent")), _reset_at(window, now)
+    seconds = int(_finite(content.get("limit_window_seconds")) or 0)
+    if seconds > _LONGEST_WINDOW_S:
+        return None
+    used, reset_at = _finite(content.get("used_percent")), _reset_at(content, now)
     if used is None and used_up and reset_at is not None:
         used = 100.0
-    label = window_label(seconds or slot_seconds)
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
-    return Meter(f"{name} {label}" if name else label, seconds, used, reset_at, name)
-
-
-def _finite(value: Any) -> float | None:
-    """Take a number or a text that is one; None for anything else, not-a-number and infinity included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e18 else None
+    label = window_label(seconds if seconds > 0 else slot_seconds)
+    return QuotaWindow(f"{meter} {label}" if meter else label, seconds if seconds > 0 else None, used, reset_at, meter)
 
 
 def _tidy(number: float) -> float:
     return int(number) if float(number).is_integer() else round(number, 2)
 
 
-def _reset_at(window: Mapping[str, Any], now: float) -> float | None:
-    at = _finite(window.get("reset_at"))
+def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
+    """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
+    at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
-    if at is None or at <= 0:
-        after = _finite(window.get("reset_after_seconds"))
-        at = None if after is None or after < 0 else now + after
-    return at if at is not None and 0 < at < _LATEST_AT else None
+    if at is not None and _EARLIEST_AT <= at < _LATEST_AT:
+        return at
+    if after_s is not None and after_s >= 0 and _EARLIEST_AT <= now + after_s < _LATEST_AT:
+        return now + after_s
+    return None
 
 
 _KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
 
 
 def window_label(seconds: int) -> str:
-    """Name a window by its length: the usual ones within 5 %, others in their largest whole unit."""
+    """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
     for length, label in _KNOWN_LENGTHS:
         if abs(seconds - length) <= 0.05 * length:
             return label
@@ -2809,24 +2673,25 @@ def window_label(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _fullest(meters: Sequence[Meter], label: str) -> Meter | None:
-    """Choose of several windows of one length the one that is used up the most."""
-    same = [meter for meter in meters if meter.label == label]
-    return max(same, key=lambda meter: -1.0 if meter.used_percent is None else meter.used_percent, default=None)
+def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
+    """Return the window of that label; of several the one that is used up the most."""
+    same = [window for window in windows if window.label == label]
+    return max(same, key=lambda window: -1.0 if window.used_percent is None else window.used_percent, default=None)
 
 
-def _extra_meters(payload: Mapping[str, Any], now: float) -> list[Meter]:
-    meters = _meters_of(payload.get("code_review_rate_limit"), "Code review", now)
+def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
+    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            name = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
-            meters += _meters_of(item.get("rate_limit"), name, now) or [Meter(name, None, None, None, name)]
-    return meters
+            meter = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            unknown = QuotaWindow(meter, None, None, None, meter)
+            windows += _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+    return windows
 
 
 def _credits_balance(credits: Any) -> str | None:
-    """Give the credits as text; None where there are none to tell of or the seat hides them."""
+    """Return the credits as text; None where there are none to tell of or the seat hides them."""
     if not isinstance(credits, dict):
         return None
     if credits.get("unlimited") is True:
@@ -2838,7 +2703,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Put the ``x-codex-…`` headers of a reply into the shape of the usage endpoint's answer.
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
 
     A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
     with a limit name of its own is an extra meter.
@@ -2874,70 +2739,105 @@ def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any
         "reset_at": headers.get(prefix + "reset-at"),
         "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
     }
-    return window if used is not None and minutes and minutes > 0 and _reset_at(window, 1.0) is not None else None
+    if used is None or minutes is None or not 0 < minutes * 60 <= _LONGEST_WINDOW_S:
+        return None
+    return window if _reset_at(window, _EARLIEST_AT) is not None else None
 
 
-def classify_failure(status: int, headers: Mapping[str, str], body: bytes) -> str:
-    """Name the state that an HTTP status other than 200 stands for, by status and error code."""
-    text = body.decode("utf-8", "replace")
-    code = _json_error(text)[0] or _json_error(text)[1]
-    if "deactivated" in code:
+def classify_failure(status: int, body: bytes) -> str:
+    """Return the state that an HTTP status other than 200 stands for, by status and error code."""
+    code, message = _json_error(body.decode("utf-8", "replace"))
+    reason = code or message
+    if "deactivated" in reason:
         return "deactivated"
     if status == 401:
-        return "expired" if code == "token_expired" or not _json_error(text)[0] else "relogin"
+        return "expired" if code == "token_expired" or not code else "relogin"
     if status == 402:
         return "deactivated"
     if status == 403:
-        if "unsupported_country" in code:
+        if "unsupported_country" in reason:
             return "region_blocked"
-        return "relogin" if _json_error(text)[0] else "blocked"
+        return "relogin" if code else "blocked"
     if status == 429:
         return "rate_limited"
     return "server_error" if status >= 500 else "bad_response"
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Ask ChatGPT for one account's usage and return the decoded reply.
+    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
 
-    Raises QuotaFault with the state. No redirect is followed, the whole call ends after ``deadline_s``, and at
-    most 1 MiB is read.
+    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
+    its own: a socket's timeout begins again with every byte, and looking up a name has none.
     """
     if not file.access_token:
-        raise QuotaFault("no_token", is_final=True)
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request
+        raise QuotaFault("no_token")
+    proxies = proxies_of(file)
+    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
+        raise QuotaFault("proxy_unsupported")
+    outcomes: list[Any] = []
 
-    request = Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    def call() -> None:
+        try:
+            outcomes.append(_ask_usage(file, proxies, deadline_s))
+        except Exception as error:  # raised again below
+            outcomes.append(error)
+
+    thread = threading.Thread(target=call, name="chatgpt", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if not outcomes:
+        raise QuotaFault("timeout")
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+    return outcomes[0]
+
+
+def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
+    import urllib.request
+
+    ends_at = time.monotonic() + deadline_s
+    request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
+    # With no handler for statuses a redirect is an answer like any other, and never followed.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(urllib.request.HTTPSHandler())
+    body = b""
     try:
-        body = _open_url(request, proxies_of(file), deadline_s)
-    except HTTPError as error:
-        with error:
-            state = classify_failure(error.code, error.headers, _error_body(error))
-            wait_s, is_final = _retry_after_s(error.headers.get("Retry-After")), error.code in (401, 402)
-            raise QuotaFault(state, wait_s, is_final) from None
-    except (URLError, OSError, HTTPException, ValueError) as error:
-        cause = error.reason if isinstance(error, URLError) else error
+        with opener.open(request, timeout=deadline_s) as reply:
+            while len(body) <= _LARGEST_BODY:
+                chunk = reply.read1(64 * 1024)
+                if not chunk:
+                    break
+                body += chunk
+                if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
+                    raise QuotaFault("timeout")
+    except (OSError, HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
+    if reply.status != 200:
+        raise QuotaFault(classify_failure(reply.status, body))
+    if len(body) > _LARGEST_BODY:
+        raise QuotaFault("bad_response")
     try:
         return json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise QuotaFault("bad_response") from None
 
 
-def _retry_after_s(text: str | None) -> float:
-    """Read Retry-After, seconds or an HTTP date; 0 where there is none."""
-    seconds = _finite(text)
-    if seconds is None:
-        seconds = _clock_ahead(text)
-    return max(0.0, seconds or 0.0)
+def proxies_of(file: AccountFile) -> dict[str, str]:
+    """Return the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    from urllib.request import getproxies
+
+    if file.proxy_url.lower() in ("direct", "none"):
+        return {}
+    return {"https": file.proxy_url} if file.proxy_url else getproxies()
 
 
 def _clock_ahead(date: str | None) -> float | None:
-    """Give by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
+    """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -2946,108 +2846,27 @@ def _clock_ahead(date: str | None) -> float | None:
         return None
 
 
-def _error_body(error: Any) -> bytes:
-    try:
-        return error.read(64 * 1024)
-    except (OSError, ValueError):
-        return b""
-
-
-def proxies_of(file: AccountFile) -> dict[str, str]:
-    """Give the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
-    from urllib.request import getproxies
-
-    if file.proxy_url.lower() in ("direct", "none"):
-        return {}
-    return {"https": file.proxy_url} if file.proxy_url else getproxies()
-
-
-def _open_url(request: Any, proxies: dict[str, str], deadline_s: float) -> bytes:
-    """Make the call with urllib, which follows no redirect here."""
-    import urllib.request
-
-    if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
-        raise QuotaFault("proxy_unsupported")
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    with _Deadline(deadline_s) as deadline:
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(proxies),
-            deadline.https_handler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            NoRedirect(),
-        ):
-            opener.add_handler(handler)
-        with opener.open(request, timeout=deadline_s) as reply:
-            body = reply.read(_LARGEST_BODY + 1)
-            if deadline.passed:
-                raise socket.timeout()
-    if len(body) > _LARGEST_BODY:
-        raise QuotaFault("bad_response")
-    return body
-
-
-class _Deadline:
-    """End a call as a whole after so many seconds: a socket's own timeout starts anew with every byte."""
-
-    def __init__(self, seconds: float):
-        self.passed = False
-        self._connections: list[Any] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._timer.cancel()
-        if self.passed and error is not None and not isinstance(error, QuotaFault):
-            raise socket.timeout() from None
-
-    def _end(self) -> None:
-        self.passed = True
-        for connection in self._connections:
-            try:
-                connection.sock.shutdown(socket.SHUT_RDWR)
-            except (AttributeError, OSError):
-                continue
-
-    def https_handler(self) -> Any:
-        """Make a urllib handler whose connections this deadline can end."""
-        import http.client
-        import urllib.request
-
-        connections = self._connections
-
-        class Handler(urllib.request.HTTPSHandler):
-            def https_open(self, request: Any) -> Any:
-                return self.do_open(self._connect, request)
-
-            @staticmethod
-            def _connect(host: str, **options: Any) -> Any:
-                connection = http.client.HTTPSConnection(host, **options)
-                connections.append(connection)
-                return connection
-
-        return Handler()
+# ------------------------------------------------------------------ readings
 
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
-    row = reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now)
-    row.update(source="refresh", raw_json=json.dumps(_without_identity(payload), ensure_ascii=False))
-    return row
+    """Return the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
+    raw_json = json.dumps(_without_identity(payload), ensure_ascii=False)
+    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, "refresh", raw_json)
 
 
-def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float) -> dict[str, Any]:
-    """Make the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
-    row: dict[str, Any] = {
+def reading_row(
+    reading: Reading,
+    account: tuple[str, str],
+    plan: str,
+    at: float,
+    source: str = "traffic",
+    raw_json: str | None = None,
+) -> dict[str, Any]:
+    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
+    unknown = QuotaWindow("", None, None, None, None)
+    five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
+    return {
         "timestamp": utc_text(at),
         "ts_epoch": at,
         "email": account[0],
@@ -3055,25 +2874,17 @@ def reading_row(reading: Reading, account: tuple[str, str], plan: str, at: float
         "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "primary_used_percent": five_hour.used_percent,
+        "primary_remaining_percent": five_hour.remaining_percent,
+        "primary_reset_at": utc_text(five_hour.reset_at),
+        "secondary_used_percent": weekly.used_percent,
+        "secondary_remaining_percent": weekly.remaining_percent,
+        "secondary_reset_at": utc_text(weekly.reset_at),
+        "windows": _windows_text(reading.windows),
         "credits_balance": reading.credits_balance,
+        "raw_json": raw_json,
+        "source": source,
         "state": reading.state,
-        "windows": json.dumps([_meter_json(meter) for meter in reading.meters], ensure_ascii=False),
-    }
-    for prefix, meter in (("primary", reading.five_hour), ("secondary", reading.weekly)):
-        row[f"{prefix}_used_percent"] = meter.used_percent if meter else None
-        row[f"{prefix}_remaining_percent"] = meter.remaining_percent if meter else None
-        row[f"{prefix}_reset_at"] = utc_text(meter.reset_at) if meter else None
-    return row
-
-
-def _meter_json(meter: Meter) -> dict[str, Any]:
-    return {
-        "label": meter.label,
-        "seconds": meter.seconds,
-        "used_percent": meter.used_percent,
-        "remaining_percent": meter.remaining_percent,
-        "reset_at": utc_text(meter.reset_at),
-        "meter": meter.meter,
     }
 
 
@@ -3095,32 +2906,34 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     return value if isinstance(value, (int, float, bool, type(None))) else None
 
 
-def windows_at(row: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
-    """Give a reading's windows as they stand now: one whose reset has passed is ``due``, its percentages unknown."""
-    windows = _windows_of(row)
-    for window in windows:
-        reset_at = _epoch(window["reset_at"])
-        window["due"] = reset_at is not None and reset_at <= now
-        if window["due"]:
-            window.update(used_percent=None, remaining_percent=None)
-    return windows
+def _window_json(window: QuotaWindow) -> dict[str, Any]:
+    return {
+        "label": window.label,
+        "seconds": window.seconds,
+        "used_percent": window.used_percent,
+        "remaining_percent": window.remaining_percent,
+        "reset_at": utc_text(window.reset_at),
+        "meter": window.meter,
+    }
 
 
-def _windows_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give the list of windows of a reading; the original kept two, in columns only."""
+def _windows_text(windows: Iterable[QuotaWindow]) -> str:
+    return json.dumps([_window_json(window) for window in windows], ensure_ascii=False)
+
+
+_PLACES = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+
+
+def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
+    """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
-        return json.loads(row["windows"])
-    places = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
+        return [
+            QuotaWindow(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"])
+            for item in json.loads(row["windows"])
+        ]
     return [
-        {
-            "label": label,
-            "seconds": seconds,
-            "used_percent": row[f"{place}_used_percent"],
-            "remaining_percent": row[f"{place}_remaining_percent"],
-            "reset_at": row[f"{place}_reset_at"],
-            "meter": None,
-        }
-        for place, label, seconds in places
+        QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
+        for place, label, seconds in _PLACES
         if row[f"{place}_used_percent"] is not None
     ]
 
@@ -3129,88 +2942,234 @@ def _epoch(text: str | None) -> float | None:
     try:
         return parse_time(text or "")[0]
     except ValueError:
-        return None  # the original kept local times
+        return None
 
 
-def state_at(state: str, windows: Sequence[Mapping[str, Any]]) -> str:
-    """Give an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
-    main = [window for window in windows if window["meter"] is None]
-    still = any(window["remaining_percent"] == 0 for window in main)
-    return "reset_due" if state == "limited" and not still and any(window["due"] for window in main) else state
+_SLOT_S = 300.0  # of an account's readings from traffic one row is kept for each of these
 
 
-class Span(NamedTuple):
-    """Hold what readings said of one window: from when until when (epoch seconds), how much was used, when it
-    resets (epoch seconds), and how many readings said so."""
+def merge_traffic_reading(
+    row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
+) -> Mapping[str, Any] | None:
+    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
-    began_at: float
-    ended_at: float
+    What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
+    a reading from traffic of the same five minutes, which it replaces. None where ``before`` is newer; one of the
+    future, by a clock that was ahead, is not.
+    """
+    if before is None:
+        return row
+    if row["ts_epoch"] < before["ts_epoch"] <= now:
+        return None
+    windows = windows_of(row)
+    present = {None, *(window.meter for window in windows)}
+    windows += [window for window in windows_of(before) if window.meter not in present]
+    credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
+    merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
+    if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
+        merged["id"] = before["id"]
+    return merged
+
+
+class TrafficReadings:
+    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+
+    Once a minute at most the newest of each account is saved. One that cannot be told whose it is, is left out.
+    """
+
+    _PAUSE_S = 60.0
+    _KEPT_REPLIES = 2000
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = monotonic_s,
+    ):
+        self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
+        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._next_s = float("-inf")
+        self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Remember the newest reading of each account for save_due()."""
+        for event in events:
+            if event.quota_headers and self._is_own(event, event.quota_headers):
+                key = (event.context.auth_index, event.context.source)
+                if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
+                    self._waiting[key] = event
+
+    def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
+        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
+
+        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
+        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
+        quota is believed, where the headers say the same.
+        """
+        reply = tuple(headers.items())
+        index = self._replies.pop(reply, event.context.auth_index)
+        self._replies[reply] = index
+        if len(self._replies) > self._KEPT_REPLIES:
+            del self._replies[next(iter(self._replies))]
+        if index != event.context.auth_index:
+            return False
+        limits = _limits_of_headers(headers, "").values()
+        used_up = any(window is not None and window["used_percent"] >= 100 for window in limits)
+        return not event.failed or (event.status_code == 429 and used_up)
+
+    def save_due(self) -> None:
+        """Save what waits, where the last time is long enough ago. Raises StoreError."""
+        now_s = self._monotonic()
+        if not self._waiting or now_s < self._next_s:
+            return
+        self._next_s = now_s + self._PAUSE_S
+        files = find_account_files(self._folders)[1]
+        while self._waiting:
+            self._save(self._waiting.popitem()[1], files)
+
+    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
+        now = self._clock()
+        read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
+        reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
+        owner = self._owner_of(event, reading.plan or "", files)
+        if reading.state != "no_windows" and owner is not None:
+            row = reading_row(reading, owner, "", read_at)
+            self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+
+    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
+        accounts, mail = self._store.accounts(), event.context.source
+        if not looks_like_mail(mail):  # an account whose file has none comes with a key
+            same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
+            mail = next(same_index, "") if event.context.auth_index else ""
+        by_index = [file for file in files if file.auth_index == event.context.auth_index]
+        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
+        if len(candidates) > 1:
+            candidates = [file for file in candidates if file.plan == plan]
+            if len(candidates) != 1:
+                return None
+        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
+        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
+            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
+        return (mail, self._tag_without_file(event, mail)) if mail else None
+
+    def _tag_without_file(self, event: Event, mail: str) -> str:
+        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
+        accounts = [account for account in self._store.accounts() if account.mail == mail]
+        if len(accounts) > 1:
+            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
+        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+
+
+class UsagePoint(NamedTuple):
+    """How much of a window was used at a time; times in epoch seconds."""
+
+    at: float
     used_percent: float
     reset_at: float
-    readings: int
 
 
-_FEWEST_READINGS, _SHORTEST_SPAN_S, _OLDEST_READING_S = 3, 600.0, 900.0
+_FEWEST_POINTS, _SHORTEST_RISE_S, _OLDEST_POINT_S = 3, 600.0, 900.0
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
-def spans_by_label(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Span]]:
-    """Sort what an account's rows of ``quota_snapshots`` said of its main windows; what is unknown is left out."""
-    spans: dict[str, dict[float, Span]] = {}
+def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
+    """Return what an account's readings say of its main windows, by label in order of time; the unknown left out."""
+    points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in _windows_of(row):
-            reset_at, at = _epoch(window["reset_at"]), row["ts_epoch"]
-            if window["meter"] is None and window["used_percent"] is not None and reset_at is not None:
-                span = Span(at, row["last_at"] or at, window["used_percent"], reset_at, row["readings"] or 1)
-                spans.setdefault(window["label"], {})[at] = span
-    return {label: [by_time[at] for at in sorted(by_time)] for label, by_time in spans.items()}
+        for window in windows_of(row):
+            if window.meter is None and window.used_percent is not None and window.reset_at is not None:
+                point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
+                points.setdefault(window.label, {})[point.at] = point
+    return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
-def forecast(spans: Sequence[Span], now: float) -> dict[str, Any] | None:
-    """Say whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
+def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
 
-    ``spans`` in order of time. Told from at least three readings of this same window over ten minutes, the newest
-    at most fifteen old. ``runs_out_at`` None means that it lasts.
+    ``points`` in order of time. Told from at least three of this same window over ten minutes, the newest at most
+    fifteen old. ``runs_out_at`` None means that it lasts.
     """
-    same: list[Span] = []
-    for span in spans:
-        if span.ended_at < now - PACE_S:
+    same: list[UsagePoint] = []
+    for point in points:
+        if point.at < now - PACE_S:
             continue
-        if same and (span.used_percent < same[-1].used_percent or abs(span.reset_at - same[-1].reset_at) > 120):
+        if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
-        same.append(span)
-    if sum(_readings_since(span, now - PACE_S) for span in same) < _FEWEST_READINGS:
+        same.append(point)
+    if len(same) < _FEWEST_POINTS:
         return None
-    first, last = same[0], same[-1]
-    lasted_s = last.ended_at - max(first.began_at, now - PACE_S)
-    if lasted_s < _SHORTEST_SPAN_S or now - last.ended_at > _OLDEST_READING_S:
+    last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
+    if lasted_s < _SHORTEST_RISE_S or now - last.at > _OLDEST_POINT_S:
         return None
     if last.used_percent >= 100 or last.reset_at <= now:
         return None
-    rise = last.used_percent - first.used_percent
-    slow, likely, fast = (_runs_out_at(last, max(0, rise + off), lasted_s) for off in (-1, 0, 1))
+    slow, likely, fast = (_runs_out_at(last, rise + off, lasted_s) for off in (-1, 0, 1))
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
-def _readings_since(span: Span, since: float) -> int:
-    """Give how many of a span's readings came since then, as if they had come evenly; its last one did."""
-    if span.began_at >= since:
-        return span.readings
-    return max(1, int(span.readings * (span.ended_at - since) / (span.ended_at - span.began_at)))
-
-
-def _runs_out_at(last: Span, rise: float, lasted_s: float) -> float | None:
-    """Give when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+def _runs_out_at(last: UsagePoint, rise: float, lasted_s: float) -> float | None:
+    """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
     if rise <= 0:
         return None
-    at = last.ended_at + (100 - last.used_percent) / rise * lasted_s
+    at = last.at + (100 - last.used_percent) / rise * lasted_s
     return at if at < last.reset_at else None
 
 
+def _quota_json(
+    row: Mapping[str, Any],
+    accounts: Sequence[Account],
+    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    now: float,
+) -> dict[str, Any]:
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
+
+    A window whose reset has passed is ``due`` and its percentages unknown.
+    """
+    windows = windows_of(row)
+    points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
+    answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
+    for window in windows:
+        due, pace = window.is_due(now), None
+        if due:
+            window = window._replace(used_percent=None)
+        elif window.meter is None:
+            pace = forecast(points.get(window.label, ()), now)
+        answer["windows"].append({**_window_json(window), "due": due, "forecast": pace})
+    due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
+    for place, label, _ in _PLACES:
+        if label in due_labels:
+            answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
+    read_at = row["ts_epoch"]
+    answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
+    answer["account"] = _account_of_quota(row, accounts)
+    return answer
+
+
+def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
+    """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
+    main = [window for window in windows if window.meter is None]
+    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
+    is_due = any(window.is_due(now) for window in main)
+    return "reset_due" if state == "limited" and is_due and not still_limited else state
+
+
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
+    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
+    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
+    if len(same) > 1:
+        same = [account for account in same if account.plan == (row["plan"] or "")]
+    return same[0].name if len(same) == 1 else None
+
+
+_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
+
+
 def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all accounts by length: how much is left, and whether it lasts.
+    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
     An account that is limited has nothing left in any window. Percentages of different plans are not the same
     amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
@@ -3225,41 +3184,438 @@ def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, A
     return [pool for pool in pools if pool["accounts"]]
 
 
-_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
-
-
 def _pool_of_label(
     label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
 ) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
-    resets = [reset_at for _, window in known for reset_at in [_epoch(window["reset_at"])] if reset_at is not None]
-    next_reset_at = min(resets, default=None)
-    told = next_reset_at is not None and len(known) == len(members)  # one that came back may be full
-    return {
+    next_reset_at = min((window["reset_at"] for _, window in known if window["reset_at"]), default=None)
+    pool: dict[str, Any] = {
         "label": label,
         "accounts": len(known),
         "remaining_percent": round(sum(left) / len(left), 1) if left else None,
-        "next_reset_at": utc_text(next_reset_at),
-        "forecast": _pool_forecast(known, left, next_reset_at, now) if told else None,
+        "next_reset_at": next_reset_at,
+        "forecast": None,
     }
+    paces = [window["forecast"] for (_, window), remaining in zip(known, left) if remaining]  # a limited one has none
+    one_plan = len({row["plan"] for row, _ in known}) == 1
+    # An account whose window came back is unknown, and may be full again.
+    if next_reset_at and paces and None not in paces and one_plan and len(known) == len(members):
+        per_hour = sum(pace["used_per_hour"] for pace in paces)
+        runs_out_at = utc_text(now + sum(left) / per_hour * 3600) if per_hour else None
+        lasts = runs_out_at is None or runs_out_at >= next_reset_at
+        pool["forecast"] = {"runs_out_at": None if lasts else runs_out_at, "until": next_reset_at}
+    return pool
 
 
-def _pool_forecast(
-    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    left: Sequence[float],
-    next_reset_at: float,
-    now: float,
-) -> dict[str, Any] | None:
-    """Say whether the pool lasts until one of its windows comes back; a limited account has no pace."""
-    paces = [window["forecast"] for (_, window), remaining in zip(members, left) if remaining]
-    if not paces or None in paces or len({row["plan"] for row, _ in members}) > 1:
-        return None
-    per_hour = sum(pace["used_per_hour"] for pace in paces)
-    runs_out_at = now + sum(left) / per_hour * 3600 if per_hour else None
-    if runs_out_at is not None and runs_out_at >= next_reset_at:
-        runs_out_at = None
-    return {"runs_out_at": utc_text(runs_out_at), "until": utc_text(next_reset_at)}
+# ------------------------------------------------------------------ sources
+
+
+PROXY_PORT = 8317
+_NOT_THERE = ("refused", "unreachable")
+
+
+class PopResult(NamedTuple):
+    """One turn of a source: values for parse_events, whether more may wait, and the fault that ended it."""
+
+    values: list[Any]
+    full: bool
+    fault: QueueFault | None
+
+
+class RedisRefusal(QueueFault):
+    """A Redis server, not a proxy, refuses the password."""
+
+
+class BannedFault(QueueFault):
+    """A ban after failed logins, with the seconds that it still lasts."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
+        self.seconds = seconds
+
+
+# Words in an error reply of a proxy or a Redis, what they mean, and the state.
+_REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
+    ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
+    ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
+    ("key not set", QueueFault, "the proxy has no management key", "closed"),
+    ("mtls", NotResp, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("noauth", QueueFault, "a management key is needed", "no_password"),
+    ("missing management key", QueueFault, "a management key is needed", "no_password"),
+    ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
+    ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+)
+_WRONG_KEYS = {
+    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
+    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
+}
+
+
+def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+    """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
+    text = reply.lower()
+    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+        hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
+        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
+    for words, kind, message, state in _REPLIES:
+        if words in text:
+            return kind(message, state)
+    for words, message in _WRONG_KEYS.items():
+        if words in text:
+            return QueueFault(message, "unreachable", says_remedy=True)
+    if during_auth and "unknown command" in text:
+        return NotResp("the server there knows no AUTH")
+    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+
+
+def _log_in(client: RespClient, password: str) -> None:
+    """Send AUTH; a Redis that needs no password is fine. Raises QueueFault."""
+    reply = client.call("AUTH", password)
+    if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
+        raise _fault_of_reply(reply, during_auth=True)
+
+
+class Source:
+    """One way to take values off the queue; its connection lasts from open() to close().
+
+    ``api`` is set where a proxy may be asked over HTTP: after a login that worked.
+    """
+
+    mode = ""
+    largest_batch = 500
+    unread = 0  # values that have arrived already
+    is_proxy = True
+    list_length: int | None = None
+    api: ProxyApi | None = None
+
+    def open(self) -> None:
+        """Connect and log in, without taking anything. Raises QueueFault."""
+
+    def take(self, count: int) -> PopResult:
+        """Take up to so many values; those that arrived whole count, whatever happens behind them."""
+        raise NotImplementedError
+
+    def drain(self) -> list[Any]:
+        """Return what has arrived and was not taken."""
+        return []
+
+    def close(self) -> None:
+        """Close all connections."""
+
+    def abort(self) -> None:
+        """Wake a thread that waits for an answer."""
+        self.close()
+
+
+class PopSource(Source):
+    """Pop values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
+
+    mode = "pop"
+    largest_batch = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
+    is_proxy = False
+
+    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
+        self._connect, self._password, self._key = connect, password, key
+        self._pop = encode_command("RPOP", key)
+        self._client: Any = None
+        self._early: list[Any] = []
+
+    def open(self) -> None:
+        """Log in with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
+
+        Every command before a login and every wrong key counts towards the proxy's ban. Without a key the first
+        command is a pop, and what it brings is the first value.
+        """
+        self._client = RespClient(self._connect)
+        if not self._password:
+            reply = self._client.call("RPOP", self._key)
+            if isinstance(reply, ErrorReply):
+                raise _fault_of_reply(reply, during_auth=True)
+            self._early = [] if reply is None else [reply]
+            self.list_length = len(self._early)
+            return
+        _log_in(self._client, self._password)
+        length = self._client.call("LLEN", self._key)
+        self.is_proxy = isinstance(length, ErrorReply) and "unknown command" in length.lower()
+        if isinstance(length, int):
+            self.list_length = length
+        elif not self.is_proxy:
+            raise _fault_of_reply(str(length), during_auth=False)
+
+    def take(self, count: int) -> PopResult:
+        """Send so many pops and read their replies."""
+        values, self._early, empty, fault = self._early, [], False, None
+        try:
+            self._client.send(self._pop * count)
+            for _ in range(count):
+                reply = self._client.receive()
+                if isinstance(reply, ErrorReply):
+                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                elif reply is None:
+                    empty = True
+                else:
+                    values.append(reply)
+        except QueueFault as broken:
+            fault = fault or broken
+        return PopResult(values, not empty and fault is None, fault)
+
+    def drain(self) -> list[Any]:
+        """Return the value that came before the first take()."""
+        left, self._early = self._early, []
+        return left
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            self._client.close()
+
+
+class ProxyApi:
+    """The proxy's management API over HTTP; never asked through a proxy of the environment."""
+
+    def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
+        self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
+        self._connection: Any = None
+        self.version: str | None = None
+        self.clock_ahead_s: float | None = None
+
+    def get(self, path: str) -> Any:
+        """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
+        try:
+            status, content = self._exchange(path)
+        except (OSError, HTTPException) as error:
+            self.close()
+            if hasattr(error, "verify_message"):
+                raise _untrusted(self._host, self._port, error) from error
+            if isinstance(error, IncompleteRead):
+                raise QueueFault("the management API broke off in the middle of an answer") from error
+            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+        if status == 200:
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError):
+                raise NotResp("the management API answered with something that is not JSON") from None
+        if status in (401, 403):
+            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+            if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
+                fault = QueueFault("the management key is refused", "wrong_password")
+            raise fault
+        if status == 404:
+            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
+        raise QueueFault(f"the management API answered with status {status}")
+
+    def _exchange(self, path: str) -> tuple[int, bytes]:
+        if self._connection is None:
+            kind = HTTPSConnection if self._tls else HTTPConnection
+            self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+        key = self._password.encode("utf-8").decode("latin-1")
+        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        reply = self._connection.getresponse()
+        # In pieces: older Pythons would allocate the most that is allowed at each poll.
+        pieces, room = [reply.read(256 * 1024)], 64 * 1024 * 1024
+        while pieces[-1] and room > 0:
+            room -= len(pieces[-1])
+            pieces.append(reply.read(min(room, 256 * 1024)))
+        content = b"".join(pieces)
+        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
+            raise IncompleteRead(content)
+        self.version = reply.headers.get("X-CPA-VERSION") or self.version
+        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
+        return reply.status, content
+
+    def abort(self) -> None:
+        """Wake a thread that waits for an answer; close() would wait as long as it does."""
+        connection = getattr(self._connection, "sock", None)
+        if connection is not None:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other side was quicker
+
+    def close(self) -> None:
+        """Close the connection; the next call opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class HttpSource(Source):
+    """Pop values off the queue by the management API, for proxies that do not speak RESP here."""
+
+    mode = "http"
+
+    def __init__(self, api: ProxyApi):
+        self._api = api
+        self.close, self.abort = api.close, api.abort
+
+    def open(self) -> None:
+        """Log in with a question that takes nothing off the queue."""
+        self._api.get("/v0/management/usage-statistics-enabled")
+
+    def take(self, count: int) -> PopResult:
+        """Ask for so many; the answer is whole or none."""
+        try:
+            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+        except QueueFault as fault:
+            return PopResult([], False, fault)
+        if not isinstance(values, list):
+            return PopResult([], False, NotResp("the management API did not answer with a list"))
+        return PopResult(values, len(values) >= count, None)
+
+
+class SubscribeSource(Source):
+    """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
+
+    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves no gap.
+    """
+
+    mode = "subscribe"
+
+    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
+        import queue
+
+        self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
+        self._backlog: PopSource | None = PopSource(connect, password, key)
+        self._client: Any = None
+        self._inbox: Any = queue.Queue(10_000)
+
+    def open(self) -> None:
+        """Log in, subscribe, and open the second connection, which takes the backlog."""
+        self._client = RespClient(self._connect)
+        if self._password:
+            _log_in(self._client, self._password)
+        reply = self._client.call("SUBSCRIBE", self._key)
+        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
+            message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
+            raise QueueFault(message, "not_resp", says_remedy=True)
+        if isinstance(reply, ErrorReply):
+            raise _fault_of_reply(reply, during_auth=True)
+        assert self._backlog is not None
+        self._backlog.open()
+        self.is_proxy = self._backlog.is_proxy
+        threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
+
+    def _listen(self, client: RespClient) -> None:
+        client.wait_for_ever()
+        while True:
+            try:
+                frame = client.receive()
+            except QueueFault as fault:
+                self._inbox.put(fault)
+                return
+            if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
+                self._inbox.put(frame[2])
+
+    @property
+    def unread(self) -> int:  # type: ignore[override]
+        """The number of values that have arrived already."""
+        return self._inbox.qsize()
+
+    def take(self, count: int) -> PopResult:
+        """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
+        import queue
+
+        if self._backlog is not None:
+            result = self._backlog.take(min(count, self._backlog.largest_batch))
+            if not result.full:
+                self._backlog.close()
+                self._backlog = None
+            return result
+        values: list[Any] = []
+        try:
+            value = self._inbox.get(timeout=self._wait_s)
+            while True:
+                if isinstance(value, QueueFault):
+                    return PopResult(values, False, value)
+                values.append(value)
+                if len(values) >= count:
+                    break
+                value = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+        return PopResult(values, self.unread > 0, None)
+
+    def drain(self) -> list[Any]:
+        """Return what has arrived and was not taken."""
+        left = [] if self._backlog is None else self._backlog.drain()
+        while self.unread:
+            left.append(self._inbox.get_nowait())
+        return [value for value in left if not isinstance(value, QueueFault)]
+
+    def close(self) -> None:
+        """Close both connections."""
+        for part in (self._client, self._backlog):
+            if part is not None:
+                part.close()
+
+
+def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
+    """Connect and log in to the configured queue and return its source.
+
+    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` is told each
+    address before it is tried, the one in use last. Raises QueueFault.
+    """
+    found, first = None, None
+    try:
+        found = _open_at(config, config.cliproxy_port, on_endpoint)
+    except QueueFault as fault:
+        if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
+            raise
+        first = fault
+    if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
+        return found
+    try:
+        better = _open_at(config, PROXY_PORT, on_endpoint)
+    except QueueFault as fault:
+        if fault.state in _NOT_THERE and found is not None:
+            on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
+            return found
+        if found is not None:
+            found.close()
+        if fault.state not in _NOT_THERE or first is None:
+            raise
+        raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
+    if found is not None:
+        found.close()
+    return better
+
+
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
+    """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
+    host, password, key = config.cliproxy_host, config.management_password, config.queue_key
+    on_endpoint(f"{host}:{port}")
+    connect = tcp_connector(host, port, config.cliproxy_tls)
+    api = ProxyApi(host, port, config.cliproxy_tls, password)
+    source: Source = PopSource(connect, password, key)
+    if config.collect_mode == "subscribe":
+        source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
+    elif config.collect_mode == "http":
+        source = HttpSource(api)
+    try:
+        _open_or_close(source)
+    except NotResp as no_resp:
+        if config.collect_mode != "auto" or not password:
+            raise
+        source = HttpSource(api)
+        try:
+            _open_or_close(source)
+        except QueueFault as fault:
+            # Without even the proxy's version header it is another web server, whose words mean nothing here.
+            is_other = fault.state in ("closed", "unreachable") and api.version is None
+            raise no_resp if is_other else fault from None
+    source.api = api if source.is_proxy and password else None
+    return source
+
+
+def _open_or_close(source: Source) -> None:
+    try:
+        source.open()
+    except BaseException:
+        source.close()
+        raise
 
 
 # ------------------------------------------------------------------ collector
@@ -3288,44 +3644,32 @@ STATE_REMEDIES = {
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _REFUSALS = ("wrong_password", "no_password")
-_NOT_THERE = ("refused", "unreachable")
-_RECORDING = ("recording", "waiting", "publishing_off")
-_BATCH_FIRST, _BATCH_LARGEST = 16, 500
-_POPS_IN_FLIGHT = 64  # what a kill can cost: the proxy forgets an event as it writes the reply
-PROXY_PORT = 8317
+_CONNECTED = ("recording", "waiting", "publishing_off")
 
 
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
-def _retention_of(config: Any) -> float:
-    """Read from the proxy's configuration how many seconds its queue remembers; all else in there is left alone.
-
-    Proxies before v6.10.1 have no such setting and remember for 60 s, as the later ones do by default.
-    """
-    seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
-    return min(float(seconds), 3600.0) if known else _SHORTEST_RETENTION_S
-
-
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
-    """Say what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
+    """Return what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
     return (
         f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
         'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
     )
 
 
-class Handed(NamedTuple):
-    """Hold what one turn of a source gave: values for parse_events, whether more may wait, and what ended it."""
-
-    values: list[Any]
-    full: bool
-    fault: QueueFault | None
+# Spool and mark. The proxy forgets an event as it writes the reply, so from then on it exists only here:
+#
+#   pop → parse and mask → append to the spool (a numbered batch) → one transaction: rows, roll-ups and the number
+#   as the mark → empty the spool
+#
+# Killed before the append, what was in flight is gone: at most PopSource.largest_batch events. Killed after it, the
+# next start finds the batch in the spool. If its number is above the mark it was not committed and is stored now;
+# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
 
 
 class Spool:
-    """Keep batches between the queue and the database, so that a crash in between loses and repeats nothing.
+    """Batches between the queue and the database, so that a crash in between loses and repeats nothing.
 
     A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
     recording was last alive.
@@ -3338,7 +3682,7 @@ class Spool:
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        content = [sequence, Event._fields, parsed.events, parsed.rejects, parsed.ignored]
+        content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
         # The line feed in front ends a line that a full disk may have cut off before.
         line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
@@ -3350,7 +3694,7 @@ class Spool:
             os.close(handle)
 
     def read(self) -> list[tuple[int, Parsed]]:
-        """Give the batches that a previous run left, in their order. Raises OSError.
+        """Return the batches that a previous run left, in their order. Raises OSError.
 
         A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
         """
@@ -3364,8 +3708,10 @@ class Spool:
             if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
                 continue
             try:
-                batches.append(_batch_of_json(json.loads(text)))
-            except (TypeError, ValueError, AttributeError):
+                sequence, names, events, rejects, ignored = json.loads(text)
+                parsed = [_event_of_row(names, row) for row in events], [Reject(*reject) for reject in rejects]
+                batches.append((int(sequence), Parsed(*parsed, int(ignored))))
+            except (TypeError, ValueError, AttributeError, LookupError):
                 self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
         if self.set_aside is not None:
             os.replace(str(self._path), str(self.set_aside))
@@ -3377,407 +3723,224 @@ class Spool:
             os.truncate(str(self._path), 0)
 
     def alive_at(self) -> float | None:
-        """Give when recording was last alive; None where it never was."""
+        """Return when recording was last alive (epoch seconds); None where it never was."""
         try:
             return self._path.stat().st_mtime
         except OSError:
             return None
 
     def touch(self, now: float) -> None:
-        """Note that recording is alive, at most every 15 seconds."""
+        """Record that recording is alive, at most every 15 seconds."""
         if not 0 <= now - self._touched_at < 15:
             self._touched_at = now
             make_private(self._path)
             os.utime(str(self._path), (now, now))
 
 
-def _merged(batches: Sequence[Parsed]) -> Parsed:
-    """Make one batch of several, in their order."""
-    events = [event for batch in batches for event in batch.events]
-    rejects = [reject for batch in batches for reject in batch.rejects]
-    return Parsed(events, rejects, sum(batch.ignored for batch in batches))
+def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
+    """Return an event of a spool that another version may have written; 3.0.0 wrote the context's values flat."""
+    if isinstance(names[0], str):
+        values = told = dict(zip(names, row))
+    else:
+        values = dict(zip(names[0], row))
+        told = dict(zip(names[1], values["context"]))
+    values["context"] = Context(*(told.get(name, "") for name in Context._fields))
+    return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
 
 
-def _batch_of_json(content: Any) -> tuple[int, Parsed]:
-    sequence, names, events, rejects, ignored = content
-    rows = [_event_of_names(dict(zip(names, row))) for row in events]
-    return int(sequence), Parsed(rows, [Reject(*reject) for reject in rejects], int(ignored))
+class ProxyFacts:
+    """What is known of the proxy on the present connection: whether it publishes, its memory, version and clock.
 
-
-def _event_of_names(values: Mapping[str, Any]) -> Event:
-    """Make an event of a spool that another version of this program may have written."""
-    return Event(*(values.get(name, Event._field_defaults.get(name, "")) for name in Event._fields))
-
-
-def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
-    """Tell what an error reply of a proxy or a Redis means."""
-    text = reply.lower()
-    if "banned" in text:
-        return BannedFault(_go_duration(text))
-    if "home mode" in text:
-        return QueueFault("the usage queue is switched off there", "home_mode")
-    if "remote management disabled" in text:
-        return QueueFault("the proxy takes no login from another machine", "remote_disabled")
-    if "key not set" in text:
-        return QueueFault("the proxy has no management key", "closed")
-    if "mtls" in text:
-        return NotResp("this version of the proxy does not serve its queue over RESP")
-    if "noauth" in text or "missing management key" in text:
-        return QueueFault("a management key is needed", "no_password")
-    if "invalid management key" in text:
-        return QueueFault("the management key is refused", "wrong_password")
-    if "wrongpass" in text or "invalid password" in text:
-        return RedisRefusal("the Redis server there refuses the password")
-    if "unsupported channel" in text:
-        said = 'the proxy does not know this queue_key; set "queue_key": "usage"'
-        return QueueFault(said, "unreachable", says_remedy=True)
-    if "wrongtype" in text:
-        said = 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled'
-        return QueueFault(said, "unreachable", says_remedy=True)
-    if during_auth and "unknown command" in text:
-        return NotResp("the server there knows no AUTH")
-    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
-
-
-class RedisRefusal(QueueFault):
-    """Report that a Redis server, not a proxy, refuses the password."""
-
-    state = "wrong_password"
-
-
-class BannedFault(QueueFault):
-    """Report a ban, with the seconds that it still lasts."""
-
-    state = "banned"
-
-    def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds")
-        self.seconds = seconds
-
-
-class RememberedRefusal(QueueFault):
-    """Report that the key was refused before, so that it was not sent this time."""
-
-    def __init__(self, state: str):
-        super().__init__("the management key was refused before", state)
-
-
-def _go_duration(text: str) -> float:
-    """Read the duration in ``Try again in 29m59s``; a full ban where there is none."""
-    match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
-    if match is None:
-        return 1800.0
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(hours * 3600 + minutes * 60 + seconds)
-
-
-class PopSource:
-    """Take values off a list with pipelined single RPOPs, which every proxy and every Redis knows."""
-
-    mode = "pop"
-    largest_batch = _POPS_IN_FLIGHT
-    unread = 0
-
-    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
-        self._connect, self._password, self._key = connect, password, key
-        self._pop = encode_command("RPOP", key)
-        self._client: RespClient | None = None
-        self._early: list[Any] = []
-        self.is_proxy = False
-        self.list_length: int | None = None
-
-    def open(self) -> None:
-        """Connect and log in, with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
-
-        Every command before a login and every wrong key counts towards the proxy's ban. Raises QueueFault.
-        """
-        self._client = RespClient(self._connect)
-        if not self._password:
-            self._pop_without_key()
-            return
-        reply = self._client.call("AUTH", self._password)
-        if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
-            raise _fault_of_reply(reply, during_auth=True)
-        length = self._client.call("LLEN", self._key)
-        self.is_proxy = isinstance(length, ErrorReply) and "unknown command" in length.lower()
-        if isinstance(length, int):
-            self.list_length = length
-        elif not self.is_proxy:
-            raise _fault_of_reply(str(length), during_auth=False)
-
-    def _pop_without_key(self) -> None:
-        assert self._client is not None
-        self._client.send(self._pop)
-        reply = self._client.receive()
-        if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        self.list_length = 0 if reply is None else 1
-        if reply is not None:
-            self._early.append(reply)
-
-    def take(self, count: int) -> Handed:
-        """Send so many pops and read their replies.
-
-        The whole ones count, also where the connection breaks behind them or an error stands between them.
-        """
-        assert self._client is not None
-        values, self._early, empty, fault = self._early, [], False, None
-        try:
-            self._client.send(self._pop * count)
-            for _ in range(count):
-                reply = self._client.receive()
-                if isinstance(reply, ErrorReply):
-                    fault = fault or _fault_of_reply(reply, during_auth=False)
-                elif reply is None:
-                    empty = True
-                else:
-                    values.append(reply)
-        except QueueFault as broken:
-            fault = fault or broken
-        return Handed(values, not empty and fault is None, fault)
-
-    def leave(self) -> list[Any]:
-        """Give what has come and was not taken."""
-        left, self._early = self._early, []
-        return left
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._client is not None:
-            self._client.close()
-
-    break_off = close
-
-
-def _needs_no_password(reply: str) -> bool:
-    text = reply.lower()
-    return "without any password" in text or "no password is set" in text
-
-
-class ProxyApi:
-    """Ask the proxy's management API over HTTP; never through a proxy of the environment."""
-
-    def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
-        self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
-        self._connection: Any = None
-        self.version: str | None = None
-        self.clock_ahead_s: float | None = None
-
-    def get(self, path: str) -> Any:
-        """Give the decoded JSON of a 200; raises QueueFault with the state for anything else."""
-        import http.client
-
-        try:
-            status, content = self._exchange(path)
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            if hasattr(error, "verify_message"):
-                raise _untrusted(self._host, self._port, error) from error
-            if isinstance(error, http.client.IncompleteRead):
-                raise QueueFault("the management API broke off in the middle of an answer") from error
-            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
-        if status == 200:
-            try:
-                return json.loads(content)
-            except (ValueError, RecursionError):
-                raise NotResp("the management API answered with something that is not JSON") from None
-        raise _fault_of_status(status, content)
-
-    def _exchange(self, path: str) -> tuple[int, bytes]:
-        import http.client
-
-        if self._connection is None:
-            kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-            self._connection = kind(self._host, self._port, timeout=self._timeout_s)
-        key = self._password.encode("utf-8").decode("latin-1")
-        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
-        reply = self._connection.getresponse()
-        content = self._read_whole(reply)
-        self.version = reply.headers.get("X-CPA-VERSION") or self.version
-        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
-        return reply.status, content
-
-    @staticmethod
-    def _read_whole(reply: Any) -> bytes:
-        """Read an answer in pieces: older Pythons would make room for the most that is allowed at each poll."""
-        import http.client
-
-        pieces, room = [], 64 * 1024 * 1024
-        while room > 0:
-            pieces.append(reply.read(min(room, 256 * 1024)))
-            room -= len(pieces[-1])
-            if not pieces[-1]:
-                break
-        content = b"".join(pieces)
-        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
-            raise http.client.IncompleteRead(content)
-        return content
-
-    def break_off(self) -> None:
-        """Wake a thread that waits for an answer; closing under it would wait as long as it does."""
-        connection = getattr(self._connection, "sock", None)
-        if connection is not None:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side was quicker
-
-    def close(self) -> None:
-        """Close the connection; the next call opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _fault_of_status(status: int, content: bytes) -> QueueFault:
-    if status in (401, 403):
-        fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
-        if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
-            return QueueFault("the management key is refused", "wrong_password")
-        return fault
-    if status == 404:
-        what = "has its management API switched off or is older than v6.10.8"
-        return QueueFault(f"the proxy {what}", "closed")
-    return QueueFault(f"the management API answered with status {status}")
-
-
-class HttpSource:
-    """Take values off the queue by the management API, for proxies that do not speak RESP here."""
-
-    mode = "http"
-    largest_batch = _BATCH_LARGEST
-    unread = 0
-    is_proxy = True
-    list_length: int | None = None
-
-    def __init__(self, api: ProxyApi):
-        self._api = api
-
-    def open(self) -> None:
-        """Log in with a question that takes nothing off the queue. Raises QueueFault."""
-        self._api.get("/v0/management/usage-statistics-enabled")
-
-    def take(self, count: int) -> Handed:
-        """Ask for so many; the answer is whole or none."""
-        try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}")
-        except QueueFault as fault:
-            return Handed([], False, fault)
-        if not isinstance(values, list):
-            return Handed([], False, NotResp("the management API did not answer with a list"))
-        return Handed(values, len(values) >= count, None)
-
-    def leave(self) -> list[Any]:
-        """Give what has come and was not taken: nothing, since an answer is taken whole."""
-        return []
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._api.close()
-
-    def break_off(self) -> None:
-        """Wake a thread that waits for an answer."""
-        self._api.break_off()
-
-
-class SubscribeSource:
-    """Listen to a channel, beside other listeners, after draining what waited in the queue before.
-
-    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves
-    no gap.
+    It is asked over HTTP, only with a key that just worked, and never again on this connection after a refusal,
+    which would count as a failed login.
     """
 
-    mode = "subscribe"
-    largest_batch = _BATCH_LARGEST
+    _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
-    def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
-        self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._drain: PopSource | None = PopSource(connect, password, key)
-        self._client: RespClient | None = None
-        self._inbox: Any = None
-        self.is_proxy, self.list_length = True, None
+    def __init__(self, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]):
+        self._store, self._log, self._poll_interval_s, self._clock = store, log, poll_interval_s, clock
+        self._api: ProxyApi | None = None
+        self._asked_at = 0.0
+        self.publishing: bool | None = None
+        self.version: str | None = None
+        self.retention_s: float | None = None
+        self.clock_ahead_s: float | None = None
+        self.is_retention_short = False
 
-    def open(self) -> None:
-        """Log in, subscribe, and open the second connection that drains. Raises QueueFault."""
-        import queue
+    def connect(self, source: Any) -> None:
+        """Begin with a new connection, and ask what can be asked."""
+        self._api, self.publishing, self.retention_s = source.api, None, None
+        if not source.is_proxy:
+            self._learn_retention(_FOR_EVER_S)
+        elif self._store.get_meta("retention_s") == _FOR_EVER_S:
+            self._store.put_meta("retention_s", None)
+        self.ask()
 
-        self._client = RespClient(self._connect)
-        if self._password:
-            reply = self._client.call("AUTH", self._password)
-            if isinstance(reply, ErrorReply) and not _needs_no_password(reply):
-                raise _fault_of_reply(reply, during_auth=True)
-        reply = self._client.call("SUBSCRIBE", self._key)
-        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
-            said = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
-            raise QueueFault(said, "not_resp", says_remedy=True)
-        if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        assert self._drain is not None
-        self._drain.open()
-        self.is_proxy = self._drain.is_proxy
-        self._inbox = queue.Queue(10_000)
-        threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
-
-    def _listen(self, client: RespClient) -> None:
-        client.wait_for_ever()
-        while True:
-            try:
-                frame = client.receive()
-            except QueueFault as fault:
-                self._inbox.put(fault)
-                return
-            if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
-                self._inbox.put(frame[2])
-
-    @property
-    def unread(self) -> int:
-        """Tell how many values have come already."""
-        return 0 if self._inbox is None else self._inbox.qsize()
-
-    def take(self, count: int) -> Handed:
-        """Give what waited in the queue, then what is heard; waits up to the poll interval for the first."""
-        import queue
-
-        if self._drain is not None:
-            handed = self._drain.take(min(count, self._drain.largest_batch))
-            if not handed.full:
-                self._drain.close()
-                self._drain = None
-            return handed
-        values: list[Any] = []
+    def ask(self) -> None:
+        """Ask the proxy whether it publishes, for how long it keeps records, and its version."""
+        if self._api is None:
+            return
+        self._asked_at = self._clock()
         try:
-            value = self._inbox.get(timeout=self._wait_s)
-            while True:
-                if isinstance(value, QueueFault):
-                    return Handed(values, False, value)
-                values.append(value)
-                if len(values) >= count:
-                    break
-                value = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
-        return Handed(values, self.unread > 0, None)
+            answer = self._api.get("/v0/management/usage-statistics-enabled")
+            publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
+            self.publishing = publishing if isinstance(publishing, bool) else None
+            self.version, self.clock_ahead_s = self._api.version, self._api.clock_ahead_s
+            if self.retention_s is None:
+                config = self._api.get("/v0/management/config")
+                seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+                known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+                self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+        except QueueFault:
+            self.disconnect()
+            return
+        self._api.close()
 
-    def leave(self) -> list[Any]:
-        """Give what has come and was not taken."""
-        left = [] if self._drain is None else self._drain.leave()
-        while self.unread:
-            left.append(self._inbox.get_nowait())
-        return [value for value in left if not isinstance(value, QueueFault)]
+    def note_events(self) -> None:
+        """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
+        if self._api is None:
+            self.publishing = None
+        elif self.publishing is not False:
+            self.publishing, self._asked_at = True, self._clock()
+        else:  # left from before it was switched off, or it is on again
+            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
 
-    def close(self) -> None:
-        """Close both connections."""
-        for part in (self._client, self._drain):
-            if part is not None:
-                part.close()
+    def ask_if_due(self) -> None:
+        """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
+        pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
+        if not 0 <= self._clock() - self._asked_at < pause_s:
+            self.ask()
 
-    break_off = close
+    def disconnect(self) -> None:
+        """Close the connection to the management API; nothing is asked until the next connect()."""
+        if self._api is not None:
+            self._api.close()
+            self._api = None
+
+    def _learn_retention(self, seconds: float) -> None:
+        """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
+        if self._store.get_meta("retention_s") != seconds:
+            self._store.put_meta("retention_s", seconds)
+        is_short = seconds < 2 * self._poll_interval_s
+        if is_short and not self.is_retention_short:
+            self._log.event("collector", warning=retention_warning(seconds, self._poll_interval_s))
+        self.retention_s, self.is_retention_short = seconds, is_short
+
+
+class OutageLog:
+    """The spans in which nothing is recorded. One that cannot be written yet is kept until it can."""
+
+    def __init__(self, store: Store, poll_interval_s: float, clock=time.time, monotonic=monotonic_s):
+        self._store, self._clock, self._monotonic = store, clock, monotonic
+        self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
+        self._turn_s: float | None = None
+        self._unwritten: tuple[float, str] | None = None
+        self._is_publishing_off = False
+
+    def begin(self, reason: str, at: float | None = None) -> None:
+        """Record that recording stopped; an outage that is open already goes on, with its first reason."""
+        self._turn_s = None
+        self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
+        try:
+            self._write_begin()
+        except StoreError:
+            pass  # written with the next chance; the state tells of the database
+
+    def end(self) -> None:
+        """Record that recording goes on. Raises StoreError."""
+        self._write_begin()
+        self._store.end_outage(self._clock())
+        self._is_publishing_off = False
+
+    def end_unwritten(self) -> None:
+        """End an outage that could not be written until now, when the database takes writes again."""
+        if self._unwritten is not None:
+            self.end()
+
+    def turn(self) -> None:
+        """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        before, self._turn_s = self._turn_s, self._monotonic()
+        gap_s = 0.0 if before is None else self._turn_s - before
+        if gap_s > self._longest_turn_s:
+            self._store.begin_outage(self._clock() - gap_s, "stopped")
+            self._store.end_outage(self._clock())
+
+    def note_publishing(self, publishing: bool | None) -> None:
+        """Record a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
+        if publishing is False and not self._is_publishing_off:
+            self._store.begin_outage(self._clock(), "publishing_off")
+            self._is_publishing_off = True
+        elif publishing is not False and self._is_publishing_off:
+            self.end()
+
+    def _write_begin(self) -> None:
+        if self._unwritten is not None:
+            self._store.begin_outage(*self._unwritten)
+            self._unwritten = None
+
+
+class RefusedLogins:
+    """The login that was refused, remembered in the database as a salted hash over restarts and for ``check``.
+
+    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def remember(self, login: Sequence[Any], state: str) -> None:
+        """Remember a refused login with the state that says why. Raises StoreError."""
+        salt = os.urandom(16).hex()
+        self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
+
+    def forget(self) -> None:
+        """Forget the refused login: one has worked."""
+        self._store.put_meta("refused", None)
+
+    def state_of(self, login: Sequence[Any]) -> str | None:
+        """Return the state that this login was refused with; None where it was not."""
+        words = str(self._store.get_meta("refused") or "").split()
+        return words[0] if len(words) == 3 and self._hash(login, words[1]) == words[2] else None
+
+    @staticmethod
+    def _hash(login: Sequence[Any], salt: str) -> str:
+        return hashlib.sha256((salt + json.dumps(list(login))).encode()).hexdigest()
+
+
+@dataclass
+class CollectorStatus:
+    """The collector's state for people and programs; times are epoch seconds."""
+
+    state: str
+    since: float
+    message: str
+    endpoint: str
+    until: float | None = None
+    mode: str | None = None
+    last_event: float | None = None
+    publishing: bool | None = None
+    proxy_version: str | None = None
+    retention_seconds: float | None = None
+    clock_ahead_seconds: float | None = None
+    warning: str | None = None
+
+    def as_json(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """Return the status as ``/api/health`` shows it, with how many events were stored, rejected and ignored."""
+        return dict(asdict(self), events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
+
+
+# The collector's states. starting → recording or waiting, turn by turn, as long as the connection and the database
+# hold. A fault of the queue (its class names the state) or of the database (storage_error) ends the session and begins
+# an outage; after a wait the next session begins with a flush, so that nothing more is popped while something waits
+# to be stored. The first good pop of a session ends the outage. publishing_off is a session that works, at a proxy
+# that records nothing. Only a changed address, key or config file leads out of wrong_password and no_password.
 
 
 class Collector:
-    """Take events off the queue and store them, for ever: the loop, its states and its waiting.
+    """Take events off the queue and store them until stopped: the loop, its states and its waiting.
 
-    ``load`` gives the configuration anew after a refused key. ``stop`` is the only thing it sleeps on.
+    ``load`` returns the configuration read again after a refused key. ``stop`` is the only thing it sleeps on.
     """
 
     def __init__(
@@ -3789,49 +3952,42 @@ class Collector:
         load: Callable[[], Config] | None = None,
         config_path: Path | None = None,
         clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = steady_s,
+        monotonic: Callable[[], float] = monotonic_s,
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
-        self._steady = steady
         self._load, self._config_path = load or (lambda: config), config_path
         self._spool = Spool(Path(f"{store.path}.spool"))
         self._pending: list[tuple[int, Parsed]] = []
         self._sequence = store.counts["sequence"]
         self._backoff = Backoff()
+        self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
+        self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
+        self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
+        self._refused = RefusedLogins(store)
+        self._source: Source | None = None
+        self._is_proven = False  # whether this connection has given a good reply to a pop
+        self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
-        self._traffic = TrafficReadings(config.auth_dirs(), store, clock, steady)
-        self._api: ProxyApi | None = None
-        self._source: Any = None
-        self._proven = False  # whether this connection has given a good reply to a pop
-        self._doubted = False  # whether events came from a proxy that is said not to publish
-        self._unpublished = False  # whether an outage is open since the proxy does not publish
-        self._unnoted: tuple[float, str] | None = None  # an outage that could not be written
-        self._turn_at: float | None = None  # by the steady clock
-        self._asked_api_at = 0.0
+        endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
+        self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
         span = store.span()
-        self._status: dict[str, Any] = {
-            "state": "starting",
-            "since": clock(),
-            "until": None,
-            "message": STATE_REMEDIES["starting"],
-            "endpoint": f"{config.cliproxy_host}:{config.cliproxy_port}",
-            "mode": None,
-            "last_event": span[1] if span else None,
-            "publishing": None,
-            "proxy_version": None,
-            "retention_seconds": None,
-            "clock_ahead_seconds": None,
-            "warning": None,
-        }
+        self._status.last_event = span[1] if span else None
 
     def status(self) -> dict[str, Any]:
-        """Give the state for people and programs, with what was stored, rejected and ignored."""
+        """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
+        facts = self._facts
         with self._lock:
-            status = dict(self._status)
-        status["since"] = min(status["since"], self._clock())  # the clock may have been set back meanwhile
-        status["message"] = status["message"].replace(str(self._store.path), self._store.path.name)
-        counts = self._store.counts
-        return dict(status, events=counts["stored"], rejected=counts["rejected"], ignored=counts["ignored"])
+            status = replace(
+                self._status,
+                since=min(self._status.since, self._clock()),  # the clock may have been set back meanwhile
+                message=self._status.message.replace(str(self._store.path), self._store.path.name),
+                publishing=facts.publishing,
+                proxy_version=facts.version,
+                retention_seconds=None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
+                clock_ahead_seconds=facts.clock_ahead_s,
+                warning="retention_short" if facts.is_retention_short else None,
+            )
+        return status.as_json(self._store.counts)
 
     def run(self) -> None:
         """Collect until ``stop`` is set; what was popped by then is stored first."""
@@ -3841,122 +3997,114 @@ class Collector:
                 try:
                     self._session()
                 except QueueFault as fault:
-                    self._show_fault(fault)
-                    self._note_outage(fault.state)
+                    self._enter_fault(fault)
+                    self._outages.begin(fault.state)
                     self._wait_after(fault)
                 except StoreError as error:
-                    self._unnoted = self._unnoted or (self._clock(), "storage_error")
-                    self._enter("storage_error", str(error))
+                    self._enter_storage_error(error)
                     self._stop.wait(self._backoff.next())
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
                     self._stop.wait(self._backoff.next())
         finally:
-            self._last_chance()
+            self._flush_at_end()
+
+    def interrupt(self) -> None:
+        """Abort a wait for the other side: replies that are not here by now are given up."""
+        source = self._source
+        if source is not None:
+            source.abort()
+
+    def probe(self) -> dict[str, Any]:
+        """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
+        if self._config.collect_mode == "subscribe":  # what is published to a listener is lost with it
+            self._config = replace(self._config, collect_mode="pop")
+        try:
+            source = self._open()
+            self._facts.connect(source)
+            source.close()
+            self._enter("publishing_off" if self._facts.publishing is False else "waiting")
+        except QueueFault as fault:
+            if fault.state in _REFUSALS:
+                self._refused.remember(self._login(), fault.state)
+            self._enter_fault(fault)
+        return self.status()
 
     # One connection
 
     def _session(self) -> None:
         self._flush()
         self._store.check_writable()
-        self._raise_remembered_refusal()
-        source = self._source = self._open_source()
+        source = self._source = self._open()
         try:
-            self._proven = self._unpublished = False
-            self._show(mode=source.mode, publishing=None, retention_seconds=None)
-            if not source.is_proxy:
-                self._learn_retention(_FOR_EVER_S)
-            elif self._store.get_meta("retention_s") == _FOR_EVER_S:
-                self._store.put_meta("retention_s", None)
-            self._ask_api()
+            self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
+            self._facts.connect(source)
             self._collect(source)
         finally:
             self._source = None
             source.close()
-            self._forget_api()
-            left = source.leave()
+            self._facts.disconnect()
+            left = source.drain()
             if left:
                 self._hold(parse_events(left))
 
-    def hurry(self) -> None:
-        """Break off a wait for the other side: replies that are not here by now are given up."""
-        source = self._source
-        if source is not None:
-            source.break_off()
+    def _open(self) -> Source:
+        state = self._refused.state_of(self._login())
+        if state is not None:
+            raise QueueFault("the management key was refused before", state)
 
-    def probe(self) -> dict[str, Any]:
-        """Log in once, pop nothing, and give the state that this shows. A refusal is remembered as in a run."""
-        if self._config.collect_mode == "subscribe":  # what is published to a listener is lost with it
-            self._config = replace(self._config, collect_mode="pop")
-        try:
-            self._raise_remembered_refusal()
-            source = self._open_source()
-            self._ask_api()
-            source.close()
-            self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
-        except QueueFault as fault:
-            if fault.state in _REFUSALS and not isinstance(fault, RememberedRefusal):
-                self._remember_refusal(fault.state)
-            self._show_fault(fault)
-        return self.status()
+        def show(endpoint: str) -> None:
+            self._status.endpoint = endpoint
 
-    def _collect(self, source: Any) -> None:
+        return open_source(self._config, show)
+
+    def _collect(self, source: Source) -> None:
         """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
 
         No reply is on its way while the database is written, so that a kill or a lock then costs none.
         """
-        goal = _BATCH_FIRST
+        first, largest = 16, 500  # small where little comes, so that it is seen at once
+        goal = first
         while source.unread or not self._stop.is_set():
-            handed = source.take(min(goal, source.largest_batch))
-            more = handed.full and handed.fault is None and not self._stop.is_set()
-            parsed = parse_events(handed.values)
-            if handed.values:
+            result = source.take(min(goal, source.largest_batch))
+            more = result.full and result.fault is None and not self._stop.is_set()
+            parsed = parse_events(result.values)
+            if result.values:
                 self._hold(parsed)
-            if not more or self._held >= goal:
-                goal = min(goal * 4, _BATCH_LARGEST) if more else _BATCH_FIRST
-                self._keep()
-                self._settle(source)
-            if isinstance(handed.fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                raise QueueFault(str(handed.fault), "unreachable") from handed.fault
-            if handed.fault is not None:
-                raise handed.fault
-            self._note_turn(bool(parsed.events or parsed.rejects))
-            if not handed.full and source.mode != "subscribe":
+            held = sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in self._pending)
+            if not more or held >= goal:
+                goal = min(goal * 4, largest) if more else first
+                self._store_pending(source)
+            if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
+                raise QueueFault(str(result.fault), "unreachable") from result.fault
+            if result.fault is not None:
+                raise result.fault
+            self._after_turn(bool(parsed.events or parsed.rejects))
+            if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _keep(self) -> None:
-        try:
-            self._flush()
-        except StoreError as error:
-            self._unnoted, self._turn_at = self._unnoted or (self._clock(), "storage_error"), None
-            self._enter("storage_error", str(error))
+    def _store_pending(self, source: Any) -> None:
+        """Store what is pending before anything more is popped.
 
-    def _settle(self, source: Any) -> None:
-        """Bring what is pending into the database before anything more is popped.
-
-        What a subscription has heard meanwhile is spooled, so that it does not wait in memory alone.
+        What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
         """
         waits, fault = Backoff(0.5, 10.0), None
-        while self._pending and not self._stop.is_set():
-            if source.unread:
-                handed = source.take(source.largest_batch)
-                fault = handed.fault
-                self._hold(parse_events(handed.values))
-            self._stop.wait(waits.next())
+        while self._pending:
             try:
                 self._flush()
             except StoreError as error:
-                self._enter("storage_error", str(error))
+                self._enter_storage_error(error)
+            if not self._pending or self._stop.wait(waits.next()):
+                break
+            if source.unread:
+                result = source.take(source.largest_batch)
+                fault = result.fault
+                self._hold(parse_events(result.values))
         if fault is not None:
             raise fault
 
-    @property
-    def _held(self) -> int:
-        """Count what is pending."""
-        return sum(len(parsed.events) + len(parsed.rejects) + parsed.ignored for _, parsed in self._pending)
-
     def _hold(self, parsed: Parsed) -> None:
-        """Write a batch to the spool; on a full disk it is held in memory alone."""
+        """Append a batch to the spool; on a full disk it is kept in memory alone."""
         self._sequence += 1
         self._pending.append((self._sequence, parsed))
         try:
@@ -3965,31 +4113,27 @@ class Collector:
             self._log.once("spool", fault=os_reason(error))
 
     def _flush(self) -> None:
+        """Store all that is pending in one transaction. Raises StoreError."""
         if not self._pending:
             return
-        sequence, parsed = self._pending[-1][0], _merged([batch for _, batch in self._pending])
-        self._store.store_batch(parsed, sequence, self._clock())
+        batches = [parsed for _, parsed in self._pending]
+        events = [event for parsed in batches for event in parsed.events]
+        rejects = [reject for parsed in batches for reject in parsed.rejects]
+        merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+        self._store.store_batch(merged, self._pending[-1][0], self._clock())
         self._pending.clear()
-        self._traffic.note(parsed.events)
-        if parsed.events:
-            newest = max(event.ts_epoch for event in parsed.events)
-            with self._lock:
-                self._status["last_event"] = max(newest, self._status["last_event"] or 0.0)
+        self._readings.note(events)
+        if events:
+            newest = max(event.ts_epoch for event in events)
+            self._status.last_event = max(newest, self._status.last_event or 0.0)
         try:
             self._spool.clear()
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        if self._unnoted is not None:
-            self._begin_unnoted()
-            self._store.end_outage(self._clock())
-
-    def _begin_unnoted(self) -> None:
-        if self._unnoted is not None:
-            self._store.begin_outage(*self._unnoted)
-            self._unnoted = None
+        self._outages.end_unwritten()
 
     def _replay(self) -> None:
-        """Store what a previous run had popped but not committed, and note since when nobody recorded."""
+        """Store what a previous run had popped but not committed, and record since when nobody recorded."""
         try:
             alive_at, left = self._spool.alive_at(), self._spool.read()
         except OSError as error:
@@ -4006,229 +4150,86 @@ class Collector:
             self._flush()
             if left and not fresh:
                 self._spool.clear()
-            if alive_at is not None:
-                self._unnoted = (min(alive_at, self._clock()), "stopped")
-                self._begin_unnoted()
         except StoreError as error:
             self._enter("storage_error", str(error))
+        if alive_at is not None:
+            self._outages.begin("stopped", min(alive_at, self._clock()))
 
-    def _last_chance(self) -> None:
-        if self._pending:
-            try:
-                self._flush()
-            except StoreError:
-                self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
-
-    # Opening
-
-    def _open_source(self) -> Any:
-        """Open the queue; while address and port are left at their defaults, also look at the proxy's own port."""
-        if not self._config.has_default_queue:
-            return self._open_at(self._config.cliproxy_port)
+    def _flush_at_end(self) -> None:
         try:
-            found = self._open_at(self._config.cliproxy_port)
-        except QueueFault as fault:
-            if fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal):
-                raise
-            return self._open_proxy_port(fault)
-        if found.is_proxy or found.list_length:
-            return found
-        try:
-            better = self._open_at(PROXY_PORT)
-        except QueueFault as fault:
-            if fault.state not in _NOT_THERE:
-                found.close()
-                raise
-            self._show(endpoint=f"{self._config.cliproxy_host}:{self._config.cliproxy_port}")
-            return found
-        found.close()
-        return better
+            self._flush()
+        except StoreError:
+            self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
 
-    def _open_proxy_port(self, first: QueueFault) -> Any:
+    def _after_turn(self, got_values: bool) -> None:
+        """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         try:
-            return self._open_at(PROXY_PORT)
-        except QueueFault as second:
-            if second.state not in _NOT_THERE:
-                raise
-            raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from second
-
-    def _open_at(self, port: int) -> Any:
-        """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
-        config, host = self._config, self._config.cliproxy_host
-        self._show(endpoint=f"{host}:{port}")
-        connect = tcp_connector(host, port, config.cliproxy_tls)
-        api = ProxyApi(host, port, config.cliproxy_tls, config.management_password)
-        if config.collect_mode == "subscribe":
-            wait_s = min(config.poll_interval_seconds, 2.0)
-            source: Any = SubscribeSource(connect, config.management_password, config.queue_key, wait_s)
-        elif config.collect_mode == "http":
-            source = HttpSource(api)
-        else:
-            source = PopSource(connect, config.management_password, config.queue_key)
-        try:
-            source = self._opened(source)
-        except NotResp:
-            if config.collect_mode != "auto" or not config.management_password:
-                raise
-            source = self._opened(HttpSource(api))
-        if source.is_proxy and config.management_password:
-            self._api = api
-        return source
-
-    @staticmethod
-    def _opened(source: Any) -> Any:
-        try:
-            source.open()
-        except BaseException:
-            source.close()
-            raise
-        return source
-
-    def _note_turn(self, got_values: bool) -> None:
-        """Show after each turn how things stand, and ask now and then whether the proxy publishes at all."""
-        now = self._clock()
-        try:
-            self._spool.touch(now)
+            self._spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
         if self._pending:
             return
         try:
-            self._traffic.save_due()
-        except StoreError as error:  # readings come anew with the next requests; events are not held up for them
+            self._readings.save_due()
+        except StoreError as error:  # readings come with the next requests again; events are not held up for them
             self._log.event("quota", fault=error)
-        if not self._proven:
-            self._note_recording(now)
-        self._note_gap(now)
-        state, publishing = self._status["state"], self._status["publishing"]
-        if got_values and (publishing is not False or self._api is None):
-            self._asked_api_at = now  # an event tells as much
-            self._note_publishing(True if self._api else None)
-            self._enter("recording")
-            return
-        if got_values:  # left from before it was switched off, or it is on again: asked in two seconds
-            self._asked_api_at, self._doubted = min(self._asked_api_at, now - 13.0), True
-        if not 0 <= now - self._asked_api_at < (15.0 if publishing is False else 300.0):
-            self._ask_api()
-            self._note_publishing(self._status["publishing"])
-        long_quiet = now - (self._status["last_event"] or 0.0) > 3600 and now - self._status["since"] > 3600
-        if self._status["publishing"] is False:
-            self._enter("publishing_off")
-        elif self._doubted:
-            self._enter("recording")
-        elif state != "recording" or long_quiet:
-            self._enter("waiting")
-        self._doubted = self._doubted and self._status["publishing"] is False
+        if not self._is_proven:
+            self._is_proven = True
+            self._backoff.reset()
+            self._refused.forget()
+            self._outages.end()
+        self._outages.turn()
+        if got_values:
+            self._facts.note_events()
+        self._facts.ask_if_due()
+        self._outages.note_publishing(self._facts.publishing)
+        now = self._clock()
+        if got_values:
+            self._recorded_at = now
+        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
+        off = self._facts.publishing is False
+        self._enter("publishing_off" if off else "waiting" if is_quiet else "recording")
 
-    def _note_recording(self, now: float) -> None:
-        """Note once a connection that the first good pop has proven it."""
-        self._proven = True
-        self._backoff.reset()
-        self._store.put_meta("refused", None)
-        self._begin_unnoted()
-        self._store.end_outage(now)
-        self._note_publishing(self._status["publishing"])
-        self._enter("publishing_off" if self._status["publishing"] is False else "waiting")
-
-    def _note_publishing(self, publishing: bool | None) -> None:
-        """Note a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
-        self._show(publishing=publishing)
-        if publishing is False and not self._unpublished:
-            self._store.begin_outage(self._clock(), "publishing_off")
-        elif publishing is not False and self._unpublished:
-            self._store.end_outage(self._clock())
-        self._unpublished = publishing is False
-
-    def _note_gap(self, now: float) -> None:
-        """Note an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
-        before, self._turn_at = self._turn_at, self._steady()
-        gap_s = 0.0 if before is None else self._turn_at - before
-        if gap_s > 60 + 2 * self._config.poll_interval_seconds:
-            self._store.begin_outage(now - gap_s, "stopped")
-            self._store.end_outage(now)
-
-    def _ask_api(self) -> None:
-        """Learn of the proxy whether it publishes, for how long, and its version; only with a proven key."""
-        if self._api is None:
-            return
-        self._asked_api_at = self._clock()
-        try:
-            said = self._api.get("/v0/management/usage-statistics-enabled")
-            publishing = said.get("usage-statistics-enabled") if isinstance(said, dict) else None
-            self._show(
-                publishing=publishing if isinstance(publishing, bool) else None,
-                proxy_version=self._api.version,
-                clock_ahead_seconds=self._api.clock_ahead_s,
-            )
-            if self._status["retention_seconds"] is None:
-                self._learn_retention(_retention_of(self._api.get("/v0/management/config")))
-        except QueueFault:
-            self._forget_api()  # not asked again on this connection: a refusal here would count
-            return
-        self._api.close()
-
-    def _learn_retention(self, seconds: float) -> None:
-        """Note how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
-        if self._store.get_meta("retention_s") != seconds:
-            self._store.put_meta("retention_s", seconds)
-        short = seconds < 2 * self._config.poll_interval_seconds
-        if short and self._status["warning"] is None:
-            self._log.event("collector", warning=retention_warning(seconds, self._config.poll_interval_seconds))
-        self._show(
-            retention_seconds=None if seconds == _FOR_EVER_S else seconds, warning="retention_short" if short else None
-        )
-
-    def _forget_api(self) -> None:
-        if self._api is not None:
-            self._api.close()
-            self._api = None
 
     # States and waiting
 
-    def _show(self, **values: Any) -> None:
-        with self._lock:
-            self._status.update(values)
-
     def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
         """Change the state; a change is logged once."""
-        parts = [detail] if detail else []
-        if not says_remedy:
-            parts.append(STATE_REMEDIES[state])
-        message = ". ".join(parts)
+        message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
         with self._lock:
-            changed = (self._status["state"], self._status["message"]) != (state, message)
-            if self._status["state"] != state:
-                self._status["since"] = self._clock()
-            self._status.update(state=state, message=message, until=until)
+            status = self._status
+            changed = (status.state, status.message) != (state, message)
+            if status.state != state:
+                status.since = self._clock()
+            status.state, status.message, status.until = state, message, until
         if changed:
-            self._log.event("collector", state=state, endpoint=self._status["endpoint"], message=message)
+            self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
 
-    def _show_fault(self, fault: QueueFault) -> None:
+    def _enter_fault(self, fault: QueueFault) -> None:
         until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
         self._enter(fault.state, str(fault), until, fault.says_remedy)
 
-    def _note_outage(self, reason: str) -> None:
-        self._turn_at = None
-        try:
-            self._store.begin_outage(self._clock(), reason)
-        except StoreError as error:
-            self._log.event("store", fault=error)
+    def _enter_storage_error(self, error: StoreError) -> None:
+        self._enter("storage_error", str(error))
+        self._outages.begin("storage_error")
 
     def _wait_after(self, fault: QueueFault) -> None:
         if fault.state in _REFUSALS:
-            remembered = isinstance(fault, RememberedRefusal) or self._remember_refusal(fault.state)
-            self._wait_for_change(fault.state, remembered)
+            self._wait_for_change(fault.state)
         elif isinstance(fault, BannedFault):
             self._stop.wait(fault.seconds + 1)
-            try:
-                self._config = self._load()  # the key may have been corrected meanwhile
-            except ConfigError as error:
-                self._log.once("config", fault=error)
+            self._reload()  # the key may have been corrected meanwhile
         else:
             self._stop.wait(self._backoff.next())
 
+    def _reload(self) -> None:
+        try:
+            self._config = self._load()
+        except ConfigError as error:
+            self._log.once("config", fault=error)
+
     def _login(self) -> list[Any]:
-        """Give what a refusal depends on: where the key goes, the key, and the config file's time."""
+        """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
         config = self._config
         try:
             written_at = self._config_path.stat().st_mtime_ns if self._config_path else 0
@@ -4236,154 +4237,32 @@ class Collector:
             written_at = 0
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _login_hash(self, salt: str) -> str:
-        login = json.dumps(self._login()).encode()
-        return hashlib.pbkdf2_hmac("sha256", login, bytes.fromhex(salt), 20_000).hex()
-
-    def _remember_refusal(self, state: str) -> bool:
-        salt = os.urandom(16).hex()
-        try:
-            self._store.put_meta("refused", f"{state} {salt} {self._login_hash(salt)}")
-        except StoreError as error:
-            self._log.event("store", fault=error)
-            return False
-        return True
-
-    def _raise_remembered_refusal(self) -> None:
-        words = str(self._store.get_meta("refused") or "").split()
-        if len(words) == 3 and self._login_hash(words[1]) == words[2]:
-            raise RememberedRefusal(words[0])
-
-    def _wait_for_change(self, state: str, remembered: bool) -> None:
+    def _wait_for_change(self, state: str) -> None:
         """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
-        before = self._login()
-        while not self._stop.wait(3.0):
-            remembered = remembered or self._remember_refusal(state)
-            try:
-                self._config = self._load()
-            except ConfigError as error:
-                self._log.once("config", fault=error)
-                self._stop.wait(12.0)
-                continue
-            if self._login() != before:
+        refused, is_remembered = self._login(), False
+        while True:
+            if not is_remembered:
+                try:
+                    self._refused.remember(refused, state)
+                    is_remembered = True
+                except StoreError as error:
+                    self._log.once("store", fault=error)
+            if self._stop.wait(3.0):
+                return
+            self._reload()
+            if self._login() != refused:
                 self._backoff.reset()
                 return
 
 
-class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
-
-    Of each account the newest is saved, at most one a minute. One that cannot be told whose it is, is left out.
-    """
-
-    _GAP_S = 60.0
-    _KEPT_REPLIES = 2000
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = steady_s,
-    ):
-        self._folders, self._store, self._clock, self._steady = folders, store, clock, steady
-        self._waiting: dict[tuple[str | None, str], Event] = {}
-        self._next_s: dict[tuple[str | None, str], float] = {}
-        self._seen: dict[tuple[tuple[str, str], ...], str | None] = {}
-        self._files: list[AccountFile] = []
-        self._looked_s = float("-inf")
-
-    def note(self, events: Iterable[Event]) -> None:
-        """Keep the newest reading of each account for save_due()."""
-        for event in events:
-            if event.quota_headers and self._is_own(event):
-                key = (event.auth_index, event.source)
-                known = self._waiting.get(key)
-                if known is None or event.ts_epoch >= known.ts_epoch:
-                    self._waiting[key] = event
-
-    def _is_own(self, event: Event) -> bool:
-        """Tell whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
-        """
-        assert event.quota_headers is not None
-        said = tuple(event.quota_headers.items())
-        index = self._seen.pop(said, event.auth_index)
-        self._seen[said] = index
-        if len(self._seen) > self._KEPT_REPLIES:
-            del self._seen[next(iter(self._seen))]
-        if index != event.auth_index:
-            return False
-        return not event.failed or (event.status_code == 429 and _is_used_up(event.quota_headers))
-
-    def save_due(self) -> None:
-        """Save what has waited long enough since its account's last reading."""
-        now_s = self._steady()
-        due = [key for key in self._waiting if now_s >= self._next_s.get(key, now_s)]
-        for key in due:
-            self._next_s[key] = now_s + self._GAP_S
-            self._save(self._waiting.pop(key))
-
-    def _save(self, event: Event) -> None:
-        assert event.quota_headers is not None
-        read_at = min(self._clock(), event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        payload = payload_of_headers(event.quota_headers)
-        reading = parse_quota(payload, read_at)
-        owner = self._owner_of(event, reading.plan or "")
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
-            self._store.save_reading({**row, "source": "traffic", "raw_json": None}, self._clock())
-
-    def _owner_of(self, event: Event, plan: str) -> tuple[str, str] | None:
-        """Find the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        files = self._account_files()
-        by_index = [file for file in files if file.auth_index == event.auth_index]
-        mail = event.source if looks_like_mail(event.source) else self._mail_of_index(event.auth_index)
-        same_mail = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(same_mail) > 1:
-            same_mail = [file for file in same_mail if file.plan == plan]
-            if len(same_mail) != 1:
-                return None
-        if same_mail and (by_index or same_mail[0].plan in ("", plan) or not self._has_several(mail)):
-            (file,) = same_mail
-            return None if file.disabled else (file.email, file.tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Give a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
-
-    def _mail_of_index(self, auth_index: str | None) -> str:
-        """Give the mail that this index was last seen with; an account whose file has none comes with a key."""
-        accounts = self._store.accounts() if auth_index else []
-        return next((account.mail for account in accounts if account.auth_index == auth_index), "")
-
-    def _has_several(self, mail: str) -> bool:
-        return sum(account.mail.lower() == mail.lower() for account in self._store.accounts()) > 1
-
-    def _account_files(self) -> list[AccountFile]:
-        """Read the account files again at most once a minute."""
-        if self._steady() >= self._looked_s + self._GAP_S:
-            self._files, self._looked_s = find_account_files(self._folders)[1], self._steady()
-        return self._files
-
-
-def _is_used_up(headers: Mapping[str, str]) -> bool:
-    return any(
-        window is not None and window["used_percent"] >= 100 for window in _limits_of_headers(headers, "").values()
-    )
+# ------------------------------------------------------------------ refresher
 
 
 class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
 
-    The cool-down counts from the start of a round that had an account to ask and is kept in the database.
+    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
+    account to ask and is kept in the database.
     """
 
     def __init__(
@@ -4405,11 +4284,11 @@ class QuotaRefresher:
 
     @property
     def refreshing(self) -> bool:
-        """Tell whether a round is under way."""
+        """Return whether a round is under way."""
         return self._running.locked()
 
     def state(self) -> dict[str, Any]:
-        """Give progress, cool-down and the last round's start, as ``/api/quota`` shows them."""
+        """Return progress, cool-down and the last round's start (epoch seconds), as ``/api/quota`` shows them."""
         done, total = self._progress
         return {
             "refreshing": self.refreshing,
@@ -4419,8 +4298,10 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Give the whole seconds until the next round may start; a round in the future, by a clock that was wrong
-        then or is now, does not count."""
+        """Return the whole seconds until the next round may start.
+
+        A round in the future, by a clock that was wrong then or is now, does not count.
+        """
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4441,13 +4322,9 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def _round(self) -> None:
-        try:
-            self._refresh_all()
-        except StoreError as error:
-            self._log.event("refresh_quota", fault=error)
-        finally:
-            self._running.release()
+    def register_accounts(self) -> None:
+        """List the accounts of all files in the quota table, so that it names them before they are asked."""
+        self._register(self._find_files()[0])
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4456,19 +4333,21 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def announce_accounts(self) -> None:
-        """List accounts that were never asked, so that the quota table names them from the start."""
-        files, _ = self._find_files()
-        known = {(row["email"], row["account_id_tag"]): row["state"] for row in self._store.quotas()}
+    def _register(self, files: Sequence[AccountFile]) -> None:
+        accounts = []
         for file in files:
-            state = known.get((file.email, file.tag))
-            if state is None or file.disabled != (state == "disabled"):
-                self._put_state(file, "disabled" if file.disabled else "never")
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+            state = "disabled" if file.disabled else "never"
+            account = (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            accounts.append(account)
+        self._store.register_quota_accounts(accounts, self._clock())
 
-    def _put_state(self, file: AccountFile, state: str, call: QuotaCall | None = None) -> None:
-        message = QUOTA_MESSAGES[state]
-        self._store.save_quota_state(file.email, file.tag, file.plan or None, state, message, self._clock(), call)
+    def _round(self) -> None:
+        try:
+            self._refresh_all()
+        except StoreError as error:
+            self._log.event("refresh_quota", fault=error)
+        finally:
+            self._running.release()
 
     def _refresh_all(self) -> None:
         files, problems = self._find_files()
@@ -4476,61 +4355,35 @@ class QuotaRefresher:
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
-        self._progress = (0, len(files))
-        calls = self._store.quota_calls()
-        asked_before, in_vain = False, 0
-        for number, file in enumerate(files):
-            call = calls.get((file.email, file.tag), QuotaCall())
-            if self._is_to_be_asked(file, call):
-                if asked_before and self._stop.wait(random.uniform(*self._gap_s)):
-                    return
-                asked_before = True
-                in_vain = in_vain + 1 if self._refresh_or_log(file, call) in _ROUND_ENDS_AFTER else 0
-            self._progress = (number + 1, len(files))
-            if in_vain == _MOST_IN_VAIN:
-                self._log.line(f"refresh_quota: stopped after {in_vain} failures in a row")
-                break
-        self._store.put_subscriptions((file.subscription_until, file.email, file.tag) for file in files)
+        self._register(files)
+        asked = [file for file in files if not file.disabled]
+        skipped = len(files) - len(asked)
+        for number, file in enumerate(asked):
+            self._progress = (skipped + number, len(files))
+            if number and self._stop.wait(random.uniform(*self._gap_s)):
+                return
+            try:
+                self._refresh(file)
+            except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
+                fault = error if isinstance(error, StoreError) else where_raised(error)
+                self._log.event("refresh_quota", fault=fault)
+        self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _is_to_be_asked(self, file: AccountFile, call: QuotaCall) -> bool:
-        """Tell whether to call for this account; a disabled one, a dead login and one that backs off are not."""
-        if file.disabled:
-            self._put_state(file, "disabled")
-            return False
-        if call.parked is not None and call.parked == file.version:
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is asked again when its file changes")
-            return False
-        wait_s = 0.0 if call.retry_at is None else call.retry_at - self._clock()
-        if 0 < wait_s <= _LONGEST_WAIT_S:  # a longer one is left from a clock that was set back
-            self._log.line(f"refresh_quota: {mask_mail(file.email)} is not asked for {wait_s:.0f} more seconds")
-            return False
-        return True
-
-    def _refresh_or_log(self, file: AccountFile, call: QuotaCall) -> str | None:
-        try:
-            return self._refresh(file, call)
-        except StoreError:
-            raise
-        except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-            self._log.event("refresh_quota", fault=where_raised(error))
-            return None
-
-    def _refresh(self, file: AccountFile, call: QuotaCall) -> str | None:
-        """Ask for one account and keep what was said; the state of a failure is returned, None after a reading."""
+    def _refresh(self, file: AccountFile) -> None:
         name = mask_mail(file.email)
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            self._put_state(file, fault.state, self._next_call(file, call, fault))
+            plan = file.plan or None
+            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return fault.state
+            return
         self._store.save_reading(row)
         self._log.line(f"refresh_quota: saved quota for {name}")
-        return None
 
     def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
         """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
@@ -4544,44 +4397,16 @@ class QuotaRefresher:
                 raise
         return newer, self._fetch(newer)
 
-    def _next_call(self, file: AccountFile, call: QuotaCall, fault: QuotaFault) -> QuotaCall:
-        """Park a login that is dead until its file changes; back off from anything else, twice as long each time."""
-        if fault.is_final:
-            return QuotaCall(parked=file.version)
-        if fault.state not in _WAITS_S:
-            return QuotaCall()
-        first_s, longest_s = _WAITS_S[fault.state]
-        wait_s = min(longest_s, first_s * 2 ** min(call.failures, 10))
-        return QuotaCall(call.failures + 1, self._clock() + max(wait_s, min(fault.retry_after_s, _LONGEST_WAIT_S)))
-
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
-        now, mails = self._clock(), {file.email for file in files}
-        seen = [
-            (row["email"], row["account_id_tag"])
-            for row in self._store.quotas()
-            if row["source"] == "traffic" and row["email"] not in mails and now - row["read_at"] < _WEEK_S
-        ]
-        self._store.forget_quota_accounts([*((file.email, file.tag) for file in files), *seen])
-
-
-_LONGEST_WAIT_S = 3600.0
-# Seconds not to ask after the first failure, and at the longest. The cool-down between two rounds comes first; trouble
-# on the way, which passes, costs little more than that.
-_WAITS_S = {
-    "rate_limited": (600.0, _LONGEST_WAIT_S),
-    "blocked": (600.0, _LONGEST_WAIT_S),
-    "region_blocked": (600.0, _LONGEST_WAIT_S),
-    "relogin": (600.0, _LONGEST_WAIT_S),
-    "deactivated": (600.0, _LONGEST_WAIT_S),
-    "server_error": (120.0, _LONGEST_WAIT_S),
-    "bad_response": (120.0, _LONGEST_WAIT_S),
-    "network": (120.0, 600.0),
-    "timeout": (120.0, 600.0),
-}
-# These are of the way to ChatGPT and not of an account: after a few in a row the others are left alone.
-_ROUND_ENDS_AFTER = ("rate_limited", "blocked", "region_blocked", "network", "timeout")
-_MOST_IN_VAIN = 3
+        now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
+        gone = []
+        for row in self._store.quotas():
+            account = (row["email"], row["account_id_tag"])
+            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and row["email"] not in mails
+            if account not in kept and not is_seen:
+                gone.append(account)
+        self._store.forget_quota_accounts(gone)
 
 
 class RefreshRefused(DashboardError):
@@ -4593,7 +4418,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: name the accounts, adopt rows, delete old ones, thin old readings."""
+    """Do the slow chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
         self,
@@ -4612,27 +4437,14 @@ class Housekeeper:
         while True:
             try:
                 self._turn()
-            except StoreError as error:
-                self._log.event("housekeeping", fault=error)
             except Exception as error:  # the thread's loop
-                self._log.event("housekeeping", fault=where_raised(error))
+                self._log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
             if self._stop.wait(3600):
                 return
 
     def _turn(self) -> None:
-        self._refresher.announce_accounts()
-        if self._store.needs_index:
-            self._log.event("housekeeping", indexing="the rows of an existing database; nothing is recorded meanwhile")
-            if not self._store.build_index(self._stop.is_set):
-                return
-            self._log.event("housekeeping", indexed="all rows")
-        if self._store.adopting:
-            self._log.event("housekeeping", adopting="rows of an existing database")
-            while self._store.adopt_some():
-                if self._stop.wait(0.005):
-                    return
-            self._log.event("housekeeping", adopted=self._store.counts["adopted"])
-        self._store.thin_snapshots(self._clock() - 14 * 86400)
+        self._refresher.register_accounts()
+        self._store.downsample_snapshots(self._clock() - 14 * 86400)
         if self._config.retention_days:
             before = self._clock() - self._config.retention_days * 86400
             while self._store.delete_some(before):
@@ -4657,12 +4469,11 @@ _AUTO_BUCKETS = ((3600, 300), (5 * 3600, 900), (2 * 86400, 3600), (8 * 86400, 3 
 _MOST_BUCKETS = 10_000
 _CLOCK_SLACK_S = 3600.0
 _FORCE_WAIT_S = 25.0
-
 Query = Mapping[str, str]
 
 
 class App:
-    """Hold what the routes answer from; ``collector`` and ``refresher`` are asked for their state only."""
+    """What the routes answer from; collector and refresher are asked for their state only."""
 
     def __init__(
         self,
@@ -4675,7 +4486,7 @@ class App:
     ):
         self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
         self.collector_status = collector_status
-        self.started_at = time.monotonic()
+        self.started_at, self.run_id = time.monotonic(), os.urandom(4).hex()
 
 
 def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
@@ -4704,7 +4515,7 @@ def _moment(query: Query, name: str) -> float | None:
 
 
 def _offset_s(query: Query, now: float) -> int:
-    """Give the zone in seconds east of UTC: the viewer's, else this machine's."""
+    """Return the zone in seconds east of UTC: the viewer's, else this machine's. Raises ApiError."""
     if "tz_offset" not in query:
         return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
     minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
@@ -4730,7 +4541,7 @@ def _midnight(now: float, query: Query, offset_s: int) -> float:
 
 
 def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
-    """Give the range's name and window; ``start`` and ``end`` win over the range's own.
+    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
 
     The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
     """
@@ -4853,38 +4664,6 @@ def force_quota(app: App, query: Query) -> dict[str, Any]:
     return api_quota(app, query)
 
 
-def _quota_json(
-    row: dict[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
-) -> dict[str, Any]:
-    read_at, retry_at = row.pop("read_at"), row.pop("retry_at")
-    windows = windows_at(row, now)
-    spans = spans_by_label([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    for window in windows:
-        told = window["meter"] is None and not window["due"]
-        window["forecast"] = forecast(spans.get(window["label"], ()), now) if told else None
-    shown = {**row, "state": state_at(row["state"], windows), "windows": windows}
-    for place, label in (("primary", "5h"), ("secondary", "7d")):
-        if any(window["due"] for window in windows if window["label"] == label and window["meter"] is None):
-            shown.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    return {
-        **shown,
-        "account": _account_of_quota(row, accounts),
-        "age_seconds": None if read_at is None or read_at > now + 60 else max(0, int(now - read_at)),
-        "retry_at": utc_text(retry_at) if retry_at is not None and retry_at > now else None,
-    }
-
-
-def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Name the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [one for one in same if one.plan == (row["plan"] or "")]
-    return same[0].name if len(same) == 1 else None
-
-
 def api_health(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/health``: whether recording works, and why not."""
     collector = app.collector_status()
@@ -4901,7 +4680,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 class Route(NamedTuple):
-    """Hold a route's function and what its answer depends on besides the query; None is not kept at all."""
+    """A route's function, and what its answer depends on besides the query; None is never a 304."""
 
     answer: Callable[[App, Query], dict[str, Any]]
     version: Callable[[App], tuple[Any, ...]] | None
@@ -4923,103 +4702,46 @@ ROUTES = {
 }
 
 
+def etag_of(app: App, path: str, query: Query) -> str | None:
+    """Return the tag that the answer to this question has now; None for a route that has none."""
+    version = ROUTES[path].version
+    if version is None:
+        return None
+    parts = [app.run_id, path, sorted(query.items()), version(app)]
+    return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
+
+
 class Answer(NamedTuple):
-    """Hold a body as it is sent, plain and compressed, with its tag."""
+    """A body as it is sent; ``gzipped`` where it was compressed beforehand."""
 
-    etag: str | None
     body: bytes
-    zipped: bytes | None
-    content_type: str
-
-
-def make_answer(body: bytes, etag: str | None, content_type: str, level: int) -> Answer:
-    """Compress a body once; small ones are not worth it."""
-    import gzip
-
-    zipped = gzip.compress(body, level) if len(body) > 1000 else None
-    return Answer(etag, body, zipped, content_type)
-
-
-class _Question:
-    """Hold the last answer to one question, and the lock under which it is made."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.answer: Answer | None = None
-        self.begun_at = 0.0
-
-
-class Answers:
-    """Answer equal questions once: an answer is kept while the data and the minute are the same."""
-
-    def __init__(self, app: App, kept: int = 64):
-        self._app, self._kept = app, kept
-        self._lock = threading.Lock()
-        self._questions: dict[tuple[Any, ...], _Question] = {}
-        self._run = os.urandom(4).hex()
-
-    def etag(self, path: str, query: Query) -> str | None:
-        """Give the tag that the answer to this question has now; None where it is not kept."""
-        version = ROUTES[path].version
-        if version is None:
-            return None
-        parts = [self._run, path, sorted(query.items()), version(self._app)]
-        return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
-
-    def get(self, path: str, query: Query) -> Answer:
-        """Give the kept answer, or make it; threads that ask the same wait for the one that makes it.
-
-        While events stream in, an answer is old when it is made. It is good for all who asked before it was begun.
-        """
-        if ROUTES[path].version is None:
-            return self._make(path, query, None)
-        asked_at = time.monotonic()
-        question = self._question((path, *sorted(query.items())))
-        with question.lock:
-            etag = self.etag(path, query)
-            answer = question.answer
-            if answer is None or (answer.etag != etag and question.begun_at <= asked_at):
-                begun_at = time.monotonic()
-                answer = question.answer = self._make(path, query, etag)
-                question.begun_at = begun_at
-            return answer
-
-    def _question(self, key: tuple[Any, ...]) -> _Question:
-        with self._lock:
-            question = self._questions.pop(key, None) or _Question()
-            self._questions[key] = question
-            if len(self._questions) > self._kept:
-                del self._questions[next(iter(self._questions))]
-            return question
-
-    def _make(self, path: str, query: Query, etag: str | None) -> Answer:
-        return json_answer(ROUTES[path].answer(self._app, query), etag)
+    etag: str | None = None
+    content_type: str = "application/json; charset=utf-8"
+    policy: str = "default-src 'none'; frame-ancestors 'none'"
+    gzipped: bytes | None = None
 
 
 def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
-    """Write a JSON answer."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return make_answer(body, etag, "application/json; charset=utf-8", level=1)
+    """Return the answer that holds this content."""
+    return Answer(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
-_API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+def load_page(path: Path) -> Answer:
+    """Return the page, with a policy that lets only its own script and style run. Raises DashboardError."""
+    import gzip
 
-
-class Page:
-    """Hold the page and the policy that lets only its own script and style run."""
-
-    def __init__(self, path: Path):
-        try:
-            body = path.read_bytes()
-        except OSError as error:
-            raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
-        self.answer = make_answer(body, f'"{hashlib.sha256(body).hexdigest()[:20]}"', "text/html; charset=utf-8", 9)
-        scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
-        styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
-        self.policy = (
-            f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
+    scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
+    styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+    policy = (
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
+    return Answer(body, etag, "text/html; charset=utf-8", policy, gzip.compress(body, 9))
 
 
 def _hashes(parts: Sequence[bytes]) -> str:
@@ -5027,279 +4749,13 @@ def _hashes(parts: Sequence[bytes]) -> str:
     return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
 
 
-_IDLE_S, _SEND_S = 75.0, 20.0
-_LARGEST_HEAD = 16 * 1024
-_MOST_CONNECTIONS = 128
+def is_loopback(host: str) -> bool:
+    """Return whether this name or address is one of this machine alone."""
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-def make_server(host: str, port: int, head_s: float = 10.0) -> Any:
-    """Bind the port and return the server, with ``app`` and ``page`` still to be set.
-
-    A request's head must be there within ``head_s``, however its bytes drip in. Nothing is looked up in the DNS.
-    Raises DashboardError that names the port.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from urllib.parse import parse_qsl, urlsplit
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 128
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        app: App
-        page: Page
-        answers: Answers
-
-        def server_bind(self) -> None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
-            self.connections = _Connections()
-
-        def serve(self, app: App, page: Page, poll_interval_s: float = 0.5) -> None:
-            """Answer requests until shutdown(), which is noticed within the poll interval."""
-            self.app, self.page, self.answers = app, page, Answers(app)
-            self.serve_forever(poll_interval_s)
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            if self.connections.add(request):
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
-
-        def shutdown_request(self, request: Any) -> None:
-            self.connections.remove(request)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: what arrives here is a client that went away."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        server: Server
-
-        def setup(self) -> None:
-            super().setup()
-            self._received = b""
-
-        def handle_one_request(self) -> None:
-            self.close_connection = True
-            self.command, self.path, self.requestline, self.request_version = "GET", "", "", "HTTP/1.1"
-            try:
-                head = self._read_head()
-                if head is None:
-                    return
-                self.rfile = io.BytesIO(head)
-                self.raw_requestline = self.rfile.readline()
-                if self.parse_request():
-                    self._answer()
-            except ApiError as error:
-                self.close_connection = True
-                self._send_error(error)
-                self._read_over()
-
-        @staticmethod
-        def _refuse_large(head: bytes) -> None:
-            if len(head) > _LARGEST_HEAD:
-                raise ApiError(431, "head_too_large", f"the request's head is over {_LARGEST_HEAD} bytes")
-
-        def _read_over(self) -> None:
-            """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
-            deadline = time.monotonic() + 2.0
-            try:
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(1.0)
-                while time.monotonic() < deadline and self.connection.recv(65536):
-                    pass
-            except OSError:
-                pass
-
-        def _read_head(self) -> bytes | None:
-            """Read one request's head within its limits of size and time; None where the client went away."""
-            self.server.connections.wait(self.connection)
-            deadline = time.monotonic() + (head_s if self._received else _IDLE_S)
-            while b"\r\n\r\n" not in self._received:
-                self._refuse_large(self._received)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                self.connection.settimeout(left)
-                try:
-                    piece = self.connection.recv(8192)
-                except OSError:
-                    return None
-                if not piece:
-                    return None
-                if not self._received:
-                    deadline = time.monotonic() + head_s
-                self._received += piece
-            self.server.connections.busy(self.connection)
-            self.connection.settimeout(_SEND_S)
-            head, _, self._received = self._received.partition(b"\r\n\r\n")
-            self._refuse_large(head)
-            return head + b"\r\n\r\n"
-
-        def _answer(self) -> None:
-            if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # a body is of no use here and is not read
-            try:
-                self._check_access()
-                self._route()
-            except DashboardError as error:
-                self._send_error(error)
-            except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-                Log(sys.stderr).event("http", fault=where_raised(error))
-                self._send_error(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
-
-        def _check_access(self) -> None:
-            if self.request_version == "HTTP/0.9":
-                raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
-            if self.server.app.config.dashboard_host in _LOOPBACK and not _is_loopback_name(self.headers.get("Host")):
-                raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
-            if not _password_fits(self.headers.get("Authorization"), self.server.app.config.dashboard_password):
-                said = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
-                raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", said)
-            if self.command not in ("GET", "HEAD"):
-                self.close_connection = True
-                raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
-
-        def _route(self) -> None:
-            parts, query = self._question()
-            if parts.path == "/":
-                self._send(200, self.server.page.answer, policy=self.server.page.policy)
-                return
-            if parts.path not in ROUTES:
-                raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-            forced = query.pop("force", None) == "1" and self.command == "GET"
-            if parts.path == "/api/quota" and forced:
-                self._refuse_other_sites()
-                self._send(200, json_answer(force_quota(self.server.app, query)))
-                return
-            etag = self.server.answers.etag(parts.path, query)
-            if etag is not None and self._has(etag):
-                self._send_head(304, {"ETag": etag}, b"")
-                return
-            self._send(200, self.server.answers.get(parts.path, query))
-
-        def _question(self) -> tuple[Any, dict[str, str]]:
-            try:
-                parts = urlsplit(self.path)
-                fields = parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace")
-            except ValueError as error:
-                raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
-            return parts, dict(fields)
-
-        def _refuse_other_sites(self) -> None:
-            """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-            said = self.headers.get("Sec-Fetch-Site")
-            own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-            sent = [self.headers.get(name) for name in ("Origin", "Referer")]
-            if said is not None:
-                foreign = said not in ("same-origin", "none")
-            else:
-                foreign = any(url and _host_of(url) not in own_hosts for url in sent)
-            if foreign:
-                raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
-
-        def _has(self, etag: str) -> bool:
-            sent = self.headers.get("If-None-Match", "")
-            return etag in [tag.strip().replace("W/", "", 1) for tag in sent.split(",")]
-
-        def _send(self, status: int, answer: Answer, policy: str = _API_POLICY, more: Mapping[str, str] = {}) -> None:
-            headers = {"Content-Type": answer.content_type, "Content-Security-Policy": policy, **more}
-            if answer.etag is not None:
-                headers["ETag"] = answer.etag
-                if self._has(answer.etag):
-                    self._send_head(304, headers, b"")
-                    return
-            body = answer.body
-            if answer.zipped is not None:
-                headers["Vary"] = "Accept-Encoding"
-                if "gzip" in self.headers.get("Accept-Encoding", ""):
-                    headers["Content-Encoding"], body = "gzip", answer.zipped
-            headers["Content-Length"] = str(len(body))
-            self._send_head(status, headers, b"" if self.command == "HEAD" else body)
-
-        def _send_error(self, error: DashboardError) -> None:
-            self.headers = getattr(self, "headers", None) or {}
-            message = str(error) if isinstance(error, ApiError) else _public_message(error)
-            content = {"error": message, "code": error.code}
-            self._send(error.http_status, json_answer(content), more=getattr(error, "headers", {}))
-
-        def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-            """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
-            lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
-            lines += [f"{name}: {value}" for name, value in {**_COMMON_HEADERS, **headers}.items()]
-            lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-            try:
-                self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-            except OSError:
-                self.close_connection = True
-
-        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            """Answer what the standard parser refuses, in the API's own form."""
-            self.close_connection = True
-            known = {414: "bad_request", 431: "head_too_large", 505: "bad_version"}
-            self._send_error(ApiError(int(code), known.get(int(code), "bad_request"), "this is not an HTTP request"))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep no access log: it would hold the clients' addresses."""
-
-    try:
-        return Server((host, port), Handler)
-    except OverflowError as error:
-        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
-        raise DashboardError(_bind_fault(host, port, error)) from error
-
-
-def _bind_fault(host: str, port: int, error: OSError) -> str:
-    import errno
-
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop that "
-            f'one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
-        )
-    if error.errno == errno.EACCES:
-        return f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
-    return f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-
-
-def _public_message(error: DashboardError) -> str:
-    """Say what is wrong without a path: answers may be read by others than the owner."""
-    if isinstance(error, StoreError):
-        return "the database cannot be read just now; the dashboard's log and its check command say why"
-    return str(error)
-
-
-_COMMON_HEADERS = {
-    "Cache-Control": "private, no-cache",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def _host_of(url: str) -> str:
-    from urllib.parse import urlsplit
-
-    try:
-        return urlsplit(url).netloc
-    except ValueError:
-        return url
-
-
-def _is_loopback_name(host: str | None) -> bool:
-    """Tell whether a Host header names this machine; the port does not matter (ssh -L)."""
-    if host is None:
-        return True
-    name = re.sub(r":\d+\Z", "", host.strip().lower()).strip("[]").rstrip(".")
-    return name in _LOOPBACK or name.endswith(".localhost") or re.match(r"127(\.\d{1,3}){3}\Z", name) is not None
+def _takes_gzip(accepted: str) -> bool:
+    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.I) is not None
 
 
 def _password_fits(header: str | None, password: str) -> bool:
@@ -5316,235 +4772,456 @@ def _password_fits(header: str | None, password: str) -> bool:
     return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
-class _Connections:
-    """Count open connections; beyond the limit, the one that has kept its request to itself longest goes."""
+class Connections:
+    """The open connections, and until when the server waits for each one's client.
 
-    def __init__(self) -> None:
+    A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
+    fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
+    """
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
         self._lock = threading.Lock()
-        self._waiting_since: dict[Any, float] = {}
         self._open: set[Any] = set()
+        self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
-        """Take a new connection in, and tell whether there was a place for it."""
+        """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._open) >= _MOST_CONNECTIONS:
-                if not self._waiting_since:
+            if len(self._open) >= self._most:
+                if not self._waits_until:
                     return False
-                oldest = min(self._waiting_since, key=lambda one: self._waiting_since[one])
-                del self._waiting_since[oldest]
-                try:
-                    oldest.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                self._end(next(iter(self._waits_until)))
             self._open.add(connection)
             return True
 
-    def wait(self, connection: Any) -> None:
-        """Note that this one has yet to send its request."""
+    def wait(self, connection: Any, seconds: float) -> None:
+        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
         with self._lock:
-            self._waiting_since.setdefault(connection, time.monotonic())
+            self._waits_until.pop(connection, None)
+            if connection in self._open:
+                self._waits_until[connection] = time.monotonic() + seconds
 
     def busy(self, connection: Any) -> None:
-        """Note that its request is whole."""
+        """Record that the client waits for us."""
         with self._lock:
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def end_late(self) -> None:
+        """End the connections whose time is over."""
+        with self._lock:
+            now = time.monotonic()
+            for connection in [one for one, until in self._waits_until.items() if until <= now]:
+                self._end(connection)
 
     def remove(self, connection: Any) -> None:
-        """Forget a closed one."""
+        """Forget a closed connection."""
         with self._lock:
             self._open.discard(connection)
-            self._waiting_since.pop(connection, None)
+            self._waits_until.pop(connection, None)
+
+    def _end(self, connection: Any) -> None:
+        self._open.discard(connection)
+        del self._waits_until[connection]
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client was quicker
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
+
+    A request's head must be there within ``head_s`` seconds, however its bytes drip in. Nothing is looked up in
+    the DNS.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    app: App
+    page: Answer
+
+    def __init__(self, host: str, port: int, head_s: float):
+        self.connections, self.head_s = Connections(), head_s
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name that the standard server does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def serve(self, app: App, page: Answer, poll_interval_s: float = 0.5) -> None:
+        """Answer requests until shutdown(), which is noticed within the poll interval, as are late clients."""
+        self.app, self.page = app, page
+        self.serve_forever(poll_interval_s)
+
+    def service_actions(self) -> None:
+        """End the connections of late clients; called at least once a poll interval."""
+        self.connections.end_late()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.connections.add(request):
+            self.connections.wait(request, Handler.idle_s)
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log nothing: what arrives here is a client that went away."""
+
+
+class HeadReader(io.BufferedReader):
+    """Read the lines of a request's head: whole ones only, and at most 16 KiB of them together.
+
+    Raises LineTooLong beyond that, and ConnectionError where the client leaves in the middle: to the standard parser
+    the end of the stream would be the end of the head.
+    """
+
+    largest = left = 16 * 1024
+
+    def readline(self, limit: int | None = -1) -> bytes:
+        """Return the next line of the head, whatever ``limit`` is."""
+        line = super().readline(self.left)
+        self.left -= len(line)
+        if not line.endswith(b"\n"):
+            raise ConnectionError("no whole line came") if self.left else LineTooLong("request's head")
+        return line
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answer the requests of one connection; the only place that knows HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    rbufsize = 0
+    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    server: Server
+    common_headers = {
+        "Cache-Control": "private, no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "X-Frame-Options": "DENY",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+    parser_faults = {
+        400: ("bad_request", "this is not an HTTP request"),
+        431: ("head_too_large", f"the request's head is over {HeadReader.largest} bytes or 100 lines"),
+        505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
+    }
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = HeadReader(self.rfile)
+
+    def handle_one_request(self) -> None:
+        """Answer the next request, or find that the client has left or was ended."""
+        self.close_connection, self.headers = True, HTTPMessage()
+        self.server.connections.wait(self.connection, self.idle_s)
+        if not self.rfile.peek(1):
+            return
+        self.server.connections.wait(self.connection, self.server.head_s)
+        self.rfile.left = self.rfile.largest
+        self.command = None
+        try:
+            self.raw_requestline = self.rfile.readline()
+        except LineTooLong:
+            self.send_error(431)
+            return
+        if self.parse_request():
+            self.server.connections.busy(self.connection)
+            self._answer()
+
+    def _answer(self) -> None:
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        may_have_body = self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers
+        may_have_body = may_have_body or any(length.strip() != "0" for length in lengths)
+        if may_have_body:
+            self.close_connection = True  # a body is of no use here
+        try:
+            self._check_access()
+            self._route()
+        except DashboardError as error:
+            self._send_fault(error)
+        except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
+            Log(sys.stderr).event("http", fault=where_raised(error))
+            self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
+        if may_have_body:
+            self._drain()
+
+    def _check_access(self) -> None:
+        config = self.server.app.config
+        if self.request_version == "HTTP/0.9":
+            raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
+        host = re.sub(r":\d+\Z", "", self.headers.get("Host", "localhost").strip().lower())  # any port is fine (ssh -L)
+        if is_loopback(config.dashboard_host) and not is_loopback(host.strip("[]").rstrip(".")):
+            raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
+        if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
+            wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
+            raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", wanted)
+        if self.command not in ("GET", "HEAD"):
+            raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
+
+    def _route(self) -> None:
+        try:
+            parts = urlsplit(self.path)
+            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+        except ValueError as error:
+            raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
+        if parts.path == "/":
+            self._send_unless_known(self.server.page.etag, lambda: self.server.page)
+            return
+        if parts.path not in ROUTES:
+            raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
+        forced = query.pop("force", None) == "1" and self.command == "GET"
+        if parts.path == "/api/quota" and forced:
+            self._refuse_other_sites()
+            self._send(200, json_answer(force_quota(self.server.app, query)))
+            return
+        app, etag = self.server.app, etag_of(self.server.app, parts.path, query)
+        self._send_unless_known(etag, lambda: json_answer(ROUTES[parts.path].answer(app, query), etag))
+
+    def _send_unless_known(self, etag: str | None, make: Callable[[], Answer]) -> None:
+        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
+        if etag is not None and (etag in tags or "*" in tags):
+            self._send_head(304, {"ETag": etag}, b"")
+        else:
+            self._send(200, make())
+
+    def _refuse_other_sites(self) -> None:
+        """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
+        site = self.headers.get("Sec-Fetch-Site")
+        own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
+        sent = filter(None, [self.headers.get(name) for name in ("Origin", "Referer")])
+        try:
+            foreign = site not in ("same-origin", "none", None)
+            if site is None:
+                foreign = any(urlsplit(url).netloc not in own_hosts for url in sent)
+        except ValueError:
+            foreign = True
+        if foreign:
+            raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        body = answer.body
+        if answer.etag is not None:
+            headers["ETag"] = answer.etag
+        if len(body) > 1000:
+            headers["Vary"] = "Accept-Encoding"
+            if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+                import gzip
+
+                headers["Content-Encoding"] = "gzip"
+                body = answer.gzipped or gzip.compress(body, 1)
+        headers["Content-Length"] = str(len(body))
+        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+
+    def _send_fault(self, error: DashboardError) -> None:
+        message = str(error)
+        if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
+            message = "the database cannot be read just now; the dashboard's log and its check command say why"
+        answer = json_answer({"error": message, "code": error.code})
+        self._send(error.http_status, answer, getattr(error, "headers", {}))
+
+    def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
+        lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
+        self.server.connections.wait(self.connection, self.send_s)
+        try:
+            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        except OSError:
+            self.close_connection = True
+
+    def _drain(self) -> None:
+        """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
+        self.server.connections.wait(self.connection, self.drain_s)
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(65536):
+                pass
+        except OSError:
+            pass  # the client was quicker
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what the standard parser refuses, in the API's own form."""
+        self.close_connection = True
+        self._send_fault(ApiError(int(code), *self.parser_faults.get(int(code), self.parser_faults[400])))
+        self._drain()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep no access log: it would hold the clients' addresses."""
+
+
+def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
+    """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
+    import errno
+
+    try:
+        return Server(host, port, head_s)
+    except OverflowError as error:
+        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
+    except OSError as error:
+        message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
+        if error.errno == errno.EADDRINUSE:
+            message = (
+                f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
+                f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
+            )
+        elif error.errno == errno.EACCES:
+            message = f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
+        raise DashboardError(message) from error
 
 
 # ------------------------------------------------------------------ demo
 
 
 class _DemoAccount(NamedTuple):
-    mail: str
+    source: str
     plan: str
     share: float
+    failing: float  # share of its requests
     models: tuple[str, ...]
     used: tuple[float | None, float | None]  # percent of five hours and of the week
 
 
 _DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
 _DEMO_ACCOUNTS = (
-    _DemoAccount("an.nguyen@example.com", "plus", 0.30, _DEMO_CODEX, (38, 29)),
-    _DemoAccount("minh.tran@example.com", "plus", 0.22, _DEMO_CODEX, (76, 52)),
-    _DemoAccount("linh.pham@example.com", "pro", 0.17, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-    _DemoAccount("team@example.org", "team", 0.11, _DEMO_CODEX, (9, 17)),
-    _DemoAccount("dev.one@example.net", "plus", 0.08, _DEMO_CODEX, (100, 88)),
-    _DemoAccount("dev.two@example.net", "plus", 0.06, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-    _DemoAccount("huy.le@example.com", "free", 0.03, ("gpt-5.4-mini",), (None, None)),
-    _DemoAccount("old.mail@example.com", "plus", 0.03, ("gpt-5.3-codex",), (59, 34)),
+    _DemoAccount("an.nguyen@example.com", "plus", 0.30, 0.012, _DEMO_CODEX, (38, 29)),
+    _DemoAccount("minh.tran@example.com", "plus", 0.22, 0.012, _DEMO_CODEX, (76, 52)),
+    _DemoAccount("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+    _DemoAccount("team@example.org", "team", 0.11, 0.012, _DEMO_CODEX, (9, 17)),
+    _DemoAccount("dev.one@example.net", "plus", 0.08, 0.07, _DEMO_CODEX, (100, 88)),
+    _DemoAccount("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+    _DemoAccount("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
+    _DemoAccount("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
 )
+_DEMO_KEY = _DemoAccount("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None))
+_DEMO_SENDERS = (*_DEMO_ACCOUNTS, _DEMO_KEY)
 _DEMO_FAILURES = (
-    (429, "429 usage_limit_reached: The usage limit has been reached"),
-    (401, "401 token_expired: Provided authentication token is expired. Please try signing in again."),
-    (503, "503 Service Unavailable"),
-    (499, "499 Client Closed Request"),
+    (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
+    (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
+    (503, ""),
+    (499, ""),
 )
 _DEMO_REQUESTS_A_DAY = 1300
+_DEMO_HOURS = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1,
+               1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)  # fmt: skip
 
 
 class DemoWorld:
     """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
 
-    def __init__(self, folder: Path, now: float, seed: int = 8320):
-        self._dice = random.Random(seed)
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
+        self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
+        self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
+        self._arrivals = self._arrive(self._born_at - 7 * 86400)
+        self._next_at = next(self._arrivals)
+        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._sequence = 0
-        self._state = "recording"
-        self._last_event: float | None = None
-        self._born_at = now
+        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._write_week(now)
-        self._write_readings(now)
-        self._traffic = TrafficReadings([self.auth_dir], self.store)
+        self._record()
+        self.store.begin_outage(self._outage.start, "unreachable")
+        self.store.end_outage(self._outage.end)
+        self._write_readings()
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
         for number, account in enumerate(_DEMO_ACCOUNTS):
-            content = {
-                "type": "codex",
-                "email": account.mail,
-                "account_id": f"demo-{number}",
-                "access_token": str(number),
-            }
-            (self.auth_dir / f"codex-{number}.json").write_text(json.dumps(content), encoding="utf-8")
+            content = {"type": "codex", "email": account.source, "account_id": f"demo-{number}"}
+            text = json.dumps({**content, "access_token": str(number)})
+            (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
-    def _write_week(self, now: float) -> None:
-        events: list[Event] = []
-        at = now - 7 * 86400
-        while True:
-            busy = self._busyness(at)
-            at += self._dice.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busy)
-            if at >= now:
-                break
-            events.append(self._event(at))
-        self._put(events, now)
-        self.store.begin_outage(now - 33 * 3600, "unreachable")
-        self.store.end_outage(now - 32.2 * 3600)
-
-    def _write_readings(self, now: float) -> None:
-        """Give each account the readings of its requests of the last hour, and the lost one its last good reading."""
-        files = find_account_files([self.auth_dir])[1]
+    def _write_readings(self) -> None:
+        """Save readings of the last hour, that forecasts need; of the lost account its last good one."""
         for minutes_ago in (180, *range(60, 0, -10)):
-            for file in files:
+            for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
-                    at = now - minutes_ago * 60
-                    row = snapshot_of(file, self._quota_of(file, at), at)
-                    self.store.save_reading({**row, "source": "traffic", "raw_json": None})
+                    at = self._born_at - minutes_ago * 60
+                    reading = parse_quota(self._reply(int(file.access_token), at), at)
+                    self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
-    @staticmethod
-    def _busyness(at: float) -> float:
-        """Give how busy that hour of a working week is, as a factor around one."""
-        local = time.localtime(at)
-        by_hour = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1)
-        by_hour += (1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)
-        return by_hour[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+    def _arrive(self, at: float) -> Iterator[float]:
+        """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
+        while True:
+            local = time.localtime(at)
+            busyness = _DEMO_HOURS[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+            at += self._rng.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busyness)
+            if not self._outage.start <= at < self._outage.end:
+                yield at
 
-    def _event(self, at: float) -> Event:
-        dice = self._dice
-        if dice.random() < 0.02:
-            return self._key_event(at)
-        number = dice.choices(range(len(_DEMO_ACCOUNTS)), [one.share for one in _DEMO_ACCOUNTS])[0]
-        account = _DEMO_ACCOUNTS[number]
-        failed = dice.random() < (0.07 if account.mail.startswith(("dev.one", "old")) else 0.012)
-        model = dice.choice(account.models)
-        if failed:
-            return self._make(at, account, model, (0, 0, 0, 0), dice.randrange(200, 1500), dice.choice(_DEMO_FAILURES))
-        into = int(dice.lognormvariate(11.0, 0.9))
-        cached = int(into * dice.triangular(0.3, 0.99, 0.93)) if dice.random() < 0.9 else 0
-        out = int(dice.lognormvariate(6.4, 0.8))
-        thought = int(out * dice.triangular(0.1, 0.85, 0.5))
-        latency_ms = int(1200 + out * dice.uniform(6, 18))
-        made = self._make(at, account, model, (into, out, thought, cached), latency_ms, None)
-        return made if account.mail.startswith("old") else made._replace(quota_headers=self._headers_of(number, at))
-
-    def _key_event(self, at: float) -> Event:
-        account = _DemoAccount(mask_key("AIza-made-up-key-of-the-demo-0001"), "", 0, (), (None, None))
-        into, out = self._dice.randrange(500, 30000), self._dice.randrange(50, 900)
-        made = self._make(at, account, "gemini-3-pro-preview", (into, out, out // 3, 0), 2600 + out * 9, None)
-        return made._replace(provider="gemini", auth_type="apikey", endpoint="POST /v1beta/models/*action")
-
-    def _make(self, at: float, account: _DemoAccount, model: str, tokens, latency_ms: int, failure) -> Event:
-        into, out, thought, cached = tokens
-        status, reason = failure or (200, None)
-        dice = self._dice
-        return Event(
-            timestamp=utc_text(at) or "",
-            ts_epoch=round(at, 3),
-            auth_index=hashlib.sha256(account.mail.encode()).hexdigest()[:16],
-            source=account.mail,
-            model=model,
-            input_tokens=into,
-            output_tokens=out,
-            reasoning_tokens=thought,
-            total_tokens=into + out,
-            latency_ms=latency_ms,
-            failed=int(reason is not None),
-            cached_tokens=cached,
-            cache_write_tokens=0,
-            ttft_ms=None if reason else dice.randrange(500, 2600),
-            status_code=status,
-            error=reason,
-            request_id=f"{dice.getrandbits(32):08x}",
-            provider="codex",
-            endpoint="POST /v1/responses",
-            auth_type="oauth",
-            alias=model,
-            reasoning_effort=dice.choice(("low", "medium", "medium", "high", "xhigh")),
-            service_tier="auto",
-            api_key=mask_key(f"sk-demo-client-{dice.randrange(3)}-made-up"),
-            plan=account.plan,
-        )
-
-    def _put(self, events: list[Event], now: float) -> None:
-        for start in range(0, len(events), 2000):
-            self._sequence += 1
-            self.store.store_batch(Parsed(events[start : start + 2000], [], 0), self._sequence, now)
-        if events:
-            self._last_event = events[-1].ts_epoch
+    def _record(self) -> None:
+        """Store the requests that have arrived by now."""
+        now, payloads = self._clock(), []
+        while self._next_at <= now:
+            payloads.append(self._payload(self._next_at))
+            self._next_at = next(self._arrivals)
+        for first in range(0, len(payloads), 2000):
+            parsed = parse_events(payloads[first : first + 2000])
+            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
+            self._traffic.note(parsed.events)
+            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
-        """Let a request arrive every few seconds until ``stop``."""
-        while not stop.wait(self._dice.uniform(1.0, 5.0)):
-            event = self._event(time.time())
-            self._put([event], time.time())
-            self._traffic.note([event])
+        """Let requests arrive at the pace of the week until ``stop``."""
+        while not stop.wait(max(0.0, self._next_at - self._clock())):
+            self._record()
             self._traffic.save_due()
 
-    def status(self) -> dict[str, Any]:
-        """Give a collector's state as it would be with a proxy."""
-        counts = self.store.counts
-        return {
-            "state": self._state,
-            "since": time.time() - 7 * 86400,
-            "until": None,
-            "message": "These data are made up.",
-            "endpoint": "demo",
-            "mode": None,
-            "last_event": self._last_event,
-            "publishing": True,
-            "proxy_version": None,
-            "retention_seconds": None,
-            "clock_ahead_seconds": None,
-            "warning": None,
-            "events": counts["stored"],
-            "rejected": counts["rejected"],
-            "ignored": counts["ignored"],
+    def _payload(self, at: float) -> bytes:
+        """Return a request as the proxy hands it over."""
+        rng = self._rng
+        number = rng.choices(range(len(_DEMO_SENDERS)), [sender.share for sender in _DEMO_SENDERS])[0]
+        sender = _DEMO_SENDERS[number]
+        is_key, model = sender is _DEMO_KEY, rng.choice(sender.models)
+        into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
+        latency_ms = int(1200 + out * rng.uniform(6, 18))
+        request = {
+            "timestamp": utc_text(at),
+            "source": sender.source,
+            "auth_index": hashlib.sha256(sender.source.encode()).hexdigest()[:16],
+            "provider": "gemini" if is_key else "codex",
+            "model": model,
+            "alias": model,
+            "endpoint": "POST /v1beta/models/*action" if is_key else "POST /v1/responses",
+            "auth_type": "apikey" if is_key else "oauth",
+            "api_key": f"sk-demo-client-{rng.randrange(3)}-made-up",
+            "request_id": f"{rng.getrandbits(32):08x}",
+            "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
+            "service_tier": "auto",
         }
+        if rng.random() < sender.failing:
+            status, body = rng.choice(_DEMO_FAILURES)
+            request.update(failed=True, fail={"status_code": status, "body": body}, latency_ms=rng.randrange(200, 1500))
+            return json.dumps(request).encode()
+        request.update(
+            failed=False,
+            fail={"status_code": 200, "body": ""},
+            latency_ms=latency_ms,
+            ttft_ms=rng.randrange(500, min(latency_ms, 2600)),
+            tokens={
+                "input_tokens": into,
+                "output_tokens": out,
+                "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
+                "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
+            },
+            response_headers={} if is_key or sender.source.startswith("old") else self._headers(number, at),
+        )
+        return json.dumps(request).encode()
 
-    def fetch(self, file: AccountFile) -> dict[str, Any]:
-        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
-        if file.email.startswith("old"):
-            raise QuotaFault("relogin", is_final=True)
-        return self._quota_of(file, time.time())
-
-    def _windows_of(self, number: int, at: float) -> list[dict[str, Any]]:
-        """Give an account's windows at a time: each fills evenly and begins anew at its reset."""
+    def _windows(self, number: int, at: float) -> list[dict[str, Any]]:
+        """Return an account's windows at a time: each fills evenly and begins again at its reset."""
         account = _DEMO_ACCOUNTS[number]
         lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
         known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
@@ -5557,21 +5234,254 @@ class DemoWorld:
             windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
         return windows
 
-    def _headers_of(self, number: int, at: float) -> dict[str, str]:
-        headers = {"x-codex-plan-type": _DEMO_ACCOUNTS[number].plan}
-        for slot, window in zip(("primary", "secondary"), self._windows_of(number, at)):
-            headers[f"x-codex-{slot}-used-percent"] = str(window["used_percent"])
-            headers[f"x-codex-{slot}-window-minutes"] = str(window["limit_window_seconds"] // 60)
-            headers[f"x-codex-{slot}-reset-at"] = str(window["reset_at"])
+    def _headers(self, number: int, at: float) -> dict[str, list[str]]:
+        headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
+        for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
+            headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
+            headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
+            headers[f"X-Codex-{slot}-Reset-At"] = [str(window["reset_at"])]
         return headers
 
-    def _quota_of(self, file: AccountFile, at: float) -> dict[str, Any]:
-        number = int(file.access_token)
-        account = _DEMO_ACCOUNTS[number]
-        windows = self._windows_of(number, at)
-        spent = any(window["used_percent"] == 100 for window in windows)
-        limits = dict(zip(("primary_window", "secondary_window"), windows), allowed=not spent, limit_reached=spent)
-        return {"plan_type": account.plan, "rate_limit": limits, "credits": None}
+    def _reply(self, number: int, at: float) -> dict[str, Any]:
+        return payload_of_headers({name.lower(): text for name, (text,) in self._headers(number, at).items()})
+
+    def fetch(self, file: AccountFile) -> dict[str, Any]:
+        """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
+        if file.email.startswith("old"):
+            raise QuotaFault("relogin")
+        return self._reply(int(file.access_token), self._clock())
+
+    def status(self) -> dict[str, Any]:
+        """Return a collector's status as it would be with a proxy."""
+        since, message = self._born_at - 7 * 86400, "These data are made up."
+        status = CollectorStatus("recording", since, message, "demo", last_event=self._last_event, publishing=True)
+        return status.as_json(self.store.counts)
+
+
+# ------------------------------------------------------------------ check
+
+
+class Finding(NamedTuple):
+    """What check found: ``level`` is ok, warning or fault, ``remedy`` the line to change."""
+
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def check_everything(config: Config, config_path: Path) -> list[Finding]:
+    """Return what one pass over files, database, accounts and queue finds. Nothing is popped."""
+    about_database, quotas = _check_database(config.database_path)
+    return [
+        *_check_modes(config, config_path),
+        *_check_disk(config.database_path),
+        *about_database,
+        *_check_accounts(config, quotas),
+        *_check_dashboard(config, config_path),
+    ]
+
+
+def _check_modes(config: Config, config_path: Path) -> list[Finding]:
+    """Look for files with secrets or usage in them that others on the machine can read."""
+    import shlex
+
+    folder, files, _ = find_account_files(config.auth_dirs())
+    findings = []
+    for path in (config_path, config.database_path, *(folder / file.name for file in files)):
+        try:
+            open_to_others = path.stat().st_mode & 0o077
+        except OSError:
+            continue
+        if open_to_others:
+            remedy = f"chmod 600 {shlex.quote(str(path))}"
+            findings.append(Finding("warning", f"{path} can be read by other users", remedy))
+    return findings or [Finding("ok", "file modes")]
+
+
+def _check_disk(path: Path) -> list[Finding]:
+    import shutil
+
+    if not os.access(str(path.parent), os.W_OK):
+        remedy = f'chown it to this user, or set "database" ({path})'
+        return [Finding("fault", f"{path.parent} cannot be written", remedy)]
+    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
+    found = f"{free_mib} MiB are free on the database's disk"
+    if free_mib >= 200:
+        return [Finding("ok", found)]
+    return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
+
+
+def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Check the file's sums and losses, and also return its accounts' quotas; an earlier version's stays as it is."""
+    if not path.exists():
+        return [Finding("ok", "database: none yet, it is made at the first start")], []
+    try:
+        count = events_to_adopt(path)
+        if count:
+            return [Finding("ok", f"database: {count:,} events of an earlier version will be taken in")], []
+        with closing(Store(path)) as store:
+            remedy = "move the file away; a new one is made"
+            faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
+            well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
+            return [*(faults or [well]), *_check_losses(store)], store.quotas()
+    except StoreError as error:
+        return [Finding("fault", str(error), "see the sentence above")], []
+
+
+def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
+    """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
+    now = time.time()
+    losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
+    findings = []
+    for outage in losses[-shown:]:
+        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
+        if outage["to"] is None:
+            remedy = STATE_REMEDIES.get(outage["reason"], remedy)
+        findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
+    return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
+
+
+def outage_text(outage: Mapping[str, Any]) -> str:
+    """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
+    start, end = (
+        "now" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+        for at in (outage["from"], outage["to"])
+    )
+    return f"{start} to {end} ({outage['reason'].replace('_', ' ')})"
+
+
+_NEED_A_PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token")
+
+
+def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Name the account files that cannot be used, by what they hold and by the state that was stored last."""
+    folder, files, problems = find_account_files(config.auth_dirs())
+    findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
+    if not files:
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
+    stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
+    odd = []
+    for file in files:
+        state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
+        name = f"{file.email} ({file.plan})" if file.plan else file.email
+        if state in _NEED_A_PERSON:
+            odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
+        elif state == "disabled":  # as somebody wanted it
+            odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
+    count = f"{len(files) - len(odd)} of {len(files)}" if odd else f"{len(files)}"
+    return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
+
+
+def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
+    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    try:
+        health = ask_dashboard(config, "/api/health", 5.0)
+    except DashboardError as error:
+        wrong_password = error.code == "password_needed"
+        remedy = "correct dashboard_password" if wrong_password else "its log says more; restart it if it stays so"
+        return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
+    if health is not None and "collector" in health:
+        running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
+        return [running, *_findings_of_status(health["collector"], config)]
+    try:
+        make_server(config.dashboard_host, config.dashboard_port).server_close()
+    except DashboardError as error:
+        return [Finding("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
+    return [Finding("ok", f"port {config.dashboard_port} is free"), *_check_queue(config, config_path)]
+
+
+def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any] | None:
+    """Return what the dashboard that runs on this machine answers, None where none does. Raises DashboardError."""
+    host, port = config.dashboard_host, config.dashboard_port
+    own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    connection = HTTPConnection(own_address, port, timeout=timeout_s)
+    login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+        reply = connection.getresponse()
+        content = json.loads(reply.read())
+    except socket.timeout as error:
+        raise DashboardError(f"the dashboard on port {port} does not answer in time") from error
+    except (OSError, HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
+    if not isinstance(content, dict):
+        return None  # another program
+    if reply.status != 200:
+        message = content.get("error", f"the dashboard answered with status {reply.status}")
+        raise ApiError(reply.status, str(content.get("code")), str(message))
+    return content
+
+
+def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
+    """Judge the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+    state = status["state"]
+    version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
+    shown = "connected" if state == "publishing_off" else state
+    found = f"queue at {status['endpoint']}: {shown}{version}"
+    if state not in _CONNECTED:
+        return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
+    findings = [Finding("ok", found)]
+    if status["publishing"] is False:
+        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+    elif status["publishing"]:
+        findings.append(Finding("ok", "the proxy publishes its usage"))
+    findings += _check_retention(status["retention_seconds"], config.poll_interval_seconds)
+    return findings + _check_clock(status["clock_ahead_seconds"])
+
+
+def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[Finding]:
+    if retention_s is None:
+        return []
+    if retention_s < 2 * poll_interval_s:
+        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
+        return [Finding("warning", found, remedy)]
+    return [Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")]
+
+
+def _check_clock(ahead_s: float | None) -> list[Finding]:
+    if ahead_s is None:
+        return []
+    if abs(ahead_s) < 60:
+        return [Finding("ok", "the proxy's clock and this machine's agree")]
+    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+    return [Finding("warning", found, "let both machines set their clocks by NTP")]
+
+
+def _check_queue(config: Config, config_path: Path) -> list[Finding]:
+    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
+    if not config.management_password:
+        return _check_without_key(config)
+    try:
+        # Made here if need be: a refused key must be remembered.
+        store = Store(config.database_path, announce=Log(sys.stderr).line)
+    except StoreError:
+        return []  # told by the database's own line
+    with closing(store):
+        collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=config_path)
+        return _findings_of_status(collector.probe(), config)
+
+
+def _check_without_key(config: Config) -> list[Finding]:
+    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
+    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
+    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+        address = f"{config.cliproxy_host}:{port}"
+        try:
+            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
+                client.send(b"*0\r\n")
+                if isinstance(client.receive(), ErrorReply):
+                    found = "no management key is set, and the proxy needs one"
+                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        except NoReply:  # a Redis passes over an empty command
+            return [Finding("ok", f"{address} is a Redis server, used without a password")]
+        except ConnectionClosed as fault:
+            return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
+        except QueueFault as fault:
+            last = fault
+    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
 
 
 # ------------------------------------------------------------------ cli
@@ -5579,17 +5489,28 @@ class DemoWorld:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a fault, 2 a wrong command line or configuration."""
-    options = _parse_arguments(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
+        options = _parse_arguments(arguments)
         return options.run(options)
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
+    except (KeyboardInterrupt, BrokenPipeError):  # nobody reads on, as with "report | head -1"
+        return 0
+    finally:
+        _finish_output()
+
+
+def _finish_output() -> None:
+    """Write out what is left, or drop it where nobody takes it: Python would end with exit code 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> Any:
@@ -5646,10 +5567,10 @@ def run_start(options: Any) -> int:
     log = Log()
     for warning in warnings:
         log.line(f"warning: {warning}")
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
-        store = Store(config.database_path)
+        store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
         raise
@@ -5658,8 +5579,10 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status)
-    _welcome(log, config, server.server_port)
-    _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.hurry)
+    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, server.server_port)}")
+    closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
+    _warn_if_open(log, config, closes)
+    _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.interrupt)
     log.line("stopped")
     return 0
 
@@ -5670,54 +5593,56 @@ def run_demo(options: Any) -> int:
 
     flags = {"dashboard_host": options.host, "dashboard_port": options.port}
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
-    page = Page(BASE_DIR / "usage-dashboard.html")
+    page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
     log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
-        world = DemoWorld(Path(folder), time.time())
+        world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
         app = App(config, world.store, refresher, world.status, demo=True)
         log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
+        _warn_if_open(log, config, "start it with --host 127.0.0.1.")
         _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
     return 0
 
 
 def _stop_on_signal() -> threading.Event:
-    """Give the event that SIGTERM and Ctrl+C set from now on."""
-    import signal
-
+    """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Not here: the signal may come while this very thread holds the event's lock.
-        signal.signal(number, lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+    # Not in the handler: the signal may come while this very thread holds the event's lock.
+    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
     return stop
+
+
+def _handle_stop_signals(handler: Any) -> None:
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)
+        under_nohup = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
+        if number is not None and not under_nohup:
+            signal.signal(number, handler)
 
 
 def _address(config: Config, port: int) -> str:
     host = config.dashboard_host
-    named = "localhost" if host in ("0.0.0.0", "::", *_LOOPBACK) else f"[{host}]" if ":" in host else host
+    named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     return f"http://{named}:{port}"
 
 
-def _welcome(log: Log, config: Config, port: int) -> None:
-    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, port)}")
-    if config.dashboard_host not in _LOOPBACK and not config.dashboard_password:
-        log.line(
-            "Everyone who reaches this machine can open it. To close it, set in config.json "
-            '"dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
-        )
+def _warn_if_open(log: Log, config: Config, closes: str) -> None:
+    if not is_loopback(config.dashboard_host) and not config.dashboard_password:
+        log.line(f"Everyone who reaches this machine can open it. To close it, {closes}")
 
 
 def _run_until_stopped(
     server: Any,
     app: App,
-    page: Page,
+    page: Answer,
     jobs: Sequence[Callable[[], None]],
     stop: threading.Event,
     no_browser: bool,
-    hurry: Callable[[], None] = lambda: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
@@ -5734,11 +5659,12 @@ def _run_until_stopped(
     for thread in threads:
         thread.join(max(0.0, patience_s - time.monotonic()))
     if any(thread.is_alive() for thread in threads):
-        hurry()
+        interrupt()
         for thread in threads:
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
+    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
 
 
 def _open_browser(url: str) -> None:
@@ -5750,37 +5676,40 @@ def _open_browser(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
-def _open_for_reading(config: Config) -> Store:
-    if not config.database_path.exists():
-        raise DashboardError(
-            f"{config.database_path} does not exist yet; start the dashboard once, or name it with --db"
-        )
-    return Store(config.database_path)
+def _open_store(config: Config, must_exist: bool = True) -> Store:
+    path = config.database_path
+    if must_exist and not path.exists():
+        raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    return Store(path, announce=Log(sys.stderr).line)
 
 
-def _reading_app(config: Config, store: Store, log: Log) -> App:
-    return App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+def _reading_app(config: Config, store: Store) -> App:
+    return App(config, store, QuotaRefresher(config, store, Log(sys.stderr), threading.Event()), dict)
 
 
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
-    store = _open_for_reading(config)
-    try:
-        summary = api_summary(_reading_app(config, store, Log(sys.stderr)), {"range": options.range})
-    finally:
-        store.close()
+    with closing(_open_store(config)) as store:
+        summary = api_summary(_reading_app(config, store), {"range": options.range})
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
-        return 0
+    else:
+        _print_summary(summary, options.range)
+    return 0
+
+
+def _print_summary(summary: Mapping[str, Any], range_name: str) -> None:
     local = "%Y-%m-%d %H:%M"
     start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
-    print(f"Usage, {options.range}: {start} to {end}\n")
+    print(f"Usage, {range_name}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
         total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
         print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
-    return 0
+    losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
+    if losses:
+        print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -5798,53 +5727,48 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def run_quota(options: Any) -> int:
     """Print the quota table; with --force ask the running dashboard, or ChatGPT where none runs."""
     config, _ = _load(options)
-    answer, said = None, None
+    answer, refusal = None, None
     if options.force:
         try:
-            answer = _refresh_at_dashboard(config)
+            answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
+            if not answer["progress"]["total"]:
+                refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
         except DashboardError as error:
-            said = str(error)
-    if answer is None:
-        answer, refused = _quota_of_database(config, options.force and said is None)
-        said = said or refused
+            refusal = str(error)
+    answer = answer or _quota_of_database(config)
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
-    else:
-        print(_quota_table(answer))
-    if said:
-        print(f"usage_dashboard: {said}", file=sys.stderr)
-    return 1 if said else 0
+    elif answer["quotas"]:
+        print(_quota_table(answer["quotas"]))
+    elif refusal is None:
+        print("No account has been asked yet; see: usage_dashboard.py quota --force")
+    if refusal is None:
+        return 0
+    print(f"usage_dashboard: {refusal}", file=sys.stderr)
+    return 1
 
 
-def _refresh_at_dashboard(config: Config) -> Any:
+def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
-    answer = _ask_dashboard(config, "/api/quota?force=1", 40.0)
+    answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
-        answer = _ask_dashboard(config, "/api/quota", 10.0)
+        answer = ask_dashboard(config, "/api/quota", 10.0)
     return answer
 
 
-def _quota_of_database(config: Config, force: bool) -> tuple[dict[str, Any], str | None]:
-    """Read the quota table from the database, after a round of its own with ``force``; also why there was none."""
-    store, refused = Store(config.database_path) if force else _open_for_reading(config), None
-    try:
-        app = _reading_app(config, store, Log(sys.stderr))
-        if force:
-            try:
-                app.refresher.start().join()
-            except RefreshRefused as error:
-                refused = str(error)
-        return api_quota(app, {}), refused
-    finally:
-        store.close()
+def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    with closing(_open_store(config, must_exist=not refresh)) as store:
+        app = _reading_app(config, store)
+        if refresh:
+            app.refresher.start().join()
+        return api_quota(app, {})
 
 
-def _quota_table(answer: Mapping[str, Any]) -> str:
-    if not answer["quotas"]:
-        return "No account has been asked yet; see: usage_dashboard.py quota --force"
+def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
     heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
-    return _table(heads, [_quota_line(row) for row in answer["quotas"]])
+    return _table(heads, [_quota_line(row) for row in quotas])
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
@@ -5870,207 +5794,31 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ask_dashboard(config: Config, path: str, timeout_s: float) -> Any:
-    """Ask the dashboard that runs on this machine; None where none answers. Raises DashboardError on a refusal."""
-    import http.client
-
-    host = config.dashboard_host
-    connection = http.client.HTTPConnection(
-        {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), config.dashboard_port, timeout=timeout_s
-    )
-    login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
-    try:
-        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
-        reply = connection.getresponse()
-        content = json.loads(reply.read())
-    except socket.timeout as error:
-        raise DashboardError(f"the dashboard on port {config.dashboard_port} does not answer in time") from error
-    except (OSError, http.client.HTTPException, ValueError):
-        return None
-    finally:
-        connection.close()
-    if reply.status == 200:
-        return content
-    raise DashboardError(content.get("error", f"the dashboard answered with status {reply.status}"))
-
-
-# Findings of check: (level, what was found, the line that mends it)
-_Finding = Tuple[str, str, str]
-
-
 def run_check(options: Any) -> int:
     """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
-    findings: list[_Finding] = []
+    config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
     except ConfigError as error:
-        findings = [("fault", fault, "correct this line of the configuration") for fault in error.faults]
+        warnings = error.warnings
+        findings = [Finding("fault", fault, "correct this line of the configuration") for fault in error.faults]
     else:
-        findings += [("warning", warning, "remove or rename the key") for warning in warnings] or [
-            ("ok", "configuration", "")
-        ]
-        for look in (_check_modes, _check_database, _check_accounts, _check_dashboard):
-            findings += look(config, options)
-    for level, found, remedy in findings:
-        print(f"{level:8}{found}" + (f"\n        → {remedy}" if remedy else ""))
-    return 0 if all(level == "ok" for level, _, _ in findings) else 1
-
-
-def _check_modes(config: Config, options: Any) -> list[_Finding]:
-    """Look for files with secrets or usage in them that others on the machine can read."""
-    paths = [options.config or BASE_DIR / "config.json", config.database_path]
-    paths += [folder / file.name for folder, files, _ in [find_account_files(config.auth_dirs())] for file in files]
-    findings: list[_Finding] = []
-    for path in paths:
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
-            findings.append(("warning", f"{path} can be read by other users", f"chmod 600 {path}"))
-    return findings or [("ok", "file modes", "")]
-
-
-def _check_database(config: Config, options: Any) -> list[_Finding]:
-    import shutil
-
-    path = config.database_path
-    if not os.access(str(path.parent), os.W_OK):
-        return [("fault", f"{path.parent} cannot be written", f'chown it to this user, or set "database" ({path})')]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    findings = [(level, f"{free_mib} MiB are free on the database's disk", "" if level == "ok" else "free some room")]
-    if not path.exists():
-        return [*findings, ("ok", "database: none yet, it is made at the first start", "")]
-    try:
-        store = Store(path)
-        try:
-            faults = store.find_faults()
-            count = store.event_count
-        finally:
-            store.close()
-    except StoreError as error:
-        return [*findings, ("fault", str(error), "see the sentence above")]
-    findings += [("fault", f"{path}: {fault}", "move the file away; a new one is made") for fault in faults]
-    return findings if faults else [*findings, ("ok", f"database: {count} events, roll-ups agree with them", "")]
-
-
-def _check_accounts(config: Config, options: Any) -> list[_Finding]:
-    folder, files, problems = find_account_files(config.auth_dirs())
-    findings: list[_Finding] = [
-        ("warning", problem, "sign in again in the proxy if it stays so") for problem in problems
-    ]
-    if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
-        return [*findings, ("warning", f"no Codex account files in {folder}", remedy)]
-    return [*findings, ("ok", f"account files: {len(files)} in {folder}", "")]
-
-
-def _check_dashboard(config: Config, options: Any) -> list[_Finding]:
-    """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
-    try:
-        health = _ask_dashboard(config, "/api/health", 5.0)
-    except DashboardError as error:
-        return [("fault", f"port {config.dashboard_port} answers: {error}", "correct dashboard_password")]
-    if isinstance(health, dict) and "collector" in health:
-        running: list[_Finding] = [
-            ("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}", "")
-        ]
-        return running + _findings_of_status(health["collector"], config)
-    try:
-        make_server(config.dashboard_host, config.dashboard_port).server_close()
-    except DashboardError as error:
-        return [("fault", str(error), f'"dashboard_port": {config.dashboard_port + 1}')]
-    return [("ok", f"port {config.dashboard_port} is free", ""), *_check_queue(config, options)]
-
-
-def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[_Finding]:
-    """Tell of the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
-    state = status["state"]
-    connected = state in _RECORDING
-    level = "ok" if connected or state == "starting" else "fault"
-    version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    shown = "connected" if state == "publishing_off" else state
-    found = [(level, f"queue at {status['endpoint']}: {shown}{version}", "" if level == "ok" else status["message"])]
-    if not connected:
-        return found
-    if status["publishing"] is not None:
-        off = ("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
-        found.append(("ok", "the proxy publishes its usage", "") if status["publishing"] else off)
-    return [*found, *_check_retention(status["retention_seconds"], config.poll_interval_seconds),
-            *_check_clock(status["clock_ahead_seconds"])]  # fmt: skip
-
-
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[_Finding]:
-    if retention_s is None:
-        return []
-    if retention_s < 2 * poll_interval_s:
-        found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [("warning", found, remedy)]
-    return [("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s", "")]
-
-
-def _check_queue(config: Config, options: Any) -> list[_Finding]:
-    if not config.management_password:
-        return _check_without_key(config)
-    try:
-        store = Store(config.database_path)  # made here if need be: a refused key must be remembered
-    except StoreError:
-        return []  # told by the database's own line
-    try:
-        return _probe(config, store, options)
-    finally:
-        store.close()
-
-
-def _check_without_key(config: Config) -> list[_Finding]:
-    """Tell a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    needs_key = ("fault", "no management key is set, and the proxy needs one", STATE_REMEDIES["no_password"])
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in dict.fromkeys(
-        [config.cliproxy_port, PROXY_PORT] if config.has_default_queue else [config.cliproxy_port]
-    ):
-        try:
-            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    return [needs_key]
-        except ConnectionClosed as fault:
-            return [("fault", f"{config.cliproxy_host}:{port}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            if fault.state == "unreachable" and "in time" in str(fault) and "reached" not in str(fault):
-                return [("ok", f"{config.cliproxy_host}:{port} is a Redis server, used without a password", "")]
-            last = fault
-    return [("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
-
-
-def _check_clock(ahead_s: float | None) -> list[_Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [("ok", "the proxy's clock and this machine's agree", "")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [("warning", found, "let both machines set their clocks by NTP")]
-
-
-def _probe(config: Config, store: Store, options: Any) -> list[_Finding]:
-    """Log in as the collector would, remember a refusal as it would, and pop nothing."""
-    path = options.config or BASE_DIR / "config.json"
-    collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=path)
-    return _findings_of_status(collector.probe(), config)
-
-
-_AS_MODULE = (
-    "import sys; sys.path[:] = [{folder!r}, *filter(None, sys.path)]; import {name} as dashboard; "
-    "sys.exit(dashboard.main(sys.argv[2:]))"
-)
+        findings = [] if warnings else [Finding("ok", "configuration")]
+        findings += check_everything(config, config_path)
+    findings[:0] = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
+    for finding in findings:
+        print(f"{finding.level:8}{_printable(finding.found)}")
+        if finding.remedy:
+            print(f"        → {_printable(finding.remedy)}")
+    return 0 if all(finding.level == "ok" for finding in findings) else 1
 
 
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
-    Python compiles a script at each start, and what it needs for one of this size stays in memory for good: 15 MB,
-    more than all the rest. The script's name stays in the command line, for ``pkill -f``.
+    Python has compiled the whole script before this line runs, at every start. What it needed for that stays in
+    memory for good, 15 MB, more than all the rest; a process that loads the compiled module never needs it. The
+    script's name stays in the command line, for ``pkill -f``.
     """
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
@@ -6080,16 +5828,28 @@ def start_from_compiled() -> None:
         return
     compiled = Path(cache_from_source(str(script)))
     try:
-        if not compiled.exists() or compiled.stat().st_mtime < script.stat().st_mtime:
-            compile_file(str(script), quiet=2)
-        is_kept = compiled.exists()
+        is_fresh = _is_whole(compiled) and compiled.stat().st_mtime >= script.stat().st_mtime
+        if not is_fresh and compile_file(str(script), quiet=2) is None:
+            return
     except OSError:  # the folder cannot be written
         return
-    if is_kept:
-        # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-        code = _AS_MODULE.format(folder=str(BASE_DIR), name=script.stem)
-        os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+    # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    code = (
+        f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
+        f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
+    )
+    os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
+
+
+def _is_whole(compiled: Path) -> bool:
+    """Return whether this file can be loaded: a power cut may leave a part of it, or zeros."""
+    import marshal
+
+    try:
+        return bool(marshal.loads(compiled.read_bytes()[16:]))
+    except (OSError, EOFError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from fake_chatgpt import FakeChatGPT
+from fake_proxy import FakeProxy
+from redis_server import RedisServer
+from support import QuickStop, Run, Watched, config_of
+from webdriver import Browser, find_browser
+
+import usage_dashboard as app
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from fake_chatgpt import FakeChatGPT  # noqa: E402
-from fake_proxy import FakeProxy  # noqa: E402
-from redis_server import RedisServer  # noqa: E402
-from support import Watched  # noqa: E402
-from webdriver import Browser, find_browser  # noqa: E402
-
 REQUIRE = "DASHBOARD_TESTS_REQUIRE"
 # What a developer's shell may hold and would change what the program does.
 PRIVATE_ENVIRONMENT = (
@@ -31,12 +30,13 @@ PRIVATE_ENVIRONMENT = (
 )  # fmt: skip
 
 
-def absent(part: str, reason: str) -> None:
-    """Skip the test, or fail it where the environment says that this part must be there."""
-    required = [name.strip() for name in os.environ.get(REQUIRE, "").split(",")]
-    if part in required:
-        pytest.fail(f"{reason}, and {REQUIRE} asks for {part}", pytrace=False)
-    pytest.skip(reason)
+PARTS = {
+    "redis": (lambda: shutil.which("redis-server"), "redis-server is not installed"),
+    "browser": (lambda: find_browser() and shutil.which("chromedriver"), "chromium or chromedriver is not installed"),
+}
+
+# A shell lets what it starts beside ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,18 +49,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("redis")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs an absent part; fail it where the environment says that the part must be there."""
+    required = [name.strip() for name in os.environ.get(REQUIRE, "").split(",")]
+    for part, (find, reason) in PARTS.items():
+        if item.get_closest_marker(part) is None or find():
+            continue
+        if part in required:
+            pytest.fail(f"{reason}, and {REQUIRE} asks for {part}", pytrace=False)
+        pytest.skip(reason)
+
+
 # ---- the program -----------------------------------------------------------------------------------------
 
 
 class Running(Watched):
     """The program while it runs; `lines` is what it has printed, both streams together."""
 
-    def __init__(self, command: list[str], env: dict[str, str], folder: Path) -> None:
+    def __init__(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
         super().__init__()
         self.lines: list[str] = []
         self._ended = False
         self.process = subprocess.Popen(
-            command, env=env, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, env=env, cwd=str(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -136,9 +147,11 @@ class Program:
         self.script = self.folder / "usage_dashboard.py"
         self._running: list[Running] = []
 
-    def start(self, *args: str | Path, env: dict[str, str | None] | None = None) -> Running:
+    def start(
+        self, *args: str | Path, env: dict[str, str | None] | None = None, cwd: Path | None = None
+    ) -> Running:
         """Start it in the background; it is killed at the end of the test."""
-        running = Running(self._command(args), self._environment(env), self.folder)
+        running = Running(self._command(args), self._environment(env), cwd or self.folder)
         self._running.append(running)
         return running
 
@@ -179,6 +192,48 @@ def program(tmp_path: Path) -> Iterator[Program]:
     program.close()
 
 
+# ---- its parts in this process ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    """Open stores on tmp_path/usage.db; all are closed at the end."""
+    opened = []
+
+    def open_one(busy_timeout_s=0.05):
+        opened.append(app.Store(tmp_path / "usage.db", busy_timeout_s))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store):
+    """A store on tmp_path/usage.db."""
+    return open_store()
+
+
+@pytest.fixture
+def collect(store):
+    """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
+    runs = []
+
+    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
+        config = where if isinstance(where, app.Config) else config_of(where, **keys)
+        options = {"load": load, "config_path": config_path, "ahead_s": ahead_s}
+        runs.append(Run(config, on or store, stop or QuickStop(), **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.stop.set()
+    for run in runs:
+        run.thread.join(10)
+        assert not run.thread.is_alive()
+
+
 # ---- the world around it ---------------------------------------------------------------------------------
 
 
@@ -209,8 +264,6 @@ def redis_with_password() -> Iterator[RedisServer]:
 
 
 def _redis(password: str | None = None) -> Iterator[RedisServer]:
-    if shutil.which("redis-server") is None:
-        absent("redis", "redis-server is not installed")
     with RedisServer(password) as server:
         yield server
 
@@ -218,7 +271,5 @@ def _redis(password: str | None = None) -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
-    if find_browser() is None or shutil.which("chromedriver") is None:
-        absent("browser", "chromium or chromedriver is not installed")
     with Browser() as browser:
         yield browser

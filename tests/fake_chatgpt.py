@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import ssl
 import threading
-from pathlib import Path
 from typing import Any
 
-from support import ProtocolError, SocketServer, Stream, http_reply, read_http_head
+from support import DATA, ProtocolError, SocketServer, Stream, http_reply, read_http_head
 
-DATA = Path(__file__).resolve().parent / "data"
 TARGET = "chatgpt.com:443"
 UNKNOWN_TOKEN = {"detail": "Unauthorized"}
 
@@ -31,6 +29,8 @@ class Answer:
         body: dict[str, Any] | list[Any] | str | bytes = b"",
         delay: float | None = None,
         drip: float | None = None,
+        drip_body: bool = False,
+        endless: bool = False,
         size: int = 0,
         cut_after: int | None = None,
         hold: bool = False,
@@ -41,6 +41,10 @@ class Answer:
         self.head = reply[: len(reply) - len(self.body)]
         self.delay = delay
         self.drip = drip
+        self.endless = endless
+        if endless:
+            self.head = f"HTTP/1.1 {status} As told\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        self.at_once = len(self.head) if drip_body else 0
         self.cut_after = cut_after
         self.may_go = threading.Event()
         if not hold:
@@ -90,7 +94,7 @@ class FakeChatGPT(SocketServer):
         """Set the answer for a bearer token, or with None the one for all others (401 at first).
 
         Options: headers, body (JSON value, str or bytes), delay (seconds before the answer), drip (seconds
-        after each byte of it), size (the body is padded to it with spaces), cut_after (the connection is
+        after each byte of it), drip_body (only the body drips), endless (chunks of a space without end), size (the body is padded to it with spaces), cut_after (the connection is
         closed after so many bytes of the body), hold (nothing is answered before release()).
         """
         with self.change():
@@ -136,12 +140,18 @@ class FakeChatGPT(SocketServer):
         answer.may_go.wait()
         if answer.delay:
             self.closing.wait(answer.delay)
+        if answer.endless:
+            stream.send(answer.head)
+            while not self.closing.wait(0.01):
+                stream.send(b"1\r\n \r\n")
+            return
         body = answer.body if answer.cut_after is None else answer.body[: answer.cut_after]
         reply = answer.head + body
         if not answer.drip:
             stream.send(reply)
             return
-        for position in range(len(reply)):
+        stream.send(reply[: answer.at_once])
+        for position in range(answer.at_once, len(reply)):
             stream.send(reply[position : position + 1])
             if self.closing.wait(answer.drip):
                 return

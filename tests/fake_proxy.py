@@ -1,7 +1,7 @@
 """A stand-in for CLIProxyAPI's usage queue: RESP and HTTP on one real socket, as each of its versions speaks.
 
     with FakeProxy(key="secret-key") as proxy:
-        proxy.push({"timestamp": "2026-05-03T09:14:22Z", ...})
+        proxy.push('{"timestamp": "2026-05-03T09:14:22Z", ...}')
         ...                                     # point the program at proxy.host, proxy.port
         proxy.wait_for(lambda: proxy.queued == 0)
 
@@ -30,7 +30,6 @@ MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
-INT64_MAX = 2**63 - 1
 
 
 # ---- what a version does ---------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ class Dialect:
         self.any_pop_key = tag < (7, 1, 44)
         self.subscribe = tag >= (7, 0, 7)
         self.control_messages = tag >= (7, 1, 39)
-        self.errors_channel = self.echoes_channel = tag >= (7, 1, 44)
+        self.echoes_channel = tag >= (7, 1, 44)
         self.http_queue = tag >= (6, 10, 8)
         self.retention_setting = tag >= (6, 10, 1)
         self.home_mode = tag >= (7, 0, 0)
@@ -120,11 +119,10 @@ class Wire(Stream):
 
 
 class Subscriber:
-    """A connection that listens on a channel; push() fills the outbox, its own thread empties it."""
+    """A connection that is subscribed; push() fills the outbox, its own thread empties it."""
 
-    def __init__(self, wire: Wire, channel: str, spelling: str) -> None:
+    def __init__(self, wire: Wire, spelling: str) -> None:
         self.wire = wire
-        self.channel = channel
         self.spelling = spelling
         self.outbox: deque[bytes] = deque()
         self.dismissed = False
@@ -154,7 +152,7 @@ class FakeProxy(SocketServer):
 
     These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
     `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
-    `ban_seconds`, `sniff_seconds`, and `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
+    `ban_seconds`, and `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
     them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
@@ -187,7 +185,6 @@ class FakeProxy(SocketServer):
         self.seen_from = seen_from
         self.answer_http_only = False
         self.ban_seconds = 1800.0
-        self.sniff_seconds = 10.0
 
         self.handed_over: list[bytes] = []
         self.lost: list[bytes] = []
@@ -229,29 +226,23 @@ class FakeProxy(SocketServer):
 
     @property
     def subscribers(self) -> int:
-        """How many connections are subscribed to the usage channel."""
-        with self.lock:
-            return sum(1 for one in self._subscribers if one.channel == CHANNEL)
+        """How many connections are subscribed."""
+        return len(self._subscribers)
 
     # -- for tests: events
 
-    def push(self, *events: dict[str, Any] | str | bytes) -> None:
+    def push(self, *events: str | bytes) -> None:
         """Publish events; as in the proxy, they vanish while it does not publish or is not managed."""
         with self.change():
             for event in events:
                 if self.publishing and self._management:
-                    self._publish(_payload(event))
+                    self._publish(event.encode() if isinstance(event, str) else event)
 
     def refresh(self) -> None:
         """Tell subscribers that account files may have changed (pollers never see this)."""
         with self.change():
             if self.dialect.control_messages:
-                self._broadcast(CHANNEL, b'{"refresh":true}')
-
-    def push_error(self, event: dict[str, Any] | str | bytes) -> None:
-        """Publish on the errors channel, which is never queued."""
-        with self.change():
-            self._broadcast("errors", _payload(event))
+                self._broadcast(b'{"refresh":true}')
 
     # -- for tests: settings and faults
 
@@ -326,8 +317,8 @@ class FakeProxy(SocketServer):
     # -- events
 
     def _publish(self, payload: bytes) -> None:
-        if any(one.channel == CHANNEL for one in self._subscribers):
-            if self._broadcast(CHANNEL, payload):
+        if self._subscribers:
+            if self._broadcast(payload):
                 self.handed_over.append(payload)
             else:
                 self.lost.append(payload)
@@ -341,9 +332,9 @@ class FakeProxy(SocketServer):
         while self._queue and time.monotonic() - self._queue[0][0] > seconds:
             self.forgotten.append(self._queue.popleft()[1])
 
-    def _broadcast(self, channel: str, payload: bytes) -> bool:
+    def _broadcast(self, payload: bytes) -> bool:
         delivered = False
-        for subscriber in [one for one in self._subscribers if one.channel == channel]:
+        for subscriber in list(self._subscribers):
             if len(subscriber.outbox) >= SUBSCRIBER_BUFFER:
                 self._dismiss(subscriber)  # too slow: dropped, and the event that hit the limit with it
                 continue
@@ -415,7 +406,7 @@ class FakeProxy(SocketServer):
     def serve(self, wire: Wire) -> None:
         wire.peer = self.seen_from or wire.peer
         if not self.dialect.sniffs_in_accept_loop:
-            wire.sock.settimeout(self.sniff_seconds)
+            wire.sock.settimeout(10)
         if self._tls is not None:
             if wire.sock.recv(1, socket.MSG_PEEK) != TLS_HANDSHAKE_BYTE:
                 return
@@ -469,9 +460,9 @@ class FakeProxy(SocketServer):
                 banned = text.startswith("IP banned")
                 wire.send(error(text) if banned else error("Authentication required.", "NOAUTH"))
             elif name in ("LPOP", "RPOP"):
-                self._answer_pop(wire, name, args)
+                self._answer_pop(wire, args)
             elif name == "SUBSCRIBE" and self.dialect.subscribe:
-                if self._answer_subscribe(wire, args):
+                if self._answer_subscribe(wire, args[0].strip()):
                     return
             else:
                 wire.send(error(f"unknown command '{name.lower()}'"))
@@ -479,24 +470,14 @@ class FakeProxy(SocketServer):
                 return  # switched off while the read was waiting: this one command is still answered
 
     def _auth(self, address: str, args: list[str]) -> tuple[bool, bytes]:
-        if len(args) not in (1, 2):
-            _, text = self._authenticate(address, "")
-            banned = text.startswith("IP banned")
-            return False, error(text if banned else "wrong number of arguments for 'auth' command")
         status, text = self._authenticate(address, args[-1])
         return status == 200, b"+OK\r\n" if status == 200 else error(text)
 
-    def _answer_pop(self, wire: Wire, name: str, args: list[str]) -> None:
-        if len(args) not in (1, 2):
-            wire.send(error(f"wrong number of arguments for '{name.lower()}' command"))
+    def _answer_pop(self, wire: Wire, args: list[str]) -> None:
+        key, count = args[0].strip(), _integer((args[1:] or ["1"])[0].encode())
+        if count <= 0:
+            wire.send(error("value is not an integer or out of range"))
             return
-        count = 1
-        if len(args) == 2:
-            count = int(args[1]) if re.fullmatch(r"[+-]?[0-9]+", args[1]) else 0
-            if not 0 < count <= INT64_MAX:
-                wire.send(error("value is not an integer or out of range"))
-                return
-        key = args[0].strip()
         if not self.dialect.any_pop_key and key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
@@ -507,19 +488,14 @@ class FakeProxy(SocketServer):
             reply = bulk(popped[0] if popped else None)
         self._send_popped(wire, reply, popped)
 
-    def _answer_subscribe(self, wire: Wire, args: list[str]) -> bool:
+    def _answer_subscribe(self, wire: Wire, asked: str) -> bool:
         """Serve a subscription to its end; False when it was refused and the connection goes on."""
-        if len(args) != 1:
-            wire.send(error("wrong number of arguments for 'subscribe' command"))
-            return False
-        asked = args[0].strip()
-        channel = asked.lower()
-        if channel != CHANNEL and not (channel == "errors" and self.dialect.errors_channel):
+        if asked.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{asked}'"))
             return False
-        subscriber = Subscriber(wire, channel, asked if self.dialect.echoes_channel else CHANNEL)
+        subscriber = Subscriber(wire, asked if self.dialect.echoes_channel else CHANNEL)
         subscriber.outbox.append(array(bulk("subscribe"), bulk(subscriber.spelling), b":1\r\n"))
-        if channel == CHANNEL and self.dialect.control_messages:
+        if self.dialect.control_messages:
             subscriber.outbox.append(subscriber.message(b'{"support_refresh":true}'))
         with self.change():
             self._subscribers.append(subscriber)
@@ -537,13 +513,10 @@ class FakeProxy(SocketServer):
             self._drain(subscriber)
             if subscriber.dismissed and not subscriber.outbox:
                 return
-            readable = [wire.sock]
-            if not wire.has_input():
-                readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
-            if subscriber.woken in readable:
-                subscriber.woken.recv(4096)
-            if wire.sock in readable and not self._answer_in_subscription(subscriber):
-                return
+            readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
+            if wire.sock in readable:
+                return  # nobody speaks in a subscription: the other side is gone
+            subscriber.woken.recv(4096)
 
     def _drain(self, subscriber: Subscriber) -> None:
         while True:
@@ -553,34 +526,12 @@ class FakeProxy(SocketServer):
                 frame = subscriber.outbox.popleft()
             subscriber.wire.send(frame)
 
-    def _answer_in_subscription(self, subscriber: Subscriber) -> bool:
-        """Answer one command; False when the connection is to be closed."""
-        wire = subscriber.wire
-        if not wire.buffer and not wire.fill():
-            return False
-        command = read_command(wire)
-        name, args = (command[0].strip().upper(), command[1:]) if command else ("", [])
-        with self.change():
-            self.commands.append(name)
-        if name == "PING":
-            wire.send(array(bulk("pong"), bulk(args[0] if args else None)))
-        elif name == "UNSUBSCRIBE":
-            wire.send(array(bulk("unsubscribe"), bulk(subscriber.spelling), b":0\r\n"))
-            return False
-        elif name == "QUIT":
-            wire.send(b"+OK\r\n")
-            return False
-        else:
-            wire.send(error(f"unknown command '{name.lower()}'"))
-        return True
-
     # -- HTTP
 
     def _serve_http(self, wire: Wire) -> None:
         while wire.buffer or wire.fill():
             try:
                 method, target, headers = read_http_head(wire)
-                body = wire.take(_integer(headers.get("content-length", "0").encode()))
             except ProtocolError:
                 wire.send(
                     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -589,38 +540,35 @@ class FakeProxy(SocketServer):
                 return
             with self.change():
                 self.http_requests.append((method, target))
-            self._answer_http(wire, method, target, headers, body)
+            self._answer_http(wire, method, target, headers)
             if headers.get("connection", "").lower() == "close":
                 return
 
-    def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
+    def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str]) -> None:
         url = urlsplit(target)
         route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
-        known = {"usage-queue": ("GET",), "usage-statistics-enabled": ("GET", "PUT", "PATCH"), "config": ("GET",)}
-        if method not in known.get(route, ()) or (route == "usage-queue" and not self.dialect.http_queue):
+        known = ("usage-statistics-enabled", "config", *(["usage-queue"] if self.dialect.http_queue else []))
+        if method != "GET" or route not in known:
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
             return
         if not self._management or (self.home_mode and self.dialect.home_mode):
             wire.send(http_reply(404, b"", "text/plain"))
             return
-        # The proxy trusts the forwarding header of anybody, for the ban as well.
-        forwarded = headers.get("x-forwarded-for", "").split(",")[0].strip()
-        status, text = self._authenticate(forwarded or wire.peer, http_key(headers))
+        status, text = self._authenticate(wire.peer, http_key(headers))
         if status != 200:
             self._send_json(wire, status, {"error": text})
         elif route == "usage-queue":
-            self._answer_queue(wire, parse_qs(url.query).get("count", [""])[0].strip())
+            self._answer_queue(wire, _integer(parse_qs(url.query).get("count", ["1"])[0].encode()))
         elif route == "config":
             self._answer_config(wire)
         else:
-            self._answer_publishing(wire, method, body)
+            self._send_json(wire, 200, {"usage-statistics-enabled": self.publishing})
 
-    def _answer_queue(self, wire: Wire, count: str) -> None:
-        wanted = int(count or 1) if re.fullmatch(r"\+?[0-9]*", count) and count != "+" else 0
-        if not 0 < wanted <= INT64_MAX:
+    def _answer_queue(self, wire: Wire, count: int) -> None:
+        if count <= 0:
             self._send_json(wire, 400, {"error": "count must be a positive integer"})
             return
-        popped = self._pop(wire, wanted)
+        popped = self._pop(wire, count)
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
 
@@ -629,21 +577,6 @@ class FakeProxy(SocketServer):
         if self.dialect.retention_setting:
             config["redis-usage-queue-retention-seconds"] = self.retention_seconds
         self._send_json(wire, 200, config)
-
-    def _answer_publishing(self, wire: Wire, method: str, body: bytes) -> None:
-        if method == "GET":
-            self._send_json(wire, 200, {"usage-statistics-enabled": self.publishing})
-            return
-        try:
-            value = json.loads(body)["value"]
-        except (ValueError, KeyError, TypeError):
-            value = None
-        if not isinstance(value, bool):
-            self._send_json(wire, 400, {"error": "invalid body"})
-            return
-        with self.change():
-            self.publishing = value
-        self._send_json(wire, 200, {"status": "ok"})
 
     def _send_json(self, wire: Wire, status: int, value: dict[str, Any]) -> None:
         wire.send(self._json_reply(status, json.dumps(value, separators=(",", ":")).encode()))
@@ -658,35 +591,23 @@ class FakeProxy(SocketServer):
         return http_reply(status, body, "application/json; charset=utf-8", version)
 
 
-def _payload(event: dict[str, Any] | str | bytes) -> bytes:
-    if isinstance(event, bytes):
-        return event
-    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return text.encode()
-
-
 def read_command(wire: Wire) -> list[str]:
     """Read one command; an empty array gives an empty list."""
-    first = wire.line()
-    if first[:1] != b"*":
-        raise ProtocolError
-    return [_read_argument(wire) for _ in range(max(0, _integer(first[1:])))]
+    return [_read_argument(wire) for _ in range(_length_after(wire, b"*"))]
 
 
 def _read_argument(wire: Wire) -> str:
-    line = wire.line()
-    kind, rest = line[:1], line[1:]
-    if kind in (b"+", b":"):
-        return rest.decode("utf-8", "replace")
-    if kind != b"$":
-        raise ProtocolError
-    length = _integer(rest)
-    if length < 0:
-        return ""
-    data = wire.take(length + 2)
+    data = wire.take(_length_after(wire, b"$") + 2)
     if data[-2:] != b"\r\n":
         raise ProtocolError
     return data[:-2].decode("utf-8", "replace")
+
+
+def _length_after(wire: Wire, sign: bytes) -> int:
+    line = wire.line()
+    if line[:1] != sign:
+        raise ProtocolError
+    return max(0, _integer(line[1:]))
 
 
 def _integer(digits: bytes) -> int:
@@ -698,8 +619,5 @@ def _integer(digits: bytes) -> int:
 
 def http_key(headers: dict[str, str]) -> str:
     """Return the management key a request carries, or an empty string."""
-    given = headers.get("authorization", "")
-    if not given:
-        return headers.get("x-management-key", "")
-    scheme, _, rest = given.partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else given
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else ""

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from page_support import PAGE, Between, Page
-from test_web import Site
+from support import Site
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 
-from test_store import event, put, reading
+from support import event, put, reading
 
 import usage_dashboard as app
 

@@ -1,4 +1,4 @@
-"""A real redis-server for one test: own port, own folder, nothing kept on disk."""
+"""A real redis-server for one test: own port, own folder, nothing kept on disk; and a stand-in for an old one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import deque
 from typing import Any, BinaryIO
 
-from support import free_port
+from fake_proxy import read_command
+from support import SocketServer, free_port, replies_of
 
 
 class RedisError(Exception):
@@ -147,3 +149,25 @@ def encode(args: tuple[bytes | str | int, ...]) -> bytes:
         data = arg if isinstance(arg, bytes) else str(arg).encode()
         parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
     return b"".join(parts)
+
+
+class OldRedis(SocketServer):
+    """A Redis before version 6: its RPOP knows no count, and it words differently that it has no password."""
+
+    def __init__(self, payloads, before_a_pop=lambda: None) -> None:
+        super().__init__()
+        self.payloads = deque(payloads)
+        self.before_a_pop = before_a_pop
+
+    def serve(self, stream) -> None:
+        while stream.buffer or stream.fill():
+            name, *words = read_command(stream)
+            if name == "AUTH":
+                stream.send(b"-ERR Client sent AUTH, but no password is set\r\n")
+            elif name == "LLEN":
+                stream.send(b":%d\r\n" % len(self.payloads))
+            elif name == "RPOP" and len(words) == 1:
+                self.before_a_pop()
+                stream.send(replies_of([self.payloads.popleft()])[0] if self.payloads else b"$-1\r\n")
+            else:
+                stream.send(b"-ERR wrong number of arguments for '%s' command\r\n" % name.lower().encode())

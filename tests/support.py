@@ -1,15 +1,36 @@
-"""What the stand-ins for the outside world share: waiting for a change, listening, and reading HTTP."""
+"""What the stand-ins and the tests share: waiting, sockets, events, and the program's parts at work."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
+import io
+import json
 import select
 import socket
+import sqlite3
 import ssl
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable, Iterator
+
+import usage_dashboard as app
+
+DATA = Path(__file__).resolve().parent / "data"
+SAMPLES = (DATA / "events.jsonl").read_bytes().splitlines()  # the eighth is a warm-up, which is ignored
+QUOTA = json.loads((DATA / "quota.json").read_text(encoding="utf-8"))
+QUOTA_BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
+ALWAYS = app.Window(0.0, 4e9)
+NOON = 1_780_000_200.0  # a multiple of 300 s, not of 900 s
+NOW = 1_793_534_400.0  # 2026-11-01 12:00:00 UTC, the time of a Site
+KEY = "secret-key"
+WRONG = "wrong-key-of-the-owner"
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------
 
 
 class Watched:
@@ -113,10 +134,6 @@ class Stream:
         data = self.sock.recv(65536)
         self.buffer += data
         return bool(data)
-
-    def has_input(self) -> bool:
-        """Tell whether something can be read without asking the socket."""
-        return bool(self.buffer) or (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0)
 
     def take(self, count: int) -> bytes:
         """Read exactly count bytes."""
@@ -264,3 +281,331 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# ---- events and readings ---------------------------------------------------------------------------------
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """Make the smallest event that is good, as a proxy sends it; a change to None leaves the key out."""
+    base = {"timestamp": "2026-08-22T13:00:00Z", "source": "an@example.com", "auth_index": "00000000000000ab",
+            "model": "gpt-5.4", "provider": "codex", "failed": False, "latency_ms": 10}  # fmt: skip
+    return {key: value for key, value in {**base, **changes}.items() if value is not None}
+
+
+def payload(number: int = 0, **changes: Any) -> bytes:
+    """Make the JSON of a record that is told apart by its request id."""
+    return json.dumps(record(**{"request_id": f"r{number}", **changes})).encode()
+
+
+def payloads(count: int, first: int = 0) -> list[bytes]:
+    """Make so many of them, numbered from `first` on."""
+    return [payload(number) for number in range(first, first + count)]
+
+
+def event(at: float = NOON, **changes: Any) -> app.Event:
+    """Make a stored event that has everything but an error; `changes` are its columns."""
+    told = {name: changes.pop(name) for name in app.Context._fields if name in changes}
+    made = _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
+    return made._replace(context=made.context._replace(**told))
+
+
+@functools.lru_cache(maxsize=None)
+def _whole_event() -> app.Event:
+    usage = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
+    more = {"endpoint": "POST /v1/responses", "auth_type": "oauth", "alias": "gpt-5.4", "reasoning_effort": "high",
+            "service_tier": "auto", "api_key": "sk-client-aaaa-1111", "fail": {"status_code": 200}}  # fmt: skip
+    (made,) = app.parse_events([payload(tokens=usage, latency_ms=900, request_id="5d0c8e1f", **more)]).events
+    return made._replace(plan="plus")
+
+
+MALFORMED = [  # what came, and what is said of it
+    (b"", "not JSON"), (b"{", "not JSON"), (b"1,0,2", "not JSON"), (b'{"timestamp": NaN}', "not JSON"),
+    (b"\xff\xfe", "not UTF-8"), (b"[" * 3000, "too deeply"),
+    (b"null", "not a JSON object"), (b"[]", "not a JSON object"), (b"7", "not a JSON object"),
+    (b'"text"', "not a JSON object"), (payload(1) + payload(2), "not JSON"), (b"{}", "timestamp is missing"),
+    (payload(timestamp=5), "timestamp is missing"),
+    (payload(timestamp="2026-08-22 13:00"), "timestamp is not an RFC 3339 time"),
+    (payload(timestamp="1999-01-01T00:00:00Z"), "timestamp is outside 2020 to 2100"),
+    (payload(tokens=[1]), "tokens is not an object"),
+    (payload(tokens={"input_tokens": "12"}), "tokens.input_tokens is not"),
+    (payload(tokens={"input_tokens": 1.5}), "tokens.input_tokens is not"),
+    (payload(tokens={"total_tokens": True}), "tokens.total_tokens is not"),
+    (payload(tokens={"total_tokens": 2**53}), "tokens.total_tokens is larger"),
+    (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
+    (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
+    (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
+    (payload(fail=[1]), "fail is not an object"),
+]  # fmt: skip
+ODD_BUT_GOOD = [
+    payload(100, model="\ud800"), payload(101, source="a\ud800@x.com"), payload(102, source="\x00"),
+    payload(103, model="x" * 5000), payload(104, latency_ms=-5), payload(105, request_id="\u202e\x07"),
+    payload(106, auth_index="1e999"), payload(107, provider="\ud83d"),
+    payload(108, response_headers={"X-Codex-Plan-Type": ["\ud800"]}), payload(109, api_key="\udfff"),
+    payload(110, failed=True, fail={"status_code": 429, "body": '{"error": {"message": "\ud800 \\ud801"}}'}),
+]  # fmt: skip
+
+
+def ids_of(payloads) -> list[str]:
+    """Return the request ids of events as they were sent."""
+    return [json.loads(payload)["request_id"] for payload in payloads]
+
+
+def replies_of(payloads) -> list[bytes]:
+    """Return events as a queue's replies to RPOP."""
+    return [b"$%d\r\n%s\r\n" % (len(one), one) for one in payloads]
+
+
+def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
+    """Store a batch of events, by default under the next number."""
+    number = sequence if sequence is not None else store.counts["sequence"] + 1
+    return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
+
+
+def reading(**changes) -> dict[str, Any]:
+    """Make a row of quota_snapshots: a good one, of a refresh."""
+    base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
+            "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77,
+            "state": "ok", "source": "refresh", "windows": "[]"}  # fmt: skip
+    return {**base, **changes}
+
+
+# ---- databases -------------------------------------------------------------------------------------------
+
+
+def rows(path, sql):
+    """Read the database as another program would."""
+    db = sqlite3.connect(str(path))
+    try:
+        return db.execute(sql).fetchall()
+    finally:
+        db.close()
+
+
+def stored_ids(store) -> list[str]:
+    """Return the request ids of what is stored, in the order of storing."""
+    return [row[0] for row in rows(store.path, "SELECT request_id FROM events ORDER BY id")]
+
+
+def lock(store):
+    """Lock the database for writing, as a backup tool or an editor would; close() or rollback() ends it."""
+    db = sqlite3.connect(str(store.path), isolation_level=None, check_same_thread=False)
+    db.execute("BEGIN IMMEDIATE")
+    return db
+
+
+def room(store, pages) -> None:
+    """Give the database so many pages at most, as a full disk would."""
+    with store._write_lock:
+        store._writer.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def spool_path(store) -> Path:
+    """Return where the events lie that could not be stored yet."""
+    return Path(f"{store.path}.spool")
+
+
+def make_original(path, rows):
+    """Write a database as the original dashboard made it."""
+    db = sqlite3.connect(str(path))
+    db.execute(
+        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
+        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
+        "latency_ms INTEGER, failed INTEGER)"
+    )
+    db.execute(
+        "CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
+        "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
+        "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
+        "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)"
+    )
+    db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+    db.execute(
+        "INSERT INTO quota_snapshots VALUES "
+        "(1, '2026-05-28', '1780000000', 'an@example.com', 'plus', 1, 0, 40, 60, 'x', 10, 90, 'y', '0', '{}')"
+    )
+    db.commit()
+    db.close()
+
+
+ORIGINAL_ROWS = [
+    (1, "t", NOON, 3, "an@example.com", "gpt-5.4", 100, 20, 5, 125, 10, 0),
+    (2, "t", NOON + 1, "9c1d0be2f4a76633", "b@example.com", "gpt-5.5", 7, 3, 0, 10, 10, 1),
+    (5, "t", NOON + 2, None, None, None, None, None, None, None, None, None),
+]
+
+
+# ---- the collector in a thread ---------------------------------------------------------------------------
+
+
+class QuickStop(threading.Event):
+    """A stop event that notes how long it was asked to wait, and waits a few milliseconds instead."""
+
+    def __init__(self, longest_s: float = 0.004) -> None:
+        super().__init__()
+        self.longest_s = longest_s
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return super().wait(min(timeout, self.longest_s))
+
+
+class Run(Watched):
+    """A collector in a thread of its own; a test sets its clock ahead, and lets its machine sleep."""
+
+    RECHECK_S = 0.01
+
+    def __init__(
+        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
+    ) -> None:
+        super().__init__()
+        self.ahead_s = ahead_s
+        self.slept_s = 0.0
+        self.woken = False  # whether it has looked at the time since it slept
+        self.stream = io.StringIO()
+        self.store = store
+        self.stop = stop
+        self.error: BaseException | None = None
+        self.collector = app.Collector(
+            config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
+        )
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        try:
+            self.collector.run()
+        except BaseException as error:
+            self.error = error
+
+    def _clock(self) -> float:
+        return time.time() + self.ahead_s + self.slept_s
+
+    def _monotonic(self) -> float:
+        self.woken = self.slept_s > 0
+        return app.monotonic_s() + self.slept_s
+
+    @property
+    def status(self) -> dict:
+        return self.collector.status()
+
+    @property
+    def state(self) -> str:
+        return self.status["state"]
+
+    @property
+    def log(self) -> str:
+        return self.stream.getvalue()
+
+    @property
+    def accounted(self) -> int:
+        return sum(self.status[name] for name in ("events", "rejected", "ignored"))
+
+    def describe(self) -> str:
+        return f"status {self.status}, error {self.error!r}, log:\n{self.log[-2000:]}"
+
+    def wait_for(self, predicate, timeout: float = 5):
+        """Wait for something true; a collector that died in the meantime ends the wait."""
+        value = super().wait_for(lambda: predicate() or self.error is not None, timeout)
+        assert self.error is None, self.describe()
+        return value
+
+    def wait_for_state(self, *states: str) -> str:
+        return self.wait_for(lambda: self.state in states and self.state)
+
+    def wait_for_events(self, count: int) -> None:
+        self.wait_for(lambda: self.status["events"] >= count)
+        assert self.status["events"] == count
+
+    def end(self) -> None:
+        """Stop it, and make sure that its thread ended by itself and in peace."""
+        self.stop.set()
+        self.thread.join(10)
+        assert not self.thread.is_alive() and self.error is None, self.describe()
+
+
+def config_of(where=None, **keys) -> app.Config:
+    """Make the config for a proxy or a redis-server, with the right key unless told otherwise."""
+    if where is not None:
+        keys.setdefault("cliproxy_port", where.port)
+    return app.Config(**{"management_password": KEY, "poll_interval_seconds": 0.1, **keys})
+
+
+def wait_a_while(run, waits=12):
+    """Give a refused collector many chances to send its key again."""
+    seen = len(run.stop.waits)
+    run.wait_for(lambda: len(run.stop.waits) >= seen + waits)
+
+
+# ---- the API over a store --------------------------------------------------------------------------------
+
+
+class Site:
+    """Serve a real store on a free port; `status` is what the collector would say."""
+
+    PAGE = "<!doctype html><style>a{}</style><script>1</script>"
+
+    def __init__(self, folder, page_text=PAGE, head_s=10.0, **settings):
+        self.config = replace(app.Config(), dashboard_host="127.0.0.1", auth_dir=str(folder / "accounts"), **settings)
+        self.now = NOW
+        self.store = app.Store(folder / "usage.db")
+        self.stop = threading.Event()
+        self.status = {"state": "waiting", "message": "Connected."}
+        (folder / "page.html").write_text(page_text, encoding="utf-8")
+        log = app.Log((folder / "log").open("w"))
+        self.refresher = app.QuotaRefresher(
+            self.config, self.store, log, self.stop, clock=lambda: self.now, gap_s=(0, 0)
+        )
+        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
+        self.server = app.make_server("127.0.0.1", 0, head_s)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))
+        self.thread.start()
+        self.log = folder / "log"
+
+    def close(self):
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+        self.refresher._log._stream.close()
+        self.store.close()
+
+    def ask(self, path, method="GET", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+            reply = connection.getresponse()
+            return reply, reply.read()
+        finally:
+            connection.close()
+
+    def json(self, path, **headers):
+        reply, body = self.ask(path, **headers)
+        assert reply.status == 200, body
+        return json.loads(body)
+
+    def error(self, path, status, method="GET", **headers):
+        reply, body = self.ask(path, method, **headers)
+        assert reply.status == status, body
+        content = json.loads(body)
+        assert set(content) == {"error", "code"}
+        return content
+
+    def raw(self, data, timeout=5):
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            received = b""
+            while True:
+                piece = connection.recv(65536)
+                if not piece:
+                    return received
+                received += piece
+
+
+def at(hours_ago: float, **changes: Any) -> app.Event:
+    """Make an event of so many hours before NOW."""
+    return event(at=NOW - 3600 * hours_ago, **changes)

@@ -38,35 +38,16 @@ def test_second_environment_name_and_other_key_name_are_taken(tmp_path):
 
 
 def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
+    wrong = {
+        "cliproxy_port": "8317", "cliproxy_tls": "yes", "collect_mode": "push", "poll_interval_seconds": 0,
+        "cliproxy_host": "http://proxy", "dashboard_host": "localhost:8320", "retention_days": True,
+        "management_password": "hunter2\n", "queue_key": "",
+    }  # fmt: skip
     with pytest.raises(app.ConfigError) as raised:
-        load(
-            tmp_path,
-            {
-                "cliproxy_port": "8317",
-                "cliproxy_tls": "yes",
-                "collect_mode": "push",
-                "poll_interval_seconds": 0,
-                "cliproxy_host": "http://proxy",
-                "dashboard_host": "localhost:8320",
-                "retention_days": True,
-                "management_password": "hunter2\n",
-                "queue_key": "",
-            },
-        )
+        load(tmp_path, wrong)
     message = str(raised.value)
-    for key in (
-        "cliproxy_port",
-        "cliproxy_tls",
-        "collect_mode",
-        "poll_interval_seconds",
-        "cliproxy_host",
-        "dashboard_host",
-        "retention_days",
-        "management_password",
-        "queue_key",
-    ):
-        assert f'"{key}"' in message
-    assert raised.value.exit_code == 2 and len(raised.value.faults) == 9
+    assert all(f'"{key}"' in message for key in wrong)
+    assert raised.value.exit_code == 2 and len(raised.value.faults) == len(wrong)
     assert "hunter2" not in message
 
 

@@ -1,251 +1,367 @@
-"""The README and the unit file say what the program does: nothing missing, nothing invented."""
+"""README, docs/ and the unit file say what the program does: nothing missing, nothing invented."""
 
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import inspect
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
+from support import free_port
 
 import usage_dashboard as app
 
 ROOT = app.BASE_DIR
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGE = (ROOT / "usage-dashboard.html").read_text(encoding="utf-8")
 SCRIPT = inspect.getsource(app)
+FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in
+         ("README.md", "docs/api.md", "docs/performance.md", "docs/development.md", "docs/vi.md")}  # fmt: skip
+README, API, DEVELOPMENT, VIETNAMESE = (FILES[name] for name in
+                                        ("README.md", "docs/api.md", "docs/development.md", "docs/vi.md"))  # fmt: skip
+FOR_USERS = pytest.mark.parametrize("name", ["README.md", "docs/vi.md"])
 UNIT = ROOT / "cliproxy-dashboard.service"
 FOLDER = "/home/admin/cliproxyapi/usage-dashboard"
-SECTIONS = [
-    "Start", "What to switch on in CLIProxyAPI", "Configuration", "The page", "API", "As a service (systemd)", "Safety",
-    "Troubleshooting", "What is stored, and what never is", "Limits", "Speed and size", "Development", "Changelog",
-    "Support and licence", "Moving from the original", "Hướng dẫn tiếng Việt",
-]  # fmt: skip
-BLOCKS = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", README, re.S | re.M)
-PROSE = re.sub(r"^ *```\w+\n.*?^ *```$", "", README, flags=re.S | re.M)
+FENCE = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.S | re.M)
+FLAG = re.compile(r"--[a-z]+(?:-[a-z]+)*")
 
 
-def blocks(language):
-    return [content for name, content in BLOCKS if name == language]
+def blocks(text, language):
+    """Return the contents of all fenced blocks of a language."""
+    return [content for name, content in FENCE.findall(text) if name == language]
 
 
-def section(title):
-    """Give the text below a heading, up to the next one of its level or above."""
-    marks, _, rest = re.search(rf"^(#+) {re.escape(title)}( *)\n(.*)", README, re.S | re.M).groups()
+def section(text, title):
+    """Return the text below a heading, up to the next one of its level or above."""
+    marks, rest = re.search(rf"^(#+) {re.escape(title)} *\n(.*)", text, re.S | re.M).groups()
     return re.split(rf"^#{{1,{len(marks)}}} ", rest, flags=re.M)[0]
 
 
 def table(text):
-    """Give the rows of all tables in a text, as lists of cells."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    """Return the rows of all tables in a text, as lists of cells."""
+    lines = [line.strip() for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
 def quoted(text):
-    """Give all that stands in `code` marks."""
+    """Return all that stands in `code` marks."""
     return re.findall(r"`([^`\n]+)`", text)
 
 
-def help_of(capsys, *words):
-    """Give what the program prints with --help."""
-    with pytest.raises(SystemExit):
-        app._parse_arguments([*words, "--help"])
-    return capsys.readouterr().out
+def coded_rows(text, columns):
+    """Return first cell → other cells, of the table rows that begin with one code and have so many columns."""
+    rows = [row for row in table(text) if len(row) == columns and re.fullmatch(r"`[^`]+`", row[0])]
+    return {row[0].strip("`"): row[1:] for row in rows}
 
 
-# ---- the README ------------------------------------------------------------------------------------------
+# ---- configuration, commands, states ---------------------------------------------------------------------
 
 
-def test_sections_stand_in_their_order():
-    headings = re.findall(r"^## (.+)$", PROSE, re.M)
-    assert headings == SECTIONS
+def test_readme_is_short():
+    assert len(README.encode()) <= 18 * 1024
 
 
-def test_config_table_holds_every_key_with_its_default():
-    rows = [row for row in table(section("Configuration")) if len(row) == 3 and row[0].startswith("`")]
-    assert all(row[2] for row in rows)
-    documented = [(row[0].strip("`"), json.loads(row[1].strip("`"))) for row in rows]
-    assert documented == list(dataclasses.asdict(app.Config()).items())
-    assert set(app._CHECKS) == {key for key, _ in documented}
+@FOR_USERS
+def test_config_table_holds_every_key_with_its_default(name):
+    documented = {key: json.loads(default.strip("`")) for key, (default, meaning) in coded_rows(FILES[name], 3).items()
+                  if re.fullmatch(r'`(".*"|[\d.]+|true|false)`', default) and meaning}  # fmt: skip
+    assert documented == dataclasses.asdict(app.Config())
 
 
-def test_config_keys_in_examples_exist():
-    known = {*app._CHECKS, *app._OTHER_NAMES}
-    answers = section("API")
-    shown = {key for block in blocks("json") if block not in answers for key in json.loads(block)}
-    assert shown and shown <= known
-    inline = set(re.findall(r'`"(\w+)": [^`]*`', PROSE.replace(answers, ""))) - {"refreshing"}
-    assert inline and inline <= known
-    worded = {word for word in quoted(PROSE) if re.match(r"(cliproxy|dashboard|management|poll|retention)_\w+\Z", word)}
-    assert worded <= known | {"retention_seconds", "retention_short"}  # of the answers
+@FOR_USERS
+def test_config_keys_in_examples_exist(name):
+    known = {*dataclasses.asdict(app.Config()), "management_key"}
+    shown = {key for block in blocks(FILES[name], "json") for key in json.loads(block)}
+    shown |= set(re.findall(r'`"(\w+)": [^`]*`', FENCE.sub("", FILES[name])))
+    assert {"dashboard_password", "dashboard_port", "collect_mode"} <= shown <= known
 
 
-def test_other_names_and_limits_of_keys_are_told():
-    configuration = section("Configuration")
-    assert all(f"`{name}`" in configuration for name in app._OTHER_NAMES)
-    assert all(f'`"{mode}"`' in configuration for mode in app.COLLECT_MODES)
+@FOR_USERS
+def test_modes_of_collecting_are_told(name):
+    (_, meaning) = coded_rows(FILES[name], 3)["collect_mode"]
+    assert {word.strip('"') for word in quoted(meaning)} == set(app.COLLECT_MODES)
 
 
-def test_environment_variables_are_told():
-    read = {*app._ENVIRONMENT, *re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", SCRIPT)}
-    read |= {"HTTPS_PROXY", "SSL_CERT_FILE"}  # read by the standard library
-    of_tests = {"PYTHON", "VENV", *re.findall(r"\bDASHBOARD_\w+", (ROOT / ".ci/run").read_text(encoding="utf-8"))}
-    told = {name for row in table(section("Environment") + section("Development")) for name in quoted(row[0])}
-    assert read | of_tests <= told
-    assert not {name for name in told if name.isupper()} - read - of_tests - {"NO_PROXY", "TZ"}
+@FOR_USERS
+def test_environment_variables_are_told(name):
+    read = set(re.findall(r"""environ(?:\.get\(|\[)["'](\w+)""", SCRIPT))
+    read |= set(re.findall(r'"([A-Z_]+_PASSWORD)"', SCRIPT)) | {"HTTPS_PROXY", "SSL_CERT_FILE", "NO_PROXY", "TZ"}
+    told = {word for row in table(FILES[name]) for word in quoted(row[0]) if re.fullmatch(r"[A-Z_]+", word)}
+    assert "CLIPROXY_MANAGEMENT_PASSWORD" in read and told == read
 
 
-def test_commands_and_flags_are_told(capsys):
-    names = re.findall(r"^    (\w+) ", help_of(capsys), re.M)
-    assert names[:2] == ["start", "demo"]
-    flags = {name: set(re.findall(r"--[a-z]+(?:-[a-z]+)*", help_of(capsys, name))) for name in names}
-    told = section("Commands")
-    assert all(f"`python3 usage_dashboard.py {name}`" in told for name in names)
-    rows = {}
-    for row in table(told):
-        for flag in re.findall(r"--[a-z]+(?:-[a-z]+)*", row[0]):
-            rows[flag] = set(names) if row[1] == "all" else set(row[1].split(", "))
-    assert rows == {flag: {name for name in names if flag in flags[name]} for flag in set().union(*flags.values())}
-    ranges = re.search(r"a range may follow: (.*)\|", told).group(1)
-    assert quoted(ranges) == list(app.RANGE_NAMES)
-
-
-def test_every_command_line_shown_is_understood():
-    shown = re.findall(r"python3 usage_dashboard\.py((?: [\w./-]+)*)", README)
-    assert len(shown) > 10
-    for line in shown:
-        words = line.split()
-        if words != ["--version"]:
-            assert callable(app._parse_arguments(words).run)
-
-
-def test_routes_are_told():
-    told = [row[0] for row in table(section("API")) if row[0].startswith("`GET /")]
-    assert {re.sub(r"\?.*", "", cell.strip("`")) for cell in told} == {"GET /", *(f"GET {path}" for path in app.ROUTES)}
-    assert all(re.search(rf"^### `{re.escape(path)}`$", README, re.M) for path in app.ROUTES)
-
-
-def test_parameters_are_told():
-    read = set(re.findall(r"""(?:query\.get\(|_(?:choice|whole|moment)\(query, )"(\w+)""", SCRIPT)) | {"force"}
-    told = {re.split(r"\W", word)[0] for word in quoted(section("API")) if re.match(r"\w+(=|\Z)", word)}
-    assert {"range", "before", "limit"} <= read <= told | {"force"}
-    assert "force=1" in section("API")
-
-
-def test_error_example_is_the_real_one():
-    with pytest.raises(app.ApiError) as raised:
-        app._whole({"limit": "0"}, "limit", 1, 500, 100)
-    example = next(json.loads(block) for block in blocks("json") if '"error"' in block.split("\n")[0])
-    assert example == {"error": str(raised.value), "code": raised.value.code}
+def test_environment_of_the_tests_is_told():
+    runner = (ROOT / "tests/run").read_text(encoding="utf-8")
+    used = set(re.findall(r"\$\{([A-Z]+):-", runner))
+    used |= set(re.findall(r"\bDASHBOARD_\w+", (ROOT / ".ci/run").read_text(encoding="utf-8")))
+    assert "VENV" in used and used == set(coded_rows(section(DEVELOPMENT, "Tests"), 2)) & used
 
 
 @pytest.fixture
-def answers(tmp_path):
-    """The routes over a database with one request, one outage, and readings enough for a forecast."""
-    store = app.Store(tmp_path / "usage.db")
-    line = (ROOT / "tests/data/events.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    store.store_batch(app.parse_events([line.encode()]), 1, 1_800_000_000.0)
-    store.begin_outage(1_777_700_000.0, "unreachable")
-    file = app.AccountFile("codex-a.json", "a@example.com", "id", "plus", "token", False, "", "")
-    now = time.time()
-    for used, at in ((20, now - 1200), (22, now - 600), (23, now)):
-        window = {"used_percent": used, "limit_window_seconds": 18000, "reset_at": int(now) + 7200}
-        reply = {"plan_type": "plus", "rate_limit": {"allowed": True, "limit_reached": False, "primary_window": window}}
-        store.save_reading(app.snapshot_of(file, reply, at))
-    config = app.Config()
-    stop = threading.Event()
-    log = app.Log(io.StringIO())
-    collector = app.Collector(config, store, log, stop)
-    refresher = app.QuotaRefresher(config, store, log, stop)
-    yield app.App(config, store, refresher, collector.status)
-    store.close()
+def flags(program):
+    """Every command with the flags that its --help prints."""
+    wide = {"COLUMNS": "300"}
+    names = re.findall(r"^    (\w+) ", program.run("--help", env=wide).stdout, re.M)
+    return {name: set(FLAG.findall(program.run(name, "--help", env=wide).stdout)) for name in names}
 
 
-def shape(value):
-    """Give the keys of an answer all the way down; lists are known by their first item."""
-    if isinstance(value, dict):
-        return {key: shape(one) for key, one in value.items()}
-    return [shape(value[0])] if isinstance(value, list) and value else None
+@FOR_USERS
+def test_commands_and_flags_are_told(name, flags):
+    assert {"start", "check"} <= set(flags)
+    told = coded_rows(FILES[name], 2)
+    assert {command for command in told if "usage_dashboard.py" in command} == {
+        f"python3 usage_dashboard.py {command}" for command in flags
+    }
+    ranges = told["python3 usage_dashboard.py report"][0]
+    assert [word for word in quoted(ranges) if word in app.RANGE_NAMES] == list(app.RANGE_NAMES)
+    of = {}
+    for row in table(FILES[name]):
+        for flag in FLAG.findall(row[0]):
+            words = set(re.findall(r"[a-z]+", row[1]))
+            of[flag] = words if words <= set(flags) else set(flags)
+    assert of == {flag: {c for c in flags if flag in flags[c]} for flag in set().union(*flags.values())}
 
 
-def covers(shown, real):
-    """Tell whether an example has the answer's keys; one with "…" leaves some out."""
-    if isinstance(shown, list) and isinstance(real, list):
-        return covers(shown[0], real[0])
-    if not isinstance(shown, dict) or not isinstance(real, dict):
-        return not isinstance(shown, (dict, list)) and not isinstance(real, (dict, list))
-    keys = set(shown) - {"…"}
-    whole = keys == set(real) or ("…" in shown and keys < set(real))
-    return whole and all(covers(shown[key], real[key]) for key in keys)
+def test_every_command_line_shown_is_understood(flags):
+    shown = [line.split() for text in FILES.values() for line in
+             re.findall(r"python3 usage_dashboard\.py((?: [\w./-]+)*)", text)]  # fmt: skip
+    assert len(shown) > 20
+    for words in shown:
+        if words not in ([], ["--version"]):
+            rest = set(words[1:]) - flags[words[0]] - set(app.RANGE_NAMES) - {"127.0.0.1"}
+            assert not rest, words
 
 
-@pytest.mark.parametrize("path", sorted(app.ROUTES))
-def test_example_of_an_answer_has_its_real_keys(answers, path):
-    heading = rf"^### `{re.escape(path)}`$.*?```json\n(.*?)```"
-    shown = json.loads(re.search(heading, README, re.S | re.M).group(1))
-    real = app.ROUTES[path].answer(answers, {"range": "all"})
-    assert covers(shape(shown), shape(real)), (shape(shown), shape(real))
+def test_states_of_the_collector_say_what_the_program_says():
+    told = coded_rows(section(README, "Troubleshooting"), 2)
+    assert {state: text for state, (text,) in told.items()} == app.STATE_REMEDIES
 
 
-def test_states_are_told_with_a_remedy():
-    rows = table(section("Troubleshooting"))
-    told = {name: row for row in rows for name in quoted(row[0])}
+def test_states_of_an_account_say_what_the_program_says():
+    told = coded_rows(section(API, "States of an account"), 2)
+    texts = {state: told.pop(state)[0] for state in app.QUOTA_MESSAGES}
+    assert texts == app.QUOTA_MESSAGES
+    assert {word for row in table(section(API, "States of an account")) for word in quoted(row[0])} - set(texts) == {
+        "ok", "limited", "reset_due", "no_windows"
+    }  # fmt: skip
+
+
+def test_vietnamese_page_tells_every_state_of_the_collector():
+    told = {word: row[1:] for row in table(VIETNAMESE) for word in quoted(row[0])}
     assert set(app.STATE_REMEDIES) <= set(told)
-    assert all(len(told[state]) == 3 and told[state][2] for state in app.STATE_REMEDIES)
-    assert {"ok", "limited", "reset_due", "no_windows", *app.QUOTA_MESSAGES} == set(told) - set(app.STATE_REMEDIES)
+    assert all(text for state in app.STATE_REMEDIES for text in told[state])
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", PROSE)
-    headings = re.findall(r"^#+ (.+)$", PROSE, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        elif "://" not in target:
-            assert (ROOT / target).is_file(), target
-    assert {"docs/light.png", "docs/dark.png"} <= set(targets)
+@FOR_USERS
+def test_proxy_is_switched_on_before_the_first_command(name):
+    text = FILES[name]
+    for words in ("usage-statistics-enabled: true", "secret-key:"):
+        assert 0 < text.index(words) < text.index("usage_dashboard.py start")
+    assert "8320" in section(text, "Start" if name == "README.md" else "Khởi động")
 
 
-def test_files_named_in_commands_exist():
-    for name in re.findall(r"\b(usage_dashboard\.py|usage-dashboard\.html|tests/[\w.]+|[\w.-]+\.service)\b", README):
-        assert (ROOT / name).exists(), name
+@FOR_USERS
+def test_users_of_the_original_are_told_what_becomes_of_the_old_script(name):
+    text = section(FILES[name], "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
+    for words in ("rm usage-dashboard.py", "pkill -f usage-dashboard.py", "pkill -f usage_dashboard.py", "queue_key"):
+        assert words in text
 
 
-def test_switches_of_the_proxy_are_told():
-    told = section("What to switch on in CLIProxyAPI")
-    for words in ("usage-statistics-enabled: true", "redis-usage-queue-retention-seconds: 3600", "8317", "secret-key"):
-        assert words in told
+@FOR_USERS
+def test_what_a_minimal_system_lacks_comes_with_its_package(name):
+    text = FILES[name]
+    for tool in ("sqlite3 usage.db", "lsof -i"):
+        assert tool in text and f"apt install {tool.split()[0]}" in text
 
 
 def test_version_and_licence_are_told():
-    assert f"**{app.__version__.rsplit('.', 1)[0]}**" in section("Changelog")
+    assert f"**{app.__version__.rsplit('.', 1)[0]}**" in section(README, "Changelog")
     for words in (
         "Developed by TTAI Solutions Software, <https://ttaisolutions.com>.",
         "Copyright 2025 CLIProxyAPI Usage Dashboard. Proprietary software. All rights reserved.",
     ):
-        assert words in section("Support and licence")
+        assert words in section(README, "Support and licence")
 
 
-def test_worked_example_still_fits_the_program(answers):
-    function, route = blocks("python")
-    names = dict(vars(app))
-    exec("from __future__ import annotations\n" + function, names)
-    busiest = names["api_busiest"](answers, {"range": "all"})
-    assert busiest["requests"] == 1 and busiest["start"] % 900 == 0
-    assert names["api_busiest"](answers, {"range": "1h"}) == {"start": None}
-    assert eval("{" + route + "}", names)["/api/busiest"].answer is names["api_busiest"]
-    anchors = ['<span id="version"></span>', "async function loadHealth()", "function renderAll() {", "loadRequests()]",
-               "function loadUsage() {", "const zoneOffset", "const clientNow", "function params("]  # fmt: skip
-    for anchor in anchors:
-        assert PAGE.count(anchor) == 1, anchor
+# ---- links and files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_links_lead_somewhere(name):
+    prose = FENCE.sub("", FILES[name])
+    targets = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", prose)
+    for target in [target for target in targets if "://" not in target]:
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+?) *$", FENCE.sub("", file.read_text(encoding="utf-8")), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+    if name == "README.md":
+        assert {"docs/light.png", "docs/dark.png", *FILES} - {"README.md"} <= set(targets)
+
+
+def test_files_named_in_the_docs_exist():
+    named = re.compile(
+        r"\b(usage_dashboard\.py|usage-dashboard\.html|config\.example\.json|tests/[\w./]+\w|[\w-]+\.service)\b"
+    )
+    names = {name for text in FILES.values() for name in named.findall(text)}
+    assert len(names) > 6
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+# ---- the API ---------------------------------------------------------------------------------------------
+
+
+class Served:
+    """The program while it serves; answers come as status and JSON."""
+
+    def __init__(self, program, command, *arguments):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/"
+        running = program.start(command, "--no-browser", "--host", "127.0.0.1", "--port", str(self.port), *arguments)
+        running.wait_for_line(f":{self.port}", timeout=30)
+
+    def ask(self, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, json.loads(reply.read())
+        finally:
+            connection.close()
+
+
+def test_routes_are_told():
+    told = [row[0].strip("`") for row in table(API) if row[0].startswith("`GET /")]
+    assert {re.sub(r"\?.*", "", route) for route in told} == {"GET /", *(f"GET {path}" for path in app.ROUTES)}
+    assert all(re.search(rf"^## `{re.escape(path)}`$", API, re.M) for path in app.ROUTES)
+
+
+def merged(one, other):
+    """Return the shape that two shapes have together; an unknown one gives way."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
+    if isinstance(one, list) and isinstance(other, list):
+        return [merged((one or [None])[0], (other or [None])[0])]
+    return other if one is None else one
+
+
+def shape(value):
+    """Return the keys of an answer all the way down; a list has the shape of all its items together."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return None
+    whole = None
+    for item in value:
+        whole = merged(whole, shape(item))
+    return [whole]
+
+
+def differences(shown, real, path=""):
+    """Return where an example differs from the answer; one with "…" may leave keys out, a null tells no more."""
+    if real is None:
+        return []
+    if type(shown) is not type(real):
+        return [path]
+    if isinstance(shown, list):
+        return differences(shown[0], real[0], path + "[]")
+    if not isinstance(shown, dict):
+        return []
+    left_out = set() if "…" in shown else set(real) - set(shown)
+    wrong = [f"{path}.{key}" for key in (set(shown) - {"…"} - set(real)) | left_out]
+    for key in set(shown) & set(real):
+        wrong += differences(shown[key], real[key], f"{path}.{key}")
+    return wrong
+
+
+def example(path):
+    return json.loads(blocks(section(API, f"`{path}`"), "json")[0])
+
+
+def test_examples_of_answers_have_the_real_keys(program):
+    demo = Served(program, "demo")
+    for path in ("/api/summary", "/api/quota", "/api/requests"):
+        status, real = demo.ask(path + "?range=7d")
+        assert status == 200 and differences(shape(example(path)), shape(real)) == [], path
+
+
+def test_example_of_health_has_the_real_keys(program, proxy):
+    (program.folder / "config.json").write_text(json.dumps({"cliproxy_port": proxy.port, "management_password": "no"}))
+    status, real = Served(program, "start").ask("/api/health")
+    assert status == 200 and differences(shape(example("/api/health")), shape(real)) == []
+
+
+def test_parameters_and_errors_are_told(program):
+    demo = Served(program, "demo")
+    told = {word for row in table(API) for word in quoted(row[0]) if re.fullmatch(r"[a-z_]+", word)}
+    read = set(re.findall(r"""\(query, ["'](\w+)["']|query\.get\(["'](\w+)["']""", SCRIPT))
+    assert {"range", "limit"} <= {one or other for one, other in read} <= told | {"bucket", "force"}
+    for route, name in (
+        ("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"),
+        ("summary", "status"), ("summary", "bucket"), ("requests", "limit"), ("requests", "before"),
+    ):  # fmt: skip
+        status, answer = demo.ask(f"/api/{route}?{name}=%2E")
+        assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
+    assert demo.ask("/api/requests?limit=0")[1] == json.loads(blocks(section(API, "Errors"), "json")[0])
+    codes = {code for row in table(section(API, "Errors")) for cell in row for code in quoted(cell)}
+    raised = set(re.findall(r"""(?:ApiError|RefreshRefused)\((?:\d+, )?["']([a-z_]+)["']""", SCRIPT))
+    raised = {code for code in raised if not code.startswith("bad_")} | {app.StoreError.code}
+    assert "not_found" in raised and raised <= codes
+
+
+# ---- the worked example ----------------------------------------------------------------------------------
+
+
+def put_in(path, *steps):
+    """Insert each text behind (or before) the one place that its pattern finds."""
+    text = path.read_text(encoding="utf-8")
+    for pattern, where, insertion in steps:
+        found = list(re.finditer(pattern, text, re.M))
+        assert len(found) == 1, pattern
+        at = found[0].end() if where == "behind" else found[0].start()
+        text = text[:at] + insertion + text[at:]
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def example_site(program):
+    """The demo, with the steps of the worked example carried out on its copy of the two files."""
+    steps = section(DEVELOPMENT, "Example: a new route and its use on the page")
+    function, entry = blocks(steps, "python")
+    (place,), (word,) = blocks(steps, "html"), blocks(steps, "text")
+    functions, load, render = blocks(steps, "js")
+    put_in(program.script, (r"^ROUTES\b", "before", function + "\n\n"), (r"^ROUTES\b.*\n", "behind", entry))
+    put_in(
+        program.folder / "usage-dashboard.html",
+        (r'<span id="version">', "before", place.strip()),
+        (r'<script type="text/plain" id="i18n">\n', "behind", word),
+        (r"^ *(async )?function loadUsage\(\)", "before", functions),
+        (r"^ *(async )?function loadUsage\(\) \{", "behind", "\n" + load),
+        (r"^ *function renderAll\(\) \{", "behind", "\n" + render),
+    )
+    return Served(program, "demo")
+
+
+def test_worked_example_answers(example_site):
+    status, answer = example_site.ask("/api/busiest?range=7d")
+    hours = example_site.ask("/api/summary?range=7d")[1]["hours"]
+    assert status == 200
+    assert answer["busiest"]["total_tokens"] >= max(hour["total_tokens"] for hour in hours[:-1]) > 0
+    assert example_site.ask("/api/busiest?start=1000000000&end=1000003600") == (200, {"busiest": None})
+
+
+def test_worked_example_shows_on_the_page(example_site, browser):
+    browser.goto(example_site.url + "?range=7d")
+    browser.click("#lang-en")
+    english = browser.wait_until("/^Busiest hour: .*\\d\\d:00$/.exec(document.getElementById('busiest').textContent)")
+    browser.click("#lang-vi")
+    browser.wait_until("document.getElementById('busiest').textContent.startsWith('Giờ cao điểm: ')")
+    assert english and browser.text("#busiest").endswith(english[0][-5:])
 
 
 # ---- the unit file ---------------------------------------------------------------------------------------
@@ -284,14 +400,23 @@ def test_unit_leaves_the_program_time_to_stop():
     assert 3 < int(dict(unit_values())["TimeoutStopSec"]) <= 30
 
 
+@FOR_USERS
+def test_unit_is_installed_with_what_it_expects(name):
+    assert FOLDER in FILES[name] and "`admin`" in FILES[name]
+    shell = "".join(blocks(FILES[name], "sh"))
+    for words in (f"cp {UNIT.name} ", "daemon-reload", "enable", "start", "status", "stop"):
+        assert words in shell, words
+
+
 def test_systemd_accepts_the_unit(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", sys.executable), encoding="utf-8")
+    copy, python = tmp_path / UNIT.name, tmp_path / "python3"
+    python.symlink_to(sys.executable)  # a path without a space in it
+    copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", str(python)), encoding="utf-8")
     done = subprocess.run(
         ["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         encoding="utf-8", errors="replace", timeout=60, check=False,
     )  # fmt: skip
-    said = [line for line in done.stdout.splitlines() if UNIT.name in line]
-    assert (done.returncode, said) == (0, []), done.stdout
+    lines = [line for line in done.stdout.splitlines() if UNIT.name in line]
+    assert (done.returncode, lines) == (0, []), done.stdout

@@ -7,8 +7,7 @@ import re
 
 import pytest
 from page_support import HOUR, LANGS, PAGE, WORDS, fill, many, set_state, tokens
-from support import free_port
-from test_store import event, put
+from support import event, free_port, put
 from webdriver import Browser
 
 import usage_dashboard as app

@@ -7,7 +7,7 @@ import datetime
 
 import pytest
 from page_support import HOUR, WORDS, fill, tokens
-from test_store import event, put
+from support import event, put
 
 import usage_dashboard as app
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from page_support import HOUR, LANGS, WORDS, fill
-from test_store import reading
+from support import reading
 
 import usage_dashboard as app
 

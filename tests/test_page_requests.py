@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from page_support import fill, many
-from test_store import event, put
+from support import event, put
 
 import usage_dashboard as app
 

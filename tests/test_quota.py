@@ -3,27 +3,23 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from support import QUOTA, QUOTA_BY_NAME
 
 import usage_dashboard as app
 
-QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
 NOW = QUOTA["now"]
 GOOD = [sample for sample in QUOTA["samples"] if sample["http_status"] == 200 and isinstance(sample["body"], dict)]
 BAD = [sample for sample in QUOTA["samples"] if sample not in GOOD]
-BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
 
 
-def shown(meter):
-    if meter is None:
+def shown(window):
+    if window is None:
         return None
-    return {
-        "used_percent": meter.used_percent,
-        "remaining_percent": meter.remaining_percent,
-        "reset_at": meter.reset_at,
-    }
+    return {name: getattr(window, name) for name in ("used_percent", "remaining_percent", "reset_at")}
 
 
 @pytest.mark.parametrize("sample", GOOD, ids=lambda sample: sample["name"])
@@ -32,40 +28,24 @@ def test_sample_reply_gives_the_expected_windows(sample):
     assert reading.state == expect["state"]
     assert shown(reading.five_hour) == expect["five_hour"]
     assert shown(reading.weekly) == expect["weekly"]
-    monthly = [meter for meter in reading.meters if meter.label == "30d"]
+    monthly = [window for window in reading.windows if window.label == "30d"]
     assert shown(monthly[0] if monthly else None) == expect["monthly"]
     if isinstance(expect.get("credits"), dict):
         assert reading.credits_balance == expect["credits"]["balance"]
-    names = [meter.meter for meter in reading.meters if meter.meter not in (None, "Code review")]
+    names = [window.meter for window in reading.windows if window.meter not in (None, "Code review")]
     assert sorted(set(names)) == sorted(expect.get("additional_names", []))
     for other in expect.get("other", []):
-        assert other in [{"seconds": meter.seconds, "used_percent": meter.used_percent} for meter in reading.meters]
+        assert other in [{"seconds": one.seconds, "used_percent": one.used_percent} for one in reading.windows]
 
 
 def body(primary=None, secondary=None, **limits):
     return {"rate_limit": {"primary_window": primary, "secondary_window": secondary, **limits}}
 
 
-@pytest.mark.parametrize(
-    ("seconds", "label"),
-    [
-        (18000, "5h"),
-        (17100, "5h"),
-        (18900, "5h"),
-        (18901, "5.3h"),
-        (604800, "7d"),
-        (574560, "7d"),
-        (2592000, "30d"),
-        (2628000, "30d"),
-        (86400, "1d"),
-        (32400, "9h"),
-        (90, "1.5min"),
-        (30, "30s"),
-        (31536000, "365d"),
-    ],
-)
-def test_window_is_named_by_its_length(seconds, label):
-    assert app.window_label(seconds) == label
+def test_window_is_named_by_its_length():
+    labels = {18000: "5h", 17100: "5h", 18900: "5h", 18901: "5.3h", 604800: "7d", 574560: "7d", 2592000: "30d",
+              2628000: "30d", 86400: "1d", 32400: "9h", 90: "1.5min", 30: "30s", 31536000: "365d"}  # fmt: skip
+    assert {seconds: app.window_label(seconds) for seconds in labels} == labels
 
 
 def test_slot_decides_only_where_no_length_is_given():
@@ -80,32 +60,20 @@ def test_slot_decides_only_where_no_length_is_given():
 def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
     twice = body({"used_percent": 1, "limit_window_seconds": 18000}, {"used_percent": 9, "limit_window_seconds": 18000})
     reading = app.parse_quota(twice, NOW)
-    assert (reading.five_hour.used_percent, reading.weekly, len(reading.meters)) == (9, None, 2)
+    assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
+
+
+NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400", 10**400]
 
 
 @pytest.mark.parametrize(
     ("sent", "used"),
-    [
-        (12.5, 12.5),
-        ("42", 42),
-        (" 7.5 ", 7.5),
-        (-3, 0),
-        (250, 100),
-        (True, None),
-        (None, None),
-        ("x", None),
-        ([], None),
-        (float("inf"), None),
-        (float("nan"), None),
-        ({"a": 1}, None),
-        ("1e400", None),
-        (10**400, None),
-    ],
+    [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
-    meter = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
-    assert meter.used_percent == used
-    assert meter.remaining_percent == (None if used is None else 100 - used)
+    window = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
+    assert window.used_percent == used
+    assert window.remaining_percent == (None if used is None else 100 - used)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +85,9 @@ def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
         ({"reset_at": "soon"}, None),
         ({"reset_after_seconds": -1}, None),
         ({"reset_at": 10**30}, None),
+        ({"reset_at": 1500000000}, None),  # before there was any such window
+        ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60),
+        ({"reset_after_seconds": 1e300}, None),
         ({}, None),
     ],
 )
@@ -124,23 +95,16 @@ def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
     assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
 
 
+FIELDS = [
+    "plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit", "primary_window",
+    "secondary_window", "allowed", "limit_reached",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
-@pytest.mark.parametrize(
-    "field",
-    [
-        "plan_type",
-        "rate_limit",
-        "credits",
-        "additional_rate_limits",
-        "code_review_rate_limit",
-        "primary_window",
-        "secondary_window",
-        "allowed",
-        "limit_reached",
-    ],
-)
+@pytest.mark.parametrize("field", FIELDS)
 def test_wrong_type_in_any_field_never_fails(field, wrong):
-    payload = json.loads(json.dumps(BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
+    payload = json.loads(json.dumps(QUOTA_BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
     (payload if field in payload or field == "credits" else payload["rate_limit"])[field] = wrong
     app.snapshot_of(account_file(), payload, NOW)
 
@@ -156,22 +120,13 @@ def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
 
 
 def account_file(**changes) -> app.AccountFile:
-    base = dict(
-        name="codex-a.json",
-        email="an@example.com",
-        account_id="acc-1",
-        plan="plus",
-        access_token="tok-secret-1",
-        disabled=False,
-        proxy_url="",
-        freshness="",
-    )
-    base.update(changes)
-    return app.AccountFile(**base)
+    base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus",
+                access_token="tok-secret-1", disabled=False, proxy_url="", freshness="")  # fmt: skip
+    return app.AccountFile(**{**base, **changes})
 
 
 def test_snapshot_row_has_no_identity_of_the_reply():
-    row = app.snapshot_of(account_file(), BY_NAME["plus_5h_7d"]["body"], NOW)
+    row = app.snapshot_of(account_file(), QUOTA_BY_NAME["plus_5h_7d"]["body"], NOW)
     text = json.dumps(row)
     for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
         assert secret not in text
@@ -332,14 +287,18 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(through_proxy, sa
 )
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
-    assert app.classify_failure(status, {}, raw.encode()) == state
+    assert app.classify_failure(status, raw.encode()) == state
 
 
-def test_reply_that_drips_is_ended_as_a_whole(through_proxy):
-    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, drip=0.2)
+@pytest.mark.parametrize("status", [200, 429])
+@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
+                         ids=["head", "body", "chunks", "silence"])  # fmt: skip
+def test_reply_that_does_not_end_is_given_up_as_a_whole(through_proxy, answer, status):
+    through_proxy.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
+    began_at = time.monotonic()
     with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(), deadline_s=0.5)
-    assert raised.value.state == "timeout"
+        app.fetch_usage(account_file(), deadline_s=0.4)
+    assert raised.value.state == "timeout" and time.monotonic() - began_at < 2
 
 
 def test_reply_that_is_too_large_or_cut_is_no_reading(through_proxy):

@@ -7,11 +7,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from support import SAMPLES, record
 
 import usage_dashboard as app
 
 NOW = 1800000000.0
-SAMPLE = (Path(__file__).parent / "data" / "events.jsonl").read_bytes().splitlines()[2]
 HEADERS = {
     "x-codex-plan-type": "plus",
     "x-codex-primary-used-percent": "42",
@@ -32,17 +32,17 @@ def read(**changes) -> app.Reading:
 
 
 def test_headers_of_a_sample_give_plan_windows_and_resets():
-    headers = app.parse_events([SAMPLE]).events[0].quota_headers
+    headers = app.parse_events([SAMPLES[2]]).events[0].quota_headers
     reading = app.parse_quota(app.payload_of_headers(headers), NOW)
     assert (reading.plan, reading.state) == ("plus", "ok")
-    assert reading.five_hour == app.Meter("5h", 18000, 42, 1785300000, None)
-    assert reading.weekly == app.Meter("7d", 604800, 17, 1785700000, None)
+    assert reading.five_hour == app.QuotaWindow("5h", 18000, 42, 1785300000, None)
+    assert reading.weekly == app.QuotaWindow("7d", 604800, 17, 1785700000, None)
 
 
 def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
     reading = read(x_codex_primary_window_minutes="10080", x_codex_secondary_window_minutes="43200")
     assert (reading.five_hour, reading.weekly.used_percent) == (None, 42)
-    assert [meter.label for meter in reading.meters] == ["7d", "30d"]
+    assert [window.label for window in reading.windows] == ["7d", "30d"]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,14 @@ def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
         {"x_codex_primary_used_percent": "nan"},
         {"x_codex_primary_used_percent": ""},
         {"x_codex_primary_reset_at": ""},
+        {"x_codex_primary_reset_at": "1234567890"},  # 2009
+        {"x_codex_primary_reset_at": "-1"},
+        {"x_codex_primary_reset_at": "9e99"},
+        {"x_codex_primary_window_minutes": "1e17"},
+        {"x_codex_primary_window_minutes": "-300"},
     ],
 )
-def test_header_window_without_length_percentage_or_reset_is_absent(changes):
+def test_header_window_without_a_sound_length_percentage_or_reset_is_absent(changes):
     reading = read(**changes)
     assert (reading.five_hour, reading.weekly.used_percent) == (None, 17)
 
@@ -71,8 +76,8 @@ def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
              "primary_reset_at": str(int(NOW) + 60)}  # fmt: skip
     reading = read(**{f"x_codex_bengalfox_{name}": text for name, text in spark.items()})
     assert (reading.five_hour.used_percent, reading.state) == (42, "ok")
-    extra = [meter for meter in reading.meters if meter.meter]
-    assert [(meter.meter, meter.used_percent) for meter in extra] == [("GPT-5.3-Codex-Spark", 99)]
+    extra = [window for window in reading.windows if window.meter]
+    assert [(window.meter, window.used_percent) for window in extra] == [("GPT-5.3-Codex-Spark", 99)]
 
 
 def test_plan_with_a_monthly_window_alone_is_limited_when_that_is_used_up():
@@ -120,8 +125,8 @@ class World:
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
-        record = {"timestamp": app.utc_text(NOW + at), "provider": "codex", "model": "m", **sent}
-        (event,) = app.parse_events([json.dumps(record).encode()]).events
+        sent = record(timestamp=app.utc_text(NOW + at), model="m", **sent)
+        (event,) = app.parse_events([json.dumps(sent).encode()]).events
         return event._replace(quota_headers={**HEADERS, **(headers or {})}, plan=(headers or HEADERS).get(
             "x-codex-plan-type", "plus"))  # fmt: skip
 
@@ -167,10 +172,10 @@ def test_reading_of_a_request_is_its_accounts_without_any_call(world):
 def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
     world.file("an@example.com")
     world.take(world.event(at=-100, ttft_ms=30_000))
-    assert world.store.quotas()[0]["read_at"] == NOW - 70
+    assert world.store.quotas()[0]["ts_epoch"] == NOW - 70
     world.later_s = 60
     world.take(world.event(used(43), at=3000))
-    assert world.store.quotas()[0]["read_at"] == NOW + 60
+    assert world.store.quotas()[0]["ts_epoch"] == NOW + 60
 
 
 def test_reading_of_a_mail_with_two_plans_goes_to_the_plan_that_it_names(world):
@@ -261,37 +266,38 @@ def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, st
 # ---- how often ------------------------------------------------------------------------------------------
 
 
-def test_readings_make_one_row_a_minute_at_most_and_the_newest_of_it(world):
+def test_readings_are_saved_once_a_minute_at_most_and_the_newest_of_it(world):
     world.take(world.event(used(1)))
     for second in range(1, 60):
         world.later_s = second
         world.take(world.event(used(second), at=second))
-    assert (world.count(), world.shown()[0][2]) == (1, 1)
+    assert world.shown()[0][2] == 1
     world.later_s = 60
     world.traffic.save_due()
-    assert (world.count(), world.shown()[0][2]) == (2, 59)
+    assert world.shown()[0][2] == 59
 
 
-def test_reading_that_says_the_same_makes_no_row_and_is_fresh_all_the_same(world):
-    world.take(world.event())
-    world.later_s = 600
-    moved = {"x-codex-primary-reset-at": str(int(NOW) + 7201)}  # by a second, as resets do
-    world.take(world.event(moved, at=600))
-    assert (world.count(), world.store.quotas()[0]["read_at"]) == (1, NOW + 600)
-    world.later_s = 1200
-    world.take(world.event(used(43), at=1200))
-    assert world.count() == 2
+def test_readings_of_five_minutes_are_one_row_and_it_is_the_newest(world):
+    assert NOW % 300 == 0
+    for minute in range(11):
+        world.later_s = 60 * minute
+        world.take(world.event(used(minute), at=60 * minute))
+    db = sqlite3.connect(str(world.store.path))
+    rows = db.execute("SELECT ts_epoch, timestamp, primary_used_percent, raw_json FROM quota_snapshots").fetchall()
+    db.close()
+    assert rows == [(NOW + at, app.utc_text(NOW + at), at / 60, None) for at in (240, 540, 600)]
+    assert world.store.quotas()[0]["ts_epoch"] == NOW + 600
 
 
 def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
     world.take(world.event())
     db = sqlite3.connect(str(world.store.path))
     with db:
-        db.execute("UPDATE quota_snapshots SET ts_epoch = ?, last_at = NULL", (NOW + 864000,))
+        db.execute("UPDATE quota_snapshots SET ts_epoch = ?", (NOW + 864000,))
     db.close()
     world.later_s = 61
     world.take(world.event(used(90), at=61))
-    assert (world.shown()[0][2], world.store.quotas()[0]["read_at"]) == (90, NOW + 61)
+    assert (world.shown()[0][2], world.store.quotas()[0]["ts_epoch"]) == (90, NOW + 61)
 
 
 def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
@@ -300,9 +306,10 @@ def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
     windows = {"primary_window": {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200},
                "secondary_window": {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}}  # fmt: skip
     reply = {"plan_type": "plus", "rate_limit": {"allowed": False, "limit_reached": True, **windows}}
-    world.store.save_reading(app.snapshot_of(file, reply, NOW - 60))
+    world.store.save_reading(app.snapshot_of(file, reply, NOW))
     world.take(world.event())
     (row,) = world.store.quotas()
+    assert world.count() == 2
     assert (row["source"], row["state"], row["allowed"], row["limit_reached"]) == ("traffic", "ok", None, None)
 
 
@@ -313,15 +320,36 @@ def test_older_reading_never_replaces_a_newer_one(world):
     assert (world.count(), world.shown()[0][2]) == (1, 50)
 
 
-def test_reading_from_traffic_keeps_the_extra_meters_of_the_last_refresh(world):
+def test_reading_from_traffic_keeps_the_extra_meters_and_credits_of_the_last_refresh(world):
     world.file("an@example.com")
     (file,) = app.find_account_files([world.accounts])[1]
     spark = {"limit_name": "Spark", "rate_limit": {"primary_window": {
         "used_percent": 5, "limit_window_seconds": 18000, "reset_at": NOW + 60}}}  # fmt: skip
-    world.store.save_reading(app.snapshot_of(file, {"plan_type": "plus", "additional_rate_limits": [spark]}, NOW - 60))
+    reply = {"plan_type": "plus", "additional_rate_limits": [spark], "credits": {"balance": "9.5"}}
+    world.store.save_reading(app.snapshot_of(file, reply, NOW - 60))
+    for world.later_s in (0, 60):  # a new row, and one in the same five minutes
+        world.take(world.event(at=world.later_s))
+        (row,) = world.store.quotas()
+        windows = [(window.label, window.used_percent) for window in app.windows_of(row)]
+        assert windows == [("5h", 42), ("7d", 17), ("Spark 5h", 5)] and row["credits_balance"] == "9.5"
+    assert world.count() == 2
+
+
+def test_reading_is_merged_with_the_newest_while_nobody_else_can_write(world):
     world.take(world.event())
-    windows = json.loads(world.store.quotas()[0]["windows"])
-    assert [(one["label"], one["used_percent"]) for one in windows] == [("5h", 42), ("7d", 17), ("Spark 5h", 5)]
+    other = app.Store(world.store.path, 0.05)
+    (row,) = world.store.quotas()
+
+    def merge(before):
+        with pytest.raises(app.StoreError, match="locked"):
+            other.save_reading(row)
+        return {**row, "id": before["id"], "primary_used_percent": before["primary_used_percent"] + 1}
+
+    try:
+        world.store.save_reading(row, merge)
+    finally:
+        other.close()
+    assert (world.count(), world.shown()[0][2]) == (1, 43)
 
 
 def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
@@ -336,16 +364,19 @@ def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
 # ---- as time goes by -------------------------------------------------------------------------------------
 
 
-def row_of(*meters: app.Meter, state: str = "ok", plan: str = "plus") -> dict:
-    windows = [app._meter_json(meter) for meter in meters]
-    return {"windows": json.dumps(windows), "state": state, "plan": plan}
+def test_windows_are_due_from_their_reset_on():
+    window = app.QuotaWindow("5h", 18000, 80, NOW, None)
+    assert [window.is_due(NOW + after_s) for after_s in (-1, 0, 1)] == [False, True, True]
+    assert not window._replace(reset_at=None).is_due(NOW)
 
 
-def test_window_whose_reset_has_passed_is_due_and_its_percentages_unknown():
-    row = row_of(app.Meter("5h", 18000, 80, NOW, None), app.Meter("7d", 604800, 20, NOW + 1, None))
-    five_hour, weekly = app.windows_at(row, NOW)
-    assert (five_hour["due"], five_hour["used_percent"], five_hour["remaining_percent"]) == (True, None, None)
-    assert (weekly["due"], weekly["remaining_percent"]) == (False, 80)
+def test_windows_of_a_row_of_the_original_are_in_its_columns():
+    places = {"primary_used_percent": 10, "primary_reset_at": "2027-01-15T10:00:00Z",
+              "secondary_used_percent": 20, "secondary_reset_at": "01/15 17:00"}  # fmt: skip
+    five_hour, weekly = app.windows_of({"windows": None, **places})
+    assert five_hour == app.QuotaWindow("5h", 18000, 10, NOW + 7200, None)
+    assert weekly == app.QuotaWindow("7d", 604800, 20, None, None)
+    assert app.windows_of({"windows": None, **places, "secondary_used_percent": None}) == [five_hour]
 
 
 @pytest.mark.parametrize(
@@ -359,16 +390,15 @@ def test_window_whose_reset_has_passed_is_due_and_its_percentages_unknown():
     ],
 )
 def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_hour_reset, weekly_used, shown):
-    row = row_of(
-        app.Meter("5h", 18000, 100, five_hour_reset, None), app.Meter("7d", 604800, weekly_used, NOW + 999, None)
-    )
-    assert app.state_at(state, app.windows_at(row, NOW)) == shown
+    five_hour = app.QuotaWindow("5h", 18000, 100, five_hour_reset, None)
+    weekly = app.QuotaWindow("7d", 604800, weekly_used, NOW + 999, None)
+    assert app.state_at(state, [five_hour, weekly], NOW) == shown
 
 
 def line(*used_percents: float, every_s: float = 300.0, until: float = NOW, reset_at: float = NOW + 7200):
     first = until - (len(used_percents) - 1) * every_s
     times = [first + number * every_s for number in range(len(used_percents))]
-    return [app.Span(at, at, used, reset_at, 1) for at, used in zip(times, used_percents)]
+    return [app.UsagePoint(at, used, reset_at) for at, used in zip(times, used_percents)]
 
 
 def test_forecast_at_the_pace_of_the_last_hour_says_when_it_runs_out():
@@ -395,7 +425,17 @@ def test_forecast_that_lasts_until_the_reset_says_so():
         line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
         line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
     ],
-    ids=["none", "two", "under ten minutes", "old", "used up", "due", "after a reset", "another window", "too long ago"],
+    ids=[
+        "none",
+        "two",
+        "under ten minutes",
+        "old",
+        "used up",
+        "due",
+        "after a reset",
+        "another window",
+        "too long ago",
+    ],
 )
 def test_forecast_says_nothing_where_it_cannot_know(points):
     assert app.forecast(points, NOW) is None
@@ -404,18 +444,6 @@ def test_forecast_says_nothing_where_it_cannot_know(points):
 def test_forecast_reaches_back_one_hour_only():
     told = app.forecast(line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), NOW)
     assert told["used_per_hour"] == pytest.approx((52 - 50) / 1000 * 3600, abs=0.01)
-
-
-def test_forecast_counts_how_long_and_how_often_a_reading_was_confirmed():
-    steady = app.Span(NOW - 7200, NOW - 60, 20, NOW + 7200, 99)
-    assert app.forecast([steady], NOW) == {"used_per_hour": 0, "runs_out_at": None}
-    # At 20 % since before the hour began, and at 30 % now: 10 % in the 60 minutes that count.
-    assert app.forecast([steady, app.Span(NOW, NOW, 30, NOW + 7200, 1)], NOW)["used_per_hour"] == 10
-
-
-def test_forecast_does_not_count_what_was_said_before_the_hour():
-    long_ago = app.Span(NOW - 7200, NOW - 3500, 20, NOW + 7200, 30)
-    assert app.forecast([long_ago, app.Span(NOW, NOW, 20, NOW + 7200, 1)], NOW) is None
 
 
 def test_forecast_says_nothing_where_one_percent_more_or_less_would_turn_it():

@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support import Watched
-from test_store import make_large_original
+from support import QUOTA_BY_NAME, Watched
 
 import usage_dashboard as app
 
-QUOTA = json.loads((Path(__file__).parent / "data" / "quota.json").read_text(encoding="utf-8"))
-GOOD_BODY = next(sample["body"] for sample in QUOTA["samples"] if sample["name"] == "plus_5h_7d")
+GOOD_BODY = QUOTA_BY_NAME["plus_5h_7d"]["body"]
 NOW = 1800000000.0
 HOUR, DAY = 3600.0, 86400.0
 
@@ -39,13 +37,6 @@ def folder(tmp_path):
     path = tmp_path / "accounts"
     path.mkdir()
     return path
-
-
-@pytest.fixture
-def store(tmp_path):
-    opened = app.Store(tmp_path / "usage.db", 0.05)
-    yield opened
-    opened.close()
 
 
 class Bench(Watched):
@@ -275,20 +266,6 @@ def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder,
 # ---- one at a time, and the cool-down --------------------------------------------------------------------
 
 
-def test_start_while_a_round_runs_is_refused_with_409(bench, folder, world):
-    account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: world.requests)
-    with pytest.raises(app.RefreshRefused) as refused:
-        bench.refresher.start()
-    world.release()
-    thread.join(10)
-    assert (refused.value.http_status, refused.value.code) == (409, "refresh_running")
-    assert str(refused.value) == "refresh_quota: already running" == bench.lines[2]
-    assert len(world.requests) == 1
-
-
 def test_start_from_many_threads_at_once_begins_one_round(bench, folder, world):
     account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
@@ -327,15 +304,6 @@ def test_round_that_a_wrong_clock_put_into_the_future_refuses_nothing(bench, fol
     account(folder)
     rounds(bench, 0, -back_s)
     assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW - back_s
-
-
-def test_start_after_the_cool_down_begins_a_round(bench, folder, world):
-    world.answer(None, body=GOOD_BODY)
-    account(folder)
-    bench.round()
-    bench.now += 300
-    bench.round()
-    assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW + 300
 
 
 def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder, world):
@@ -396,10 +364,7 @@ def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store,
     assert len(world.requests) == 1
 
 
-# ---- progress, stop, accounts that go --------------------------------------------------------------------
-
-
-# ---- accounts that are left alone ------------------------------------------------------------------------
+# ---- who is asked ----------------------------------------------------------------------------------------
 
 
 def rounds(bench, *later_s: float) -> None:
@@ -407,51 +372,6 @@ def rounds(bench, *later_s: float) -> None:
     for seconds in later_s:
         bench.now = NOW + seconds
         bench.round()
-
-
-def test_forbidden_login_backs_off_and_is_not_parked(folder, store, world):
-    bench = Bench(folder, store, seconds=0)
-    account(folder)
-    world.answer("tok-secret-1", 403, body={"error": {"code": "something_new"}})
-    rounds(bench, 0, 599, 600)
-    assert len(world.requests) == 2 and states(store) == ["relogin"]
-
-
-def test_parked_login_whose_requests_work_again_is_asked_again(bench, folder, store, world):
-    account(folder)
-    bench.round()
-    (file,) = app.find_account_files([folder])[1]
-    working = app.reading_row(app.parse_quota(GOOD_BODY, NOW + 60), (file.email, file.tag), "", NOW + 60)
-    store.save_reading({**working, "source": "traffic", "raw_json": None}, NOW + 60)
-    world.answer("tok-secret-1", body=GOOD_BODY)
-    rounds(bench, 300)
-    assert len(world.requests) == 2 and states(store) == ["ok"]
-
-
-@pytest.mark.parametrize("status", [401, 402])
-def test_dead_login_is_parked_until_its_file_changes(bench, folder, store, world, status):
-    path = account(folder)
-    world.answer("tok-secret-1", status, body={"detail": {"code": "deactivated_workspace"}} if status == 402 else {})
-    rounds(bench, 0, 300, 40000)
-    assert len(world.requests) == 1
-    state = states(store)[0]
-    assert state in ("expired", "relogin", "deactivated")
-    os.utime(path, ns=(1, 1))
-    rounds(bench, 40300)
-    assert len(world.requests) == 2
-    world.answer("tok-secret-new", body=GOOD_BODY)
-    account(folder, access_token="tok-secret-new")
-    rounds(bench, 40600)
-    assert states(store) == ["ok"]
-
-
-def test_parked_login_is_not_asked_after_a_restart_either(bench, folder, store, world):
-    account(folder)
-    bench.round()
-    again = Bench(folder, store)
-    again.now = NOW + 300
-    again.round()
-    assert len(world.requests) == 1 and "asked again when its file changes" in again.stream.getvalue()
 
 
 def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder, store, world):
@@ -468,67 +388,41 @@ def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder,
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "waits"),
+    ("answer", "state"),
     [
-        (429, {}, (600, 1200, 2400, 3600, 3600)),
-        (403, {"cf-mitigated": "challenge"}, (600, 1200, 2400, 3600, 3600)),
-        (500, {}, (120, 240, 480, 960, 1920)),
-        (429, {"Retry-After": "900"}, (900, 1200, 2400, 3600, 3600)),
-        (503, {"Retry-After": "99999"}, (3600, 3600, 3600, 3600, 3600)),
+        (dict(status=429, headers={"Retry-After": "3600"}), "rate_limited"),
+        (dict(status=403, body="<html>"), "blocked"),
+        (dict(status=401), "expired"),
+        (dict(status=402), "deactivated"),
+        (dict(status=500), "server_error"),
     ],
 )
-def test_account_that_fails_is_left_alone_twice_as_long_each_time(folder, store, world, status, headers, waits):
-    bench = Bench(folder, store, seconds=0)
-    account(folder)
-    world.answer("tok-secret-1", status, headers=headers, body="<html>")
-    at = 0.0
-    for number, wait_s in enumerate(waits, 1):
-        rounds(bench, at, at + wait_s - 1)
-        assert len(world.requests) == number
-        assert store.quotas()[0]["retry_at"] == NOW + at + wait_s
-        at += wait_s
-    world.answer("tok-secret-1", body=GOOD_BODY)
-    rounds(bench, at)
-    assert (states(store), store.quotas()[0]["retry_at"]) == (["ok"], None)
-
-
-def test_wait_that_a_clock_set_back_made_endless_is_not_kept(folder, store, world):
-    bench = Bench(folder, store, seconds=0)
-    account(folder)
-    world.answer("tok-secret-1", 429)
-    rounds(bench, 0, -40000)
-    assert len(world.requests) == 2
-
-
-@pytest.mark.parametrize("status", [429, 403])
-def test_round_ends_after_three_failures_in_a_row_that_are_no_accounts_own(bench, folder, store, world, status):
+def test_every_round_asks_every_account_whatever_it_was_told_before(bench, folder, store, world, answer, state):
     for number in range(1, 7):
         account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY)
-    for number in (2, 3, 4):
-        world.answer(f"tok-secret-{number}", status, body="<html>")
-    bench.round()
-    assert [request["token"][-1] for request in world.requests] == ["1", "2", "3", "4"]
-    assert "refresh_quota: stopped after 3 failures in a row" in bench.lines
-    assert len(store.quotas()) == 4
+    world.answer(None, **answer)
+    world.answer("tok-secret-6", body=GOOD_BODY)
+    rounds(bench, 0, 300, 600)
+    assert [request["token"][-1] for request in world.requests] == list("123456") * 3
+    assert states(store) == [state] * 5 + ["ok"]
 
 
-def test_round_goes_on_after_any_number_of_dead_logins(bench, folder, store, world):
+def test_dead_proxies_of_some_accounts_keep_none_of_the_others_from_being_asked(bench, folder, store, world):
     for number in range(1, 6):
-        account(folder, number)
-    world.answer("tok-secret-5", body=GOOD_BODY)
+        account(folder, number, **({"proxy_url": "http://127.0.0.1:9"} if number < 5 else {}))
+    world.answer(None, body=GOOD_BODY)
     bench.round()
-    assert len(world.requests) == 5 and states(store)[-1] == "ok"
+    assert states(store) == ["network"] * 4 + ["ok"]
 
 
 def test_account_that_is_switched_off_and_on_again_says_so(bench, folder, store, world):
     account(folder)
-    bench.refresher.announce_accounts()
+    bench.refresher.register_accounts()
     account(folder, disabled=True)
-    bench.refresher.announce_accounts()
+    bench.refresher.register_accounts()
     assert states(store) == ["disabled"]
     account(folder)
-    bench.refresher.announce_accounts()
+    bench.refresher.register_accounts()
     assert states(store) == ["never"] and world.requests == []
 
 
@@ -536,7 +430,7 @@ def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench,
     account(folder)
     world.answer(None, body=GOOD_BODY)
     elsewhere = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("else@example.com", "#abc"), "", NOW)
-    store.save_reading({**elsewhere, "source": "traffic", "raw_json": None})
+    store.save_reading(elsewhere)
     rounds(bench, 300, 6 * DAY)
     assert set(by_mail(store)) == {"u1.person@example.com", "else@example.com"}
     rounds(bench, 7 * DAY + 1)
@@ -548,22 +442,8 @@ def test_end_of_a_subscription_is_shown_as_the_id_token_has_it(bench, folder, st
     claims = base64.urlsafe_b64encode(json.dumps(auth).encode()).decode()
     account(folder, 1, id_token=f"h.{claims}.s")
     account(folder, 2)
-    bench.refresher.announce_accounts()
+    bench.refresher.register_accounts()
     assert [row["subscription_until"] for row in store.quotas()] == ["2027-02-01T00:00:00Z", None]
-
-
-def test_progress_counts_the_accounts_that_are_done(bench, folder, world):
-    for number in (1, 2, 3):
-        account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=number == 3)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: len(world.requests) == 3)
-    state = bench.refresher.state()
-    assert (state["refreshing"], state["progress"]) == (True, {"done": 2, "total": 3})
-    world.release()
-    thread.join(10)
-    state = bench.refresher.state()
-    assert (state["refreshing"], state["progress"]) == (False, {"done": 3, "total": 3})
 
 
 def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
@@ -572,7 +452,7 @@ def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
         world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=number == 2)
     bench.refresher.start()
     world.wait_for(lambda: len(world.requests) == 2)
-    assert states(store) == ["ok"]
+    assert states(store) == ["ok", "never"]
 
 
 def test_stop_abandons_the_round(bench, folder, world):
@@ -617,28 +497,43 @@ def test_account_whose_file_cannot_be_read_now_is_kept(bench, folder, store, wor
     assert len(by_mail(store)) == 2
 
 
-def test_two_plans_under_one_mail_are_two_rows(bench, folder, store, world):
-    world.answer(None, body=GOOD_BODY)
-    account(folder, 1, email="same@example.com")
-    account(folder, 2, email="same@example.com")
-    bench.round()
-    assert len(store.quotas()) == 2
-
-
-def test_announced_accounts_are_listed_before_they_were_ever_asked(bench, folder, store, world):
+def test_registered_accounts_are_listed_before_they_were_ever_asked(bench, folder, store, world):
     account(folder, 1)
     account(folder, 2, disabled=True)
-    bench.refresher.announce_accounts()
+    bench.refresher.register_accounts()
     assert states(store) == ["never", "disabled"] and world.requests == []
     assert bench.refresher.cooldown_s() == 0 and bench.refresher.known_files == 2
 
 
-def test_announcing_leaves_what_is_known_as_it_is(bench, folder, store, world):
+def test_registering_never_overwrites_what_was_stored_meanwhile(bench, folder, store):
     account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY)
-    bench.round()
-    bench.refresher.announce_accounts()
-    assert states(store) == ["ok"]
+    (file,) = app.find_account_files([folder])[1]
+    reading = app.reading_row(app.parse_quota(GOOD_BODY, NOW), (file.email, file.tag), "", NOW)
+    store.save_reading(reading)
+    bench.now += 60
+    bench.refresher.register_accounts()
+    (row,) = store.quotas()
+    assert (row["state"], row["state_at"], row["primary_used_percent"]) == ("ok", NOW, 23)
+
+
+def test_account_adopted_by_its_mail_keeps_its_reading_when_its_file_is_first_listed(bench, folder, store):
+    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("u1.person@example.com", ""), "", NOW)
+    store.save_reading({**adopted, "state": "limited"})
+    account(folder)
+    bench.refresher.register_accounts()
+    (file,) = app.find_account_files([folder])[1]
+    (row,) = store.quotas()
+    assert (row["account_id_tag"], row["state"], row["primary_used_percent"]) == (file.tag, "limited", 23)
+
+
+def test_account_adopted_by_a_mail_of_two_files_is_given_to_neither(bench, folder, store):
+    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("same@example.com", ""), "", NOW)
+    store.save_reading(adopted)
+    account(folder, 1, email="same@example.com")
+    account(folder, 2, email="same@example.com")
+    bench.refresher.register_accounts()
+    assert sorted((row["account_id_tag"] == "", row["state"]) for row in store.quotas()) == [
+        (False, "never"), (False, "never"), (True, "ok")]  # fmt: skip
 
 
 # ---- housekeeping ----------------------------------------------------------------------------------------
@@ -681,7 +576,7 @@ def store_events(store, *times):
 def total_of(store) -> int:
     db = sqlite3.connect(str(store.path))
     try:
-        return db.execute("SELECT SUM(total_tokens) FROM usage_by_model").fetchone()[0]
+        return db.execute("SELECT SUM(total_tokens) FROM usage_by_day").fetchone()[0]
     finally:
         db.close()
 
@@ -699,7 +594,7 @@ def test_housekeeper_without_retention_deletes_nothing(bench, store):
     assert store.event_count == 2
 
 
-def test_housekeeper_thins_readings_older_than_two_weeks_to_one_an_hour(bench, folder, store, world):
+def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(bench, folder, store, world):
     account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY)
     hour = NOW - 15 * DAY - (NOW - 15 * DAY) % HOUR
@@ -712,40 +607,6 @@ def test_housekeeper_thins_readings_older_than_two_weeks_to_one_an_hour(bench, f
     kept = [row[0] for row in db.execute("SELECT ts_epoch FROM quota_snapshots ORDER BY id")]
     db.close()
     assert kept == times[2:]
-
-
-def test_housekeeper_adopts_the_rows_of_an_original_database(bench, store, tmp_path):
-    path = tmp_path / "original.db"
-    db = sqlite3.connect(str(path))
-    db.execute(
-        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
-        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
-        "latency_ms INTEGER, failed INTEGER)"
-    )
-    rows = [(NOW + number, "a@x.com", "gpt-5.4", 11) for number in range(12000)]
-    db.executemany("INSERT INTO events(ts_epoch, source, model, total_tokens) VALUES (?, ?, ?, ?)", rows)
-    db.commit()
-    db.close()
-    adopted = app.Store(path)
-    try:
-        lines = keep_house(bench, adopted)
-        assert "housekeeping adopted=12000" in lines
-        assert (adopted.adopting, adopted.event_count, total_of(adopted)) == (False, 12000, 132000)
-        assert adopted.find_faults() == []
-    finally:
-        adopted.close()
-
-
-def test_housekeeper_says_that_it_indexes_a_large_original_database(bench, store, tmp_path):
-    make_large_original(tmp_path / "original.db")
-    adopted = app.Store(tmp_path / "original.db")
-    try:
-        lines = keep_house(bench, adopted)
-        said = [line for line in lines if line.startswith("housekeeping ")]
-        assert "nothing is recorded meanwhile" in said[0] and said[1] == 'housekeeping indexed="all rows"'
-        assert (adopted.needs_index, adopted.adopting, adopted.find_faults()) == (False, False, [])
-    finally:
-        adopted.close()
 
 
 def test_housekeeper_stopped_in_the_middle_goes_on_the_next_time(bench, store):

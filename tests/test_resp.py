@@ -94,7 +94,7 @@ class Pieces:
                 self._there.sendall(piece)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(25))
 def test_replies_in_random_pieces_are_read_as_they_were_written(seed):
     dice = random.Random(seed)
     replies = [random_reply(dice) for _ in range(40)]
@@ -105,7 +105,7 @@ def test_replies_in_random_pieces_are_read_as_they_were_written(seed):
     assert raised.value.clean
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(25))
 def test_replies_cut_at_random_give_the_whole_ones_and_never_a_part(seed):
     dice = random.Random(1000 + seed)
     replies = [random_reply(dice) for _ in range(12)]
@@ -121,38 +121,14 @@ def test_replies_cut_at_random_give_the_whole_ones_and_never_a_part(seed):
     assert raised.value.clean == (cut in (0, *ends))
 
 
-def test_stream_cut_at_any_byte_is_never_data():
-    wire = b"$5\r\nhello\r\n*2\r\n:1\r\n$2\r\nab\r\n"
-    first_ends_at = wire.index(b"*2")
-    for cut in range(len(wire)):
-        replies, got = reader(wire[:cut]), []
-        with pytest.raises(app.ConnectionClosed) as raised:
-            while True:
-                got.append(replies.read_reply())
-        assert got == ([b"hello"] if cut >= first_ends_at else [])
-        assert raised.value.clean == (cut in (0, first_ends_at))
+FOREIGN = [
+    b"HTTP/1.1 400 Bad Request\r\n", b"hello\r\n", b"\r\n", b"+OK\n", b"$x\r\n", b"$-2\r\n", b"$ 1\r\na\r\n",
+    b"$1_0\r\n", b"$3\r\nabcd\r\n", b"*-2\r\n", b"*1000001\r\n", b":\r\n", b"$99999999999999999999\r\n", b"*1\r\n" * 9,
+    b"+" + b"x" * 70000 + b"\r\n",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "wire",
-    [
-        b"HTTP/1.1 400 Bad Request\r\n",
-        b"hello\r\n",
-        b"\r\n",
-        b"+OK\n",
-        b"$x\r\n",
-        b"$-2\r\n",
-        b"$ 1\r\na\r\n",
-        b"$1_0\r\n",
-        b"$3\r\nabcd\r\n",
-        b"*-2\r\n",
-        b"*1000001\r\n",
-        b":\r\n",
-        b"$99999999999999999999\r\n",
-        b"*1\r\n" * 9,
-        b"+" + b"x" * 70000 + b"\r\n",
-    ],
-)
+@pytest.mark.parametrize("wire", FOREIGN)
 def test_bytes_of_another_protocol_are_refused(wire):
     with pytest.raises(app.NotResp):
         reader(wire).read_reply()
@@ -167,29 +143,6 @@ def test_value_over_the_cap_is_read_over_and_the_next_one_kept():
 
 def test_encode_command_counts_bytes_not_letters():
     assert app.encode_command("RPOP", "khoá", 10) == b"*3\r\n$4\r\nRPOP\r\n$5\r\nkho\xc3\xa1\r\n$2\r\n10\r\n"
-
-
-def serve_once(reply: bytes):
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def answer():
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(reply)
-
-    thread = threading.Thread(target=answer)
-    thread.start()
-    return listener, thread
-
-
-def test_client_sends_a_command_and_reads_its_reply():
-    listener, thread = serve_once(b"+OK\r\n")
-    with listener, app.RespClient(app.tcp_connector("127.0.0.1", listener.getsockname()[1])) as client:
-        assert client.call("AUTH", "secret") == "OK"
-        with pytest.raises(app.QueueFault):
-            client.receive()
-    thread.join()
 
 
 def test_connector_to_a_closed_port_says_where():

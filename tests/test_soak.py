@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from soak import Soak
+from tools.soak import Soak
 
 
 def test_soak_of_a_few_seconds_balances_the_account_of_every_event(tmp_path):

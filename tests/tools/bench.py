@@ -1,6 +1,6 @@
 """Measure the dashboard side by side with the bare cost of the same work; needs only a redis-server.
 
-    python3 tests/bench.py [--events N] [--idle SECONDS]
+    python3 tests/tools/bench.py [--events N] [--idle SECONDS]
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -27,8 +28,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Callable, Iterator, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from redis_server import RedisServer  # noqa: E402
 from support import free_port  # noqa: E402
@@ -55,20 +57,36 @@ OTHERS = [
 ]
 SENDERS = CODEX + OTHERS
 CLIENT_KEYS = [f"sk-client-{number:04d}-aaaa-bbbb-{number:04d}" for number in range(12)]
+MODELS = [model for _, _, models, _ in SENDERS for model in models]
 NO_LIMIT_LEFT = (
     r"{\"error\":{\"type\":\"usage_limit_reached\",\"message\":\"The usage limit has been reached\","
     r"\"plan_type\":\"plus\",\"resets_in_seconds\":7404}}"
 )
 
 
+@functools.lru_cache(maxsize=None)
+def clients_at(hour: int) -> list[tuple[str, str]]:
+    """Return the four clients that work in this hour, as (key, the model that it asks for)."""
+    dice = random.Random(hour)
+    return [(CLIENT_KEYS[number], MODELS[number * 7 % len(MODELS)]) for number in dice.sample(range(12), 4)]
+
+
+@functools.lru_cache(maxsize=None)
+def senders_of(model: str) -> list[tuple[str, str, tuple[str, ...], str]]:
+    """Return the accounts of the pool that serve a model, of which the proxy takes one in turn."""
+    return [sender for sender in SENDERS if model in sender[2]]
+
+
 def payload(dice: random.Random, at: float) -> bytes:
     """Write one event of 350 to 900 bytes in a shape of an older or a newer proxy."""
-    provider, source, models, endpoint = dice.choice(SENDERS)
+    key, model = dice.choice(clients_at(int(at) // 3600))
+    if dice.random() < 0.1:
+        model = dice.choice(MODELS)
+    provider, source, _, endpoint = dice.choice(senders_of(model))
     failed = dice.random() < 0.03
     fresh, cached, output = (0, 0, 0) if failed else (dice.randrange(9000), dice.randrange(200_000), dice.randrange(4000))
     reasoning = output // 3
     total = fresh + cached + output
-    model = dice.choice(models)
     head = (
         f'{{"timestamp":"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z","latency_ms":{dice.randrange(300, 60000)},'
         f'"ttft_ms":{dice.randrange(200, 4000)},"source":"{source}","auth_index":"{app.short_tag(source)}0123456789",'
@@ -87,7 +105,7 @@ def payload(dice: random.Random, at: float) -> bytes:
         )
     return (
         f'{head}"provider":"{provider}","model":"{model}","endpoint":"{endpoint}","auth_type":"oauth",'
-        f'"api_key":"{dice.choice(CLIENT_KEYS)}","request_id":"{dice.getrandbits(32):08x}"}}'
+        f'"api_key":"{key}","request_id":"{dice.getrandbits(32):08x}"}}'
     ).encode()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A soak: the program against a proxy with faults at random, and an account of every single event.
 
-    python3 tests/soak.py [--seconds 600] [--seed N] [--rate 1500]
+    python3 tests/tools/soak.py [--seconds 600] [--seed N] [--rate 1500]
 
 A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
 and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked, the program is killed and
@@ -30,8 +30,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from fake_proxy import FakeProxy  # noqa: E402
 from support import free_port  # noqa: E402

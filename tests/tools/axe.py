@@ -1,6 +1,6 @@
 """Look for faults of accessibility with axe-core, in both themes and languages, wide and narrow.
 
-python3 tests/axe.py path/to/axe.min.js [address of a running dashboard]
+python3 tests/tools/axe.py path/to/axe.min.js [address of a running dashboard]
 
 axe.min.js is no part of the dashboard; `npm install axe-core` in a folder elsewhere brings it. Without an address
 a demo is started. It prints each violation, and ends with 1 where there is one.
@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
 
-from support import free_port
-from webdriver import Browser
+from support import free_port  # noqa: E402
+from webdriver import Browser  # noqa: E402
 
-SCRIPT = Path(__file__).resolve().parent.parent / "usage_dashboard.py"
+SCRIPT = ROOT / "usage_dashboard.py"
 WIDTHS = (1440, 390)
 READY = "document.body && !document.body.classList.contains('booting') && document.querySelectorAll('#requests tbody tr').length > 0"
 LOOK = """

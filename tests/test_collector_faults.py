@@ -1,0 +1,305 @@
+"""The collector among breaking connections and odd events, and with a database that cannot be written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import struct
+import termios
+from collections import Counter, deque
+
+import pytest
+from fake_proxy import read_command
+from redis_server import OldRedis
+from support import (
+    MALFORMED,
+    ODD_BUT_GOOD,
+    Hangup,
+    ProtocolError,
+    QuickStop,
+    SocketServer,
+    ids_of,
+    lock,
+    payload,
+    payloads,
+    replies_of,
+    room,
+    rows,
+    spool_path,
+    stored_ids,
+    wait_a_while,
+)
+
+import usage_dashboard as app
+
+# ---- connections that break ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
+def test_collector_whose_connection_breaks_connects_again_without_loss(collect, proxy, mode):
+    run = collect(proxy, collect_mode=mode)
+    for number in range(3):
+        proxy.push(payload(number))
+        run.wait_for_events(number + 1)
+        before = proxy.connections
+        proxy.disconnect_all()
+        run.wait_for(lambda before=before: proxy.connections > before)
+        run.wait_for(lambda: mode != "subscribe" or proxy.subscribers == 1)
+    assert proxy.failures == 0 and stored_ids(run.store) == ["r0", "r1", "r2"]
+
+
+def test_collector_whose_proxy_restarts_stores_what_comes_after(collect, proxy):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    proxy.stop_listening()
+    proxy.disconnect_all()
+    run.wait_for_state("unreachable", "refused")
+    proxy.push(payload(1))
+    proxy.listen_again()
+    run.wait_for_events(1)
+    run.wait_for_state("recording")
+
+
+def test_collector_whose_redis_restarts_stores_what_comes_after(collect, redis_server):
+    redis_server.push("usage", payload(1))
+    run = collect(redis_server)
+    run.wait_for_events(1)
+    redis_server.stop()
+    run.wait_for_state("unreachable", "refused")
+    redis_server.start()
+    redis_server.push("usage", payload(2))
+    run.wait_for_events(2)
+    assert stored_ids(run.store) == ["r1", "r2"]
+
+
+def small(number) -> bytes:
+    return b'{"timestamp":"2026-08-22T13:00:00Z","request_id":"r%d"}' % number
+
+
+@pytest.mark.parametrize(("mode", "step"), [("pop", 1), ("http", 5)])
+def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, proxy, mode, step):
+    run = collect(proxy, stop=QuickStop(0.002), collect_mode=mode)
+    run.wait_for_state("waiting")
+    pair = 2 * len(b"$%d\r\n%s\r\n" % (len(small(0)), small(0)))
+    head = 0 if mode == "pop" else 250
+    number = 0
+    for position in range(1, pair + head + 2, step):
+        before = proxy.connections
+        with proxy.change():
+            proxy.commands.clear()
+            proxy.cut_replies_after(position)
+            proxy.push(small(number), small(number + 1))
+        number += 2
+        run.wait_for(lambda before=before: proxy.connections > before and proxy.queued == 0)
+        # the next cut is to hit a pop, not the login or the question that begin a connection
+        run.wait_for(lambda: mode == "http" or ("AUTH" in proxy.commands and proxy.commands[-1] == "RPOP"))
+    run.wait_for(lambda: run.accounted == len(proxy.handed_over) - len(proxy.lost))
+    whole = Counter(ids_of(proxy.handed_over)) - Counter(ids_of(proxy.lost))
+    assert Counter(stored_ids(run.store)) == whole
+    assert number == len(proxy.handed_over) and 0 < len(proxy.lost) < number
+    assert "state=not_resp" not in run.log  # which would tell people to look for a web server
+    assert run.store.find_faults() == [] and proxy.failures == 0
+
+
+def test_queue_that_dribbles_loses_nothing(collect, proxy):
+    proxy.push(*payloads(6))
+    proxy.dribble(0.0002)
+    run = collect(proxy)
+    run.wait_for_events(6)
+    assert proxy.lost == []
+
+
+class Scripted(SocketServer):
+    """A proxy that answers each RPOP with the next reply of a script, and resets the connection at a None."""
+
+    def __init__(self, replies: list[bytes | None]) -> None:
+        super().__init__()
+        self.replies = deque(replies)
+
+    def serve(self, stream) -> None:
+        while stream.buffer or stream.fill():
+            try:
+                name = read_command(stream)[0]
+            except ProtocolError:
+                return  # a question over HTTP
+            if name == "AUTH":
+                stream.send(b"+OK\r\n")
+            elif name == "LLEN":
+                stream.send(b"-ERR unknown command 'llen'\r\n")
+            else:
+                self.answer_pop(stream)
+
+    def answer_pop(self, stream) -> None:
+        stream.send(self.replies.popleft() if self.replies else b"$-1\r\n")
+        if self.replies and self.replies[0] is None:
+            self.replies.popleft()
+            while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):
+                self.closing.wait(0.001)  # a reset throws away what the kernel has not sent yet
+            stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            stream.sock.close()
+            raise Hangup
+
+
+def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
+    script = [reply for first in range(0, 320, 16) for reply in [*replies_of(payloads(16, first)), None]]
+    with Scripted(script) as server:
+        run = collect(server, collect_mode="pop")
+        run.wait_for_events(320)
+        assert stored_ids(run.store) == [f"r{number}" for number in range(320)]
+
+
+@pytest.mark.parametrize("position", [0, 7, 15])
+def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, position):
+    script = replies_of(payloads(15))
+    script.insert(position, b"-LOADING Redis is loading the dataset in memory\r\n")
+    with Scripted(script) as server:
+        run = collect(server, collect_mode="pop")
+        run.wait_for_events(15)
+        assert stored_ids(run.store) == [f"r{number}" for number in range(15)]
+        run.wait_for(lambda: "LOADING" in run.log and "state=unreachable" in run.log)
+
+
+# ---- odd events ------------------------------------------------------------------------------------------
+
+
+def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(collect, proxy):
+    bad = [raw for raw, _ in MALFORMED]
+    good = payloads(len(bad), first=200)
+    mixed = [one for pair in zip(bad, good) for one in pair]
+    proxy.push(*mixed, *ODD_BUT_GOOD, b'{"refresh":true}', payload(99, generate=False))
+    run = collect(proxy)
+    run.wait_for(lambda: run.accounted >= len(proxy.handed_over) > 0 and proxy.queued == 0)
+    counted = [run.status[name] for name in ("events", "rejected", "ignored")]
+    assert counted == [len(good) + len(ODD_BUT_GOOD), len(bad), 2]
+    kept = rows(run.store.path, "SELECT reason, length, event FROM rejected_events ORDER BY id")
+    assert [row[1] for row in kept] == [len(raw) for raw in bad]
+    assert all(reason for reason, _, _ in kept) and run.store.find_faults() == []
+
+
+def test_collector_parks_a_rejected_event_without_its_secrets(collect, proxy):
+    secrets = {"api_key": "sk-client-aaaa-1111", "source": "AIzaSyFAKE-0001", "client_ip": "10.1.2.3"}
+    fail = {"status_code": 500, "body": "the prompt of somebody"}
+    proxy.push(payload(1, timestamp="never", fail=fail, **secrets))
+    run = collect(proxy)
+    run.wait_for(lambda: run.status["rejected"] == 1)
+    ((kept,),) = rows(run.store.path, "SELECT event FROM rejected_events")
+    assert json.loads(kept)["model"] == "gpt-5.4"
+    for secret in ("sk-client", "AIzaSy", "10.1.2.3", "prompt"):
+        assert secret not in kept and secret not in run.log
+
+
+# ---- the database cannot be written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fault", "said"), [("locked", "locked"), ("full", "no room on the disk")])
+def test_collector_that_cannot_store_stops_popping_and_recovers_without_loss(collect, proxy, store, fault, said):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    if fault == "full":
+        room(store, 45)
+    locker = lock(store) if fault == "locked" else None
+    proxy.push(*[payload(number, alias="x" * 150 + str(number)) for number in range(3000)])
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 3)
+    popped = len(proxy.handed_over)
+    wait_a_while(run, 5)
+    assert len(proxy.handed_over) == popped < (17 if locker else 3000)  # the batch in hand
+    assert said in run.status["message"] and run.log.count("state=storage_error") == 1
+    if locker:
+        locker.close()
+    room(store, 1_000_000)
+    run.wait_for_events(3000)
+    run.wait_for_state("recording")
+    assert stored_ids(store) == ids_of(proxy.handed_over) and store.find_faults() == []
+
+
+def test_collector_with_a_locked_database_has_what_it_popped_in_its_spool(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    locker = lock(store)
+    proxy.push(*payloads(40))
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 3)
+    spooled = [one.request_id for _, parsed in app.Spool(spool_path(store)).read() for one in parsed.events]
+    locker.close()
+    assert spooled == ids_of(proxy.handed_over) and 0 < len(spooled) <= 16
+    run.wait_for_events(40)
+
+
+def test_collector_with_a_locked_database_does_not_pop_before_it_can_store(collect, proxy, store):
+    locker = lock(store)
+    proxy.push(*payloads(40))
+    run = collect(proxy)
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 10)
+    assert proxy.handed_over == []
+    locker.close()
+    run.wait_for_events(40)
+
+
+def test_collector_on_an_open_redis_with_a_locked_database_loses_nothing(collect, redis_server, store):
+    locker = lock(store)
+    redis_server.push("usage", *payloads(20))
+    run = collect(redis_server, management_password="")
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 6)
+    locker.close()
+    run.wait_for_state("recording")
+    run.wait_for(lambda: redis_server.length("usage") == 0)
+    wait_a_while(run, 3)
+    assert stored_ids(store) == [f"r{number}" for number in range(20)]
+
+
+def test_collector_without_a_key_keeps_what_it_popped_to_log_in_when_the_lock_comes_just_then(collect, store):
+    locks = []
+
+    def lock_once():
+        if not locks:
+            locks.append(lock(store))
+
+    with OldRedis(payloads(20), before_a_pop=lock_once) as server:
+        run = collect(server, management_password="")
+        run.wait_for_state("storage_error")
+        locks[0].close()
+        run.wait_for_events(20)
+        assert stored_ids(store) == [f"r{number}" for number in range(20)]
+
+
+def test_collector_on_a_full_disk_with_a_spool_pops_nothing_new(collect, proxy, store):
+    left = [payload(number, alias="x" * 150 + str(number)) for number in range(3000)]
+    app.Spool(spool_path(store)).append(1, app.parse_events(left))
+    room(store, 45)
+    proxy.push(*payloads(40, first=5000))
+    run = collect(proxy)
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 6)
+    assert proxy.handed_over == []
+    room(store, 1_000_000)
+    run.wait_for_events(3040)
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "truncated"])
+def test_collector_whose_database_is_damaged_leaves_it_so_and_goes_on_once_it_is_mended(collect, proxy, store, damage):
+    run = collect(proxy)
+    proxy.push(*payloads(100))
+    run.wait_for_events(100)
+    rows(store.path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = store.path.read_bytes()
+    damaged = b"\x5a" * len(whole) if damage == "overwritten" else whole[: len(whole) // 2]
+    replace_content(store.path, damaged)
+    proxy.push(*payloads(200, first=100))
+    run.wait_for_state("storage_error")
+    wait_a_while(run, 3)
+    assert "is damaged" in run.status["message"] and store.path.read_bytes() == damaged
+    assert len(proxy.handed_over) <= 100 + 16
+    replace_content(store.path, whole)
+    run.wait_for_events(300)
+    assert stored_ids(store) == [f"r{number}" for number in range(300)] and store.find_faults() == []
+
+
+def replace_content(path, content) -> None:
+    """Write a file anew without giving it another inode, as cp does."""
+    with path.open("r+b") as file:
+        file.truncate()
+        file.write(content)

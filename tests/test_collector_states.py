@@ -1,0 +1,403 @@
+"""The collector locks nobody out, says why nothing comes, and records what it missed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_proxy import FakeProxy
+from support import ALWAYS, KEY, WRONG, config_of, free_port, lock, payload, wait_a_while
+
+import usage_dashboard as app
+
+# ---- nobody locked out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
+@pytest.mark.parametrize(("key", "state"), [(WRONG, "wrong_password"), ("", "no_password")])
+def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, proxy, key, state, mode):
+    for _ in range(3):
+        run = collect(proxy, on=open_store(), management_password=key, collect_mode=mode)
+        run.wait_for_state(state)
+        wait_a_while(run)
+        run.end()
+    assert proxy.failures == 1 and "management_password" in run.status["message"]
+
+
+def test_collector_with_a_refused_key_takes_the_corrected_one_from_load(collect, proxy):
+    proxy.push(payload(1))
+    current = [WRONG]
+    run = collect(proxy, load=lambda: config_of(proxy, management_password=current[0]), management_password=WRONG)
+    run.wait_for_state("wrong_password")
+    wait_a_while(run)
+    current[0] = KEY
+    run.wait_for_events(1)
+    assert (proxy.auth_attempts, proxy.failures) == (2, 1)
+    # looked at within 15 s, as the page promises
+    assert max(wait for wait in run.stop.waits) <= 15
+
+
+def test_collector_with_a_refused_key_tries_again_when_the_config_file_is_written(collect, proxy, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{}", encoding="utf-8")
+    run = collect(proxy, management_password=WRONG, config_path=path)
+    run.wait_for_state("wrong_password")
+    wait_a_while(run)
+    assert proxy.auth_attempts == 1
+    proxy.key = WRONG  # corrected on the other side
+    os.utime(str(path), (1700000000, 1700000000))
+    run.wait_for_state("waiting")
+    assert proxy.auth_attempts == 2
+
+
+def test_collector_with_a_refused_key_survives_a_config_file_with_faults(collect, proxy):
+    answers = iter([app.ConfigError(["a fault"]), config_of(proxy)])
+
+    def load():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    run = collect(proxy, load=load, management_password=WRONG)
+    run.wait_for_state("waiting")
+    assert "a fault" in run.log
+
+
+def test_collector_restarted_with_another_key_tries_it_once(collect, open_store, proxy):
+    for number, key in enumerate(["wrong-1", "wrong-2", KEY]):
+        run = collect(proxy, on=open_store(), management_password=key)
+        run.wait_for_state("wrong_password" if key != KEY else "waiting")
+        run.end()
+        assert proxy.auth_attempts == number + 1
+
+
+def test_collector_keeps_no_readable_key_in_the_database(collect, store, proxy):
+    run = collect(proxy, management_password=WRONG)
+    run.wait_for_state("wrong_password")
+    run.end()
+    files = [Path(f"{store.path}{suffix}") for suffix in ("", "-wal", ".spool")]
+    assert not any(WRONG.encode() in file.read_bytes() for file in files if file.exists())
+
+
+def test_collector_with_a_wrong_key_and_a_locked_database_lives_and_fails_once(collect, store, proxy):
+    locker = lock(store)
+    run = collect(proxy, management_password=WRONG)
+    run.wait_for_state("storage_error")
+    assert proxy.connections == 0  # a refusal could not be remembered now
+    locker.close()
+    run.wait_for_state("wrong_password")
+    wait_a_while(run)
+    assert proxy.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "seconds", "shortest"),
+    [("auto", 1800, 1795), ("auto", 59.4, 57), ("auto", 3600, 3590), ("auto", 0.3, 0), ("http", 300, 295)],
+)
+def test_collector_that_is_banned_waits_as_long_as_the_proxy_says(collect, proxy, mode, seconds, shortest):
+    proxy.ban_seconds = seconds
+    proxy.ban()
+    started_at = time.time()
+    run = collect(proxy, collect_mode=mode)
+    run.wait_for_state("banned")
+    run.wait_for(lambda: run.stop.waits)
+    assert shortest <= run.stop.waits[0] <= seconds + 3
+    assert shortest <= run.status["until"] - started_at <= seconds + 6
+
+
+def test_collector_with_nobody_there_is_unreachable_and_backs_off_doubling(collect):
+    run = collect(config_of(cliproxy_port=free_port()))
+    run.wait_for(lambda: len(run.stop.waits) >= 9)
+    assert run.state == "refused"
+    for wait, full in zip(run.stop.waits, [1, 2, 4, 8, 16, 32, 60, 60, 60]):
+        assert full * 0.75 <= wait <= full
+
+
+def test_collector_whose_queue_key_is_unknown_says_so_and_backs_off_doubling(collect, proxy):
+    run = collect(proxy, queue_key="queue")
+    run.wait_for(lambda: len(run.stop.waits) >= 5)
+    assert "does not know this queue_key" in run.log and "state=unreachable" in run.log
+    assert run.stop.waits[4] >= 12  # each login costs the proxy a bcrypt: 1, 2, 4, 8, 16
+
+
+REFUSING = [  # the state, the proxy, the config, and what makes it well
+    ("wrong_password", {}, {"management_password": WRONG}, {}),
+    ("not_resp", {"answer_http_only": True}, {"collect_mode": "pop"}, {"answer_http_only": False}),
+    ("closed", {"management": False}, {}, {"management": True}),
+    ("closed", {"management": False}, {"collect_mode": "http"}, {"management": True}),
+    ("closed", {"key": ""}, {"management_password": KEY}, {"key": KEY}),
+    ("home_mode", {"home_mode": True}, {}, {"home_mode": False}),
+    ("closed", {"home_mode": True, "version": "v7.1.16"}, {}, {"home_mode": False}),
+    ("publishing_off", {"publishing": False}, {}, {}),
+    ("remote_disabled", {"allow_remote": False, "seen_from": "10.0.0.9"}, {}, {"allow_remote": True}),
+]
+
+
+@pytest.mark.parametrize(("state", "there", "here", "cure"), REFUSING)
+def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on(collect, state, there, here, cure):
+    with FakeProxy(version=there.get("version", "v7.2.140"), key="Key-Of-The-Owner-77") as proxy:
+        for name, value in there.items():
+            setattr(proxy, name, value)
+        run = collect(proxy, **{"management_password": proxy.key, **here})
+        run.wait_for_state(state)
+        wait_a_while(run, 10)
+        said = json.dumps(run.status) + run.log
+        assert "Key-Of-The-Owner-77" not in said and WRONG not in said
+        assert app.STATE_REMEDIES[state] in run.status["message"] and run.log.count(f"state={state} ") == 1
+        assert proxy.failures == (state == "wrong_password")
+        for name, value in cure.items():
+            setattr(proxy, name, value)
+        run.wait_for_state("waiting" if cure else state)
+
+
+@pytest.mark.parametrize("key", [KEY, WRONG])
+def test_probe_logs_in_once_pops_nothing_and_notes_no_outage(store, proxy, key):
+    proxy.push(payload(1))
+    for _ in range(2):
+        config = config_of(proxy, management_password=key)
+        status = app.Collector(config, store, app.Log(io.StringIO()), threading.Event()).probe()
+    assert status["state"] == ("waiting" if key == KEY else "wrong_password")
+    assert proxy.queued == 1 and proxy.failures == (0 if key == KEY else 1)
+    assert store.outages(ALWAYS, time.time()) == []  # the dashboard that runs beside it may be recording
+
+
+# ---- says why --------------------------------------------------------------------------------------------
+
+
+def test_collector_on_a_proxy_that_publishes_nothing_says_so_and_records_as_soon_as_it_does(collect, proxy):
+    proxy.publishing = False
+    run = collect(proxy)
+    run.wait_for_state("publishing_off")
+    assert "usage-statistics-enabled: true" in run.status["message"] and run.status["publishing"] is False
+    proxy.publishing = True
+    proxy.push(payload(1))
+    run.wait_for_state("recording")
+    assert run.status["publishing"] is True
+
+
+@pytest.mark.parametrize("state", ["waiting", "recording"])
+def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(collect, proxy, state):
+    run = collect(proxy)
+    if state == "recording":
+        proxy.push(payload(1))
+    run.wait_for_state(state)
+    proxy.publishing = False
+    run.ahead_s = 301.0
+    run.wait_for_state("publishing_off")
+
+
+def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(collect, proxy, store):
+    proxy.publishing = False
+    run = collect(proxy)
+    run.wait_for_state("publishing_off")
+    asked = len(proxy.http_requests)
+    wait_a_while(run)
+    assert len(proxy.http_requests) == asked
+    shown = [(outage["reason"], outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, time.time())]
+    assert shown == [("publishing_off", None, True)]
+    proxy.publishing = True
+    run.ahead_s = 20.0
+    run.wait_for_state("waiting")  # without any event
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30
+
+
+@pytest.mark.parametrize(
+    ("version", "setting", "learnt"),
+    [("v7.2.140", 3600, 3600), ("v7.2.140", 90000, 3600), ("v7.2.140", 0, 60), ("v6.9.38", 900, 60)],
+)
+def test_collector_learns_how_long_the_proxy_remembers(collect, version, setting, learnt):
+    with FakeProxy(version=version) as proxy:
+        proxy.retention_seconds = setting
+        run = collect(proxy)
+        run.wait_for_state("waiting")
+        assert (run.status["retention_seconds"], run.status["warning"]) == (learnt, None)
+        assert run.store.get_meta("retention_s") == learnt
+        assert proxy.failures == 0 and "sk-client-secret" not in run.log + repr(run.status)
+
+
+def test_collector_that_asks_more_rarely_than_the_proxy_remembers_warns_once(collect, proxy):
+    proxy.retention_seconds = 60
+    run = collect(proxy, poll_interval_seconds=50)
+    run.wait_for_state("waiting")
+    assert run.status["warning"] == "retention_short"
+    proxy.disconnect_all()
+    run.wait_for(lambda: proxy.auth_attempts == 2)
+    run.wait_for_state("waiting")
+    assert run.log.count("warning=") == 1 and "redis-usage-queue-retention-seconds: 3600" in run.log
+
+
+def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_server):
+    run = collect(redis_server, management_password="")
+    run.wait_for_state("waiting")
+    assert run.store.get_meta("retention_s") > 3600 and run.status["retention_seconds"] is None
+
+
+def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    wait_a_while(run)
+    run.slept_s = 8 * 3600.0
+    run.wait_for(lambda: any(one["to"] for one in store.outages(ALWAYS, time.time())))
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert (outage["reason"], outage["lost"]) == ("stopped", True)
+    assert 8 * 3600 - 5 <= outage["to"] - outage["from"] <= 8 * 3600 + 60
+
+
+def test_collector_whose_clock_was_set_ahead_notes_no_outage(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    wait_a_while(run)
+    run.ahead_s = 8 * 3600.0
+    proxy.push(payload(1))
+    run.wait_for_events(1)
+    wait_a_while(run)
+    assert store.outages(ALWAYS, time.time()) == []
+
+
+def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_ever(collect, proxy, store):
+    proxy.publishing = False
+    run = collect(proxy)
+    run.wait_for_state("publishing_off")
+    proxy.ban()  # over HTTP alone, as behind a reverse proxy that forwards another address
+    asked = len(proxy.http_requests)
+    run.ahead_s = 20.0
+    run.wait_for(lambda: len(proxy.http_requests) > asked)
+    proxy.publishing = True
+    proxy.push(payload(1))
+    run.wait_for_state("recording")
+    assert [outage["to"] is not None for outage in store.outages(ALWAYS, time.time())] == [True]
+
+
+def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing_ended(collect, proxy):
+    proxy.push(payload(1), payload(2))
+    proxy.publishing = False
+    run = collect(proxy)
+    run.wait_for_events(2)
+    run.wait_for_state("publishing_off")
+    run.ahead_s = 3.0
+    wait_a_while(run)
+    assert run.state == "publishing_off"
+
+
+def test_collector_that_leaves_a_redis_for_a_proxy_forgets_that_nothing_is_forgotten(collect, proxy, store):
+    store.put_meta("retention_s", 1e9)
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    assert store.get_meta("retention_s") == 60
+
+
+def test_collector_started_on_a_locked_database_notes_the_outage_afterwards(collect, open_store, proxy, store):
+    ended = collect(proxy)
+    ended.wait_for_state("waiting")
+    ended.end()
+    locker = lock(store)
+    run = collect(proxy, on=open_store(), ahead_s=7200)
+    run.wait_for_state("storage_error")
+    locker.close()
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] == "stopped" and 7190 <= outage["to"] - outage["from"] <= 7210
+
+
+def test_collector_shows_no_path_of_the_database_and_logs_it(collect, proxy, store):
+    locker = lock(store)
+    run = collect(proxy)
+    run.wait_for_state("storage_error")
+    locker.close()
+    assert str(store.path) in run.log and str(store.path.parent) not in run.status["message"]
+    assert "usage.db is locked" in run.status["message"]
+
+
+def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
+    # banned over HTTP alone, as behind a reverse proxy that forwards another address
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    proxy.ban()
+    proxy.push(payload(1))
+    run.wait_for_events(1)
+    assert run.state == "recording" and proxy.auth_attempts == 1
+
+
+def test_collector_with_a_clock_that_jumps_back_has_no_negative_waits(collect, proxy):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    run.ahead_s = -86400.0 * 400
+    proxy.push(payload(1))
+    run.wait_for_events(1)
+    wait_a_while(run)
+    assert min(run.stop.waits) > 0
+
+
+@pytest.mark.parametrize("reason", ["refused", "banned", "closed"])
+def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason):
+    if reason == "refused":
+        proxy.stop_listening()
+    elif reason == "banned":
+        proxy.ban()
+    else:
+        proxy.management = False
+    run = collect(proxy)
+    run.wait_for_state(reason)
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
+    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS, time.time())] == [(reason, None)]
+    run.ahead_s = 600.0
+    proxy.lift_ban()
+    proxy.management = True
+    if reason == "refused":
+        proxy.listen_again()
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] == reason and 590 <= outage["to"] - outage["from"] <= 610
+
+
+def test_collector_whose_proxy_went_away_notes_the_outage_from_then_on(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    proxy.stop_listening()
+    proxy.disconnect_all()
+    run.wait_for_state("unreachable", "refused")
+    run.ahead_s = 600.0
+    proxy.listen_again()
+    run.wait_for_state("waiting")
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] in ("unreachable", "refused") and 590 <= outage["to"] - outage["from"] <= 610
+
+
+def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    proxy.disconnect_all()
+    run.wait_for(lambda: proxy.auth_attempts == 2)
+    run.wait_for_state("waiting")
+    assert store.outages(ALWAYS, time.time()) == []
+
+
+def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_store, proxy):
+    collect(proxy).end()
+    run = collect(proxy, ahead_s=7200)
+    run.wait_for_state("waiting")
+    assert run.store.outages(ALWAYS, time.time()) == []  # it was never connected before
+    run.end()
+    again = collect(proxy, on=open_store(), ahead_s=10800)
+    again.wait_for_state("waiting")
+    (outage,) = again.store.outages(ALWAYS, time.time())
+    assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
+
+
+def test_collector_stopped_by_a_locked_database_notes_the_outage_afterwards(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    locker = lock(store)
+    proxy.push(payload(1))
+    run.wait_for_state("storage_error")
+    run.ahead_s = 600.0
+    locker.close()
+    run.wait_for_state("recording")
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
