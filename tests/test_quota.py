@@ -19,11 +19,7 @@ BAD = [sample for sample in QUOTA["samples"] if sample not in GOOD]
 def shown(window):
     if window is None:
         return None
-    return {
-        "used_percent": window.used_percent,
-        "remaining_percent": window.remaining_percent,
-        "reset_at": window.reset_at,
-    }
+    return {name: getattr(window, name) for name in ("used_percent", "remaining_percent", "reset_at")}
 
 
 @pytest.mark.parametrize("sample", GOOD, ids=lambda sample: sample["name"])
@@ -46,26 +42,10 @@ def body(primary=None, secondary=None, **limits):
     return {"rate_limit": {"primary_window": primary, "secondary_window": secondary, **limits}}
 
 
-@pytest.mark.parametrize(
-    ("seconds", "label"),
-    [
-        (18000, "5h"),
-        (17100, "5h"),
-        (18900, "5h"),
-        (18901, "5.3h"),
-        (604800, "7d"),
-        (574560, "7d"),
-        (2592000, "30d"),
-        (2628000, "30d"),
-        (86400, "1d"),
-        (32400, "9h"),
-        (90, "1.5min"),
-        (30, "30s"),
-        (31536000, "365d"),
-    ],
-)
-def test_window_is_named_by_its_length(seconds, label):
-    assert app.window_label(seconds) == label
+def test_window_is_named_by_its_length():
+    labels = {18000: "5h", 17100: "5h", 18900: "5h", 18901: "5.3h", 604800: "7d", 574560: "7d", 2592000: "30d",
+              2628000: "30d", 86400: "1d", 32400: "9h", 90: "1.5min", 30: "30s", 31536000: "365d"}  # fmt: skip
+    assert {seconds: app.window_label(seconds) for seconds in labels} == labels
 
 
 def test_slot_decides_only_where_no_length_is_given():
@@ -83,24 +63,12 @@ def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
     assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
 
 
+NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400", 10**400]
+
+
 @pytest.mark.parametrize(
     ("sent", "used"),
-    [
-        (12.5, 12.5),
-        ("42", 42),
-        (" 7.5 ", 7.5),
-        (-3, 0),
-        (250, 100),
-        (True, None),
-        (None, None),
-        ("x", None),
-        ([], None),
-        (float("inf"), None),
-        (float("nan"), None),
-        ({"a": 1}, None),
-        ("1e400", None),
-        (10**400, None),
-    ],
+    [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
     window = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
@@ -127,21 +95,14 @@ def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
     assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
 
 
+FIELDS = [
+    "plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit", "primary_window",
+    "secondary_window", "allowed", "limit_reached",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
-@pytest.mark.parametrize(
-    "field",
-    [
-        "plan_type",
-        "rate_limit",
-        "credits",
-        "additional_rate_limits",
-        "code_review_rate_limit",
-        "primary_window",
-        "secondary_window",
-        "allowed",
-        "limit_reached",
-    ],
-)
+@pytest.mark.parametrize("field", FIELDS)
 def test_wrong_type_in_any_field_never_fails(field, wrong):
     payload = json.loads(json.dumps(QUOTA_BY_NAME["additional_rate_limits_and_model_usage"]["body"]))
     (payload if field in payload or field == "credits" else payload["rate_limit"])[field] = wrong
@@ -159,18 +120,9 @@ def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
 
 
 def account_file(**changes) -> app.AccountFile:
-    base = dict(
-        name="codex-a.json",
-        email="an@example.com",
-        account_id="acc-1",
-        plan="plus",
-        access_token="tok-secret-1",
-        disabled=False,
-        proxy_url="",
-        freshness="",
-    )
-    base.update(changes)
-    return app.AccountFile(**base)
+    base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus",
+                access_token="tok-secret-1", disabled=False, proxy_url="", freshness="")  # fmt: skip
+    return app.AccountFile(**{**base, **changes})
 
 
 def test_snapshot_row_has_no_identity_of_the_reply():

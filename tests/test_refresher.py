@@ -266,20 +266,6 @@ def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder,
 # ---- one at a time, and the cool-down --------------------------------------------------------------------
 
 
-def test_start_while_a_round_runs_is_refused_with_409(bench, folder, world):
-    account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: world.requests)
-    with pytest.raises(app.RefreshRefused) as refused:
-        bench.refresher.start()
-    world.release()
-    thread.join(10)
-    assert (refused.value.http_status, refused.value.code) == (409, "refresh_running")
-    assert str(refused.value) == "refresh_quota: already running" == bench.lines[2]
-    assert len(world.requests) == 1
-
-
 def test_start_from_many_threads_at_once_begins_one_round(bench, folder, world):
     account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
@@ -318,15 +304,6 @@ def test_round_that_a_wrong_clock_put_into_the_future_refuses_nothing(bench, fol
     account(folder)
     rounds(bench, 0, -back_s)
     assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW - back_s
-
-
-def test_start_after_the_cool_down_begins_a_round(bench, folder, world):
-    world.answer(None, body=GOOD_BODY)
-    account(folder)
-    bench.round()
-    bench.now += 300
-    bench.round()
-    assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW + 300
 
 
 def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder, world):
@@ -469,20 +446,6 @@ def test_end_of_a_subscription_is_shown_as_the_id_token_has_it(bench, folder, st
     assert [row["subscription_until"] for row in store.quotas()] == ["2027-02-01T00:00:00Z", None]
 
 
-def test_progress_counts_the_accounts_that_are_done(bench, folder, world):
-    for number in (1, 2, 3):
-        account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=number == 3)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: len(world.requests) == 3)
-    state = bench.refresher.state()
-    assert (state["refreshing"], state["progress"]) == (True, {"done": 2, "total": 3})
-    world.release()
-    thread.join(10)
-    state = bench.refresher.state()
-    assert (state["refreshing"], state["progress"]) == (False, {"done": 3, "total": 3})
-
-
 def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
     for number in (1, 2):
         account(folder, number)
@@ -534,28 +497,12 @@ def test_account_whose_file_cannot_be_read_now_is_kept(bench, folder, store, wor
     assert len(by_mail(store)) == 2
 
 
-def test_two_plans_under_one_mail_are_two_rows(bench, folder, store, world):
-    world.answer(None, body=GOOD_BODY)
-    account(folder, 1, email="same@example.com")
-    account(folder, 2, email="same@example.com")
-    bench.round()
-    assert len(store.quotas()) == 2
-
-
 def test_registered_accounts_are_listed_before_they_were_ever_asked(bench, folder, store, world):
     account(folder, 1)
     account(folder, 2, disabled=True)
     bench.refresher.register_accounts()
     assert states(store) == ["never", "disabled"] and world.requests == []
     assert bench.refresher.cooldown_s() == 0 and bench.refresher.known_files == 2
-
-
-def test_registering_leaves_what_is_known_as_it_is(bench, folder, store, world):
-    account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY)
-    bench.round()
-    bench.refresher.register_accounts()
-    assert states(store) == ["ok"]
 
 
 def test_registering_never_overwrites_what_was_stored_meanwhile(bench, folder, store):

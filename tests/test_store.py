@@ -36,51 +36,17 @@ def store(tmp_path):
 
 
 def test_new_file_has_the_original_columns_first_and_is_private(store):
-    db = sqlite3.connect(str(store.path))
-    columns = [row[1:3] for row in db.execute("PRAGMA table_info(events)")]
-    quota = [row[1:3] for row in db.execute("PRAGMA table_info(quota_snapshots)")]
-    db.close()
-    assert columns[:12] == [
-        ("id", "INTEGER"),
-        ("timestamp", "TEXT"),
-        ("ts_epoch", "REAL"),
-        ("auth_index", "INTEGER"),
-        ("source", "TEXT"),
-        ("model", "TEXT"),
-        ("input_tokens", "INTEGER"),
-        ("output_tokens", "INTEGER"),
-        ("reasoning_tokens", "INTEGER"),
-        ("total_tokens", "INTEGER"),
-        ("latency_ms", "INTEGER"),
-        ("failed", "INTEGER"),
-    ]
-    assert {name for name, _ in columns[12:]} == {
-        "cached_tokens",
-        "cache_write_tokens",
-        "ttft_ms",
-        "status_code",
-        "error",
-        "request_id",
-        "context_id",
-        "reason_id",
-    }
-    assert [name for name, _ in quota[:15]] == [
-        "id",
-        "timestamp",
-        "ts_epoch",
-        "email",
-        "plan",
-        "allowed",
-        "limit_reached",
-        "primary_used_percent",
-        "primary_remaining_percent",
-        "primary_reset_at",
-        "secondary_used_percent",
-        "secondary_remaining_percent",
-        "secondary_reset_at",
-        "credits_balance",
-        "raw_json",
-    ]
+    columns, quota = ([row[1:3] for row in rows(store.path, f"PRAGMA table_info({table})")]
+                      for table in ("events", "quota_snapshots"))  # fmt: skip
+    original = """id INTEGER timestamp TEXT ts_epoch REAL auth_index INTEGER source TEXT model TEXT input_tokens INTEGER
+        output_tokens INTEGER reasoning_tokens INTEGER total_tokens INTEGER latency_ms INTEGER failed INTEGER"""
+    assert [word for column in columns[:12] for word in column] == original.split()
+    added = "cached_tokens cache_write_tokens ttft_ms status_code error request_id context_id reason_id"
+    assert {name for name, _ in columns[12:]} == set(added.split())
+    original = """id timestamp ts_epoch email plan allowed limit_reached primary_used_percent
+        primary_remaining_percent primary_reset_at secondary_used_percent secondary_remaining_percent
+        secondary_reset_at credits_balance raw_json"""
+    assert [name for name, _ in quota[:15]] == original.split()
     for name in ("usage.db", "usage.db-wal", "usage.db-shm"):
         assert stat.S_IMODE((store.path.parent / name).stat().st_mode) == 0o600
 
@@ -104,17 +70,8 @@ def test_auth_index_is_given_back_letter_for_letter(store, index):
 
 
 def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
-    put(
-        store,
-        event(
-            input_tokens=None,
-            output_tokens=None,
-            reasoning_tokens=None,
-            total_tokens=None,
-            latency_ms=None,
-            cached_tokens=None,
-        ),
-    )
+    names = ("input_tokens", "output_tokens", "reasoning_tokens", "total_tokens", "latency_ms", "cached_tokens")
+    put(store, event(**dict.fromkeys(names)))
     row = store.requests(1)[0]
     assert row["input_tokens"] is None and row["latency_ms"] is None
     assert store.usage(ALWAYS, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
@@ -132,24 +89,15 @@ def test_counts_of_stored_rejected_and_ignored_survive_reopening(tmp_path):
     put(first, event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
     first.close()
     second = app.Store(tmp_path / "usage.db")
-    assert {name: second.counts[name] for name in ("stored", "rejected", "ignored")} == {
-        "stored": 2,
-        "rejected": 1,
-        "ignored": 4,
-    }
+    assert [second.counts[name] for name in ("stored", "rejected", "ignored")] == [2, 1, 4]
     assert second.event_count == 2
     second.close()
 
 
 def test_only_the_newest_thousand_rejects_are_kept(store):
     put(store, rejects=[app.Reject(f"reason {number}", 1, None) for number in range(1500)])
-    db = sqlite3.connect(str(store.path))
-    assert db.execute("SELECT COUNT(*), MIN(reason), MAX(id) FROM rejected_events").fetchone() == (
-        1000,
-        "reason 1000",
-        1500,
-    )
-    db.close()
+    kept = rows(store.path, "SELECT COUNT(*), MIN(reason), MAX(id) FROM rejected_events")
+    assert kept == [(1000, "reason 1000", 1500)]
     assert store.counts["rejected"] == 1500
 
 
@@ -163,11 +111,8 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
         "gpt-5.5": (1, 1, 7, 3, 0, 0, 10),
         "unknown": (1, 0, 0, 0, 0, 0, 0),
     }
-    assert {account.name: sums[0] for account, sums in accounts} == {
-        "an@example.com": 1,
-        "b@example.com": 1,
-        "unknown": 1,
-    }
+    counted = {account.name: sums[0] for account, sums in accounts}
+    assert counted == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
     assert store.usage(ALWAYS, 3600, 0, from_rows=True) == (buckets, models, accounts)
     assert (store.event_count, store.find_faults()) == (3, [])
     assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
@@ -189,9 +134,9 @@ def test_new_and_current_files_open_without_a_word(tmp_path):
 @pytest.mark.parametrize("name", list(TOTALS_OF_300))
 def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(store_of_300, name):
     """The totals were answered by 3.0.0 itself from the same file; below the floor single events are gone."""
-    window, bucket_s, offset_s, filters = (TOTALS_OF_300[name][key] for key in ("window", "bucket_s", "offset_s", "filters"))
-    buckets, models, accounts = store_of_300.usage(app.Window(*window), bucket_s, offset_s, app.Filters(**filters))
     told = TOTALS_OF_300[name]
+    window, filters = app.Window(*told["window"]), app.Filters(**told["filters"])
+    buckets, models, accounts = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
     assert [[at, list(sums)] for at, sums in sorted(buckets.items())] == told["buckets"]
     assert sorted([model, list(sums)] for model, sums in models) == told["models"]
     assert sorted([account.name, list(sums)] for account, sums in accounts) == told["accounts"]
@@ -199,7 +144,8 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
 
 def test_database_of_3_0_0_keeps_its_readings_outages_rejects_and_counts(store_of_300):
     assert store_of_300.find_faults() == []
-    assert store_of_300.counts == {"stored": 480, "rejected": 2, "ignored": 3, "adopted": 0, "deleted": 187, "sequence": 1}
+    counts = {"stored": 480, "rejected": 2, "ignored": 3, "adopted": 0, "deleted": 187, "sequence": 1}
+    assert store_of_300.counts == counts
     assert store_of_300.event_count == len(store_of_300.requests(500))
     assert len(store_of_300.outages(ALWAYS, NOON)) == 1
     assert [row["primary_remaining_percent"] for row in store_of_300.quotas()] == [70]
@@ -214,7 +160,8 @@ def test_failures_of_3_0_0_get_their_reasons(store_of_300):
 
 
 def test_reasons_leave_out_what_differs_and_are_limited(store):
-    put(store, *[event(at=NOON, failed=1, status_code=503, error=f"503 upstream {number}: down") for number in range(50)])
+    errors = [f"503 upstream {number}: down" for number in range(50)]
+    put(store, *[event(at=NOON, failed=1, status_code=503, error=error) for error in errors])
     assert rows(store.path, "SELECT status_code, error FROM reasons WHERE id > 1") == [(503, "503 upstream …: down")]
     words = ["".join(chr(97 + int(digit)) for digit in str(number)) for number in range(2100)]
     put(store, *[event(at=NOON, failed=1, status_code=500, error=f"500 {word}") for word in words])
@@ -225,9 +172,7 @@ def test_reasons_leave_out_what_differs_and_are_limited(store):
     assert store.find_faults() == []
 
 
-@pytest.mark.parametrize(
-    ("bucket_s", "offset_s"), [(3600, 19800), (900, 0), (300, 0), (86400, 20700)]
-)
+@pytest.mark.parametrize(("bucket_s", "offset_s"), [(3600, 19800), (900, 0), (300, 0), (86400, 20700)])
 @pytest.mark.parametrize("filters", [app.Filters(), app.Filters(status="failed"),
                                      app.Filters(account="user1@x.com", model="m1")])  # fmt: skip
 def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, bucket_s, offset_s, filters):
@@ -341,20 +286,12 @@ def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
 
 def random_events(dice, count):
     for _ in range(count):
-        made = dict(
-            input_tokens=dice.randrange(1000),
-            output_tokens=dice.choice([None, 0, 50]),
-            total_tokens=dice.randrange(9999),
-        )
-        index = dice.choice(["aa", "bb", "", "0000000000001234"])
         yield event(
-            at=round(NOON + dice.uniform(0, 86400 * 2), 3),
-            auth_index=index,
-            failed=dice.choice([0, 0, 1]),
-            source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
-            model=dice.choice(["m1", "m2", "m3"]),
-            **made,
-        )
+            at=round(NOON + dice.uniform(0, 86400 * 2), 3), auth_index=dice.choice(["aa", "bb", "", "00000000000012"]),
+            failed=dice.choice([0, 0, 1]), source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
+            model=dice.choice(["m1", "m2", "m3"]), input_tokens=dice.randrange(1000),
+            output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999),
+        )  # fmt: skip
 
 
 def sums_of(events):
@@ -419,35 +356,25 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
 
 def put_days(store, days, each):
     """Store as many events in every quarter of an hour, of three accounts and two models in turn."""
-    numbers = range(days * 96 * each)
-    events = [
-        event(
-            at=DAY + number * 900 / each,
-            source=f"user{number % 3}@x.com",
-            auth_index=str(number % 3),
-            model=f"m{number // 3 % 2}",
-            failed=int(number % 4 == 0),
-        )
-        for number in numbers
-    ]
-    put(store, *events)
+    put(store, *[
+        event(at=DAY + number * 900 / each, source=f"user{number % 3}@x.com", auth_index=str(number % 3),
+              model=f"m{number // 3 % 2}", failed=int(number % 4 == 0))
+        for number in range(days * 96 * each)
+    ])  # fmt: skip
 
 
 DAY = 1_779_926_400.0  # midnight UTC
 SEVERAL_FILTERS = [
-    app.Filters(),
-    app.Filters(account="user1@x.com"),
-    app.Filters(model="m1"),
-    app.Filters(account="user1@x.com", model="m1"),
-    app.Filters(status="failed"),
-    app.Filters(account="user1@x.com", status="ok"),
-]
+    app.Filters(), app.Filters(account="user1@x.com"), app.Filters(model="m1"), app.Filters(status="failed"),
+    app.Filters(account="user1@x.com", model="m1"), app.Filters(account="user1@x.com", status="ok"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(account="nobody")])
 def test_every_roll_up_says_the_same_as_the_rows(store, filters):
     put_days(store, days=4, each=6)
-    for start, end in [(0, 4 * 86400), (1, 4 * 86400 - 1), (80_000, 100_000), (3600 * 5, 86400 * 3 + 3600 * 7), (950, 1800)]:
+    spans = [(0, 4 * 86400), (1, 4 * 86400 - 1), (80_000, 100_000), (3600 * 5, 86400 * 3 + 3600 * 7), (950, 1800)]
+    for start, end in spans:
         for bucket_s, offset_s in [(900, 900), (3600, 0), (86400, 0), (86400, 7 * 3600)]:
             window = app.Window(DAY + start, DAY + end)
             quick = store.usage(window, bucket_s, offset_s, filters)
@@ -481,20 +408,6 @@ def test_event_takes_few_bytes_with_its_index_and_sums(tmp_path):
     assert 100 < (sizes[1] - sizes[0]) / 10_000 <= 175
 
 
-def test_deleted_events_stay_in_the_sums_by_account_and_model_together(store):
-    put_days(store, days=2, each=6)
-    window, filters = app.Window(DAY, DAY + 2 * 86400), app.Filters(account="user1@x.com", model="m1")
-    whole = [store.usage(window, 3600, 0, one) for one in SEVERAL_FILTERS]
-    while store.delete_some(DAY + 86400 + 5000):
-        pass
-    assert [store.usage(window, 3600, 0, one) for one in SEVERAL_FILTERS] == whole
-    assert len(store.requests(500, filters=filters)) < 100 and store.find_faults() == []
-    within_a_deleted_quarter = app.Window(DAY + 1000, DAY + 86400 + 2000)
-    whole_quarters = app.Window(DAY + 900, DAY + 86400 + 2700)
-    for one in SEVERAL_FILTERS:
-        assert store.usage(within_a_deleted_quarter, 3600, 0, one)[1] == store.usage(whole_quarters, 3600, 0, one)[1]
-
-
 def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     events = [event(at=NOON + 60 * minute) for minute in range(240)]
     put(store, *events)
@@ -511,28 +424,14 @@ def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     assert store.usage(ALWAYS, 3600, 0) == whole
     assert store.find_faults() == []
     edge = app.Window(floor - 450, floor + 900)
-    assert (
-        sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1]) == 15 + 15
-    )  # a cut bucket counts whole below the floor
+    counted = sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1])
+    assert counted == 15 + 15  # a cut bucket counts whole below the floor
 
 
 def test_find_faults_notices_a_roll_up_that_is_off_by_one(store):
     put(store, event())
     store._writer.execute("UPDATE usage_by_hour SET total_tokens = total_tokens + 1")
     assert store.find_faults() == ["usage_by_hour does not add up to usage_by_time"]
-
-
-def test_requests_pages_join_without_gap_or_repeat(store):
-    put(store, *[event(at=NOON + number // 3) for number in range(50)])
-    seen, before = [], None
-    while True:
-        page = store.requests(7, before=before)
-        if not page:
-            break
-        seen += [row["id"] for row in page]
-        before = (page[-1]["ts_epoch"], page[-1]["id"])
-    assert sorted(seen) == list(range(1, 51)) and len(seen) == 50
-    assert seen == sorted(seen, reverse=True)
 
 
 def test_text_search_takes_its_letters_literally(store):
@@ -581,12 +480,8 @@ def test_failure_keeps_the_last_good_reading_beside_it(store):
     store.save_reading(reading())
     store.save_quota_state("an@example.com", "#3f9a2c", None, "expired", "token expired", NOON + 60)
     row = store.quotas()[0]
-    assert (row["state"], row["plan"], row["primary_remaining_percent"], row["ts_epoch"]) == (
-        "expired",
-        "plus",
-        77,
-        NOON,
-    )
+    assert (row["state"], row["plan"]) == ("expired", "plus")
+    assert (row["primary_remaining_percent"], row["ts_epoch"]) == (77, NOON)
 
 
 def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
@@ -605,11 +500,3 @@ def test_old_snapshots_are_downsampled_to_one_an_hour(store):
     assert db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0] == 2 + 6
     db.close()
     assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
-
-
-def test_changes_counts_only_what_alters_an_answer(store):
-    before = store.changes
-    put(store, ignored=3)
-    assert store.changes == before
-    put(store, event())
-    assert store.changes == before + 1

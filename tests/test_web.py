@@ -30,22 +30,14 @@ def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
     sums = {"requests", "failed", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens"}
-    assert {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"} <= set(
-        answer
-    )
+    names = {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"}
+    assert names <= set(answer)
     assert set(answer["summary"]) == sums
     assert set(answer["hours"][0]) == sums | {"hour", "start"}
     assert set(answer["models"][0]) == sums | {"model"}
     assert sums | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
-    assert answer["summary"] == {
-        "requests": 1,
-        "failed": 0,
-        "input_tokens": 100,
-        "output_tokens": 20,
-        "reasoning_tokens": 5,
-        "cached_tokens": 80,
-        "total_tokens": 120,
-    }
+    counts = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
+    assert answer["summary"] == {"requests": 1, "failed": 0, **counts}
 
 
 @pytest.mark.parametrize(
@@ -162,12 +154,8 @@ def test_bucket_auto_fits_the_length_of_the_window(site):
 
 
 def test_filters_narrow_every_part_of_the_summary(site):
-    put(
-        site.store,
-        at(1),
-        at(1, model="gpt-5.5", failed=1),
-        at(1, source="b@example.com", auth_index="bb", model="gpt-5.5"),
-    )
+    other = at(1, source="b@example.com", auth_index="bb", model="gpt-5.5")
+    put(site.store, at(1), at(1, model="gpt-5.5", failed=1), other)
     answer = site.json("/api/summary?range=24h&model=gpt-5.5&status=failed")
     assert (answer["summary"]["requests"], answer["summary"]["failed"]) == (1, 1)
     assert [row["account"] for row in answer["accounts"]] == ["an@example.com"]
@@ -179,33 +167,10 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     put(site.store, *[at(1 + number / 100, request_id=f"{number:08x}") for number in range(5)])
     first = site.json("/api/requests?limit=3")
     assert [row["request_id"] for row in first["requests"]] == ["00000000", "00000001", "00000002"]
-    assert {
-        "id",
-        "timestamp",
-        "ts_epoch",
-        "account",
-        "source",
-        "auth_index",
-        "model",
-        "input_tokens",
-        "output_tokens",
-        "reasoning_tokens",
-        "cached_tokens",
-        "total_tokens",
-        "latency_ms",
-        "ttft_ms",
-        "failed",
-        "status_code",
-        "error",
-        "request_id",
-        "provider",
-        "endpoint",
-        "auth_type",
-        "alias",
-        "reasoning_effort",
-        "service_tier",
-        "api_key",
-    } <= set(first["requests"][0])
+    fields = """id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens
+        cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id provider endpoint auth_type
+        alias reasoning_effort service_tier api_key""".split()
+    assert set(fields) <= set(first["requests"][0])
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
     assert site.error("/api/requests?before=x", 400)["code"] == "bad_before"
@@ -275,9 +240,8 @@ def test_answer_is_compressed_where_the_client_takes_it(site):
 def test_head_gives_the_same_head_without_a_body(site):
     get, _ = site.ask("/api/health")
     head, nothing = site.ask("/api/health", "HEAD")
-    assert (head.status, nothing, head.headers["Content-Type"]) == (200, b"", get.headers["Content-Type"]) and int(
-        head.headers["Content-Length"]
-    ) > 100
+    assert (head.status, nothing, head.headers["Content-Type"]) == (200, b"", get.headers["Content-Type"])
+    assert int(head.headers["Content-Length"]) > 100
 
 
 def test_page_comes_with_a_policy_that_lets_only_its_own_parts_run(site):
@@ -436,21 +400,11 @@ def test_connection_of_http_1_0_is_closed_after_its_answer(site):
     assert reply.startswith(b"HTTP/1.1 200 ") and b"Connection: close" in reply and reply.endswith(b"}")
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost:8320", 200),
-        ("127.0.0.1:1", 200),
-        ("[::1]:8320", 200),
-        ("127.0.0.2", 200),
-        ("evil.example", 403),
-        ("localhost.evil.example", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("192.168.1.5:8320", 403),
-    ],
-)
-def test_foreign_host_is_refused_while_bound_to_loopback(site, host, status):
-    assert site.ask("/api/health", Host=host)[0].status == status
+def test_foreign_host_is_refused_while_bound_to_loopback(site):
+    for host in ("localhost:8320", "127.0.0.1:1", "[::1]:8320", "127.0.0.2"):
+        assert site.ask("/api/health", Host=host)[0].status == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.1.5:8320"):
+        assert site.ask("/api/health", Host=host)[0].status == 403
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.2", "localhost", "::1", "0.0.0.0"])
@@ -471,13 +425,8 @@ def test_password_is_asked_for_on_every_route(tmp_path, path):
         reply, body = site.ask(path)
         assert (reply.status, json.loads(body)["code"]) == (401, "password_needed")
         assert reply.headers["WWW-Authenticate"].startswith("Basic realm=")
-        for wrong in (
-            basic("x"),
-            basic("öpen: sesame "),
-            "Basic ???",
-            "Bearer öpen".encode().decode("latin-1"),
-            "Basic",
-        ):
+        bearer = "Bearer öpen".encode().decode("latin-1")
+        for wrong in (basic("x"), basic("öpen: sesame "), "Basic ???", bearer, "Basic"):
             assert site.ask(path, Authorization=wrong)[0].status == 401
         assert site.ask(path, Authorization=basic("öpen: sesame"))[0].status in (200, 404)
     finally:
@@ -494,12 +443,8 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     db.close()
     assert columns <= set(row) and {"state", "message", "age_seconds", "account"} <= set(row)
     assert (row["age_seconds"], row["account"], row["secondary_remaining_percent"]) == (90, "an@example.com", None)
-    assert (answer["refreshing"], answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == (
-        False,
-        {"done": 0, "total": 0},
-        0,
-        None,
-    )
+    assert (answer["refreshing"], answer["progress"]) == (False, {"done": 0, "total": 0})
+    assert (answer["cooldown_seconds"], answer["last_refresh"]) == (0, None)
 
 
 @pytest.mark.parametrize("path", ["http://[/api/health", "/api/summary?" + "&".join(f"a{n}=1" for n in range(60))])
@@ -541,15 +486,9 @@ def test_quota_says_how_long_it_lasts_for_an_account_and_for_the_pool(site):
     runs_out_at = app.utc_text(NOW + 4800)
     told = [row["windows"][0]["forecast"] for row in answer["quotas"]]
     assert told == [{"used_per_hour": 30, "runs_out_at": runs_out_at}, {"used_per_hour": 0, "runs_out_at": None}]
-    assert answer["pool"] == [
-        {
-            "label": "5h",
-            "accounts": 2,
-            "remaining_percent": 65,
-            "next_reset_at": app.utc_text(NOW + 3600),
-            "forecast": {"runs_out_at": None, "until": app.utc_text(NOW + 3600)},
-        }
-    ]
+    reset = app.utc_text(NOW + 3600)
+    assert answer["pool"] == [{"label": "5h", "accounts": 2, "remaining_percent": 65, "next_reset_at": reset,
+                               "forecast": {"runs_out_at": None, "until": reset}}]  # fmt: skip
 
 
 def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(site):
@@ -566,12 +505,8 @@ def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(
 
 def write_account(folder, number):
     (folder / "accounts").mkdir(exist_ok=True)
-    content = {
-        "type": "codex",
-        "email": f"user{number}@example.com",
-        "account_id": f"acc-{number}",
-        "access_token": f"tok-{number}",
-    }
+    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
+               "access_token": f"tok-{number}"}  # fmt: skip
     (folder / "accounts" / f"{number}.json").write_text(json.dumps(content))
 
 
@@ -581,30 +516,16 @@ def pool(site, tmp_path, chatgpt, monkeypatch):
         monkeypatch.setenv(name, value)
     for number in range(3):
         write_account(tmp_path, number)
-        chatgpt.answer(
-            f"tok-{number}",
-            body={
-                "plan_type": "plus",
-                "rate_limit": {
-                    "primary_window": {
-                        "used_percent": 10 * number,
-                        "limit_window_seconds": 18000,
-                        "reset_after_seconds": 60,
-                    }
-                },
-            },
-        )
+        window = {"used_percent": 10 * number, "limit_window_seconds": 18000, "reset_after_seconds": 60}
+        chatgpt.answer(f"tok-{number}", body={"plan_type": "plus", "rate_limit": {"primary_window": window}})
     return site
 
 
 def test_forced_refresh_stores_every_account_and_locks_for_the_cool_down(pool, chatgpt):
     answer = pool.json("/api/quota?force=1")
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [100, 90, 80]
-    assert (answer["progress"], answer["cooldown_seconds"], answer["last_refresh"]) == (
-        {"done": 3, "total": 3},
-        300,
-        NOW,
-    )
+    assert (answer["progress"], answer["cooldown_seconds"]) == ({"done": 3, "total": 3}, 300)
+    assert answer["last_refresh"] == NOW
     reply, body = pool.ask("/api/quota?force=1")
     assert (reply.status, json.loads(body)["code"], reply.headers["Retry-After"]) == (429, "cooldown", "300")
     pool.now += 299.5
@@ -630,13 +551,9 @@ def test_refresh_that_is_running_is_409_and_shows_its_progress(pool, chatgpt):
 
 def test_head_and_other_sites_never_refresh(pool, chatgpt):
     assert pool.ask("/api/quota?force=1", "HEAD")[0].status == 200
-    for headers in (
-        {"Sec_Fetch_Site": "cross-site"},
-        {"Sec_Fetch_Site": "same-site"},
-        {"Origin": "http://evil.example"},
-        {"Referer": "http://evil.example/x"},
-        {"Origin": "null"},
-    ):
+    sites = [{"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Origin": "null"},
+             {"Origin": "http://evil.example"}, {"Referer": "http://evil.example/x"}]  # fmt: skip
+    for headers in sites:
         assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
     assert chatgpt.requests == []
     own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}

@@ -1,0 +1,254 @@
+"""The chart: read from its pixels, the read-out, the table behind it, and what the API answers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+
+import pytest
+from page_support import HOUR, WORDS, fill, tokens
+from support import event, put
+
+import usage_dashboard as app
+
+pytest_plugins = ["page_fixtures"]
+
+
+def moments(*texts):
+    return [app.parse_time(text)[0] for text in texts]
+
+
+@contextlib.contextmanager
+def zone(page, name):
+    """Let the browser stand in another time zone."""
+    page.cdp("Emulation.setTimezoneOverride", timezoneId=name)
+    try:
+        yield
+    finally:
+        page.cdp("Emulation.setTimezoneOverride", timezoneId="")
+
+
+def highest(drawn, kind="cached"):
+    """Return the index of the bar with the most of a kind, and how high that is."""
+    heights = [bar.get(kind, 0) for bar in drawn["bars"]]
+    return heights.index(max(heights)), max(heights)
+
+
+def kinds_of(drawn):
+    return {kind for bar in drawn["bars"] for kind in bar}
+
+
+# ---- what is drawn ----------------------------------------------------------------------------------------------
+
+
+def test_bars_are_as_high_as_their_tokens(page, site):
+    fill(site)
+    drawn = page.open().chart()
+    assert kinds_of(drawn) == {"cached", "input", "output", "reasoning", "failed"}
+    index, cached = highest(drawn)
+    assert drawn["bars"][index]["input"] == pytest.approx(cached * 2_122 / 88_000, abs=1.6)
+    assert cached == pytest.approx((drawn["base"] - drawn["top"]) * 88_000 / 100_000, abs=8)  # the grid shines through
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("dark", [False, True])
+def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_legend(page, site, scale, dark):
+    hour = int(site.now) // HOUR * HOUR
+    sums = tokens(5000, 2000, 4000, 2000, 9500)
+    put(site.store, event(at=hour - 1800, **sums), event(at=hour - 1800, failed=1, **sums))
+    page.resize(1440, 900, scale)
+    page.emulate(dark=dark)
+    page.open()
+    width, height, room, rows = page.one("#chart", "[e.width, e.height, e.clientWidth, e.clientHeight]")
+    assert (width, height) == (room * scale, rows * scale)
+    colours = page.all("#legend i", "getComputedStyle(e).backgroundColor")
+    assert len(set(colours)) == len(kinds_of(page.chart())) == 6
+
+
+@pytest.mark.parametrize("feature, value", [("prefers-contrast", "more"), ("forced-colors", "active")])
+def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, feature, value):
+    fill(site)
+    page.open()
+    place = page.chart()
+    pixel = f"getImageData({place['left'] + 5}, {place['base']}, 1, 1).data"
+    axis = f"[...document.querySelector('#chart').getContext('2d').{pixel}].slice(0, 3).join()"
+    before = page.js(axis)
+    page.cdp("Emulation.setEmulatedMedia", media="", features=[{"name": feature, "value": value}])
+    page.wait_until(f"matchMedia('({feature}: {value})').matches")
+    ink = page.script("""
+      const i = document.createElement('i'); document.body.append(i);
+      i.style.cssText = 'forced-color-adjust: none; color: var(--ink)';
+      const c = getComputedStyle(i).color; i.remove(); return c.match(/\\d+/g).slice(0, 3).join()""")
+    page.wait_until(f"{axis} === '{ink}'")
+    assert before != ink
+    assert page.one(".kpi dt", "getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).join()") == ink
+
+
+def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page, site, between):
+    fill(site)
+    hour = int(site.now) // HOUR * HOUR
+    between.changes["/api/summary"] = lambda body: body.update(outages=[
+        {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
+        {"from": hour - 10 * HOUR, "to": hour - 9 * HOUR, "reason": "unreachable", "lost": False},
+        {"from": hour - 6 * HOUR, "to": hour - 5 * HOUR, "reason": "unreachable"},
+    ])  # fmt: skip
+    page.open(server=between)
+    drawn = page.chart()
+    last = len(drawn["bars"]) - 1
+    found = []
+    for back in (20, 10, 6):
+        # One row of pixels between two lines of the grid.
+        x, y = drawn["left"] + (last - back) * drawn["slot"], drawn["top"] + 12
+        found.append(page.script("""
+          const c = document.querySelector('#chart').getContext('2d'), d = c.getImageData(...arguments, 1).data;
+          let lines = 0, red = false;
+          for (let i = 4; i < d.length; i += 4) {
+            if (d[i + 3] > 24 && d[i - 1] <= 24) lines += 1;
+            if (d[i + 3] > 24 && d[i] > d[i + 1] + 40) red = true;
+          }
+          return [lines, red];""", x, y, drawn["slot"]))  # fmt: skip
+    (lost, lost_red), (kept, kept_red), (unknown, unknown_red) = found
+    assert lost == unknown > kept >= 3
+    assert (lost_red, kept_red, unknown_red) == (True, False, False)
+    for back, told in ((20, "chart.lost"), (10, "chart.kept"), (6, None)):
+        text = page.hover(last - back)
+        assert "not recording" in text
+        assert [key for key in ("chart.lost", "chart.kept") if WORDS[key][0] in text] == ([told] if told else [])
+
+
+def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
+    fill(site)
+    page.open()
+    hours = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")["hours"]
+    assert [row[1:] for row in page.buckets()] == [(h["requests"], h["total_tokens"], h["failed"]) for h in hours]
+    assert page.one("#chart", "e.getAttribute('aria-valuetext')").startswith("Last 24 hours, 98.3k tokens")
+
+
+# ---- days and hours ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start, end, expected", [
+    # Berlin, autumn: 26 October 2025 has 25 hours, and October as seen from winter lies in summer time.
+    ("2025-10-20T00:00:00+02:00", "2025-11-02T00:00:00+01:00",
+     {"2025-10-25T23:30:00+02:00": 5, "2025-10-26T00:30:00+02:00": 6,
+      "2025-10-26T23:30:00+01:00": 6, "2025-10-27T00:30:00+01:00": 7}),
+    # Spring: 30 March 2025 has 23 hours.
+    ("2025-03-24T00:00:00+01:00", "2025-04-06T00:00:00+02:00",
+     {"2025-03-29T23:30:00+01:00": 5, "2025-03-30T00:30:00+01:00": 6,
+      "2025-03-30T23:30:00+02:00": 6, "2025-03-31T00:30:00+02:00": 7}),
+    # Wholly in the other half of the year than most of the days on which this test runs.
+    ("2025-07-01T00:00:00+02:00", "2025-07-14T00:00:00+02:00",
+     {"2025-07-02T00:30:00+02:00": 1, "2025-07-02T23:30:00+02:00": 1, "2025-07-03T00:10:00+02:00": 2}),
+    ("2025-01-01T00:00:00+01:00", "2025-01-14T00:00:00+01:00",
+     {"2025-01-02T00:30:00+01:00": 1, "2025-01-02T23:30:00+01:00": 1, "2025-01-03T00:10:00+01:00": 2}),
+])  # fmt: skip
+def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, site, start, end, expected):
+    put(site.store, *[event(at=at) for at in moments(*expected)])
+    first, last = moments(start, end)
+    with zone(page, "Europe/Berlin"):
+        rows = page.open(f"?range=7d&start={first:.0f}&end={last:.0f}").buckets()
+    day = datetime.date.fromisoformat(start[:10])
+    days = [day + datetime.timedelta(n) for n in range(13)]
+    assert [label for label, *_ in rows] == [f"{day:%a} {day.day} {day:%b}" for day in days]
+    assert [row[1] for row in rows] == [list(expected.values()).count(n) for n in range(13)]
+
+
+def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_time(page, site):
+    put(site.store, *[event(at=at) for at in moments("2025-07-01T23:30:00-04:00", "2025-07-02T00:30:00-04:00")])
+    first, last, winter = moments("2025-01-01T00:00:00-05:00", "2025-12-01T00:00:00-05:00", "2025-12-15T00:00:00-05:00")
+    watch = page.new_document_script(f"Date.now = () => {winter * 1000:.0f}")
+    try:
+        with zone(page, "America/New_York"):
+            rows = page.open(f"?range=all&start={first:.0f}&end={last:.0f}").buckets()
+    finally:
+        page.remove_document_script(watch)
+    assert len(rows) > 100 and rows[0][0] == "1 Jan – 2 Jan"
+    assert [row[:2] for row in rows if row[1]] == [("30 Jun – 1 Jul", 1), ("2 Jul – 3 Jul", 1)]
+
+
+def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, site):
+    put(site.store, *[event(at=at) for at in moments("2025-10-24T05:59:00+02:00", "2025-10-28T06:00:00+01:00")])
+    first, last = moments("2025-10-22T00:00:00+02:00", "2025-10-29T00:00:00+01:00")
+    page.resize(2560, 1000)
+    with zone(page, "Europe/Berlin"):
+        rows = page.open(f"?range=7d&start={first:.0f}&end={last:.0f}").buckets()
+        marks = page.chart()["marks"]
+    hours = [f"{hour:02}:00" for hour in range(0, 24, 3)]
+    assert [row[0].split(", ")[1] for row in rows] == [f"{a}–{b}" for a, b in zip(hours, hours[1:] + hours[:1])] * 7
+    assert [row[0] for row in rows if row[1]] == ["Fri 24 Oct, 03:00–06:00", "Tue 28 Oct, 06:00–09:00"]
+    assert marks == list(range(0, 56, 4))  # at midnight and noon
+
+
+def test_today_is_told_by_the_hour_from_its_first_minute_to_midnight(page, site, between):
+    fill(site)
+    page.open("?range=today", server=between)
+    assert all("bucket=" not in path for path in between.asked if path.startswith("/api/summary"))
+    assert page.buckets()[0][0].endswith("00:00–01:00")
+    midnights = page.js("[0, 24].map((hour) => new Date().setHours(hour, 0, 0, 0) / 1000)")
+    assert len(page.chart()["bars"]) == (midnights[1] - midnights[0]) / HOUR
+
+
+# ---- reading and narrowing --------------------------------------------------------------------------------------
+
+
+def test_chart_is_read_out_by_the_keyboard(page, site):
+    fill(site)
+    page.open()
+    before = page.text("#chart-readout")
+    page.script("document.querySelector('#chart').focus()")
+    page.press("End")
+    page.wait_for_text("#chart-readout", "–")
+    last = page.text("#chart-readout")
+    page.press("ArrowLeft")
+    page.wait_for("#chart-readout", f"e.textContent !== {last!r}")
+    page.press("Escape")
+    page.wait_for("#chart-readout", f"e.textContent === {before!r}")
+
+
+def test_legend_isolates_a_kind_and_rescales(page, site):
+    fill(site)
+    page.open()
+    room = page.chart()["base"] - page.chart()["top"]
+    assert highest(page.chart(), "reasoning")[1] < room / 10
+    page.click("#legend [data-kind=reasoning]")
+    page.wait_for_text("#chart-title", "Reasoning tokens")
+    drawn = page.chart()
+    assert kinds_of(drawn) == {"reasoning", "failed"} and highest(drawn, "reasoning")[1] > room * 0.6
+    page.click("#legend [data-kind=reasoning]")
+    page.wait_for("#chart-title", "!e.textContent.includes('Reasoning')")
+    assert len(kinds_of(page.chart())) == 5
+
+
+def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
+    fill(site)
+    page.open()
+    index, _ = highest(page.chart())
+    bar = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")["hours"][index]
+    requests, start = bar["requests"], int(bar["start"])
+    assert 0 < requests < 3
+    page.hover(index)
+    assert page.one("#chart-readout b", "e.title") == f"{bar['total_tokens']:,}"
+    page.press_mouse()
+    page.wait_for_requests(requests)
+    assert page.js("location.search").endswith(f"start={start}&end={start + HOUR}")
+    page.wait_for_rows(requests)
+    assert len(page.all("#filters .chip")) == 1
+    page.script("history.back()")
+    page.wait_for_requests(3)
+    assert page.one("#filters", "e.hidden")
+
+
+def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):
+    fill(site)
+    page.open()
+    drawn = page.chart()
+    index, _ = highest(drawn)
+    requests = page.buckets()[index][1]
+    place = ("#chart", drawn["left"] + (index + 0.5) * drawn["slot"], drawn["base"] - 20)
+    page.tap(*place)
+    page.wait_for_text("#chart-readout", "–")
+    assert "start=" not in page.js("location.search")
+    page.tap(*place)
+    page.wait_until("location.search.includes('start=')")
+    page.wait_for_requests(requests)
+    page.wait_for_rows(requests)

@@ -1,0 +1,215 @@
+"""The list of requests, what is copied of the tables, and what a refresh leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+
+import pytest
+from page_support import fill, many
+from support import event, put
+
+import usage_dashboard as app
+
+pytest_plugins = ["page_fixtures"]
+
+ROWS = "#requests tr[data-id]"
+
+
+def scroll_to_the_end(page):
+    page.script("const s = document.querySelector('#scroll'); s.scrollTop = s.scrollHeight")
+
+
+def column(page, by):
+    return page.all(f"#requests td[data-by={by}]")
+
+
+def test_requests_list_what_failed_and_why(page, site):
+    fill(site)
+    page.open()
+    page.wait_for_rows(3)
+    assert "429 usage_limit_reached" in page.text("#requests")
+    assert page.one("#requests td.bad", "e.scrollWidth <= e.clientWidth")
+    page.click("#failed-only")
+    page.wait_for_rows(1)
+    page.wait_for_requests(1)
+    assert "status=failed" in page.js("location.search")
+
+
+def test_click_on_a_model_or_account_filters_by_it_and_elsewhere_opens_the_row(page, site):
+    fill(site)
+    # A headless browser has no mouse.
+    watch = page.new_document_script("""
+      const ask = window.matchMedia.bind(window);
+      window.matchMedia = (query) => query === '(hover: hover)' ? {matches: true} : ask(query);""")
+    page.open()
+    page.remove_document_script(watch)
+    for by, told in (("model", "gpt-5.5"), ("account", "b@example.com")):
+        page.wait_for_rows(3)
+        page.click(f"{ROWS}:nth-child(2) [data-by={by}]")
+        page.wait_for_text("#filters", told)
+        assert f"{by}=" in page.js("location.search")
+        page.click("#filters .chip")
+    page.wait_for_rows(3)
+    page.click(f"{ROWS}:nth-child(2) [data-by=total]")
+    page.wait_for_text("#requests .detail", "Exact time")
+    assert page.js("location.search") == "?range=24h"
+
+
+def test_rows_load_as_one_scrolls_until_there_are_no_more(page, site):
+    many(site, 350)
+    page.open()
+    for count in (100, 200, 300, 350):
+        page.wait_until(f"document.querySelectorAll('{ROWS}').length >= {count}")
+        scroll_to_the_end(page)
+    ids = page.all(ROWS, "Number(e.dataset.id)")
+    assert len(ids) == len(set(ids)) == 350
+    page.wait_for_text("#more", "That is all")
+
+
+def test_older_rows_that_fail_after_a_refresh_are_asked_for_again(page, site, between):
+    many(site, 350)
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold(handler):
+        if "before=" in handler.path and not held.is_set():
+            waiting.set()
+            held.wait(20)
+            return handler.refuse(500, "internal_error")
+        answer, body = site.ask(handler.path)
+        handler.reply(answer.status, body)
+
+    between.faults["/api/requests"] = hold
+    page.open(server=between)
+    page.wait_for_rows(100)
+    scroll_to_the_end(page)
+    assert waiting.wait(10)
+    put(site.store, event(at=site.now - 5, request_id="new"))
+    site.now += 1  # another answer than before
+    page.click("#refresh")
+    page.wait_for_rows(101)
+    page.faults_expected = True
+    held.set()
+    page.wait_for("#stale", "!e.hidden")
+    page.click("#refresh")
+    for count in (201, 301, 351):
+        page.wait_until(f"document.querySelectorAll('{ROWS}').length >= {count}")
+        scroll_to_the_end(page)
+    page.wait_for_text("#more", "That is all")
+
+
+def test_rows_are_sorted_by_a_click_on_the_head_both_ways(page, site):
+    many(site, 30)
+    page.open()
+    page.wait_for_rows(30)
+    page.click("#requests-head [data-sort=total]")
+    down = [int(text.replace(",", "")) for text in column(page, "total")]
+    assert down == sorted(down, reverse=True) and len(set(down)) == 30
+    assert page.js("document.activeElement.dataset.sort") == "total"
+    page.click("#requests-head [data-sort=total]")
+    assert [int(text.replace(",", "")) for text in column(page, "total")] == down[::-1]
+    assert all(24 <= height <= 28 for height in page.all(ROWS, "e.offsetHeight"))
+
+
+def test_row_opens_to_all_that_is_known_of_the_request(page, site):
+    put(site.store, event(at=site.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias",
+                          failed=1, status_code=503, error="503 server_error: overloaded", service_tier="priority"))
+    page.open()
+    page.wait_for_rows(1)
+    page.script(f"document.querySelector('{ROWS} button').focus()")
+    page.press("Enter")
+    page.wait_for("#requests .detail", "true")
+    facts = dict(page.all(".detail dl > div", "[e.firstChild.textContent, e.lastChild.textContent]"))
+    expected = {
+        "Alias": "an-alias", "Endpoint": "POST /v1/responses", "Effort": "high", "Tier": "priority",
+        "First token": "1.0s", "Latency": "5.0s", "Reason": "503 server_error: overloaded", "Status code": "503",
+        "Written to cache": "—",
+        "Output speed": "50 tokens/s",  # 200 tokens in the four seconds after the first
+    }  # fmt: skip
+    assert {name: facts[name] for name in expected} == expected
+    page.press("Enter")
+    page.wait_until("!document.querySelector('#requests .detail')")
+
+
+def test_view_is_copied_as_csv_and_masked_with_the_page(page, site):
+    fill(site)
+    put(site.store, event(at=site.now - 90, model='=cmd,"x"'))
+    page.cdp("Browser.setPermission", permission={"name": "clipboard-read"}, setting="granted")
+    page.open()
+    page.wait_for_rows(4)
+
+    def copied(button):
+        page.click(button)
+        page.wait_for_text("#live", "copied")
+        page.script("document.querySelector('#live').textContent = ''")
+        head, *rows = csv.reader(io.StringIO(page.js("navigator.clipboard.readText()")))
+        return [dict(zip(head, row)) for row in rows]
+
+    rows = copied("#copy-csv")
+    newest = rows[0]
+    assert len(rows) == 4 and list(newest)[:4] == ["Time", "Account", "Model", "Tokens"]
+    assert newest["Model"] == '\'=cmd,"x"' and newest["Tokens"] == "120" and newest["Status"] == "OK"
+    assert {"First token (ms)", "Latency (ms)", "Request id"} <= set(newest)
+    assert app.parse_time(newest["Time"])[0] == pytest.approx(site.now - 90, abs=0.01)
+    an = next(row for row in copied("#copy-accounts") if row["Account"] == "an@example.com")
+    expected = {"5h Remaining": "62", "7d Remaining": "5", "Plan": "plus", "Status": "Active", "Cached": "88080"}
+    assert {name: an[name] for name in expected} == expected and 59 <= int(an["Read (s)"]) <= 120
+    page.click("#privacy")
+    for button in ("#copy-csv", "#copy-accounts"):
+        assert "@example.com" not in str(copied(button))
+
+
+def test_refresh_keeps_rows_scroll_selection_and_open_details(page, site):
+    many(site, 120)
+    page.open()
+    page.wait_until(f"document.querySelectorAll('{ROWS}').length >= 100")
+    page.script("""
+      const rows = [...document.querySelectorAll('#requests tr[data-id]')];
+      rows.forEach((row) => { row.kept = true; });
+      rows[40].querySelector('button').click();
+      document.querySelector('#scroll').scrollTop = 700;
+      getSelection().selectAllChildren(rows[42].querySelector('[data-by=model]'));""")
+    put(site.store, event(at=site.now - 5, request_id="new"))
+    site.now += 1  # another answer than before
+    page.click("#refresh")
+    page.wait_for_requests(121)
+    page.wait_for(ROWS, "e.kept === undefined")
+    assert sum(page.all(ROWS, "e.kept ? 1 : 0")) >= 100
+    assert page.js("String(getSelection())") == "gpt-5.4"
+    assert page.all(ROWS, "e.nextSibling?.className")[41] == "detail"
+    assert page.one("#scroll", "e.scrollTop") >= 700
+
+
+def test_thousands_of_rows_and_hundreds_of_accounts_are_neither_rebuilt_nor_drawn_unseen(page, site, between):
+    fill(site)
+    newest = [5000]
+
+    def rows(body):
+        row, last = body["requests"][0], newest[0]
+        body["requests"] = [{**row, "id": n, "ts_epoch": site.now - 5000 + n} for n in range(last, last - 5000, -1)]
+
+    def accounts(body):
+        row = body["accounts"][0]
+        body["accounts"] = [{**row, "account": f"n{n}@example.com", "total_tokens": 1000 - n} for n in range(300)]
+
+    between.changes.update({"/api/requests": rows, "/api/summary": accounts})
+    page.open(server=between)
+    page.wait_for_rows(5000)
+    page.wait_until("document.querySelectorAll('#accounts-body tr').length >= 300")
+    for css in ("#accounts-body tr", ROWS):
+        page.script("document.querySelector(arguments[0]).scrollIntoView()", css)
+        seen = "e.cells[0].checkVisibility({contentVisibilityAuto: true})"
+        drawn = f"[...document.querySelectorAll('{css}')].filter((e) => {seen}).length"
+        page.wait_until(f"{drawn} > 10 && {drawn} < 200")
+    page.script("""
+      window.moved = [];
+      const note = (list) => list.forEach((m) => window.moved.push(...m.addedNodes, ...m.removedNodes));
+      for (const id of ['requests-body', 'accounts-body'])
+        new MutationObserver(note).observe(document.getElementById(id), {childList: true});
+      scrollTo(0, 0);""")
+    newest[0] += 1
+    page.click("#refresh")
+    page.wait_for(ROWS, "e.dataset.id === '5001'")
+    assert page.js("window.moved.map((row) => row.dataset.id)") == ["5001"]
+    page.wait_for_rows(5001)
