@@ -4024,27 +4024,24 @@ class Collector:
             self._log.once("spool", fault=os_reason(error))
         if self._pending:
             return
-        try:
-            self._readings.save_due()
-        except StoreError as error:  # readings come with the next requests again; events are not held up for them
-            self._log.event("quota", fault=error)
+        now, facts = self._clock(), self._facts
+        if got_values:
+            self._recorded_at = now
+            facts.note_events()
+        facts.ask_if_due()
+        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
+        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
-        if got_values:
-            self._facts.note_events()
-        self._facts.ask_if_due()
-        self._outages.note_publishing(self._facts.publishing)
-        now = self._clock()
-        if got_values:
-            self._recorded_at = now
-        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        off = self._facts.publishing is False
-        self._enter("publishing_off" if off else "waiting" if is_quiet else "recording")
-
+        self._outages.note_publishing(facts.publishing)
+        try:
+            self._readings.save_due()
+        except StoreError as error:  # readings come with the next requests again; events are not held up for them
+            self._log.event("quota", fault=error)
 
     # States and waiting
 
