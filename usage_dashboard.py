@@ -4024,20 +4024,20 @@ class Collector:
             self._log.once("spool", fault=os_reason(error))
         if self._pending:
             return
-        now, facts = self._clock(), self._facts
-        if got_values:
-            self._recorded_at = now
-            facts.note_events()
-        facts.ask_if_due()
-        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
+        now, facts = self._clock(), self._facts
+        if got_values:
+            self._recorded_at = now
+            facts.note_events()
+        facts.ask_if_due()
         self._outages.note_publishing(facts.publishing)
+        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
+        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
