@@ -24,12 +24,12 @@ cli        commands, signals, exit codes
 from __future__ import annotations
 
 import base64
-import binascii
 import gc
 import hashlib
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import random
@@ -41,10 +41,11 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, LineTooLong
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
 from typing import (
     Any,
     Callable,
@@ -4518,156 +4519,131 @@ class Housekeeper:
 class ApiError(DashboardError):
     """Report a question that cannot be answered, with the status and the stable code of its answer."""
 
-    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
         super().__init__(message)
-        self.http_status, self.code, self.headers = http_status, code, dict(headers or {})
+        self.http_status, self.code, self.headers = http_status, code, headers
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
 RANGE_NAMES = ("today", *RANGES, "all")
-_AUTO_BUCKETS = ((3600, 300), (5 * 3600, 900), (2 * 86400, 3600), (8 * 86400, 3 * 3600))
-_MOST_BUCKETS = 10_000
-_CLOCK_SLACK_S = 3600.0
-_FORCE_WAIT_S = 25.0
-Query = Mapping[str, str]
 
 
+class Query(dict):
+    """A question's parameters by name; every method raises ApiError where one has a value that is not allowed."""
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str | None:
+        """Return one of the allowed words."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            raise ApiError(400, f"bad_{name}", f"{name} must be one of {', '.join(allowed)}")
+        return value
+
+    def whole(self, name: str, low: int, high: int, default: int) -> int:
+        """Return a whole number from ``low`` to ``high``."""
+        text = self.get(name, str(default))
+        if not re.match(r"[+-]?\d{1,9}\Z", text, re.ASCII) or not low <= int(text) <= high:
+            raise ApiError(400, f"bad_{name}", f"{name} must be a whole number from {low} to {high}")
+        return int(text)
+
+    def moment(self, name: str) -> float | None:
+        """Return a time in epoch seconds."""
+        text = self.get(name)
+        if text is None:
+            return None
+        if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
+            raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
+        return float(text)
+
+    def zone(self) -> timezone | None:
+        """Return the viewer's zone, None for this machine's."""
+        minutes = self.whole("tz_offset", -14 * 60, 14 * 60, 0)
+        if minutes % 15:
+            raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
+        return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
+
+    def bucket_s(self, window: Window) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
+        length, bucket_s = window.end - window.start, 3600
+        if self.choice("bucket", ("auto", "hour")) == "auto":
+            # Each range may be an hour longer, where the proxy's clock is ahead.
+            sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
+            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
+        return bucket_s if length / bucket_s <= 10_000 else 86400
+
+    def filters(self) -> Filters:
+        """Return what narrows the answer."""
+        return Filters(self.get("account"), self.get("model"), self.choice("status", ("ok", "failed")), self.get("q"))
+
+    def cursor(self) -> tuple[float, int] | None:
+        """Return the time and the id of the request that the list goes on behind."""
+        match = re.match(r"(\d{1,10}(?:\.\d{1,9})?)_(\d{1,18})\Z", self.get("before", ""), re.ASCII)
+        if "before" in self and match is None:
+            raise ApiError(400, "bad_before", 'before must be the "next" of an earlier answer')
+        return (float(match.group(1)), int(match.group(2))) if match else None
+
+
+@dataclass
 class App:
     """What the routes answer from; collector and refresher are asked for their state only."""
 
-    def __init__(
-        self,
-        config: Config,
-        store: Store,
-        refresher: QuotaRefresher,
-        collector_status: Callable[[], dict[str, Any]],
-        clock: Callable[[], float] = time.time,
-        demo: bool = False,
-    ):
-        self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
-        self.collector_status = collector_status
-        self.started_at, self.run_id = time.monotonic(), os.urandom(4).hex()
+    config: Config
+    store: Store
+    refresher: QuotaRefresher
+    collector_status: Callable[[], dict[str, Any]]
+    clock: Callable[[], float] = time.time
+    demo: bool = False
+    started_at: float = field(default_factory=time.monotonic)
+    run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
 
-def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
-    value = query.get(name)
-    if value is not None and value not in allowed:
-        raise ApiError(400, f"bad_{name}", f"{name} must be one of {', '.join(allowed)}")
-    return value
-
-
-def _whole(query: Query, name: str, low: int, high: int, default: int) -> int:
-    text = query.get(name)
-    if text is None:
-        return default
-    if not re.match(r"[+-]?\d{1,9}\Z", text, re.ASCII) or not low <= int(text) <= high:
-        raise ApiError(400, f"bad_{name}", f"{name} must be a whole number from {low} to {high}")
-    return int(text)
-
-
-def _moment(query: Query, name: str) -> float | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
-        raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
-    return float(text)
-
-
-def _offset_s(query: Query, now: float) -> int:
-    """Return the zone in seconds east of UTC: the viewer's, else this machine's. Raises ApiError."""
-    if "tz_offset" not in query:
-        return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
-    minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
-    if minutes % 15:
-        raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
-    return minutes * 60
-
-
-def _filters(query: Query) -> Filters:
-    return Filters(
-        query.get("account") or None,
-        query.get("model") or None,
-        _choice(query, "status", ("ok", "failed")),
-        query.get("q") or None,
-    )
-
-
-def _midnight(now: float, query: Query, offset_s: int) -> float:
-    if "tz_offset" in query:
-        return float((int(now) + offset_s) // 86400 * 86400 - offset_s)
-    today = time.localtime(now)
-    return time.mktime((today.tm_year, today.tm_mon, today.tm_mday, 0, 0, 0, 0, 0, -1))
-
-
-def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
+def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
 
     The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
     """
-    name = _choice(query, "range", RANGE_NAMES) or "today"
-    start, end = _moment(query, "start"), _moment(query, "end")
-    span = app.store.span() or (now, now)
+    name = query.choice("range", RANGE_NAMES) or "today"
+    start, end = query.moment("start"), query.moment("end")
+    oldest, newest = app.store.span() or (now, now)
     if start is None:
         anchor = now if end is None else end
-        start = {"today": _midnight(anchor, query, offset_s), "all": span[0]}.get(name, anchor - RANGES.get(name, 0))
+        midnight = datetime.fromtimestamp(anchor, query.zone()).replace(hour=0, minute=0, second=0, microsecond=0)
+        start = {"today": midnight.timestamp(), "all": oldest}.get(name, anchor - RANGES.get(name, 0))
     if end is None:
-        newest = span[1] + 0.001
-        end = max(now, newest) if name == "all" or newest <= now + _CLOCK_SLACK_S else now
+        end = max(now, newest + 0.001) if name == "all" or newest + 0.001 <= now + 3600 else now
     if not start < end:
         raise ApiError(400, "bad_window", "start must be before end")
     return name, Window(start, end)
 
 
-def _bucket_s(query: Query, window: Window) -> int:
-    length = window.end - window.start
-    bucket_s = 3600
-    if _choice(query, "bucket", ("auto", "hour")) == "auto":
-        bucket_s = next((bucket for span, bucket in _AUTO_BUCKETS if length <= span + _CLOCK_SLACK_S), 86400)
-    return bucket_s if length / bucket_s <= _MOST_BUCKETS else 86400
-
-
-def _sums_json(sums: Sequence[int]) -> dict[str, int]:
-    return dict(zip(SUM_NAMES, sums))
-
-
-def _total(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    total = (0,) * len(SUM_NAMES)
-    for row in rows:
-        total = tuple(a + b for a, b in zip(total, row))
-    return total
-
-
-def _bucket_label(start: int, query: Query, offset_s: int) -> str:
-    local = time.gmtime(start + offset_s) if "tz_offset" in query else time.localtime(start)
-    return time.strftime("%Y-%m-%d %H:%M", local)
-
-
 def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
-    now = app.clock()
-    offset_s = _offset_s(query, now)
-    name, window = _window(app, query, now, offset_s)
-    bucket_s = _bucket_s(query, window)
-    filters = _filters(query)._replace(text=None)  # a search narrows the list of requests only
+    now, zone = app.clock(), query.zone()
+    name, window = _window(app, query, now)
+    bucket_s = query.bucket_s(window)
+    offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
+    offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
+    filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    starts = range(first, int(window.end) + (window.end > int(window.end)), bucket_s)
-    nothing = (0,) * len(SUM_NAMES)
+    nothing = add_sums([])
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
-        buckets[first] = _total([buckets.pop(early), buckets.get(first, nothing)])
+        buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
         "range": name,
         "start": window.start,
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": _sums_json(_total(buckets.values())),
+        "summary": dict(zip(SUM_NAMES, add_sums(buckets.values()))),
         "hours": [
-            {"hour": _bucket_label(at, query, offset_s), "start": at, **_sums_json(buckets.get(at, nothing))}
-            for at in starts
+            {
+                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
+                "start": at,
+                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
+            }
+            for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [{"model": model, **_sums_json(sums)} for model, sums in models],
+        "models": [{"model": model, **dict(zip(SUM_NAMES, sums))} for model, sums in models],
         "accounts": [
             {
                 "account": account.name,
@@ -4675,7 +4651,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
                 "auth_index": account.auth_index or None,
                 "plan": account.plan or None,
                 "provider": account.provider or None,
-                **_sums_json(sums),
+                **dict(zip(SUM_NAMES, sums)),
             }
             for account, sums in accounts
         ],
@@ -4685,25 +4661,13 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
 
 def api_requests(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/requests``: single events, newest first, with a cursor to the older ones."""
-    limit = _whole(query, "limit", 1, 500, 100)
-    before = _cursor(query.get("before"))
-    window = None
-    if any(name in query for name in ("range", "start", "end")):
-        now = app.clock()
-        window = _window(app, query, now, _offset_s(query, now))[1]
-    rows = app.store.requests(limit + 1, window, _filters(query), before)
+    limit, before = query.whole("limit", 1, 500, 100), query.cursor()
+    in_window = any(name in query for name in ("range", "start", "end"))
+    window = _window(app, query, app.clock())[1] if in_window else None
+    rows = app.store.requests(limit + 1, window, query.filters(), before)
     more = len(rows) > limit
     rows = rows[:limit]
     return {"requests": rows, "next": f"{rows[-1]['ts_epoch']!r}_{rows[-1]['id']}" if more else None}
-
-
-def _cursor(text: str | None) -> tuple[float, int] | None:
-    if text is None:
-        return None
-    match = re.match(r"(\d{1,10}(?:\.\d{1,9})?)_(\d{1,18})\Z", text, re.ASCII)
-    if match is None:
-        raise ApiError(400, "bad_before", 'before must be the "next" of an earlier answer')
-    return float(match.group(1)), int(match.group(2))
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -4712,16 +4676,6 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
     quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
-
-
-def force_quota(app: App, query: Query) -> dict[str, Any]:
-    """Refresh all accounts and answer as api_quota when the round is done, at the latest after 25 s."""
-    try:
-        app.refresher.start().join(_FORCE_WAIT_S)
-    except RefreshRefused as refused:
-        headers = {"Retry-After": str(refused.retry_after_s)} if refused.retry_after_s else {}
-        raise ApiError(refused.http_status, refused.code, str(refused), headers) from refused
-    return api_quota(app, query)
 
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
@@ -4751,7 +4705,7 @@ def _data_version(app: App) -> tuple[Any, ...]:
 
 
 def _quota_version(app: App) -> tuple[Any, ...]:
-    return (*_data_version(app), json.dumps(app.refresher.state()))
+    return (*_data_version(app), app.refresher.state())
 
 
 ROUTES = {
@@ -4760,15 +4714,6 @@ ROUTES = {
     "/api/requests": Route(api_requests, _data_version),
     "/api/health": Route(api_health, None),
 }
-
-
-def etag_of(app: App, path: str, query: Query) -> str | None:
-    """Return the tag that the answer to this question has now; None for a route that has none."""
-    version = ROUTES[path].version
-    if version is None:
-        return None
-    parts = [app.run_id, path, sorted(query.items()), version(app)]
-    return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
 
 
 class Answer(NamedTuple):
@@ -4780,10 +4725,10 @@ class Answer(NamedTuple):
     policy: str = "default-src 'none'; frame-ancestors 'none'"
     gzipped: bytes | None = None
 
-
-def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
-    """Return the answer that holds this content."""
-    return Answer(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+    @classmethod
+    def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
+        """Return the answer that holds this content as JSON."""
+        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -4794,42 +4739,24 @@ def load_page(path: Path) -> Answer:
         body = path.read_bytes()
     except OSError as error:
         raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
-    scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
-    styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+
+    def hashes(element: bytes) -> str:
+        digests = (hashlib.sha256(part).digest() for part in re.findall(element, body, re.S))
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    scripts = hashes(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>")
+    styles = hashes(rb"<style[^>]*>(.*?)</style>")
     policy = (
-        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
     return Answer(body, etag, "text/html; charset=utf-8", policy, gzip.compress(body, 9))
 
 
-def _hashes(parts: Sequence[bytes]) -> str:
-    tokens = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
-    return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
-
-
 def is_loopback(host: str) -> bool:
     """Return whether this name or address is one of this machine alone."""
     return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
-
-
-def _takes_gzip(accepted: str) -> bool:
-    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.I) is not None
-
-
-def _password_fits(header: str | None, password: str) -> bool:
-    """Compare in constant time the password of a Basic header; the user name is anything."""
-    import hmac
-
-    if not password:
-        return True
-    kind, _, coded = (header or "").partition(" ")
-    try:
-        sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
-    except (binascii.Error, ValueError):
-        sent = b""
-    return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
 class Connections:
@@ -4840,64 +4767,58 @@ class Connections:
     """
 
     def __init__(self, most: int = 128) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._open: set[Any] = set()
-        self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+        self._most, self._lock = most, threading.Lock()
+        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._open) >= self._most:
-                if not self._waits_until:
+            if len(self._until) >= self._most:
+                idle = next((one for one, until in self._until.items() if until < math.inf), None)
+                if idle is None:
                     return False
-                self._end(next(iter(self._waits_until)))
-            self._open.add(connection)
+                self._end(idle)
+            self._until[connection] = math.inf
             return True
 
     def wait(self, connection: Any, seconds: float) -> None:
         """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
         with self._lock:
-            self._waits_until.pop(connection, None)
-            if connection in self._open:
-                self._waits_until[connection] = time.monotonic() + seconds
+            if self._until.pop(connection, None) is not None:
+                self._until[connection] = time.monotonic() + seconds
 
     def busy(self, connection: Any) -> None:
         """Record that the client waits for us."""
-        with self._lock:
-            self._waits_until.pop(connection, None)
+        self.wait(connection, math.inf)
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._waits_until.items() if until <= now]:
+            for connection in [one for one, until in self._until.items() if until <= now]:
                 self._end(connection)
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._open.discard(connection)
-            self._waits_until.pop(connection, None)
+            self._until.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        self._open.discard(connection)
-        del self._waits_until[connection]
+        del self._until[connection]
         try:
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client was quicker
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, TCPServer):
     """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
 
-    A request's head must be there within ``head_s`` seconds, however its bytes drip in. Nothing is looked up in
-    the DNS.
+    A request's head must be there within ``head_s`` seconds, however its bytes drip in. It is no HTTPServer, which
+    looks its own name up in the DNS.
     """
 
-    daemon_threads = True
-    block_on_close = False
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 128
     app: App
     page: Answer
@@ -4906,13 +4827,7 @@ class Server(ThreadingHTTPServer):
         self.connections, self.head_s = Connections(), head_s
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of the host's name that the standard server does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_port = self.server_address[1]
 
     def serve(self, app: App, page: Answer, poll_interval_s: float = 0.5) -> None:
         """Answer requests until shutdown(), which is noticed within the poll interval, as are late clients."""
@@ -5000,11 +4915,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer()
 
     def _answer(self) -> None:
-        lengths = self.headers.get_all("Content-Length", ["0"])
+        # A body is of no use here.
         may_have_body = self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers
-        may_have_body = may_have_body or any(length.strip() != "0" for length in lengths)
-        if may_have_body:
-            self.close_connection = True  # a body is of no use here
+        may_have_body = may_have_body or set(self.headers.get_all("Content-Length", ["0"])) != {"0"}
+        self.close_connection = self.close_connection or may_have_body
         try:
             self._check_access()
             self._route()
@@ -5018,56 +4932,64 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_access(self) -> None:
         config = self.server.app.config
-        if self.request_version == "HTTP/0.9":
-            raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
         host = re.sub(r":\d+\Z", "", self.headers.get("Host", "localhost").strip().lower())  # any port is fine (ssh -L)
         if is_loopback(config.dashboard_host) and not is_loopback(host.strip("[]").rstrip(".")):
             raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
-        if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
+        if config.dashboard_password and not self._knows(config.dashboard_password):
             wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
             raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", wanted)
         if self.command not in ("GET", "HEAD"):
             raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
 
+    def _knows(self, password: str) -> bool:
+        """Compare in constant time the password of a Basic header; the user name is anything."""
+        import hmac
+
+        kind, _, coded = self.headers.get("Authorization", "").partition(" ")
+        try:
+            sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
+        except ValueError:
+            sent = b""
+        return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
+
     def _route(self) -> None:
+        app, page = self.server.app, self.server.page
         try:
             parts = urlsplit(self.path)
-            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+            query = Query(parse_qsl(parts.query, max_num_fields=50, errors="replace"))
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(self.server.page.etag, lambda: self.server.page)
+            self._send_unless_known(page.etag, lambda: page)
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-        forced = query.pop("force", None) == "1" and self.command == "GET"
-        if parts.path == "/api/quota" and forced:
+        answer, version = ROUTES[parts.path]
+        forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
+        if forced:
             self._refuse_other_sites()
-            self._send(200, json_answer(force_quota(self.server.app, query)))
+            app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
+        if forced or version is None:
+            self._send(200, Answer.of(answer(app, query)))
             return
-        app, etag = self.server.app, etag_of(self.server.app, parts.path, query)
-        self._send_unless_known(etag, lambda: json_answer(ROUTES[parts.path].answer(app, query), etag))
-
-    def _send_unless_known(self, etag: str | None, make: Callable[[], Answer]) -> None:
-        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
-        if etag is not None and (etag in tags or "*" in tags):
-            self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+        state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
+        etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-        site = self.headers.get("Sec-Fetch-Site")
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, [self.headers.get(name) for name in ("Origin", "Referer")])
-        try:
-            foreign = site not in ("same-origin", "none", None)
-            if site is None:
-                foreign = any(urlsplit(url).netloc not in own_hosts for url in sent)
-        except ValueError:
-            foreign = True
-        if foreign:
+        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+        known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
+        if etag in known or "*" in known:
+            self._send_head(304, {"ETag": etag}, b"")
+        else:
+            self._send(200, make())
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
@@ -5076,7 +4998,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["ETag"] = answer.etag
         if len(body) > 1000:
             headers["Vary"] = "Accept-Encoding"
-            if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+            if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", self.headers.get("Accept-Encoding", ""), re.I):
                 import gzip
 
                 headers["Content-Encoding"] = "gzip"
@@ -5085,11 +5007,12 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(status, headers, b"" if self.command == "HEAD" else body)
 
     def _send_fault(self, error: DashboardError) -> None:
-        message = str(error)
+        message, more = str(error), getattr(error, "headers", {})
+        if isinstance(error, RefreshRefused) and error.retry_after_s:
+            more = {"Retry-After": str(error.retry_after_s)}
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        answer = json_answer({"error": message, "code": error.code})
-        self._send(error.http_status, answer, getattr(error, "headers", {}))
+        self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
@@ -5751,7 +5674,7 @@ def run_report(options: Any) -> int:
     """Print the summary of a range."""
     config, _ = _load(options)
     with closing(_open_store(config)) as store:
-        summary = api_summary(_reading_app(config, store), {"range": options.range})
+        summary = api_summary(_reading_app(config, store), Query(range=options.range))
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
     else:
@@ -5823,7 +5746,7 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
         app = _reading_app(config, store)
         if refresh:
             app.refresher.start().join()
-        return api_quota(app, {})
+        return api_quota(app, Query())
 
 
 def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
