@@ -24,6 +24,7 @@ cli        commands, signals, exit codes
 from __future__ import annotations
 
 import base64
+import errno
 import gc
 import hashlib
 import io
@@ -42,7 +43,7 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from http.client import HTTPConnection, HTTPException, HTTPMessage, LineTooLong
+from http.client import HTTPConnection, HTTPException, HTTPMessage
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -4704,13 +4705,9 @@ def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
-def _quota_version(app: App) -> tuple[Any, ...]:
-    return (*_data_version(app), app.refresher.state())
-
-
 ROUTES = {
     "/api/summary": Route(api_summary, _data_version),
-    "/api/quota": Route(api_quota, _quota_version),
+    "/api/quota": Route(api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": Route(api_requests, _data_version),
     "/api/health": Route(api_health, None),
 }
@@ -4853,30 +4850,12 @@ class Server(ThreadingMixIn, TCPServer):
         """Log nothing: what arrives here is a client that went away."""
 
 
-class HeadReader(io.BufferedReader):
-    """Read the lines of a request's head: whole ones only, and at most 16 KiB of them together.
-
-    Raises LineTooLong beyond that, and ConnectionError where the client leaves in the middle: to the standard parser
-    the end of the stream would be the end of the head.
-    """
-
-    largest = left = 16 * 1024
-
-    def readline(self, limit: int | None = -1) -> bytes:
-        """Return the next line of the head, whatever ``limit`` is."""
-        line = super().readline(self.left)
-        self.left -= len(line)
-        if not line.endswith(b"\n"):
-            raise ConnectionError("no whole line came") if self.left else LineTooLong("request's head")
-        return line
-
-
 class Handler(BaseHTTPRequestHandler):
     """Answer the requests of one connection; the only place that knows HTTP."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    rbufsize = 0
+    largest_head = 16 * 1024
     idle_s, send_s, drain_s = 75.0, 20.0, 2.0
     server: Server
     common_headers = {
@@ -4888,29 +4867,32 @@ class Handler(BaseHTTPRequestHandler):
     }
     parser_faults = {
         400: ("bad_request", "this is not an HTTP request"),
-        431: ("head_too_large", f"the request's head is over {HeadReader.largest} bytes or 100 lines"),
+        431: ("head_too_large", f"the request's head is over {largest_head} bytes or 100 lines"),
         505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
     }
 
-    def setup(self) -> None:
-        super().setup()
-        self.rfile = HeadReader(self.rfile)
-
     def handle_one_request(self) -> None:
         """Answer the next request, or find that the client has left or was ended."""
-        self.close_connection, self.headers = True, HTTPMessage()
+        self.close_connection, self.command, self.headers = True, None, HTTPMessage()
         self.server.connections.wait(self.connection, self.idle_s)
         if not self.rfile.peek(1):
             return
         self.server.connections.wait(self.connection, self.server.head_s)
-        self.rfile.left = self.rfile.largest
-        self.command = None
-        try:
-            self.raw_requestline = self.rfile.readline()
-        except LineTooLong:
+        head = line = self.rfile.readline(self.largest_head)
+        while line.endswith(b"\n") and line not in (b"\r\n", b"\n"):
+            line = self.rfile.readline(self.largest_head - len(head))
+            head += line
+        if line.endswith(b"\n"):  # to the standard parser, a head that was cut short would be a whole one
+            self._parse(head)
+        elif len(head) == self.largest_head:
             self.send_error(431)
-            return
-        if self.parse_request():
+
+    def _parse(self, head: bytes) -> None:
+        stream, self.rfile = self.rfile, io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        understood = self.parse_request()
+        self.rfile = stream
+        if understood:
             self.server.connections.busy(self.connection)
             self._answer()
 
@@ -5047,8 +5029,6 @@ class Handler(BaseHTTPRequestHandler):
 
 def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
     """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
-    import errno
-
     try:
         return Server(host, port, head_s)
     except OverflowError as error:
@@ -5060,7 +5040,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
                 f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
             )
-        elif error.errno == errno.EACCES:
+        elif isinstance(error, PermissionError):
             message = f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
         raise DashboardError(message) from error
 
@@ -5271,11 +5251,7 @@ def _check_modes(config: Config, config_path: Path) -> list[Finding]:
     folder, files, _ = find_account_files(config.auth_dirs())
     findings = []
     for path in (config_path, config.database_path, *(folder / file.name for file in files)):
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
+        if os.access(path, os.F_OK) and path.stat().st_mode & 0o077:
             remedy = f"chmod 600 {shlex.quote(str(path))}"
             findings.append(Finding("warning", f"{path} can be read by other users", remedy))
     return findings or [Finding("ok", "file modes")]
@@ -5288,10 +5264,9 @@ def _check_disk(path: Path) -> list[Finding]:
         remedy = f'chown it to this user, or set "database" ({path})'
         return [Finding("fault", f"{path.parent} cannot be written", remedy)]
     free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    found = f"{free_mib} MiB are free on the database's disk"
-    if free_mib >= 200:
-        return [Finding("ok", found)]
-    return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
+    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
+    remedy = "" if level == "ok" else "free some room"
+    return [Finding(level, f"{free_mib} MiB are free on the database's disk", remedy)]
 
 
 def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
@@ -5311,12 +5286,12 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
         return [Finding("fault", str(error), "see the sentence above")], []
 
 
-def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
-    """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
+def _check_losses(store: Store) -> list[Finding]:
+    """Name the five newest outages of the last 24 hours that lasted longer than the queue remembers."""
     now = time.time()
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
     findings = []
-    for outage in losses[-shown:]:
+    for outage in losses[-5:]:
         remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
         if outage["to"] is None:
             remedy = STATE_REMEDIES.get(outage["reason"], remedy)
@@ -5326,14 +5301,8 @@ def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (
-        "now" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-        for at in (outage["from"], outage["to"])
-    )
-    return f"{start} to {end} ({outage['reason'].replace('_', ' ')})"
-
-
-_NEED_A_PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token")
+    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
 def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -5348,7 +5317,7 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     for file in files:
         state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
         name = f"{file.email} ({file.plan})" if file.plan else file.email
-        if state in _NEED_A_PERSON:
+        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
             odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
         elif state == "disabled":  # as somebody wanted it
             odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
@@ -5378,18 +5347,16 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
     """Return what the dashboard that runs on this machine answers, None where none does. Raises DashboardError."""
     host, port = config.dashboard_host, config.dashboard_port
     own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    connection = HTTPConnection(own_address, port, timeout=timeout_s)
     login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
     try:
-        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
-        reply = connection.getresponse()
-        content = json.loads(reply.read())
+        with closing(HTTPConnection(own_address, port, timeout=timeout_s)) as connection:
+            connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+            reply = connection.getresponse()
+            content = json.loads(reply.read())
     except socket.timeout as error:
         raise DashboardError(f"the dashboard on port {port} does not answer in time") from error
     except (OSError, HTTPException, ValueError):
         return None
-    finally:
-        connection.close()
     if not isinstance(content, dict):
         return None  # another program
     if reply.status != 200:
@@ -5399,38 +5366,34 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
 
 
 def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
-    """Judge the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+    """Judge the queue and, where it can be had, the proxy."""
     state = status["state"]
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    shown = "connected" if state == "publishing_off" else state
-    found = f"queue at {status['endpoint']}: {shown}{version}"
-    if state not in _CONNECTED:
-        return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
-    findings = [Finding("ok", found)]
-    if status["publishing"] is False:
-        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
-    elif status["publishing"]:
+    found = f"queue at {status['endpoint']}: {'connected' if state == 'publishing_off' else state}{version}"
+    if state in _CONNECTED:
+        return [Finding("ok", found), *_check_proxy(status, config.poll_interval_seconds)]
+    return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
+
+
+def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Finding]:
+    """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
+    findings, retention_s, ahead_s = [], status["retention_seconds"], status["clock_ahead_seconds"]
+    if status["publishing"]:
         findings.append(Finding("ok", "the proxy publishes its usage"))
-    findings += _check_retention(status["retention_seconds"], config.poll_interval_seconds)
-    return findings + _check_clock(status["clock_ahead_seconds"])
-
-
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[Finding]:
-    if retention_s is None:
-        return []
-    if retention_s < 2 * poll_interval_s:
+    elif status["publishing"] is False:
+        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+    if retention_s is not None and retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [Finding("warning", found, remedy)]
-    return [Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")]
-
-
-def _check_clock(ahead_s: float | None) -> list[Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [Finding("ok", "the proxy's clock and this machine's agree")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [Finding("warning", found, "let both machines set their clocks by NTP")]
+        findings.append(Finding("warning", found, remedy))
+    elif retention_s is not None:
+        found = f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s"
+        findings.append(Finding("ok", found))
+    if ahead_s is not None and abs(ahead_s) < 60:
+        findings.append(Finding("ok", "the proxy's clock and this machine's agree"))
+    elif ahead_s is not None:
+        found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+        findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
+    return findings
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
@@ -5484,28 +5447,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, BrokenPipeError):  # nobody reads on, as with "report | head -1"
         return 0
     finally:
-        _finish_output()
-
-
-def _finish_output() -> None:
-    """Write out what is left, or drop it where nobody takes it: Python would end with exit code 120."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            print(end="", flush=True)
+        except OSError:  # what is left is dropped: Python would end with exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="usage_dashboard.py",
-        description="Collect, keep and show the usage of a CLIProxyAPI account pool.",
+        prog="usage_dashboard.py", description="Collect, keep and show the usage of a CLIProxyAPI account pool."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.required = True
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[Any], int], text: str) -> Any:
         command = commands.add_parser(name, help=text, description=text)
@@ -5532,11 +5487,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
 
 
 def _load(options: Any) -> tuple[Config, list[str]]:
-    flags = {
-        "dashboard_host": getattr(options, "host", None),
-        "dashboard_port": getattr(options, "port", None),
-        "database": os.path.abspath(options.db) if options.db else None,
-    }
+    flags = {f"dashboard_{name}": getattr(options, name, None) for name in ("host", "port")}
+    flags["database"] = os.path.abspath(options.db) if options.db else None
     return load_config(options.config, flags=flags)
 
 
@@ -5562,10 +5514,9 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status)
-    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, server.server_port)}")
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
-    _warn_if_open(log, config, closes)
-    _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.interrupt)
+    _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
+    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
     log.line("stopped")
     return 0
 
@@ -5585,9 +5536,9 @@ def run_demo(options: Any) -> int:
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
         app = App(config, world.store, refresher, world.status, demo=True)
-        log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
-        _warn_if_open(log, config, "start it with --host 127.0.0.1.")
-        _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
+        closes = "start it with --host 127.0.0.1."
+        _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
+        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
     return 0
 
 
@@ -5607,33 +5558,28 @@ def _handle_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def _address(config: Config, port: int) -> str:
+def _announce(log: Log, text: str, config: Config, port: int, closes: str, options: Any) -> None:
+    """Tell where the page is and how to close it to others, and open it where there is a display to open it on."""
     host = config.dashboard_host
     named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
-    return f"http://{named}:{port}"
-
-
-def _warn_if_open(log: Log, config: Config, closes: str) -> None:
-    if not is_loopback(config.dashboard_host) and not config.dashboard_password:
+    url = f"http://{named}:{port}"
+    log.line(text % url)
+    if not is_loopback(host) and not config.dashboard_password:
         log.line(f"Everyone who reaches this machine can open it. To close it, {closes}")
+    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if has_display and not options.no_browser:
+        import webbrowser
+
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _run_until_stopped(
-    server: Any,
-    app: App,
-    page: Answer,
-    jobs: Sequence[Callable[[], None]],
-    stop: threading.Event,
-    no_browser: bool,
-    interrupt: Callable[[], None] = lambda: None,
+    server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    serving = threading.Thread(target=server.serve, args=(app, page), daemon=True)
-    for thread in (*threads, serving):
+    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
         thread.start()
-    if not no_browser:
-        _open_browser(_address(app.config, server.server_port))
     while not stop.wait(1.0):
         pass  # on some systems a wait without an end is deaf to signals
     patience_s = time.monotonic() + 0.8
@@ -5641,7 +5587,7 @@ def _run_until_stopped(
     server.server_close()
     for thread in threads:
         thread.join(max(0.0, patience_s - time.monotonic()))
-    if any(thread.is_alive() for thread in threads):
+    if interrupt and any(thread.is_alive() for thread in threads):
         interrupt()
         for thread in threads:
             thread.join(0.3)
@@ -5650,61 +5596,41 @@ def _run_until_stopped(
     _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
 
 
-def _open_browser(url: str) -> None:
-    """Open the page where there is a display to open it on."""
-    if sys.platform not in ("darwin", "win32") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return
-    import webbrowser
-
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-
-
-def _open_store(config: Config, must_exist: bool = True) -> Store:
-    path = config.database_path
+@contextmanager
+def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
+    """Open the database as the routes need it, without a collector."""
+    path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
-    return Store(path, announce=Log(sys.stderr).line)
-
-
-def _reading_app(config: Config, store: Store) -> App:
-    return App(config, store, QuotaRefresher(config, store, Log(sys.stderr), threading.Event()), dict)
+    with closing(Store(path, announce=log.line)) as store:
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
 
 
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
-    config, _ = _load(options)
-    with closing(_open_store(config)) as store:
-        summary = api_summary(_reading_app(config, store), Query(range=options.range))
+    with _reading_app(_load(options)[0]) as app:
+        summary = api_summary(app, Query(range=options.range))
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
-    else:
-        _print_summary(summary, options.range)
-    return 0
-
-
-def _print_summary(summary: Mapping[str, Any], range_name: str) -> None:
-    local = "%Y-%m-%d %H:%M"
-    start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
-    print(f"Usage, {range_name}: {start} to {end}\n")
+        return 0
+    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
-        rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
-        total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
-        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
+        rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
+        lines = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in rows]
+        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], lines) + "\n")
     losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
     if losses:
         print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
+    return 0
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table: the first column to the left, the others to the right."""
-    lines = [heads, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-
-    def lay(line: Sequence[str]) -> str:
-        first = line[0].ljust(widths[0])
-        return "  ".join([first, *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]).rstrip()
-
-    return "\n".join([lay(heads), "  ".join("-" * width for width in widths), *map(lay, rows)])
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def run_quota(options: Any) -> int:
@@ -5722,7 +5648,8 @@ def run_quota(options: Any) -> int:
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
     elif answer["quotas"]:
-        print(_quota_table(answer["quotas"]))
+        heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
+        print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
     elif refusal is None:
         print("No account has been asked yet; see: usage_dashboard.py quota --force")
     if refusal is None:
@@ -5742,16 +5669,10 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
     """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
-    with closing(_open_store(config, must_exist=not refresh)) as store:
-        app = _reading_app(config, store)
+    with _reading_app(config, must_exist=not refresh) as app:
         if refresh:
             app.refresher.start().join()
         return api_quota(app, Query())
-
-
-def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
-    heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
-    return _table(heads, [_quota_line(row) for row in quotas])
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
@@ -5799,9 +5720,8 @@ def run_check(options: Any) -> int:
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
-    Python has compiled the whole script before this line runs, at every start. What it needed for that stays in
-    memory for good, 15 MB, more than all the rest; a process that loads the compiled module never needs it. The
-    script's name stays in the command line, for ``pkill -f``.
+    What Python needed to compile the script stays in memory for good, 15 MB, more than all the rest; a process that
+    loads the compiled module never needs it. The script's name stays in the command line, for ``pkill -f``.
     """
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
@@ -5811,8 +5731,7 @@ def start_from_compiled() -> None:
         return
     compiled = Path(cache_from_source(str(script)))
     try:
-        is_fresh = _is_whole(compiled) and compiled.stat().st_mtime >= script.stat().st_mtime
-        if not is_fresh and compile_file(str(script), quiet=2) is None:
+        if not _is_fresh(compiled, script) and compile_file(str(script), quiet=2) is None:
             return
     except OSError:  # the folder cannot be written
         return
@@ -5825,12 +5744,13 @@ def start_from_compiled() -> None:
     os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
 
 
-def _is_whole(compiled: Path) -> bool:
-    """Return whether this file can be loaded: a power cut may leave a part of it, or zeros."""
+def _is_fresh(compiled: Path, script: Path) -> bool:
+    """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
     import marshal
 
     try:
-        return bool(marshal.loads(compiled.read_bytes()[16:]))
+        is_new = compiled.stat().st_mtime >= script.stat().st_mtime
+        return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
     except (OSError, EOFError, ValueError, TypeError):
         return False
 
