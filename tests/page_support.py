@@ -14,8 +14,6 @@ import usage_dashboard as app
 PAGE = (app.BASE_DIR / "usage-dashboard.html").read_text(encoding="utf-8")
 LANGS = ("en", "vi")
 HOUR = 3600
-DAY = 24 * HOUR
-NO_TOKENS = dict.fromkeys(("input", "cached", "output", "reasoning", "total"), 0)
 
 # What is drawn, read from the pixels: the plot's edges, the marks under it, and of each bar the heights of its kinds.
 CHART = """
@@ -52,8 +50,10 @@ const bars = [...Array(count).keys()].map((index) => {
   return bar;
 });
 const marks = [];
-for (let index = 0; index < count; index += 1)
-  if ([-1, 0, 1].some((near) => inked(Math.round(left + index * slot) + near, base + Math.round(3 * k)))) marks.push(index);
+for (let index = 0; index < count; index += 1) {
+  const x = Math.round(left + index * slot), y = base + Math.round(3 * k);
+  if (inked(x - 1, y) || inked(x, y) || inked(x + 1, y)) marks.push(index);
+}
 return {left: left / k, slot: slot / k, top: Math.min(...lines) / k, base: base / k, bars, marks};
 """
 
@@ -74,8 +74,8 @@ def fill(site):
         site.store,
         event(at=site.now - 0.2 * HOUR, **tokens(90_122, 88_000, 3_021, 1_990, 93_143)),
         event(at=site.now - 2 * HOUR, model="gpt-5.5", **b, **tokens(4_210, 2_048, 950, 512, 5_160)),
-        event(at=site.now - 2.1 * HOUR, failed=1, status_code=429, error="429 usage_limit_reached: The usage limit", **b,
-              **tokens(0, 0, 0, 0, 0)),
+        event(at=site.now - 2.1 * HOUR, **b, **tokens(0, 0, 0, 0, 0), failed=1, status_code=429,
+              error="429 usage_limit_reached: The usage limit"),
     )  # fmt: skip
     save_quota(site, "an@example.com", 62, 5)
     save_quota(site, "b@example.com", 20, 71, state="limited", limit_reached=1)
@@ -92,7 +92,8 @@ def tokens(*numbers):
 def save_quota(site, email, five, week, **changes):
     """Store a reading one minute old, with what is left of the two windows."""
     windows, columns = [], {}
-    for label, place, seconds, left, hours in (("5h", "primary", 18000, five, 2), ("7d", "secondary", 604800, week, 96)):
+    both = (("5h", "primary", 18000, five, 2), ("7d", "secondary", 604800, week, 96))
+    for label, place, seconds, left, hours in both:
         used = None if left is None else 100 - left
         reset_at = None if left is None else app.utc_text(site.now + hours * HOUR)
         facts = {"used_percent": used, "remaining_percent": left, "reset_at": reset_at}

@@ -28,7 +28,8 @@ def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
     fill(site)
     page.open()
     page.wait_until("document.querySelectorAll('#accounts tbody tr').length >= 4")
-    for email, words in ((AN, ("62%", "Active")), (B, ("20%", "Limited")), (WEEKLY, ("—", "88%")), (OLD, ("Sign in again",))):
+    told = {AN: ("62%", "Active"), B: ("20%", "Limited"), WEEKLY: ("—", "88%"), OLD: ("Sign in again",)}
+    for email, words in told.items():
         assert all(word in page.account(email) for word in words)
     assert "100%" not in page.account(WEEKLY)
     colours = page.script("""
@@ -77,14 +78,16 @@ def test_forecasts_are_told_only_where_there_are_any(page, site, between):
     reset = app.utc_text(site.now + 3 * HOUR)
 
     def pool(label, accounts, left, *out):
-        forecast = {"runs_out_at": out[0] and app.utc_text(out[0]), "until": reset} if out else None
-        return {"label": label, "accounts": accounts, "remaining_percent": left, "next_reset_at": reset, "forecast": forecast}
+        row = {"label": label, "accounts": accounts, "remaining_percent": left, "next_reset_at": reset}
+        row["forecast"] = {"runs_out_at": out[0] and app.utc_text(out[0]), "until": reset} if out else None
+        return row
 
     def add(body):
         windows = next(row for row in body["quotas"] if row["email"] == AN)["windows"]
         windows[0]["forecast"] = {"used_per_hour": 50, "runs_out_at": app.utc_text(site.now + 2900)}
         windows[1]["forecast"] = {"used_per_hour": 0.1, "runs_out_at": None}
-        body["pool"] = [pool("5h", 2, 41, site.now + HOUR), pool("7d", 3, 54.7), pool("30d", 1, 88), pool("9h", 2, 70, None)]
+        soon = site.now + HOUR
+        body["pool"] = [pool("5h", 2, 41, soon), pool("7d", 3, 54.7), pool("30d", 1, 88), pool("9h", 2, 70, None)]
 
     between.changes["/api/quota"] = add
     page.open(server=between)
@@ -229,8 +232,8 @@ def test_refresh_of_quota_that_runs_elsewhere_is_followed(page, site, between):
 
 
 @pytest.mark.parametrize("status, code, headers, english, vietnamese, button", [
-    (429, "cooldown", {"Retry_After": "200"}, r"the button opens at \d\d:\d\d", "nút sẽ mở lại lúc", r"· 3:[0-2]\d$"),
-    (403, "foreign_site", {}, r"Quota was not refreshed: it takes this from", "Chưa làm mới được quota: lệnh này", "quota$"),
+    (429, "cooldown", {"Retry_After": "200"}, r"button opens at \d\d:\d\d", "nút sẽ mở lại lúc", r"· 3:[0-2]\d$"),
+    (403, "foreign_site", {}, "Quota was not refreshed: it takes", "Chưa làm mới được quota: lệnh này", "quota$"),
 ])  # fmt: skip
 def test_refresh_of_quota_that_is_refused_says_why_and_keeps_what_was_read(
     page, site, between, status, code, headers, english, vietnamese, button

@@ -119,14 +119,14 @@ def test_head_and_cells_of_a_column_stand_in_one_line_on_every_width(page, site,
     page.open()
     page.wait_for_rows(3)
     for table in ("#requests", "#accounts") if width > 1100 else ("#requests",):
-        sides = "[...e.children].filter((c) => c.offsetParent && !c.matches('.more')).map((c) => c.getBoundingClientRect().left)"
-        heads, *rows = page.all(f"{table} tr", sides)
+        cells = "[...e.children].filter((c) => c.offsetParent && !c.matches('.more'))"
+        heads, *rows = page.all(f"{table} tr", f"{cells}.map((c) => c.getBoundingClientRect().left)")
         assert rows and len(heads) >= 6 and all(row == pytest.approx(heads, abs=1) for row in rows)
 
 
 def test_row_opens_to_all_that_is_known_of_the_request(page, site):
-    put(site.store, event(at=site.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias", failed=1,
-                          status_code=503, error="503 server_error: overloaded", service_tier="priority"))  # fmt: skip
+    put(site.store, event(at=site.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias",
+                          failed=1, status_code=503, error="503 server_error: overloaded", service_tier="priority"))
     page.open()
     page.wait_for_rows(1)
     page.script(f"document.querySelector('{ROWS} button').focus()")
@@ -134,8 +134,9 @@ def test_row_opens_to_all_that_is_known_of_the_request(page, site):
     page.wait_for("#requests .detail", "true")
     facts = dict(page.all(".detail dl > div", "[e.firstChild.textContent, e.lastChild.textContent]"))
     expected = {
-        "Alias": "an-alias", "Endpoint": "POST /v1/responses", "Effort": "high", "Tier": "priority", "First token": "1.0s",
-        "Latency": "5.0s", "Reason": "503 server_error: overloaded", "Status code": "503", "Written to cache": "—",
+        "Alias": "an-alias", "Endpoint": "POST /v1/responses", "Effort": "high", "Tier": "priority",
+        "First token": "1.0s", "Latency": "5.0s", "Reason": "503 server_error: overloaded", "Status code": "503",
+        "Written to cache": "—",
         "Output speed": "50 tokens/s",  # 200 tokens in the four seconds after the first
     }  # fmt: skip
     assert {name: facts[name] for name in expected} == expected
