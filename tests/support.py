@@ -362,6 +362,16 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
     return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
 
 
+def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:
+    """Write the account file of `user<number>@example.com` with the token `tok-secret-<number>`."""
+    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
+               "access_token": f"tok-secret-{number}", "refresh_token": f"refresh-secret-{number}"}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    path = folder / f"codex-{number}.json"
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    return path
+
+
 def reading(**changes) -> dict[str, Any]:
     """Make a row of quota_snapshots: a good one, of a refresh."""
     base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
