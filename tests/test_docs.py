@@ -334,15 +334,13 @@ def example_site(program):
     steps = section(DEVELOPMENT, "Example: a new route and its use on the page")
     function, entry = blocks(steps, "python")
     (place,), (word,) = blocks(steps, "html"), blocks(steps, "text")
-    functions, load, render = blocks(steps, "js")
+    (source,) = blocks(steps, "js")
     put_in(program.script, (r"^ROUTES\b", "before", function + "\n\n"), (r"^ROUTES\b.*\n", "behind", entry))
     put_in(
         program.folder / "usage-dashboard.html",
         (r'<span id="version">', "before", place.strip()),
         (r'<script type="text/plain" id="i18n">\n', "behind", word),
-        (r"^ *(async )?function loadUsage\(\)", "before", functions),
-        (r"^ *(async )?function loadUsage\(\) \{", "behind", "\n" + load),
-        (r"^ *function renderAll\(\) \{", "behind", "\n" + render),
+        (r"^ *const SOURCES = \{\n", "behind", source),
     )
     return Served(program, "demo")
 

@@ -139,7 +139,7 @@ class Browser:
         return self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
 
     def remove_document_script(self, identifier: str) -> None:
-        """Take back a new_document_script()."""
+        """Remove a new_document_script()."""
         self.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=identifier)
 
     def script(self, source: str, *args: Any) -> Any:
@@ -212,7 +212,7 @@ class Browser:
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def move_to(self, css: str, x: float, y: float) -> None:
-        """Put the mouse at an offset in CSS pixels from the top left corner of an element."""
+        """Move the mouse to an offset in CSS pixels from the top left corner of an element."""
         left, top = self.script(
             "const e = arguments[0]; e.scrollIntoView({block: 'nearest', behavior: 'instant'});"
             "const box = e.getBoundingClientRect(); return [box.left, box.top];",
@@ -241,7 +241,7 @@ class Browser:
     # -- the window
 
     def resize(self, width: int, height: int, scale: float | None = None) -> None:
-        """Give the page this size in CSS pixels; a real window cannot be as narrow as a phone."""
+        """Set the size of the page in CSS pixels; a real window cannot be as narrow as a phone."""
         self.scale = self.scale if scale is None else scale
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
