@@ -289,7 +289,7 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report every fault of the configuration at once, and what else is odd: often it is the fault's cause."""
+    """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
 
     exit_code = 2
     code = "bad_config"
@@ -336,88 +336,50 @@ class Config:
 
     def auth_dirs(self) -> list[Path]:
         """Return the folders to look for account files in; the first that has any is the one to use."""
-        named = Path(os.path.expanduser(self.auth_dir))
-        if self.auth_dir != Config.auth_dir:
-            return [named]
-        return [named, Path(os.path.expanduser("~/.cli-proxy-api"))]
+        others = ["~/.cli-proxy-api"] if self.auth_dir == Config.auth_dir else []
+        return [Path(os.path.expanduser(name)) for name in (self.auth_dir, *others)]
 
 
-def _valid_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be a text in double quotes")
-    return value
-
-
-def _valid_secret(value: Any) -> str:
-    text = _valid_text(value)
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
-        raise ValueError("must not hold line breaks or other control characters")
-    return text
-
-
-def _valid_name(value: Any) -> str:
-    if not _valid_text(value).strip():
-        raise ValueError("must not be empty")
-    return value
-
-
-def _valid_host(value: Any) -> str:
-    host = _valid_name(value).strip()
-    if "/" in host:
-        raise ValueError('must be a host name or address alone, such as "127.0.0.1", without http:// or a path')
-    if re.match(r"[^:\s]+:\d+\Z", host):
-        raise ValueError("must be a host name or address alone; the port has a key of its own")
-    if re.search(r"\s", host):
-        raise ValueError("must not hold spaces")
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
-
-
-def _valid_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false, without quotes")
-    return value
-
-
-def _valid_number(low: float, high: float, whole: bool = True) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        kind = "whole number" if whole else "number"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-            raise ValueError(f"must be a {kind} from {low} to {high}, without quotes")
-        return value
-
-    return check
-
-
-def _valid_mode(value: Any) -> str:
-    if value not in COLLECT_MODES:
-        raise ValueError("must be one of " + ", ".join(f'"{mode}"' for mode in COLLECT_MODES))
-    return value
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "cliproxy_host": _valid_host,
-    "cliproxy_port": _valid_number(1, 65535),
-    "cliproxy_tls": _valid_flag,
-    "management_password": _valid_secret,
-    "queue_key": _valid_name,
-    "collect_mode": _valid_mode,
-    "poll_interval_seconds": _valid_number(0.1, 3600, whole=False),
-    "quota_refresh_seconds": _valid_number(0, 86400),
-    "auth_dir": _valid_name,
-    "database": _valid_name,
-    "retention_days": _valid_number(0, 36500),
-    "dashboard_host": _valid_host,
-    "dashboard_port": _valid_number(0, 65535),
-    "dashboard_password": _valid_secret,
+_RANGES = {
+    "cliproxy_port": (1, 65535),
+    "poll_interval_seconds": (0.1, 3600),
+    "quota_refresh_seconds": (0, 86400),
+    "retention_days": (0, 36500),
+    "dashboard_port": (0, 65535),
 }
-_OTHER_NAMES = {"management_key": "management_password"}
-_ENVIRONMENT = ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD")
+
+
+def _fault_of(key: str, value: Any) -> str | None:
+    """Return what is wrong with the value of a known key; None where nothing is."""
+    if key in _RANGES:
+        low, high = _RANGES[key]
+        kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        return None if is_number and low <= value <= high else f"must be a {kind} from {low} to {high}, without quotes"
+    if key == "cliproxy_tls":
+        return None if isinstance(value, bool) else "must be true or false, without quotes"
+    if key == "collect_mode":
+        modes = ", ".join(f'"{mode}"' for mode in COLLECT_MODES)
+        return None if value in COLLECT_MODES else f"must be one of {modes}"
+    if not isinstance(value, str):
+        return "must be a text in double quotes"
+    if key.endswith("_password"):
+        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
+    if not value.strip():
+        return "must not be empty"
+    return _fault_of_host(value.strip()) if key.endswith("_host") else None
+
+
+def _fault_of_host(host: str) -> str | None:
+    if "/" in host:
+        return 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
+    if re.match(r"[^:\s]+:\d+\Z", host):
+        return "must be a host name or address alone; the port has a key of its own"
+    return "must not hold spaces" if re.search(r"\s", host) else None
 
 
 def load_config(
-    path: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
     """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
 
@@ -428,59 +390,55 @@ def load_config(
     warnings: list[str] = []
     values: dict[str, Any] = {}
     shown = path if path is not None else BASE_DIR / "config.json"
-    for key, value in _read_config_file(shown, path is not None, faults).items():
-        _take_key(key, value, str(shown), values, faults, warnings)
-    for name in _ENVIRONMENT:
-        secret = (env if env is not None else os.environ).get(name, "")
-        if secret:
-            _take_key("management_password", secret, f"the environment variable {name}", values, faults, warnings)
-            break
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _take_key(key, value, "the command line", values, faults, warnings)
+    env = os.environ if env is None else env
+    entries = [(str(shown), *item) for item in _read_config_file(shown, path is not None, faults).items()]
+    names = [name for name in ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD") if env.get(name)]
+    entries += [(f"the environment variable {name}", "management_password", env[name]) for name in names[:1]]
+    entries += [("the command line", *item) for item in (flags or {}).items() if item[1] is not None]
+    for where, key, value in entries:
+        _take_key(where, key, value, values, faults, warnings)
     if faults:
         raise ConfigError(faults, warnings)
     return Config(**values), warnings
 
 
 def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str, Any]:
+    content, fault = {}, None
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        if required:
-            faults.append(f"{path} does not exist; copy config.example.json there or leave out --config")
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        faults.append(f"{path} cannot be read: {reason}")
-        return {}
-    try:
-        content = json.loads(text)
+        fault = "does not exist; copy config.example.json there or leave out --config" if required else None
+    except OSError as error:
+        fault = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        fault = "cannot be read: it is not UTF-8 text"
     except ValueError as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
-        faults.append(f"{path} is not valid JSON{where}; compare it with config.example.json")
-        return {}
+        fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
-        faults.append(f"{path} must hold one JSON object, {{ … }}")
-        return {}
+        content, fault = {}, "must hold one JSON object, { … }"
+    if fault:
+        faults.append(f"{path} {fault}")
     return content
 
 
-def _take_key(key: str, value: Any, where: str, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
-    name = _OTHER_NAMES.get(key, key)
-    if name not in _CHECKS:
+def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
+    name = "management_password" if key == "management_key" else key
+    known = [*asdict(Config()), "management_key"]
+    if key not in known:
         import difflib
 
-        close = difflib.get_close_matches(key, [*_CHECKS, *_OTHER_NAMES], n=1)
+        close = difflib.get_close_matches(key, known, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
     if name != key and name in values and values[name] != value:
         warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
-    try:
-        values[name] = _CHECKS[name](value)
-    except ValueError as error:
-        faults.append(f'{where}: "{key}" {error}')
+    fault = _fault_of(name, value)
+    if fault:
+        faults.append(f'{where}: "{key}" {fault}')
+    else:
+        values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
 
 
 # ------------------------------------------------------------------ resp
@@ -1152,9 +1110,23 @@ class Account:
     last_at: float
     identity_ids: list[int]
 
+    def takes_over(self, old: Account) -> bool:
+        """Return whether this newer login of the same mail replaces the older one."""
+        if self.provider and old.provider and self.provider != old.provider:
+            return False
+        if not self.auth_index or not old.auth_index:
+            return True  # without an index there is nothing to tell them apart by
+        same_plan = self.plan == old.plan or not self.plan or not old.plan
+        # A new login's first request may start before the old one's last stream ends.
+        return same_plan and old.last_at <= self.first_at + 900
 
-# A new login's first request may start before the old one's last stream ends.
-_LOGIN_OVERLAP_S = 900.0
+    def join(self, new: Account) -> None:
+        """Add the identities of a newer login of this account, and what it tells."""
+        if new.last_at >= self.last_at:
+            self.auth_index, self.source = new.auth_index or self.auth_index, new.source
+            self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
+        self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
+        self.identity_ids = self.identity_ids + new.identity_ids
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
@@ -1172,12 +1144,12 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     for group in by_index.values():
         account = _account_of_index(group)
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        earlier = next((known for known in same_mail if _takes_over(account, known)), None)
+        earlier = next((known for known in same_mail if account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
             same_mail.append(account)
         else:
-            _join(earlier, account)
+            earlier.join(account)
     _name_apart(accounts)
     return accounts
 
@@ -1187,35 +1159,11 @@ def _account_of_index(group: Sequence[Identity]) -> Account:
     mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
     newest = newest_first[0]
     name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    plan = next((one.plan for one in newest_first if one.plan), "")
+    first_at, ids = min(one.first_at for one in group), [one.id for one in group]
     return Account(
-        name,
-        mail,
-        mail or newest.source,
-        newest.auth_index,
-        newest.provider,
-        next((one.plan for one in newest_first if one.plan), ""),
-        min(one.first_at for one in group),
-        newest.last_at,
-        [one.id for one in group],
+        name, mail, mail or newest.source, newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids
     )
-
-
-def _takes_over(new: Account, old: Account) -> bool:
-    """Return whether a newer login of the same mail replaces the older one."""
-    if new.provider and old.provider and new.provider != old.provider:
-        return False
-    if not new.auth_index or not old.auth_index:
-        return True  # without an index there is nothing to tell them apart by
-    same_plan = new.plan == old.plan or not new.plan or not old.plan
-    return same_plan and old.last_at <= new.first_at + _LOGIN_OVERLAP_S
-
-
-def _join(old: Account, new: Account) -> None:
-    if new.last_at >= old.last_at:
-        old.auth_index, old.source = new.auth_index or old.auth_index, new.source
-        old.plan, old.provider = new.plan or old.plan, new.provider or old.provider
-    old.first_at, old.last_at = min(old.first_at, new.first_at), max(old.last_at, new.last_at)
-    old.identity_ids = old.identity_ids + new.identity_ids
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
@@ -1250,7 +1198,7 @@ class AccountFile(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """The stable tag of the account id."""
+        """Return a stable tag of the login, which does not reveal its id."""
         return "#" + short_tag(self.account_id, self.email)
 
     def __repr__(self) -> str:
@@ -1258,31 +1206,28 @@ class AccountFile(NamedTuple):
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, with a sentence for each odd file.
+    """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
 
-    A file is known by its content, not its name. Of two files of one login the fresher one counts. Files are
+    A file is recognised by its content, not its name. Of two files of one login the fresher one counts. Files are
     opened for reading only, and never followed into sub-folders.
     """
-    folder, found, problems = folders[0], [], []
-    for candidate in folders:
-        found, odd = _read_folder(candidate)
+    problems: list[str] = []
+    for folder in folders:
+        found, odd = _read_folder(folder)
         problems += odd
         if found:
-            folder = candidate
             break
+    else:
+        folder = folders[0]
     newest: dict[tuple[str, str], AccountFile] = {}
     for file in sorted(found, key=lambda file: not file.account_id):
-        key = _login_of(file, newest)
+        same_mail = [key for key in newest if key[1] == file.email]
+        # An old file without the id belongs to the only login with its mail.
+        key = same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
         known = newest.get(key)
         if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
             newest[key] = file._replace(account_id=file.account_id or key[0])
     return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
-
-
-def _login_of(file: AccountFile, known: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """Return (account id, mail); an old file without the id belongs to the only login with its mail."""
-    same_mail = [key for key in known if key[1] == file.email]
-    return same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
@@ -1293,32 +1238,19 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
     found, problems = [], []
     for path in paths:
         try:
-            file = read_account_file(path)
+            found.append(read_account_file(path))
         except ValueError as error:
-            problems.append(f"{_masked_name(path)} is skipped: {error}")
-            continue
-        if file is not None:
-            found.append(file)
-    return found, problems
+            masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
+            problems.append(f"{_printable(masked_name)} is skipped: {error}")
+    return [file for file in found if file is not None], problems
 
 
-def _masked_name(path: Path) -> str:
-    """Return a file's name with the mail in it masked, as the console shows mails."""
-    return _printable(re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name))
-
-
-def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd.
-
-    The proxy rewrites its files in place, so one that is caught half-written is read a second time.
-    """
-    for attempt in range(attempts):
-        try:
-            content = _read_json_file(path)
-            break
-        except ValueError:
-            if attempt == attempts - 1:
-                raise
+def read_account_file(path: Path) -> AccountFile | None:
+    """Read one file; None where it is of another provider. Raises ValueError that says what is odd."""
+    try:
+        content = _read_json_file(path)
+    except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
+        content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     if _word(content.get("type")).lower() != "codex":
@@ -1328,7 +1260,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
     about = about if isinstance(about, dict) else {}
     token = _word(content.get("access_token"))
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not (token + account_id).isascii() or not (token + account_id).isprintable() or " " in token + account_id:
+    if not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
@@ -1338,7 +1270,7 @@ def read_account_file(path: Path, attempts: int = 2) -> AccountFile | None:
         token,
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
-        _freshness(content),
+        _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
         auth_index_of(os.path.abspath(str(path))),
         _any_time(about.get("chatgpt_subscription_active_until")),
     )
@@ -1377,16 +1309,6 @@ def _claims(token: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return claims if isinstance(claims, dict) else {}
-
-
-def _freshness(content: Mapping[str, Any]) -> str:
-    """Return a text that sorts by when the login was renewed."""
-    for name in ("last_refresh", "expired"):
-        try:
-            return parse_time(_word(content.get(name)))[1]
-        except ValueError:
-            continue
-    return ""
 
 
 def _any_time(value: Any) -> str | None:
@@ -2519,9 +2441,6 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
 # ------------------------------------------------------------------ quota
 
 
-USAGE_URL = "https://chatgpt.com/backend-api/wham/usage"
-
-
 class QuotaWindow(NamedTuple):
     """One quota window of an account; None is unknown.
 
@@ -2539,12 +2458,16 @@ class QuotaWindow(NamedTuple):
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
 
     def is_due(self, now: float) -> bool:
-        """Return whether the reset has passed, so that what was used says nothing any more."""
+        """Return whether the reset has passed, which makes ``used_percent`` obsolete."""
         return self.reset_at is not None and self.reset_at <= now
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the window as the database and ``/api/quota`` hold it, its reset as ISO UTC text."""
+        return {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
 
 
 class Reading(NamedTuple):
-    """What one reply said; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+    """The content of one reply; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
 
     state: str
     plan: str | None
@@ -2583,19 +2506,20 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Parse a reply of the usage endpoint; windows are told by their length, not by the slot they came in.
+    """Parse a reply of the usage endpoint; a window is identified by its length, or by its slot where it has none.
 
-    A length within 5 % of five hours or a week fills that place; only a window without any length is taken
-    by its slot. Numbers that cannot be are unknown. Raises QuotaFault("bad_response") where the reply is no JSON
-    object. The endpoint is undocumented; its shape is that of the official client's models.
+    A length within 5 % of five hours or a week counts as that. Impossible numbers are unknown. Raises
+    QuotaFault("bad_response") where the reply is no JSON object. The endpoint is undocumented; its shape is that of
+    the official client's models.
     """
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
     limits = limits if isinstance(limits, dict) else {}
-    allowed, reached = _flag(limits.get("allowed")), _flag(limits.get("limit_reached"))
+    flags = (limits.get("allowed"), limits.get("limit_reached"))
+    allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
-    # Five hours at 0 % are rounded; whether the account is let through is told by the flags, where there are any.
+    # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
     binding = [window for window in main if window.label != "5h" or not allowed]
     if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
@@ -2611,10 +2535,6 @@ def parse_quota(payload: Any, now: float) -> Reading:
         main + _extra_windows(payload, now),
         _credits_balance(payload.get("credits")),
     )
-
-
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
 
 
 def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
@@ -2652,19 +2572,14 @@ def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
-    if at is not None and _EARLIEST_AT <= at < _LATEST_AT:
-        return at
-    if after_s is not None and after_s >= 0 and _EARLIEST_AT <= now + after_s < _LATEST_AT:
-        return now + after_s
-    return None
-
-
-_KNOWN_LENGTHS = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
+    later = now + after_s if after_s is not None and after_s >= 0 else None
+    return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
 
 
 def window_label(seconds: int) -> str:
     """Return the name of a window by its length: the usual ones within 5 %, others in their largest whole unit."""
-    for length, label in _KNOWN_LENGTHS:
+    usual = ((_FIVE_HOURS_S, "5h"), (86400, "1d"), (_WEEK_S, "7d"), (30 * 86400, "30d"), (365 * 86400, "365d"))
+    for length, label in usual:
         if abs(seconds - length) <= 0.05 * length:
             return label
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -2691,15 +2606,12 @@ def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
 
 
 def _credits_balance(credits: Any) -> str | None:
-    """Return the credits as text; None where there are none to tell of or the seat hides them."""
+    """Return the credits as text; None where the reply has none."""
     if not isinstance(credits, dict):
         return None
-    if credits.get("unlimited") is True:
-        return "unlimited"
-    balance = credits.get("balance")
-    if isinstance(balance, bool) or not isinstance(balance, (str, int, float)):
-        return None
-    return _printable(str(balance)[:32])
+    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
+    is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
+    return _printable(str(balance)[:32]) if is_text else None
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -2708,12 +2620,11 @@ def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
     A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
     with a limit name of its own is an extra meter.
     """
-    groups = [name[len("x-codex-") : -len("-limit-name")] for name in headers if name.endswith("-limit-name")]
-    extra = [
-        {"limit_name": headers[f"x-codex-{group}-limit-name"], "rate_limit": _limits_of_headers(headers, f"{group}-")}
-        for group in groups
-        if group and group not in ("primary", "secondary")
-    ]
+    extra = []
+    for name in headers:
+        group = name[len("x-codex-") : -len("-limit-name")]
+        if name.endswith("-limit-name") and group not in ("", "primary", "secondary"):
+            extra.append({"limit_name": headers[name], "rate_limit": _limits_of_headers(headers, f"{group}-")})
     return {
         "plan_type": headers.get("x-codex-plan-type"),
         "rate_limit": _limits_of_headers(headers, ""),
@@ -2726,34 +2637,30 @@ def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
-    return {
-        f"{slot}_window": _window_of_headers(headers, f"x-codex-{group}{slot}-") for slot in ("primary", "secondary")
-    }
-
-
-def _window_of_headers(headers: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
-    minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
-    window = {
-        "used_percent": used,
-        "limit_window_seconds": None if minutes is None else minutes * 60,
-        "reset_at": headers.get(prefix + "reset-at"),
-        "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
-    }
-    if used is None or minutes is None or not 0 < minutes * 60 <= _LONGEST_WINDOW_S:
-        return None
-    return window if _reset_at(window, _EARLIEST_AT) is not None else None
+    limits = {}
+    for slot in ("primary", "secondary"):
+        prefix = f"x-codex-{group}{slot}-"
+        minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
+        window = {
+            "used_percent": used,
+            "limit_window_seconds": 60 * (minutes or 0),
+            "reset_at": headers.get(prefix + "reset-at"),
+            "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
+        }
+        is_known = used is not None and 0 < window["limit_window_seconds"] <= _LONGEST_WINDOW_S
+        if is_known and _reset_at(window, _EARLIEST_AT) is not None:
+            limits[f"{slot}_window"] = window
+    return limits
 
 
 def classify_failure(status: int, body: bytes) -> str:
     """Return the state that an HTTP status other than 200 stands for, by status and error code."""
     code, message = _json_error(body.decode("utf-8", "replace"))
     reason = code or message
-    if "deactivated" in reason:
+    if status == 402 or "deactivated" in reason:
         return "deactivated"
     if status == 401:
         return "expired" if code == "token_expired" or not code else "relogin"
-    if status == 402:
-        return "deactivated"
     if status == 403:
         if "unsupported_country" in reason:
             return "region_blocked"
@@ -2779,24 +2686,24 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     def call() -> None:
         try:
             outcomes.append(_ask_usage(file, proxies, deadline_s))
-        except Exception as error:  # raised again below
+        except Exception as error:  # raised below, in the caller's thread
             outcomes.append(error)
 
     thread = threading.Thread(target=call, name="chatgpt", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    if not outcomes:
-        raise QuotaFault("timeout")
-    if isinstance(outcomes[0], Exception):
-        raise outcomes[0]
-    return outcomes[0]
+    outcome = outcomes[0] if outcomes else QuotaFault("timeout")
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
     import urllib.request
 
     ends_at = time.monotonic() + deadline_s
-    request = urllib.request.Request(USAGE_URL, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
+    url = "https://chatgpt.com/backend-api/wham/usage"
+    request = urllib.request.Request(url, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
     if file.account_id:
         request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
@@ -2807,10 +2714,7 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
     body = b""
     try:
         with opener.open(request, timeout=deadline_s) as reply:
-            while len(body) <= _LARGEST_BODY:
-                chunk = reply.read1(64 * 1024)
-                if not chunk:
-                    break
+            while len(body) <= _LARGEST_BODY and (chunk := reply.read1(64 * 1024)):
                 body += chunk
                 if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
                     raise QuotaFault("timeout")
@@ -2828,7 +2732,7 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
 
 
 def proxies_of(file: AccountFile) -> dict[str, str]:
-    """Return the way to chatgpt.com: the account's own proxy, else the environment's; ``direct`` is without one."""
+    """Return the proxies for chatgpt.com: the account's own, else the environment's; ``direct`` means none."""
     from urllib.request import getproxies
 
     if file.proxy_url.lower() in ("direct", "none"):
@@ -2841,7 +2745,7 @@ def _clock_ahead(date: str | None) -> float | None:
     from email.utils import parsedate_to_datetime
 
     try:
-        return None if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+        return parsedate_to_datetime(date).timestamp() - time.time()
     except (TypeError, ValueError):
         return None
 
@@ -2852,18 +2756,13 @@ def _clock_ahead(date: str | None) -> float | None:
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
     """Return the row of ``quota_snapshots`` for a reply, with its ``state``; ids and mail of the reply left out."""
     raw_json = json.dumps(_without_identity(payload), ensure_ascii=False)
-    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, "refresh", raw_json)
+    return reading_row(parse_quota(payload, now), (file.email, file.tag), file.plan, now, raw_json)
 
 
 def reading_row(
-    reading: Reading,
-    account: tuple[str, str],
-    plan: str,
-    at: float,
-    source: str = "traffic",
-    raw_json: str | None = None,
+    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None
 ) -> dict[str, Any]:
-    """Return the row of ``quota_snapshots`` for a reading of an account (mail, tag), with its ``state``."""
+    """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
     unknown = QuotaWindow("", None, None, None, None)
     five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
     return {
@@ -2880,45 +2779,24 @@ def reading_row(
         "secondary_used_percent": weekly.used_percent,
         "secondary_remaining_percent": weekly.remaining_percent,
         "secondary_reset_at": utc_text(weekly.reset_at),
-        "windows": _windows_text(reading.windows),
+        "windows": json.dumps([window.as_json() for window in reading.windows], ensure_ascii=False),
         "credits_balance": reading.credits_balance,
         "raw_json": raw_json,
-        "source": source,
+        "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
     }
-
-
-_IDENTIFYING = frozenset(["email", "user_id", "account_id"])
 
 
 def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
-        return {
-            _printable(str(key)[:80]): _without_identity(item, depth + 1)
-            for key, item in value.items()
-            if key not in _IDENTIFYING
-        }
+        kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
+        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
         return without_secrets(value, 300)
     return value if isinstance(value, (int, float, bool, type(None))) else None
-
-
-def _window_json(window: QuotaWindow) -> dict[str, Any]:
-    return {
-        "label": window.label,
-        "seconds": window.seconds,
-        "used_percent": window.used_percent,
-        "remaining_percent": window.remaining_percent,
-        "reset_at": utc_text(window.reset_at),
-        "meter": window.meter,
-    }
-
-
-def _windows_text(windows: Iterable[QuotaWindow]) -> str:
-    return json.dumps([_window_json(window) for window in windows], ensure_ascii=False)
 
 
 _PLACES = (("primary", "5h", _FIVE_HOURS_S), ("secondary", "7d", _WEEK_S))
@@ -2945,17 +2823,12 @@ def _epoch(text: str | None) -> float | None:
         return None
 
 
-_SLOT_S = 300.0  # of an account's readings from traffic one row is kept for each of these
-
-
-def merge_traffic_reading(
-    row: Mapping[str, Any], before: Mapping[str, Any] | None, now: float
-) -> Mapping[str, Any] | None:
+def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
     """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
 
-    What the headers of a request do not tell, extra meters and credits, stays as it was last read. With the ``id`` of
-    a reading from traffic of the same five minutes, which it replaces. None where ``before`` is newer; one of the
-    future, by a clock that was ahead, is not.
+    What the headers lack, extra meters and credits, is taken from ``before``. The row has the ``id`` of a reading from
+    traffic of the same five minutes, which it replaces. None where ``before`` is newer, unless it is of the future, by
+    a clock that was ahead.
     """
     if before is None:
         return row
@@ -2965,8 +2838,9 @@ def merge_traffic_reading(
     present = {None, *(window.meter for window in windows)}
     windows += [window for window in windows_of(before) if window.meter not in present]
     credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
-    merged = {**row, "windows": _windows_text(windows), "credits_balance": credits}
-    if before["source"] == "traffic" and before["ts_epoch"] // _SLOT_S == row["ts_epoch"] // _SLOT_S:
+    text = json.dumps([window.as_json() for window in windows], ensure_ascii=False)
+    merged = {**row, "windows": text, "credits_balance": credits}
+    if before["source"] == "traffic" and before["ts_epoch"] // 300 == row["ts_epoch"] // 300:
         merged["id"] = before["id"]
     return merged
 
@@ -2974,11 +2848,8 @@ def merge_traffic_reading(
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
 
-    Once a minute at most the newest of each account is saved. One that cannot be told whose it is, is left out.
+    The newest of each account is saved once a minute at most. A reading whose account is uncertain is left out.
     """
-
-    _PAUSE_S = 60.0
-    _KEPT_REPLIES = 2000
 
     def __init__(
         self,
@@ -3004,26 +2875,26 @@ class TrafficReadings:
         """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
 
         The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' are equal to the letter, resets and all. Of failures only a used-up
-        quota is believed, where the headers say the same.
+        shows the last one's. No two accounts' headers are equal, resets included. Of failures only a used-up quota
+        counts, where the headers agree.
         """
         reply = tuple(headers.items())
         index = self._replies.pop(reply, event.context.auth_index)
         self._replies[reply] = index
-        if len(self._replies) > self._KEPT_REPLIES:
+        if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
         if index != event.context.auth_index:
             return False
         limits = _limits_of_headers(headers, "").values()
-        used_up = any(window is not None and window["used_percent"] >= 100 for window in limits)
+        used_up = any(window["used_percent"] >= 100 for window in limits)
         return not event.failed or (event.status_code == 429 and used_up)
 
     def save_due(self) -> None:
-        """Save what waits, where the last time is long enough ago. Raises StoreError."""
+        """Save the readings that wait, once a minute at most. Raises StoreError."""
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
-        self._next_s = now_s + self._PAUSE_S
+        self._next_s = now_s + 60
         files = find_account_files(self._folders)[1]
         while self._waiting:
             self._save(self._waiting.popitem()[1], files)
@@ -3069,13 +2940,17 @@ class UsagePoint(NamedTuple):
     used_percent: float
     reset_at: float
 
+    def runs_out_at(self, rise: float, lasted_s: float) -> float | None:
+        """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
+        at = self.at + (100 - self.used_percent) / rise * lasted_s if rise > 0 else self.reset_at
+        return at if at < self.reset_at else None
 
-_FEWEST_POINTS, _SHORTEST_RISE_S, _OLDEST_POINT_S = 3, 600.0, 900.0
+
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
 def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
-    """Return what an account's readings say of its main windows, by label in order of time; the unknown left out."""
+    """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
         for window in windows_of(row):
@@ -3088,42 +2963,28 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
 def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
 
-    ``points`` in order of time. Told from at least three of this same window over ten minutes, the newest at most
+    ``points`` in order of time. At least three of this same window over ten minutes are needed, the newest at most
     fifteen old. ``runs_out_at`` None means that it lasts.
     """
     same: list[UsagePoint] = []
     for point in points:
-        if point.at < now - PACE_S:
-            continue
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
             same = []  # it was reset in between, or has not begun
-        same.append(point)
-    if len(same) < _FEWEST_POINTS:
+        if point.at >= now - PACE_S:
+            same.append(point)
+    if len(same) < 3:
         return None
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
-    if lasted_s < _SHORTEST_RISE_S or now - last.at > _OLDEST_POINT_S:
+    if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
         return None
-    if last.used_percent >= 100 or last.reset_at <= now:
-        return None
-    slow, likely, fast = (_runs_out_at(last, rise + off, lasted_s) for off in (-1, 0, 1))
+    slow, likely, fast = (last.runs_out_at(rise + off, lasted_s) for off in (-1, 0, 1))
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
-def _runs_out_at(last: UsagePoint, rise: float, lasted_s: float) -> float | None:
-    """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
-    if rise <= 0:
-        return None
-    at = last.at + (100 - last.used_percent) / rise * lasted_s
-    return at if at < last.reset_at else None
-
-
 def _quota_json(
-    row: Mapping[str, Any],
-    accounts: Sequence[Account],
-    history: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    now: float,
+    row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
 
@@ -3138,10 +2999,9 @@ def _quota_json(
             window = window._replace(used_percent=None)
         elif window.meter is None:
             pace = forecast(points.get(window.label, ()), now)
-        answer["windows"].append({**_window_json(window), "due": due, "forecast": pace})
-    due_labels = {window.label for window in windows if window.meter is None and window.is_due(now)}
+        answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
     for place, label, _ in _PLACES:
-        if label in due_labels:
+        if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
@@ -3165,28 +3025,23 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
     return same[0].name if len(same) == 1 else None
 
 
-_OUT_OF_THE_POOL = ("disabled", "deactivated", "relogin", "no_token")
-
-
-def pool_of(quotas: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
     """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
 
     An account that is limited has nothing left in any window. Percentages of different plans are not the same
     amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
     """
-    by_label: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         for window in row["windows"]:
-            if window["meter"] is None and row["state"] not in _OUT_OF_THE_POOL:
+            if window["meter"] is None and row["state"] not in ("disabled", "deactivated", "relogin", "no_token"):
                 by_label.setdefault(window["label"], []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
     pools = (_pool_of_label(label, members, now) for label, members in ordered)
     return [pool for pool in pools if pool["accounts"]]
 
 
-def _pool_of_label(
-    label: str, members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float
-) -> dict[str, Any]:
+def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float) -> dict[str, Any]:
     known = [(row, window) for row, window in members if window["remaining_percent"] is not None]
     left = [0 if row["state"] == "limited" else window["remaining_percent"] for row, window in known]
     next_reset_at = min((window["reset_at"] for _, window in known if window["reset_at"]), default=None)
@@ -4322,9 +4177,16 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def register_accounts(self) -> None:
-        """List the accounts of all files in the quota table, so that it names them before they are asked."""
-        self._register(self._find_files()[0])
+    def register_accounts(self) -> tuple[list[AccountFile], list[str]]:
+        """List the accounts of all files in the quota table before they are asked; return files and problems."""
+        files, problems = self._find_files()
+        states = ["disabled" if file.disabled else "never" for file in files]
+        accounts = [
+            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            for file, state in zip(files, states)
+        ]
+        self._store.register_quota_accounts(accounts, self._clock())
+        return files, problems
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4332,14 +4194,6 @@ class QuotaRefresher:
         for problem in problems:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
-
-    def _register(self, files: Sequence[AccountFile]) -> None:
-        accounts = []
-        for file in files:
-            state = "disabled" if file.disabled else "never"
-            account = (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
-            accounts.append(account)
-        self._store.register_quota_accounts(accounts, self._clock())
 
     def _round(self) -> None:
         try:
@@ -4350,12 +4204,11 @@ class QuotaRefresher:
             self._running.release()
 
     def _refresh_all(self) -> None:
-        files, problems = self._find_files()
+        files, problems = self.register_accounts()
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
-        self._register(files)
         asked = [file for file in files if not file.disabled]
         skipped = len(files) - len(asked)
         for number, file in enumerate(asked):
@@ -4365,8 +4218,7 @@ class QuotaRefresher:
             try:
                 self._refresh(file)
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
-                fault = error if isinstance(error, StoreError) else where_raised(error)
-                self._log.event("refresh_quota", fault=fault)
+                self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
@@ -4381,12 +4233,12 @@ class QuotaRefresher:
             plan = file.plan or None
             self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
-            return
-        self._store.save_reading(row)
-        self._log.line(f"refresh_quota: saved quota for {name}")
+        else:
+            self._store.save_reading(row)
+            self._log.line(f"refresh_quota: saved quota for {name}")
 
     def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
-        """Ask, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
+        """Fetch, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
         try:
             return file, self._fetch(file)
         except QuotaFault as fault:
@@ -4398,7 +4250,7 @@ class QuotaRefresher:
         return newer, self._fetch(newer)
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
-        """Take accounts off the table that have no file any more, but for those that still show in the traffic."""
+        """Delete accounts without a file from the table, except those seen in the traffic of the last week."""
         now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
         gone = []
         for row in self._store.quotas():
@@ -4418,7 +4270,7 @@ class RefreshRefused(DashboardError):
 
 
 class Housekeeper:
-    """Do the slow chores in small steps: register accounts, delete old events, downsample old readings."""
+    """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
         self,
@@ -4433,7 +4285,7 @@ class Housekeeper:
         self._log, self._stop, self._clock = log, stop, clock
 
     def run(self) -> None:
-        """Work through all chores each hour until ``stop``; a fault of the database ends only this turn."""
+        """Do all chores each hour until ``stop``; a fault ends only this turn."""
         while True:
             try:
                 self._turn()
@@ -5085,7 +4937,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
 # ------------------------------------------------------------------ demo
 
 
-class _DemoAccount(NamedTuple):
+class _DemoSender(NamedTuple):
     source: str
     plan: str
     share: float
@@ -5094,32 +4946,28 @@ class _DemoAccount(NamedTuple):
     used: tuple[float | None, float | None]  # percent of five hours and of the week
 
 
-_DEMO_CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
-_DEMO_ACCOUNTS = (
-    _DemoAccount("an.nguyen@example.com", "plus", 0.30, 0.012, _DEMO_CODEX, (38, 29)),
-    _DemoAccount("minh.tran@example.com", "plus", 0.22, 0.012, _DEMO_CODEX, (76, 52)),
-    _DemoAccount("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-    _DemoAccount("team@example.org", "team", 0.11, 0.012, _DEMO_CODEX, (9, 17)),
-    _DemoAccount("dev.one@example.net", "plus", 0.08, 0.07, _DEMO_CODEX, (100, 88)),
-    _DemoAccount("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-    _DemoAccount("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
-    _DemoAccount("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
-)
-_DEMO_KEY = _DemoAccount("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None))
-_DEMO_SENDERS = (*_DEMO_ACCOUNTS, _DEMO_KEY)
-_DEMO_FAILURES = (
-    (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
-    (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
-    (503, ""),
-    (499, ""),
-)
-_DEMO_REQUESTS_A_DAY = 1300
-_DEMO_HOURS = (0.15, 0.1, 0.08, 0.08, 0.1, 0.2, 0.4, 0.8, 1.6, 2.2, 2.4, 2.1,
-               1.3, 1.8, 2.3, 2.4, 2.2, 1.7, 1.1, 0.9, 1.0, 0.9, 0.6, 0.3)  # fmt: skip
-
-
 class DemoWorld:
-    """Make up a week of traffic and quotas of eight accounts in a folder of its own; touches no network."""
+    """A made-up week of traffic and quotas of eight accounts, in a folder of its own; touches no network."""
+
+    _CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
+    _SENDERS = (
+        _DemoSender("an.nguyen@example.com", "plus", 0.30, 0.012, _CODEX, (38, 29)),
+        _DemoSender("minh.tran@example.com", "plus", 0.22, 0.012, _CODEX, (76, 52)),
+        _DemoSender("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
+        _DemoSender("team@example.org", "team", 0.11, 0.012, _CODEX, (9, 17)),
+        _DemoSender("dev.one@example.net", "plus", 0.08, 0.07, _CODEX, (100, 88)),
+        _DemoSender("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
+        _DemoSender("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
+        _DemoSender("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
+        _DemoSender("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None)),
+    )
+    _FAILURES = (
+        (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
+        (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
+        (503, ""),
+        (499, ""),
+    )
+    _PER_HOUR = (8, 5, 4, 4, 5, 11, 22, 43, 87, 119, 130, 114, 70, 98, 125, 130, 119, 92, 60, 49, 54, 49, 33, 16)
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
         self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
@@ -5138,26 +4986,26 @@ class DemoWorld:
 
     def _write_account_files(self) -> None:
         self.auth_dir.mkdir()
-        for number, account in enumerate(_DEMO_ACCOUNTS):
-            content = {"type": "codex", "email": account.source, "account_id": f"demo-{number}"}
-            text = json.dumps({**content, "access_token": str(number)})
+        for number, sender in enumerate(self._SENDERS[:-1]):
+            login = {"email": sender.source, "account_id": f"demo-{number}", "access_token": str(number)}
+            text = json.dumps({"type": "codex", **login})
             (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
 
     def _write_readings(self) -> None:
-        """Save readings of the last hour, that forecasts need; of the lost account its last good one."""
+        """Save the last hour's readings, which forecasts need; of the account to be signed in its last good one."""
         for minutes_ago in (180, *range(60, 0, -10)):
             for file in find_account_files([self.auth_dir])[1]:
                 if (minutes_ago == 180) == file.email.startswith("old"):
                     at = self._born_at - minutes_ago * 60
-                    reading = parse_quota(self._reply(int(file.access_token), at), at)
+                    reading = parse_quota(payload_of_headers(self._headers(int(file.access_token), at)), at)
                     self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
     def _arrive(self, at: float) -> Iterator[float]:
-        """Yield the times of requests from then on, without an end: a working week, with nothing in the outage."""
+        """Yield the times of requests from ``at`` on, endlessly: busy on workdays, none during the outage."""
         while True:
             local = time.localtime(at)
-            busyness = _DEMO_HOURS[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
-            at += self._rng.expovariate(_DEMO_REQUESTS_A_DAY / 86400 * busyness)
+            per_hour = self._PER_HOUR[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
+            at += self._rng.expovariate(per_hour / 3600)
             if not self._outage.start <= at < self._outage.end:
                 yield at
 
@@ -5182,11 +5030,13 @@ class DemoWorld:
     def _payload(self, at: float) -> bytes:
         """Return a request as the proxy hands it over."""
         rng = self._rng
-        number = rng.choices(range(len(_DEMO_SENDERS)), [sender.share for sender in _DEMO_SENDERS])[0]
-        sender = _DEMO_SENDERS[number]
-        is_key, model = sender is _DEMO_KEY, rng.choice(sender.models)
+        number = rng.choices(range(len(self._SENDERS)), [sender.share for sender in self._SENDERS])[0]
+        sender = self._SENDERS[number]
+        is_key, model = not sender.plan, rng.choice(sender.models)
+        headers = {} if is_key or sender.source.startswith("old") else self._headers(number, at)
         into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
-        latency_ms = int(1200 + out * rng.uniform(6, 18))
+        latency_ms, failed = int(1200 + out * rng.uniform(6, 18)), rng.random() < sender.failing
+        status, body = rng.choice(self._FAILURES) if failed else (200, "")
         request = {
             "timestamp": utc_text(at),
             "source": sender.source,
@@ -5200,56 +5050,41 @@ class DemoWorld:
             "request_id": f"{rng.getrandbits(32):08x}",
             "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
             "service_tier": "auto",
+            "failed": failed,
+            "fail": {"status_code": status, "body": body},
+            "latency_ms": rng.randrange(200, 1500) if failed else latency_ms,
         }
-        if rng.random() < sender.failing:
-            status, body = rng.choice(_DEMO_FAILURES)
-            request.update(failed=True, fail={"status_code": status, "body": body}, latency_ms=rng.randrange(200, 1500))
-            return json.dumps(request).encode()
-        request.update(
-            failed=False,
-            fail={"status_code": 200, "body": ""},
-            latency_ms=latency_ms,
-            ttft_ms=rng.randrange(500, min(latency_ms, 2600)),
-            tokens={
+        if not failed:
+            request["ttft_ms"] = rng.randrange(500, min(latency_ms, 2600))
+            request["response_headers"] = {name.title(): [text] for name, text in headers.items()}
+            request["tokens"] = {
                 "input_tokens": into,
                 "output_tokens": out,
                 "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
                 "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
-            },
-            response_headers={} if is_key or sender.source.startswith("old") else self._headers(number, at),
-        )
+            }
         return json.dumps(request).encode()
 
-    def _windows(self, number: int, at: float) -> list[dict[str, Any]]:
-        """Return an account's windows at a time: each fills evenly and begins again at its reset."""
-        account = _DEMO_ACCOUNTS[number]
+    def _headers(self, number: int, at: float) -> dict[str, str]:
+        """Return an account's quota headers at a time; each window fills evenly and begins again at its reset."""
+        sender = self._SENDERS[number]
+        headers = {"x-codex-plan-type": sender.plan}
         lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
-        known = [(used, *length) for used, length in zip(account.used, lengths) if used is not None]
-        windows = []
-        for used, seconds, left in known or [(23, 30 * 86400, 0.6)]:
+        known = [(used, *length) for used, length in zip(sender.used, lengths) if used is not None]
+        for slot, (used, seconds, left) in zip(("primary", "secondary"), known or [(23, 30 * 86400, 0.6)]):
             began_at = self._born_at - seconds * (1 - left)
             began_at += (at - began_at) // seconds * seconds
             percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
-            reset_at = int(began_at + seconds)
-            windows.append({"used_percent": percent, "limit_window_seconds": seconds, "reset_at": reset_at})
-        return windows
-
-    def _headers(self, number: int, at: float) -> dict[str, list[str]]:
-        headers = {"X-Codex-Plan-Type": [_DEMO_ACCOUNTS[number].plan]}
-        for slot, window in zip(("Primary", "Secondary"), self._windows(number, at)):
-            headers[f"X-Codex-{slot}-Used-Percent"] = [str(window["used_percent"])]
-            headers[f"X-Codex-{slot}-Window-Minutes"] = [str(window["limit_window_seconds"] // 60)]
-            headers[f"X-Codex-{slot}-Reset-At"] = [str(window["reset_at"])]
+            headers[f"x-codex-{slot}-used-percent"] = str(percent)
+            headers[f"x-codex-{slot}-window-minutes"] = str(seconds // 60)
+            headers[f"x-codex-{slot}-reset-at"] = str(int(began_at + seconds))
         return headers
-
-    def _reply(self, number: int, at: float) -> dict[str, Any]:
-        return payload_of_headers({name.lower(): text for name, (text,) in self._headers(number, at).items()})
 
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
             raise QuotaFault("relogin")
-        return self._reply(int(file.access_token), self._clock())
+        return payload_of_headers(self._headers(int(file.access_token), self._clock()))
 
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""

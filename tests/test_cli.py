@@ -260,7 +260,7 @@ def test_quota_table_calls_a_reset_that_has_passed_due(program):
     store = app.Store(program.folder / "usage.db")
     window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
     reading = app.parse_quota({"plan_type": "plus", "rate_limit": {"primary_window": window}}, time.time() - 120)
-    store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "refresh"))
+    store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "{}"))
     store.close()
     assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due", program.run("quota").stdout)
 

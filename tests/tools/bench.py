@@ -1,6 +1,8 @@
 """Measure the dashboard side by side with the bare cost of the same work; needs only a redis-server.
 
-    python3 tests/tools/bench.py [--events N] [--idle SECONDS]
+    python3 tests/tools/bench.py [--events N] [--idle SECONDS] [--against SCRIPT]
+
+`--against` compares with another version of the script, such as one that `git show TAG:usage_dashboard.py` wrote.
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -12,6 +14,8 @@ import argparse
 import contextlib
 import functools
 import http.client
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -42,6 +46,7 @@ HISTORY_S = 100 * DAY_S  # so that 90 days are really 90 days
 PACE_S = 30 * DAY_S / 1_000_000  # between two events of the ingest: a million in a month
 MOST_INGESTED = 100_000  # more would measure the same again, and fill the memory of redis-server
 BATCH = 500
+SCRIPT = ROOT / "usage_dashboard.py"
 RANGES_S = {"24h": DAY_S, "7d": 7 * DAY_S, "30d": 30 * DAY_S, "90d": 90 * DAY_S, "all": 2 * HISTORY_S}
 
 
@@ -110,7 +115,7 @@ def payload(dice: random.Random, at: float) -> bytes:
 
 
 def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[bytes]:
-    """Give events spread evenly over a span, in the order of their ends: up to a minute out of order."""
+    """Return events spread evenly over a span, in the order of their ends: up to a minute out of order."""
     dice = random.Random(1)
     for number in range(count):
         yield payload(dice, end - 61 - span_s * (1 - number / count) + dice.uniform(0, 60))
@@ -164,14 +169,14 @@ def cost_of(work: Callable[[], Any], events: int) -> Cost:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Give the seconds that some work takes."""
+    """Return the seconds that some work takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def median_ms(work: Callable[[], Any], runs: int = 7, patience_s: float = 2.0) -> float:
-    """Give the median of several runs in milliseconds; slow work is run less often, but once at least."""
+    """Return the median of several runs in milliseconds; slow work is run less often, but once at least."""
     times: list[float] = []
     while len(times) < runs and sum(times) < patience_s:
         times.append(timed(work))
@@ -184,7 +189,8 @@ def median_ms(work: Callable[[], Any], runs: int = 7, patience_s: float = 2.0) -
 class Dashboard:
     """The real program on a database in a folder of its own; a context manager."""
 
-    def __init__(self, folder: Path, redis: RedisServer, **settings: Any) -> None:
+    def __init__(self, folder: Path, redis: RedisServer, script: Path = SCRIPT, **settings: Any) -> None:
+        self.script = script
         self.database = folder / "usage.db"
         self.port = free_port()
         config = {
@@ -200,7 +206,7 @@ class Dashboard:
         self._log = folder / "log"
 
     def __enter__(self) -> Dashboard:
-        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", self._config]
+        command = [sys.executable, str(self.script), "start", "--no-browser", "--config", self._config]
         self.stored = 0
         if self.database.exists():
             with contextlib.closing(sqlite3.connect(str(self.database))) as db:
@@ -236,12 +242,12 @@ class Dashboard:
             time.sleep(0.01)
 
     def memory_mb(self, name: str) -> float:
-        """Give the resident memory now (VmRSS) or at its highest (VmHWM)."""
+        """Return the resident memory now (VmRSS) or at its highest (VmHWM)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name)) / 1024
 
     def cpu_s(self) -> float:
-        """Give the processor time used so far."""
+        """Return the processor time used so far."""
         words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -288,47 +294,53 @@ def _stored(db: sqlite3.Connection) -> int:
     return row[0] if row else 0
 
 
-def fill(folder: Path, count: int, end: float) -> Path:
+def load_script(path: Path) -> Any:
+    """Load another version of the script as a module."""
+    spec = importlib.util.spec_from_file_location("other_dashboard", str(path))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def fill(folder: Path, count: int, end: float, version: Any = app, span_s: float = HISTORY_S) -> Path:
     """Make a database of so many events by the program's own functions, without a queue."""
-    store = app.Store(folder / "usage.db")
-    for number, batch in enumerate(in_batches(payloads(count, end), 5000), start=1):
-        store.store_batch(app.parse_events(batch), number, end)
+    store = version.Store(folder / "usage.db")
+    for number, batch in enumerate(in_batches(payloads(count, end, span_s), 5000), start=1):
+        store.store_batch(version.parse_events(batch), number, end)
     store.close()
     return folder / "usage.db"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Give the size of a database with everything that belongs to it."""
+    """Return the size of a database with everything that belongs to it."""
     return sum(file.stat().st_size for file in folder.glob("usage.db*"))
 
 
 # ---- ingest ----------------------------------------------------------------------------------------------
 
-BARE_COLUMNS = ("timestamp", "auth_index", "source", "model", "latency_ms", "failed", "request_id", "endpoint", "provider")
-BARE_TOKENS = ("input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens")
+STORED_COLUMNS = (*app._EVENT_COLUMNS, "context_id", "reason_id")
 
 
 def bare_cost(events: list[bytes], folder: Path) -> Cost:
-    """Do the least that could be called storing: json.loads, executemany, a time index, and as safe commits."""
-    columns = BARE_COLUMNS + BARE_TOKENS
+    """Do the least that could be called storing: json.loads and executemany of all columns, a time index, FULL."""
     db = sqlite3.connect(str(folder / "bare.db"), isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
-    db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {', '.join(columns)})")
+    db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {', '.join(STORED_COLUMNS)})")
     db.execute("CREATE INDEX events_by_time ON events(timestamp)")
-    insert = f"INSERT INTO events({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    insert = f"INSERT INTO events({', '.join(STORED_COLUMNS)}) VALUES ({', '.join('?' * len(STORED_COLUMNS))})"
+
+    def row(event: dict[str, Any]) -> tuple[Any, ...]:
+        values = {**event, **event["tokens"]}
+        return tuple(map(values.get, STORED_COLUMNS))
 
     def store_all() -> None:
-        for first in range(0, len(events), BATCH):
-            decoded = [json.loads(event) for event in events[first : first + BATCH]]
+        for first in range(0, len(events), 1000):
+            decoded = [json.loads(event) for event in events[first : first + 1000]]
             db.execute("BEGIN")
-            db.executemany(
-                insert,
-                [
-                    tuple(map(event.get, BARE_COLUMNS)) + tuple(map(event["tokens"].get, BARE_TOKENS))
-                    for event in decoded
-                ],
-            )
+            db.executemany(insert, [row(event) for event in decoded])
             db.execute("COMMIT")
 
     with contextlib.closing(db):
@@ -350,16 +362,16 @@ def pop_cost(redis: RedisServer, events: list[bytes]) -> Cost:
     return cost
 
 
-def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path) -> tuple[Drain, float]:
-    """Let the real program empty a full queue into a new database; also give the bytes an event then takes."""
+def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path, script: Path = SCRIPT) -> tuple[Drain, float]:
+    """Let the real program empty a full queue into a new database; also return the bytes an event then takes."""
     redis.push("usage", *events)
-    with Dashboard(folder, redis) as dashboard:
+    with Dashboard(folder, redis, script) as dashboard:
         drain = watch_drain(dashboard, len(events))
     return drain, folder_bytes(folder) / len(events)
 
 
 def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
-    """Give the processor time that each step of the collector costs an event, one after the other in one thread."""
+    """Return the processor time that each step of the collector costs an event, one after the other in one thread."""
     store, spool = app.Store(folder / "usage.db"), app.Spool(folder / "usage.db.spool")
     spent = {"parse and mask": 0.0, "spool": 0.0, "store with roll-ups, commit": 0.0}
 
@@ -378,11 +390,15 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
     return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
 
 
-def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path) -> None:
+def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
     runs = range(3)
-    pairs = [(bare_cost(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))) for _ in runs]
+    pairs, others = [], []
+    for _ in runs:
+        pairs.append((bare_cost(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))))
+        if against is not None:
+            others.append(ingest_rate(redis, events, new_folder(scratch), against)[0].rate)
     bares, drains = [bare for bare, _ in pairs], [drain for _, drain in pairs]
     pops = [pop_cost(redis, events) for _ in runs]
     steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
@@ -395,6 +411,9 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path) 
     for step, cost in steps.items():
         table.row(f"of it: {step}", cost, "µs")
     table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
+    if others:
+        table.section("ingest, end to end", "the other version")
+        table.row("redis-server → program → SQLite", rate, "events/s", median(others))
 
 
 # ---- queries ---------------------------------------------------------------------------------------------
@@ -452,6 +471,33 @@ def measure_queries(table: Table, small: Path, large: Path, count: int, end: flo
         part.close()
 
 
+def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> tuple[Path, Path | None]:
+    """Ask for hourly summaries of a month's events in zones off the hour; returns the databases."""
+    here = fill(new_folder(scratch), count, end, app, 30 * DAY_S)
+    versions = [(app, app.Store(here))]
+    there = None
+    if against is not None:
+        other = load_script(against)
+        there = fill(new_folder(scratch), count, end, other, 30 * DAY_S)
+        versions.append((other, other.Store(there)))
+    table.section(f"hourly summary, {count:,} events in 30 days", "the other version")
+    for zone, offset_s in (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)):
+        for period in ("24h", "7d", "30d"):
+            for name, (filters, _) in {"": ({}, ""), **FILTERS}.items():
+                times = [
+                    median_ms(
+                        lambda version=version, store=store, period=period, offset_s=offset_s, filters=filters: store.usage(
+                            version.Window(end - RANGES_S[period] + 77, end - 33.5), 3600, offset_s, version.Filters(**filters)
+                        )
+                    )
+                    for version, store in versions
+                ]
+                table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", times[1] if times[1:] else None)
+    for _, store in versions:
+        store.close()
+    return here, there
+
+
 # ---- serving ---------------------------------------------------------------------------------------------
 
 PAGE_LOAD = ("/api/summary?range=7d&tz_offset=420", "/api/requests?limit=100", "/api/quota", "/api/health")
@@ -474,13 +520,18 @@ def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float
         table.row(f"processor while idle, {idle_s:g} s", (dashboard.cpu_s() - before) / (time.perf_counter() - started) * 100, "%")
         tags = {path: ask(connection, path) for path in ("/", *PAGE_LOAD)}
         table.row("page itself", median_ms(lambda: ask(connection, "/"), 200), "ms")
-        table.row("summary, kept answer", median_ms(lambda: ask(connection, PAGE_LOAD[0]), 200), "ms")
+        table.row("summary", median_ms(lambda: ask(connection, PAGE_LOAD[0]), 200), "ms")
         table.row("summary, unchanged (304)", median_ms(lambda: ask(connection, PAGE_LOAD[0], tags[PAGE_LOAD[0]]), 200), "ms")
         connection.close()
-        table.row("eight clients flat out", len(eight_clients(dashboard, seconds=3)) / 3, "answers/s")
+        table.row("eight clients flat out, the page's questions", len(eight_clients(dashboard, seconds=3)) / 3, "answers/s")
+        ends = itertools.count(int(time.time()) - 100_000)
+        summaries = eight_clients(dashboard, 3, paths=lambda: [f"/api/summary?range=24h&end={next(ends)}"])
+        table.row("eight clients flat out, 24h with another end each time", len(summaries) / 3, "answers/s")
 
 
-def eight_clients(dashboard: Dashboard, seconds: float, pause_s: float = 0.0) -> list[float]:
+def eight_clients(
+    dashboard: Dashboard, seconds: float, pause_s: float = 0.0, paths: Callable[[], Any] = lambda: PAGE_LOAD
+) -> list[float]:
     """Let eight kept connections load the page's data again and again; give each answer's milliseconds."""
     times: list[float] = []
     ended = time.monotonic() + seconds
@@ -488,7 +539,7 @@ def eight_clients(dashboard: Dashboard, seconds: float, pause_s: float = 0.0) ->
     def load() -> None:
         connection = dashboard.connect()
         while time.monotonic() < ended:
-            for path in PAGE_LOAD:
+            for path in paths():
                 times.append(timed(lambda path=path: ask(connection, path)) * 1000)
             time.sleep(pause_s)
         connection.close()
@@ -545,29 +596,28 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
     table.row("database after it, beside before it", folder_bytes(folder) / 1e6, "MB", before / 1e6)
 
 
-def copy_as_original(large: Path, folder: Path) -> None:
+def copy_as_original(large: Path, folder: Path) -> Path:
     """Write the events as the original dashboard kept them: without an index, and without sums."""
-    columns = [name.split()[0] for name in app._ORIGINAL_COLUMNS["events"].split(", ")]
+    columns = "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
+    columns += "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
+    names = ", ".join(column.split()[0] for column in columns.split(", "))
     with contextlib.closing(sqlite3.connect(str(folder / "usage.db"))) as db:
-        db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {app._ORIGINAL_COLUMNS['events']})")
+        db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {columns})")
         db.execute("ATTACH ? AS large", (str(large),))
-        db.execute(f"INSERT INTO events SELECT id, {', '.join(columns)} FROM large.events")
+        db.execute(f"INSERT INTO events SELECT id, {names} FROM large.events")
         db.commit()
+    return folder / "usage.db"
 
 
-def measure_adoption(table: Table, redis: RedisServer, large: Path, scratch: Path) -> None:
-    """Start the program on a database of the original with as many events."""
-    folder = new_folder(scratch)
-    copy_as_original(large, folder)
-    table.section("the original's database with as many events")
-    started = time.perf_counter()
-    with Dashboard(folder, redis) as dashboard:
-        dashboard.connect().close()
-        table.row("start to the first summary, from its rows", (time.perf_counter() - started) * 1000, "ms")
-        dashboard.wait_for_line("adopting=")
-        table.row("time index built within", time.perf_counter() - started, "s")
-        dashboard.wait_for_line("adopted=")
-        table.row("sums filled within", time.perf_counter() - started, "s")
+def measure_adoption(table: Table, redis: RedisServer, databases: dict[str, Path]) -> None:
+    """Start the program on databases of other versions with as many events."""
+    table.section("adopting as many events")
+    for name, database in databases.items():
+        started = time.perf_counter()
+        with Dashboard(database.parent, redis) as dashboard:
+            dashboard.connect().close()
+            table.row(f"{name}: start to the first summary", time.perf_counter() - started, "s")
+            table.row(f"{name}: memory, highest", dashboard.memory_mb("VmHWM"), "MB")
 
 
 # ---- all of it -------------------------------------------------------------------------------------------
@@ -591,6 +641,7 @@ def main() -> None:
     """Measure everything and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=200_000, help="size of the large database (%(default)s)")
+    parser.add_argument("--against", type=Path, help="another version of the script to compare with")
     parser.add_argument("--idle", type=float, default=5.0, help="seconds to watch the idle program (%(default)s)")
     options = parser.parse_args()
     ingested = min(options.events, MOST_INGESTED)
@@ -598,12 +649,14 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(prefix="dashboard-bench-") as folder, RedisServer() as redis:
         scratch = Path(folder)
-        measure_ingest(table, redis, ingested, scratch)
+        measure_ingest(table, redis, ingested, scratch, options.against)
         small = fill(new_folder(scratch), options.events // 10, end)
         large = fill(new_folder(scratch), options.events, end)
         measure_queries(table, small, large, options.events, end)
+        month, before = measure_zones(table, options.events, end, scratch, options.against)
         measure_serving(table, redis, large, options.idle)
-        measure_adoption(table, redis, large, scratch)
+        old = {"the original": copy_as_original(month, new_folder(scratch))}
+        measure_adoption(table, redis, {**old, "the other version": before} if before else old)
         events = list(payloads(ingested, time.time(), ingested * PACE_S))
         measure_retention(table, redis, events, large, scratch)
         measure_both(table, redis, events, large)
