@@ -22,7 +22,7 @@ import usage_dashboard as app
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRE = "DASHBOARD_TESTS_REQUIRE"
-# What a developer's shell may hold and would change what the program does.
+# What a developer's shell may hold and would change what the program does, in this process and as a subprocess.
 PRIVATE_ENVIRONMENT = (
     "CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY",
     "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
@@ -35,6 +35,8 @@ PARTS = {
     "browser": (lambda: find_browser() and shutil.which("chromedriver"), "chromium or chromedriver is not installed"),
 }
 
+for name in PRIVATE_ENVIRONMENT:
+    os.environ.pop(name, None)
 # A shell lets what it starts beside ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -174,8 +176,7 @@ class Program:
         return [sys.executable, str(self.script), *map(str, args)]
 
     def _environment(self, changes: dict[str, str | None] | None) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if name not in PRIVATE_ENVIRONMENT}
-        env["HOME"] = str(self.home)
+        env = {**os.environ, "HOME": str(self.home)}
         for name, value in (changes or {}).items():
             if value is None:
                 env.pop(name, None)
@@ -249,6 +250,14 @@ def chatgpt() -> Iterator[FakeChatGPT]:
     """The quota endpoint."""
     with FakeChatGPT() as chatgpt:
         yield chatgpt
+
+
+@pytest.fixture
+def chatgpt_here(chatgpt: FakeChatGPT, monkeypatch: pytest.MonkeyPatch) -> FakeChatGPT:
+    """The quota endpoint, for the calls of this process."""
+    for name, value in chatgpt.environment.items():
+        monkeypatch.setenv(name, value)
+    return chatgpt
 
 
 @pytest.fixture

@@ -321,7 +321,7 @@ def _whole_event() -> app.Event:
 
 MALFORMED = [  # what came, and what is said of it
     (b"", "not JSON"), (b"{", "not JSON"), (b"1,0,2", "not JSON"), (b'{"timestamp": NaN}', "not JSON"),
-    (b"\xff\xfe", "not UTF-8"), (b"[" * 3000, "too deeply"),
+    (b"\xff\xfe", "not UTF-8"), (b"[" * 100_000, "too deeply"),
     (b"null", "not a JSON object"), (b"[]", "not a JSON object"), (b"7", "not a JSON object"),
     (b'"text"', "not a JSON object"), (payload(1) + payload(2), "not JSON"), (b"{}", "timestamp is missing"),
     (payload(timestamp=5), "timestamp is missing"),
@@ -360,6 +360,16 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
     """Store a batch of events, by default under the next number."""
     number = sequence if sequence is not None else store.counts["sequence"] + 1
     return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
+
+
+def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:
+    """Write the account file of `user<number>@example.com` with the token `tok-secret-<number>`."""
+    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
+               "access_token": f"tok-secret-{number}", "refresh_token": f"refresh-secret-{number}"}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    path = folder / f"codex-{number}.json"
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    return path
 
 
 def reading(**changes) -> dict[str, Any]:

@@ -20,11 +20,21 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload
+from support import (
+    KEY,
+    ORIGINAL_ROWS,
+    QUOTA_BY_NAME,
+    SAMPLES,
+    free_port,
+    make_original,
+    payload,
+    rows,
+    write_account,
+)
 
 import usage_dashboard as app
 
-STORED, IGNORED = 7, 1  # one of the eight samples is a warm-up
+STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
     "requests": 7, "failed": 1, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
@@ -88,9 +98,8 @@ def check_numbers(program, port):
         summary = get(port, f"/api/summary?range={name}")["summary"]
         if not midnight_passed:
             assert summary == EXPECTED
-    db = sqlite3.connect(str(program.folder / "usage.db"))
-    assert db.execute("SELECT COUNT(*), SUM(total_tokens), SUM(failed) FROM events").fetchone() == (7, 355_035, 1)
-    db.close()
+    counted = rows(program.folder / "usage.db", "SELECT COUNT(*), SUM(total_tokens), SUM(failed) FROM events")
+    assert counted == [(7, 355_035, 1)]
     for path in program.folder.glob("usage.db*"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -169,12 +178,8 @@ def test_kill_and_restart_stores_everything_once(serve, program, proxy):
 
 
 def write_accounts(program, count=3):
-    folder = program.home / ".cliproxyapi"
-    folder.mkdir()
     for number in range(count):
-        content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
-                   "access_token": f"tok-secret-{number}"}  # fmt: skip
-        (folder / f"codex-{number}.json").write_text(json.dumps(content))
+        folder = write_account(program.home / ".cliproxyapi", number).parent
     return folder
 
 
@@ -449,8 +454,7 @@ def numbered(count):
 
 
 def stored_numbers(program):
-    with closing(sqlite3.connect(str(program.folder / "usage.db"))) as db:
-        return [row[0] for row in db.execute("SELECT request_id FROM events ORDER BY id")]
+    return [name for (name,) in rows(program.folder / "usage.db", "SELECT request_id FROM events ORDER BY id")]
 
 
 @pytest.mark.parametrize("moment", ["it waits for the lock", "it has said so"])

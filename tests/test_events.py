@@ -107,7 +107,10 @@ def test_other_breakdowns_leave_the_plain_counts(changes):
     assert (event.input_tokens, event.output_tokens, event.total_tokens) == (1, 2, 3)
 
 
-@pytest.mark.parametrize(("raw", "reason"), [*MALFORMED, (app.Oversized(9_000_000), "larger than an event")])
+REJECTED = [*MALFORMED, (app.Oversized(9_000_000), "larger than an event")]
+
+
+@pytest.mark.parametrize(("raw", "reason"), REJECTED, ids=range(len(REJECTED)))
 def test_value_that_is_no_event_is_parked_with_its_reason_and_its_neighbours_kept(raw, reason):
     parsed = app.parse_events([SAMPLES[0], raw, SAMPLES[2]])
     assert [event.model for event in parsed.events] == ["gpt-5.3-codex", "gpt-5.4"]

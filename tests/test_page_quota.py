@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 from page_support import HOUR, LANGS, WORDS, fill
-from support import reading
+from support import reading, write_account
 
 import usage_dashboard as app
 
@@ -189,22 +188,18 @@ def test_status_of_an_account_is_not_cut_on_a_tablet(page, site):
 # ---- the button -------------------------------------------------------------------------------------------------
 
 
-def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tmp_path, chatgpt, monkeypatch):
-    for key, text in chatgpt.environment.items():
-        monkeypatch.setenv(key, text)
-    (tmp_path / "accounts").mkdir()
-    content = {"type": "codex", "email": AN, "account_id": "acc-1", "access_token": "tok-1"}
-    (tmp_path / "accounts" / "a.json").write_text(json.dumps(content))
+def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tmp_path, chatgpt_here):
+    write_account(tmp_path / "accounts", email=AN)
     window = {"used_percent": 58, "limit_window_seconds": 18000, "reset_after_seconds": 3600}
     limits = {"allowed": True, "limit_reached": False, "primary_window": window}
-    chatgpt.answer("tok-1", body={"plan_type": "plus", "rate_limit": limits})
+    chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus", "rate_limit": limits})
     fill(site)
     page.open()
     page.click("#refresh-quota")
     page.wait_for_text("#accounts", "42%")
     locked = "/\\d:\\d\\d/.test(e.textContent) && e.disabled"
     page.wait_for("#refresh-quota", locked)
-    assert len(chatgpt.requests) == 1
+    assert len(chatgpt_here.requests) == 1
     page.open(fresh=False)
     page.wait_for("#refresh-quota", locked)
 

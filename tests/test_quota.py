@@ -244,32 +244,22 @@ def test_account_file_keeps_its_token_out_of_the_printed_form():
     assert "tok-secret" not in repr(account_file())
 
 
-@pytest.fixture
-def through_proxy(chatgpt, monkeypatch):
-    """Send this process's calls to the stand-in, as HTTPS_PROXY and SSL_CERT_FILE do for the program."""
-    for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
-    monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
-    return chatgpt
-
-
-def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(through_proxy):
-    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"})
+def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(chatgpt_here):
+    chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"})
     assert app.fetch_usage(account_file()) == {"plan_type": "plus"}
-    request = through_proxy.requests[0]
+    request = chatgpt_here.requests[0]
     assert (request["token"], request["path"]) == ("tok-secret-1", "/backend-api/wham/usage")
     assert request["headers"]["chatgpt-account-id"] == "acc-1" and request["headers"]["user-agent"] == "codex-cli"
     assert "tok-secret-1" not in json.dumps(request["proxy_headers"])
 
 
 @pytest.mark.parametrize("sample", BAD, ids=lambda sample: sample["name"])
-def test_failed_sample_becomes_its_state_and_goes_nowhere_else(through_proxy, sample):
-    through_proxy.answer("tok-secret-1", status=sample["http_status"], headers=sample["headers"], body=sample["body"])
+def test_failed_sample_becomes_its_state_and_goes_nowhere_else(chatgpt_here, sample):
+    chatgpt_here.answer("tok-secret-1", status=sample["http_status"], headers=sample["headers"], body=sample["body"])
     with pytest.raises(app.QuotaFault) as raised:
         app.parse_quota(app.fetch_usage(account_file()), NOW)
     assert raised.value.state in sample["expect"]["state"].split("_or_")
-    assert through_proxy.foreign_targets == [] and len(through_proxy.requests) == 1
+    assert chatgpt_here.foreign_targets == [] and len(chatgpt_here.requests) == 1
     assert "tok-secret" not in str(raised.value)
 
 
@@ -293,34 +283,33 @@ def test_other_failures_have_their_state(status, reply, state):
 @pytest.mark.parametrize("status", [200, 429])
 @pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
                          ids=["head", "body", "chunks", "silence"])  # fmt: skip
-def test_reply_that_does_not_end_is_given_up_as_a_whole(through_proxy, answer, status):
-    through_proxy.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
+def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
+    chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     began_at = time.monotonic()
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file(), deadline_s=0.4)
     assert raised.value.state == "timeout" and time.monotonic() - began_at < 2
 
 
-def test_reply_that_is_too_large_or_cut_is_no_reading(through_proxy):
-    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, size=1024 * 1024 + 1)
+def test_reply_that_is_too_large_or_cut_is_no_reading(chatgpt_here):
+    chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, size=1024 * 1024 + 1)
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file())
     assert raised.value.state == "bad_response"
-    through_proxy.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
+    chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file())
     assert raised.value.state in ("network", "bad_response")
 
 
-def test_file_without_a_token_is_not_asked(through_proxy):
+def test_file_without_a_token_is_not_asked(chatgpt_here):
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file(access_token=""))
-    assert raised.value.state == "no_token" and through_proxy.requests == []
+    assert raised.value.state == "no_token" and chatgpt_here.requests == []
 
 
 def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(app.QuotaFault) as raised:
         app.fetch_usage(account_file())
     assert raised.value.state == "network" and chatgpt.requests == []

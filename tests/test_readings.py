@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from support import SAMPLES, record
+from support import SAMPLES, record, rows, write_account
 
 import usage_dashboard as app
 
@@ -117,11 +117,7 @@ class World:
         claims = app.base64.urlsafe_b64encode(
             json.dumps({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}}).encode()
         ).decode()
-        content = {"type": "codex", "email": mail, "account_id": f"acc-{number}", "access_token": "t",
-                   "id_token": f"h.{claims}.s", **changes}  # fmt: skip
-        path = self.accounts / f"codex-{number}.json"
-        path.write_text(json.dumps(content), encoding="utf-8")
-        return path
+        return write_account(self.accounts, number, email=mail, id_token=f"h.{claims}.s", **changes)
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
@@ -141,11 +137,7 @@ class World:
         return [(row["email"], row["plan"], row["primary_used_percent"]) for row in self.store.quotas()]
 
     def count(self) -> int:
-        db = sqlite3.connect(str(self.store.path))
-        try:
-            return db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0]
-        finally:
-            db.close()
+        return rows(self.store.path, "SELECT COUNT(*) FROM quota_snapshots")[0][0]
 
 
 @pytest.fixture
@@ -282,10 +274,8 @@ def test_readings_of_five_minutes_are_one_row_and_it_is_the_newest(world):
     for minute in range(11):
         world.later_s = 60 * minute
         world.take(world.event(used(minute), at=60 * minute))
-    db = sqlite3.connect(str(world.store.path))
-    rows = db.execute("SELECT ts_epoch, timestamp, primary_used_percent, raw_json FROM quota_snapshots").fetchall()
-    db.close()
-    assert rows == [(NOW + at, app.utc_text(NOW + at), at / 60, None) for at in (240, 540, 600)]
+    kept = rows(world.store.path, "SELECT ts_epoch, timestamp, primary_used_percent, raw_json FROM quota_snapshots")
+    assert kept == [(NOW + at, app.utc_text(NOW + at), at / 60, None) for at in (240, 540, 600)]
     assert world.store.quotas()[0]["ts_epoch"] == NOW + 600
 
 

@@ -7,10 +7,11 @@ import os
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import QUOTA_BY_NAME, Watched
+from support import QUOTA_BY_NAME, Watched, rows, write_account
 
 import usage_dashboard as app
 
@@ -23,13 +24,8 @@ HOUR, DAY = 3600.0, 86400.0
 
 
 @pytest.fixture
-def world(chatgpt, monkeypatch):
-    """Send this process's calls to the stand-in, as the two variables do for the program."""
-    for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
-    monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
-    return chatgpt
+def world(chatgpt_here):
+    return chatgpt_here
 
 
 @pytest.fixture
@@ -79,16 +75,6 @@ def bench(folder, store, world):
     made.wait_for(lambda: not made.refresher.refreshing)
 
 
-def account(folder, number=1, **changes) -> Path:
-    """Write the account file of `u<number>.person@example.com` with the token `tok-secret-<number>`."""
-    content = {"type": "codex", "email": f"u{number}.person@example.com", "account_id": f"acc-{number}",
-               "access_token": f"tok-secret-{number}", "refresh_token": f"refresh-secret-{number}"}  # fmt: skip
-    content.update(changes)
-    path = folder / f"codex-{number}.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
 def by_mail(store) -> dict[str, dict]:
     return {row["email"]: row for row in store.quotas()}
 
@@ -99,11 +85,8 @@ def states(store) -> list[str]:
 
 def everything(store, bench) -> str:
     """All that a person could see: rows, log and state."""
-    db = sqlite3.connect(str(store.path))
-    try:
+    with closing(sqlite3.connect(str(store.path))) as db:
         return "\n".join(db.iterdump()) + "\n".join(bench.lines) + json.dumps(bench.refresher.state())
-    finally:
-        db.close()
 
 
 # ---- a round ---------------------------------------------------------------------------------------------
@@ -111,7 +94,7 @@ def everything(store, bench) -> str:
 
 def test_round_of_eight_accounts_asks_one_after_the_other(bench, folder, store, world):
     for number in range(1, 9):
-        account(folder, number)
+        write_account(folder, number)
         world.answer(f"tok-secret-{number}", body=GOOD_BODY)
     bench.round()
     assert [request["token"] for request in world.requests] == [f"tok-secret-{number}" for number in range(1, 9)]
@@ -121,8 +104,8 @@ def test_round_of_eight_accounts_asks_one_after_the_other(bench, folder, store, 
 
 
 def test_round_prints_the_original_lines_with_masked_mails(bench, folder, world):
-    account(folder, 1)
-    account(folder, 2)
+    write_account(folder, 1)
+    write_account(folder, 2)
     world.answer(None, body=GOOD_BODY)
     assert bench.round() == [
         "refresh_quota: found 2 auth files",
@@ -134,11 +117,11 @@ def test_round_prints_the_original_lines_with_masked_mails(bench, folder, world)
 
 
 def test_round_stores_the_reading_of_the_reply(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY)
     bench.round()
     (row,) = store.quotas()
-    assert (row["email"], row["plan"], row["state"]) == ("u1.person@example.com", "plus", "ok")
+    assert (row["email"], row["plan"], row["state"]) == ("user1@example.com", "plus", "ok")
     assert row["source"] == "refresh"
     # 23 % and 41 % used, as the sample says
     assert (row["primary_used_percent"], row["primary_remaining_percent"]) == (23, 77)
@@ -148,20 +131,20 @@ def test_round_stores_the_reading_of_the_reply(bench, folder, store, world):
 
 @pytest.mark.parametrize("status", [200, 401, 500])
 def test_round_leaves_no_token_or_id_anywhere(bench, folder, store, world, status):
-    account(folder)
-    claims = base64.urlsafe_b64encode(b'{"email": "u1.person@example.com"}').decode().rstrip("=")
-    account(folder, 2, id_token=f"e30.{claims}.sig-secret")
+    write_account(folder)
+    claims = base64.urlsafe_b64encode(b'{"email": "user1@example.com"}').decode().rstrip("=")
+    write_account(folder, 2, id_token=f"e30.{claims}.sig-secret")
     echo = {"error": {"message": "tok-secret-1 refresh-secret-1"}}
     world.answer(None, status=status, body=GOOD_BODY if status == 200 else echo)
     bench.round()
     said = everything(store, bench)
     for secret in ("tok-secret", "refresh-secret", "sig-secret", "acc-1", "user-SAMPLE", "sample@example.invalid"):
         assert secret not in said
-    assert "person@example.com" not in "\n".join(bench.lines)
+    assert "user1@" not in "\n".join(bench.lines) and "user2@" not in "\n".join(bench.lines)
 
 
 def test_round_never_changes_an_account_file(bench, folder, world):
-    path = account(folder)
+    path = write_account(folder)
     world.answer(None, status=401, body={"error": {"code": "token_expired"}})
     before = (path.read_bytes(), path.stat().st_mtime_ns)
     bench.round()
@@ -169,11 +152,11 @@ def test_round_never_changes_an_account_file(bench, folder, world):
 
 
 def test_round_reads_the_token_anew_each_time(bench, folder, store, world):
-    account(folder, access_token="tok-old")
+    write_account(folder, access_token="tok-old")
     world.answer("tok-new", body=GOOD_BODY)
     bench.round()
     assert states(store) == ["expired"]
-    account(folder, access_token="tok-new")
+    write_account(folder, access_token="tok-new")
     bench.now += 301
     bench.round()
     assert [request["token"] for request in world.requests] == ["tok-old", "tok-new"] and states(store) == ["ok"]
@@ -196,7 +179,7 @@ ODD_BODIES = [
 @pytest.mark.parametrize("state", sorted(FAILURES))
 def test_round_with_one_failing_account_reads_the_others(bench, folder, store, world, state):
     for number in (1, 2, 3):
-        account(folder, number)
+        write_account(folder, number)
         world.answer(f"tok-secret-{number}", body=GOOD_BODY)
     world.answer("tok-secret-2", **FAILURES[state])
     lines = bench.round()
@@ -207,13 +190,13 @@ def test_round_with_one_failing_account_reads_the_others(bench, folder, store, w
 @pytest.mark.parametrize("body", ODD_BODIES, ids=range(len(ODD_BODIES)))
 def test_round_with_one_odd_body_reads_the_others(bench, folder, store, world, body):
     for number in (1, 2, 3):
-        account(folder, number)
+        write_account(folder, number)
         world.answer(f"tok-secret-{number}", body=GOOD_BODY)
     world.answer("tok-secret-2", body=body)
     bench.round()
-    rows = by_mail(store)
-    assert [rows[f"u{number}.person@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"]
-    assert len(rows) == 3 and bench.refresher.state()["progress"] == {"done": 3, "total": 3}
+    known = by_mail(store)
+    assert [known[f"user{number}@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"]
+    assert len(known) == 3 and bench.refresher.state()["progress"] == {"done": 3, "total": 3}
 
 
 @pytest.mark.parametrize(
@@ -224,17 +207,17 @@ def test_round_with_one_odd_body_reads_the_others(bench, folder, store, world, b
     ids=["surrogate", "long", "no-mail", "bad-url", "ftp", "bad-port", "socks", "nobody-there"],
 )  # fmt: skip
 def test_round_with_one_odd_account_file_reads_the_others(bench, folder, store, world, changes):
-    account(folder, 1)
-    account(folder, 2, **changes)
-    account(folder, 3)
+    write_account(folder, 1)
+    write_account(folder, 2, **changes)
+    write_account(folder, 3)
     world.answer(None, body=GOOD_BODY)
     bench.round()
-    rows = by_mail(store)
-    assert [rows[f"u{number}.person@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"] and len(rows) == 3
+    known = by_mail(store)
+    assert [known[f"user{number}@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"] and len(known) == 3
 
 
 def test_round_with_a_failure_keeps_the_last_good_reading_beside_it(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY)
     bench.round()
     bench.now += 301
@@ -246,9 +229,9 @@ def test_round_with_a_failure_keeps_the_last_good_reading_beside_it(bench, folde
 
 
 def test_round_does_not_ask_for_disabled_or_token_less_accounts(bench, folder, store, world):
-    account(folder, 1, disabled=True)
-    account(folder, 2, access_token="")
-    account(folder, 3)
+    write_account(folder, 1, disabled=True)
+    write_account(folder, 2, access_token="")
+    write_account(folder, 3)
     world.answer("tok-secret-3", body=GOOD_BODY)
     bench.round()
     assert states(store) == ["disabled", "no_token", "ok"]
@@ -267,7 +250,7 @@ def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder,
 
 
 def test_start_from_many_threads_at_once_begins_one_round(bench, folder, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
     outcomes = []
 
@@ -288,7 +271,7 @@ def test_start_from_many_threads_at_once_begins_one_round(bench, folder, world):
 
 @pytest.mark.parametrize(("later", "left"), [(0, 300), (0.5, 300), (1, 299), (299.5, 1)])
 def test_start_inside_the_cool_down_is_refused_with_429_and_the_seconds(bench, folder, world, later, left):
-    account(folder)
+    write_account(folder)
     bench.round()
     bench.now = NOW + later
     with pytest.raises(app.RefreshRefused) as refused:
@@ -301,13 +284,13 @@ def test_start_inside_the_cool_down_is_refused_with_429_and_the_seconds(bench, f
 @pytest.mark.parametrize("back_s", [1, 1000, 10 * DAY])
 def test_round_that_a_wrong_clock_put_into_the_future_refuses_nothing(bench, folder, world, back_s):
     world.answer(None, body=GOOD_BODY)
-    account(folder)
+    write_account(folder)
     rounds(bench, 0, -back_s)
     assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW - back_s
 
 
 def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
     thread = bench.refresher.start()
     world.wait_for(lambda: world.requests)
@@ -318,7 +301,7 @@ def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder,
 
 
 def test_cool_down_is_kept_over_a_restart(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     bench.round()
     again = Bench(folder, store)
     again.now = NOW + 60
@@ -330,11 +313,11 @@ def test_cool_down_is_kept_over_a_restart(bench, folder, store, world):
 @pytest.mark.parametrize("files", ["none", "disabled", "token-less", "claude"])
 def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, world, files):
     if files == "disabled":
-        account(folder, disabled=True)
+        write_account(folder, disabled=True)
     elif files == "token-less":
-        account(folder, access_token="")
+        write_account(folder, access_token="")
     elif files == "claude":
-        account(folder, type="claude")
+        write_account(folder, type="claude")
     bench.round()
     assert bench.refresher.cooldown_s() == 0
     bench.round()  # is not refused
@@ -344,14 +327,14 @@ def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, worl
 def test_cool_down_of_zero_seconds_never_refuses(folder, store, world):
     world.answer(None, body=GOOD_BODY)
     bench = Bench(folder, store, seconds=0)
-    account(folder)
+    write_account(folder)
     bench.round()
     bench.round()
     assert len(world.requests) == 2
 
 
 def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     db = sqlite3.connect(str(store.path), isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -375,12 +358,12 @@ def rounds(bench, *later_s: float) -> None:
 
 
 def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", 401, hold=True)
     world.answer("tok-secret-new", body=GOOD_BODY)
     thread = bench.refresher.start()
     world.wait_for(lambda: world.requests)
-    account(folder, access_token="tok-secret-new")
+    write_account(folder, access_token="tok-secret-new")
     world.release()
     thread.join(10)
     assert [request["token"] for request in world.requests] == ["tok-secret-1", "tok-secret-new"]
@@ -399,7 +382,7 @@ def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder,
 )
 def test_every_round_asks_every_account_whatever_it_was_told_before(bench, folder, store, world, answer, state):
     for number in range(1, 7):
-        account(folder, number)
+        write_account(folder, number)
     world.answer(None, **answer)
     world.answer("tok-secret-6", body=GOOD_BODY)
     rounds(bench, 0, 300, 600)
@@ -409,46 +392,46 @@ def test_every_round_asks_every_account_whatever_it_was_told_before(bench, folde
 
 def test_dead_proxies_of_some_accounts_keep_none_of_the_others_from_being_asked(bench, folder, store, world):
     for number in range(1, 6):
-        account(folder, number, **({"proxy_url": "http://127.0.0.1:9"} if number < 5 else {}))
+        write_account(folder, number, **({"proxy_url": "http://127.0.0.1:9"} if number < 5 else {}))
     world.answer(None, body=GOOD_BODY)
     bench.round()
     assert states(store) == ["network"] * 4 + ["ok"]
 
 
 def test_account_that_is_switched_off_and_on_again_says_so(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     bench.refresher.register_accounts()
-    account(folder, disabled=True)
+    write_account(folder, disabled=True)
     bench.refresher.register_accounts()
     assert states(store) == ["disabled"]
-    account(folder)
+    write_account(folder)
     bench.refresher.register_accounts()
     assert states(store) == ["never"] and world.requests == []
 
 
 def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     world.answer(None, body=GOOD_BODY)
     elsewhere = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("else@example.com", "#abc"), "", NOW)
     store.save_reading(elsewhere)
     rounds(bench, 300, 6 * DAY)
-    assert set(by_mail(store)) == {"u1.person@example.com", "else@example.com"}
+    assert set(by_mail(store)) == {"user1@example.com", "else@example.com"}
     rounds(bench, 7 * DAY + 1)
-    assert set(by_mail(store)) == {"u1.person@example.com"}
+    assert set(by_mail(store)) == {"user1@example.com"}
 
 
 def test_end_of_a_subscription_is_shown_as_the_id_token_has_it(bench, folder, store):
     auth = {"https://api.openai.com/auth": {"chatgpt_subscription_active_until": "2027-02-01T00:00:00+00:00"}}
     claims = base64.urlsafe_b64encode(json.dumps(auth).encode()).decode()
-    account(folder, 1, id_token=f"h.{claims}.s")
-    account(folder, 2)
+    write_account(folder, 1, id_token=f"h.{claims}.s")
+    write_account(folder, 2)
     bench.refresher.register_accounts()
     assert [row["subscription_until"] for row in store.quotas()] == ["2027-02-01T00:00:00Z", None]
 
 
 def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
     for number in (1, 2):
-        account(folder, number)
+        write_account(folder, number)
         world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=number == 2)
     bench.refresher.start()
     world.wait_for(lambda: len(world.requests) == 2)
@@ -457,7 +440,7 @@ def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
 
 def test_stop_abandons_the_round(bench, folder, world):
     for number in (1, 2, 3):
-        account(folder, number)
+        write_account(folder, number)
         world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=True)
     thread = bench.refresher.start()
     world.wait_for(lambda: world.requests)
@@ -469,24 +452,21 @@ def test_stop_abandons_the_round(bench, folder, world):
 
 def test_account_whose_file_is_gone_is_forgotten_and_its_readings_stay(bench, folder, store, world):
     world.answer(None, body=GOOD_BODY)
-    account(folder, 1)
-    gone = account(folder, 2)
+    write_account(folder, 1)
+    gone = write_account(folder, 2)
     bench.round()
     gone.unlink()
     bench.now += 301
     bench.round()
-    assert list(by_mail(store)) == ["u1.person@example.com"]
-    db = sqlite3.connect(str(store.path))
-    ((kept,),) = db.execute("SELECT COUNT(*) FROM quota_snapshots WHERE email = 'u2.person@example.com'").fetchall()
-    db.close()
-    assert kept == 1
+    assert list(by_mail(store)) == ["user1@example.com"]
+    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
 
 
 @pytest.mark.parametrize("fault", ["half-written", "folder-gone"])
 def test_account_whose_file_cannot_be_read_now_is_kept(bench, folder, store, world, fault):
     world.answer(None, body=GOOD_BODY)
-    account(folder, 1)
-    second = account(folder, 2)
+    write_account(folder, 1)
+    second = write_account(folder, 2)
     bench.round()
     if fault == "half-written":
         second.write_text("", encoding="utf-8")
@@ -498,15 +478,15 @@ def test_account_whose_file_cannot_be_read_now_is_kept(bench, folder, store, wor
 
 
 def test_registered_accounts_are_listed_before_they_were_ever_asked(bench, folder, store, world):
-    account(folder, 1)
-    account(folder, 2, disabled=True)
+    write_account(folder, 1)
+    write_account(folder, 2, disabled=True)
     bench.refresher.register_accounts()
     assert states(store) == ["never", "disabled"] and world.requests == []
     assert bench.refresher.cooldown_s() == 0 and bench.refresher.known_files == 2
 
 
 def test_registering_never_overwrites_what_was_stored_meanwhile(bench, folder, store):
-    account(folder)
+    write_account(folder)
     (file,) = app.find_account_files([folder])[1]
     reading = app.reading_row(app.parse_quota(GOOD_BODY, NOW), (file.email, file.tag), "", NOW)
     store.save_reading(reading)
@@ -517,9 +497,9 @@ def test_registering_never_overwrites_what_was_stored_meanwhile(bench, folder, s
 
 
 def test_account_adopted_by_its_mail_keeps_its_reading_when_its_file_is_first_listed(bench, folder, store):
-    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("u1.person@example.com", ""), "", NOW)
+    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("user1@example.com", ""), "", NOW)
     store.save_reading({**adopted, "state": "limited"})
-    account(folder)
+    write_account(folder)
     bench.refresher.register_accounts()
     (file,) = app.find_account_files([folder])[1]
     (row,) = store.quotas()
@@ -529,8 +509,8 @@ def test_account_adopted_by_its_mail_keeps_its_reading_when_its_file_is_first_li
 def test_account_adopted_by_a_mail_of_two_files_is_given_to_neither(bench, folder, store):
     adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("same@example.com", ""), "", NOW)
     store.save_reading(adopted)
-    account(folder, 1, email="same@example.com")
-    account(folder, 2, email="same@example.com")
+    write_account(folder, 1, email="same@example.com")
+    write_account(folder, 2, email="same@example.com")
     bench.refresher.register_accounts()
     assert sorted((row["account_id_tag"] == "", row["state"]) for row in store.quotas()) == [
         (False, "never"), (False, "never"), (True, "ok")]  # fmt: skip
@@ -574,11 +554,7 @@ def store_events(store, *times):
 
 
 def total_of(store) -> int:
-    db = sqlite3.connect(str(store.path))
-    try:
-        return db.execute("SELECT SUM(total_tokens) FROM usage_by_day").fetchone()[0]
-    finally:
-        db.close()
+    return rows(store.path, "SELECT SUM(total_tokens) FROM usage_by_day")[0][0]
 
 
 def test_housekeeper_deletes_events_past_their_days_and_keeps_the_totals(bench, store):
@@ -595,7 +571,7 @@ def test_housekeeper_without_retention_deletes_nothing(bench, store):
 
 
 def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(bench, folder, store, world):
-    account(folder)
+    write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY)
     hour = NOW - 15 * DAY - (NOW - 15 * DAY) % HOUR
     times = [hour, hour + 400, hour + 800, hour + HOUR, NOW - 13 * DAY, NOW - 13 * DAY + 400, NOW]
@@ -603,10 +579,7 @@ def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(be
         bench.now = at
         bench.round()
     keep_house(bench, store)
-    db = sqlite3.connect(str(store.path))
-    kept = [row[0] for row in db.execute("SELECT ts_epoch FROM quota_snapshots ORDER BY id")]
-    db.close()
-    assert kept == times[2:]
+    assert rows(store.path, "SELECT ts_epoch FROM quota_snapshots ORDER BY id") == [(at,) for at in times[2:]]
 
 
 def test_housekeeper_stopped_in_the_middle_goes_on_the_next_time(bench, store):
@@ -635,7 +608,7 @@ def test_housekeeper_with_a_locked_database_says_so_and_works_the_next_hour(benc
 
 @pytest.mark.parametrize("email", ["u2\ud800@example.com", "x" * 5000])
 def test_housekeeper_with_an_odd_account_file_does_its_other_chores(bench, folder, store, email):
-    account(folder, 2, email=email)
+    write_account(folder, 2, email=email)
     store_events(store, NOW - 31 * DAY)
     keep_house(bench, store, retention_days=30)
     assert store.event_count == 0

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from support import NOW, Site, at, event, put, reading
+from support import NOW, Site, at, event, put, reading, rows, write_account
 
 import usage_dashboard as app
 
@@ -344,7 +344,7 @@ def ended(connections):
 
 
 def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_made(pool, chatgpt):
-    chatgpt.answer("tok-0", body={"plan_type": "plus"}, hold=True)
+    chatgpt.answer("tok-secret-0", body={"plan_type": "plus"}, hold=True)
     clients = [socket.create_connection(("127.0.0.1", pool.port), timeout=10)]
     try:
         clients[0].sendall(b"GET /api/quota?force=1 HTTP/1.0\r\n\r\n")
@@ -438,9 +438,7 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     site.store.save_reading(reading(ts_epoch=NOW - 90, primary_reset_at="2026-11-01T15:00:00Z"))
     answer = site.json("/api/quota")
     row = answer["quotas"][0]
-    db = sqlite3.connect(str(site.store.path))
-    columns = {name for _, name, *_ in db.execute("PRAGMA table_info(quota_snapshots)")} - {"last_at", "readings"}
-    db.close()
+    columns = {column[1] for column in rows(site.store.path, "PRAGMA table_info(quota_snapshots)")} - {"last_at"}
     assert columns <= set(row) and {"state", "message", "age_seconds", "account"} <= set(row)
     assert (row["age_seconds"], row["account"], row["secondary_remaining_percent"]) == (90, "an@example.com", None)
     assert (answer["refreshing"], answer["progress"]) == (False, {"done": 0, "total": 0})
@@ -503,21 +501,12 @@ def test_quota_whose_reset_has_passed_is_due_and_neither_its_old_value_nor_full(
     assert site.json("/api/quota")["pool"] == []
 
 
-def write_account(folder, number):
-    (folder / "accounts").mkdir(exist_ok=True)
-    content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
-               "access_token": f"tok-{number}"}  # fmt: skip
-    (folder / "accounts" / f"{number}.json").write_text(json.dumps(content))
-
-
 @pytest.fixture
-def pool(site, tmp_path, chatgpt, monkeypatch):
-    for name, value in chatgpt.environment.items():
-        monkeypatch.setenv(name, value)
+def pool(site, tmp_path, chatgpt_here):
     for number in range(3):
-        write_account(tmp_path, number)
+        write_account(tmp_path / "accounts", number)
         window = {"used_percent": 10 * number, "limit_window_seconds": 18000, "reset_after_seconds": 60}
-        chatgpt.answer(f"tok-{number}", body={"plan_type": "plus", "rate_limit": {"primary_window": window}})
+        chatgpt_here.answer(f"tok-secret-{number}", body={"plan_type": "plus", "rate_limit": {"primary_window": window}})
     return site
 
 
@@ -536,7 +525,7 @@ def test_forced_refresh_stores_every_account_and_locks_for_the_cool_down(pool, c
 
 
 def test_refresh_that_is_running_is_409_and_shows_its_progress(pool, chatgpt):
-    chatgpt.answer("tok-1", body={"plan_type": "plus"}, hold=True)
+    chatgpt.answer("tok-secret-1", body={"plan_type": "plus"}, hold=True)
     forcing = threading.Thread(target=pool.json, args=("/api/quota?force=1",))
     forcing.start()
     chatgpt.wait_for(lambda: len(chatgpt.requests) == 2)
