@@ -1579,17 +1579,13 @@ class _Reasons:
     def id_of(self, status: int | None, error: str | None) -> int:
         """Return the id of a failure's reason, inserted if it is new."""
         known = self._ids.get((status, error))
-        return known if known is not None else cache(self._ids, (status, error), self._find(status, error))
-
-    def _find(self, status: int | None, error: str | None) -> int:
+        if known is not None:
+            return known
         reason = {"status_code": status, "error": failure_kind(status, error)}
-        row = self._db.execute("SELECT id FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
-        found = row.fetchone()
-        if found is not None:
-            return found[0]
-        if self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
+        row = self._db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+        if not row.fetchone() and self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
             reason["error"] = "other"
-        return _id_of(self._db, "reasons", reason)
+        return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
 
     def clear(self) -> None:
         """Forget all ids: a transaction that inserted some was rolled back."""
@@ -2021,7 +2017,7 @@ class Store:
         rows: list[Any] = []
         with self._read() as db:
             accounts = self._accounts_in(db)
-            condition, values = _event_conditions(filters, accounts)
+            condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
@@ -2246,13 +2242,6 @@ def _store_reason(path: Path, error: BaseException) -> str:
     return f"{path} cannot be used: {error}"
 
 
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 _WINDOW_COLUMNS = (
     *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
     *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
@@ -2280,7 +2269,7 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
     if filters._replace(text=None) == _NO_FILTERS:
         yield window
         return
-    condition, values = _roll_up_conditions(filters, accounts)
+    condition, values = _conditions(filters, accounts, on_rows=False)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
@@ -2312,40 +2301,24 @@ def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Accoun
     return [(account, add_sums(rows)) for account, rows in folded.values()]
 
 
-def _identity_list(name: str, accounts: Sequence[Account]) -> str:
-    """Return the identities of an account as SQL, by its name or by a mail that several accounts share."""
-    ids = (account.identity_ids for account in accounts if name in (account.name, account.mail))
-    return ", ".join(str(identity_id) for members in ids for identity_id in members)
-
-
-def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Return the filters as SQL conditions on ``events e`` with the values to bind."""
+def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
+    """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        parts.append(f"{_IDENTITY_OF} IN ({_identity_list(filters.account, accounts)})")
+        ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
+        listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
+        parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
     if filters.model is not None:
-        parts.append(f"{_MODEL_OF} = ?")
+        parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append(f"IFNULL(e.failed, 0) {'<>' if filters.status == 'failed' else '='} 0")
-    if filters.text:
+        column = "IFNULL(e.failed, 0)" if on_rows else "r.reason_id"
+        parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
+    if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
         searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
         parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
         values += [pattern] * len(searched)
-    return "".join(f" AND {part}" for part in parts), values
-
-
-def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Return the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
-    parts, values = [], []
-    if filters.account is not None:
-        parts.append(f"r.identity_id IN ({_identity_list(filters.account, accounts)})")
-    if filters.model is not None:
-        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
-        values.append(filters.model)
-    if filters.status is not None:
-        parts.append(f"r.reason_id {'<>' if filters.status == 'failed' else '='} 0")
     return "".join(f" AND {part}" for part in parts), values
 
 
@@ -2368,8 +2341,8 @@ class _UsagePlan:
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._has_filters = filters._replace(text=None) != _NO_FILTERS
-        self._event_conditions = _event_conditions(filters, accounts)
-        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
+        self._event_conditions = _conditions(filters, accounts, on_rows=True)
+        self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
