@@ -517,8 +517,10 @@ class RespReader:
             count = _reply_number(rest)
             if count == -1:
                 return None
-            if not 0 <= count <= self._max_items or depth >= 4:
-                raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
+            if not 0 <= count <= self._max_items:
+                raise NotResp(f"the queue announced a list of {count} items")
+            if depth >= 4:
+                return self._skip_list(count)
             return [self.read_reply(depth + 1) for _ in range(count)]
         what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
         raise NotResp(f"the queue sent {what} instead of a RESP reply")
@@ -551,6 +553,17 @@ class RespReader:
         if end != b"\r\n":
             raise NotResp("the queue sent a value whose length does not fit")
         return value
+
+    def _skip_list(self, count: int) -> Oversized:
+        """Read over a list that is nested too deeply for any record, without recursion."""
+        while count:
+            line = self._read_line(clean=False)
+            count -= 1
+            if line[:1] == b"$":
+                self._read_bulk(_reply_number(line[1:]))
+            elif line[:1] == b"*":
+                count += max(0, _reply_number(line[1:]))
+        return Oversized(0)
 
     def _skip(self, length: int) -> None:
         while length:
@@ -726,7 +739,21 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
+_LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
+
+
+def check_event(event: Event) -> Event:
+    """Return an event that was read back from a file, if parse_event could have made it. Raises Rejected."""
+    texts = (event.timestamp, event.model, event.plan, *(value or "" for value in event.context))
+    numbers = [getattr(event, name) for name in Event._fields if name.endswith(("_tokens", "_ms", "_code"))]
+    texts += (event.error or "", event.request_id or "")
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise Rejected("one of its texts is none")
+    if event.failed not in (0, 1) or not all(number == _number(number, "a count") for number in numbers):
+        raise Rejected("one of its counts is none")
+    if type(event.ts_epoch) not in (int, float) or not _EARLIEST_AT <= event.ts_epoch < _LATEST_AT:
+        raise Rejected("its time is none")
+    return event
 
 
 def _mask_source(text: str) -> str:
@@ -748,14 +775,26 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
                     raise content
                 event = parse_event(content)
             except Rejected as reason:
-                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
-                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+                parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
+                continue
+            except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
+                reason = f"it cannot be read: {where_raised(error)}"
+                parsed.rejects.append(Reject(reason, _length_of(raw), None))
                 continue
             if event is None:
                 ignored += 1
             else:
                 parsed.events.append(event)
     return parsed._replace(ignored=ignored)
+
+
+def _length_of(raw: Any) -> int:
+    if isinstance(raw, Oversized):
+        return int(raw)
+    try:
+        return len(raw if isinstance(raw, bytes) else json.dumps(raw, default=repr))
+    except (RecursionError, ValueError):
+        return 0  # nested too deeply to be written again
 
 
 def _decode(raws: Sequence[Any]) -> list[Any]:
@@ -888,7 +927,7 @@ def _number(value: Any, name: str) -> int | None:
     if type(value) is not int:
         raise Rejected(f"{name} is not a whole number")
     if value > _LARGEST_NUMBER:
-        raise Rejected(f"{name} is larger than 2^53")
+        raise Rejected(f"{name} is larger than 10^12")
     return None
 
 
@@ -949,9 +988,13 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
     if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        return _claude_usage(sent)
-    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-    return _inclusive_usage(sent, thoughts_apart)
+        counts = _claude_usage(sent)
+    else:
+        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+        counts = _inclusive_usage(sent, thoughts_apart)
+    for count in counts:
+        _number(count, "tokens, added up,")
+    return counts
 
 
 class _SentTokens(NamedTuple):
@@ -1697,29 +1740,37 @@ class Store:
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
         self.changes = 0
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
+        self._reasons: Any = None
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._identity_changes = 0
+        self._busy_timeout_s, self._announce = busy_timeout_s, announce
+        self._open()
+
+    def _open(self) -> None:
         try:
-            make_private(path)
-            self._writer = self._connect(busy_timeout_s)
+            make_private(self.path)
+            self._writer = self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(_store_reason(path, error)) from error
+            raise StoreError(_store_reason(self.path, error)) from error
         try:
-            self._migrate(announce)
+            self._migrate(self._announce)
+            self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reasons = _Reasons(self._writer)
-            self._reader = self._connect(busy_timeout_s)
+            self._reader = self._connect()
             self._reader.execute("PRAGMA query_only = ON")
             self._known_counts = _counts_in(self._reader)
+            self._opened_files = self._file_ids()
         except (sqlite3.Error, StoreError) as error:
             self._writer.close()
-            raise error if isinstance(error, StoreError) else StoreError(_store_reason(path, error)) from error
+            raise error if isinstance(error, StoreError) else StoreError(_store_reason(self.path, error)) from error
 
-    def _connect(self, busy_timeout_s: float):
-        db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    def _connect(self):
+        timeout_s = self._busy_timeout_s
+        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -1765,6 +1816,35 @@ class Store:
             self._reader.close()
             self._writer.close()
 
+    def follow_file(self) -> str | None:
+        """Open the file that is at the path now where it is another one, or none; return what happened to the old.
+
+        Raises StoreError where that cannot be opened; the next call tries again.
+        """
+        if self._file_ids()[0] == self._opened_files[0] is not None:
+            return None
+        with self._write_lock, self._read_lock:
+            self.close()
+            for path, opened, found in zip(self._paths, self._opened_files, self._file_ids()):
+                if found == opened is not None:  # the log of the file that is gone would be taken for the new one's
+                    path.unlink()
+            self._opened_files = [None] * 3
+            event = "was replaced or moved" if self.path.exists() else "was deleted"
+            self._open()
+            self.changes += 1
+            self._identity_changes += 1
+        self.put_meta("file_changed_at", time.time())
+        return f"{self.path.name} {event}; what is at its path now is used"
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+    def _file_ids(self) -> list[tuple[int, int] | None]:
+        """Return (device, inode) of the file, its write-ahead log and its index; None where there is none."""
+        found = [path.stat() if path.exists() else None for path in self._paths]
+        return [None if status is None else (status.st_dev, status.st_ino) for status in found]
+
     @contextmanager
     def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
         """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
@@ -1774,22 +1854,25 @@ class Store:
                 yield db
                 db.execute(end)
             except BaseException as error:
-                self._context_ids.clear()
-                self._models.clear()
-                self._reasons.clear()
-                if db.in_transaction:
-                    self._try(db, "ROLLBACK")
+                self._forget_ids()
+                self._try(db, "ROLLBACK")
                 if not isinstance(error, sqlite3.Error):
                     raise
                 # SQLite would keep the pages of a damaged file after it was mended.
                 self._try(db, "PRAGMA shrink_memory")
                 raise StoreError(_store_reason(self.path, error)) from error
 
+    def _forget_ids(self) -> None:
+        self._context_ids.clear()
+        self._models.clear()
+        if self._reasons is not None:
+            self._reasons.clear()
+
     def _try(self, db, statement: str) -> None:
         try:
             db.execute(statement)
         except sqlite3.Error:
-            pass  # rolled back already, as on a full disk; closed; or damaged beyond even that
+            pass  # not begun, rolled back already, as on a full disk, closed, or damaged beyond even that
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -1813,17 +1896,42 @@ class Store:
         with self._write(changes=bool(parsed.events)) as db:
             if sequence <= _counts_in(db)["sequence"]:
                 return False
-            if parsed.events:
-                self._insert_events(db, parsed.events)
-            if parsed.rejects:
+            parked = self._insert_or_park(db, parsed.events) if parsed.events else []
+            rejects = [*parsed.rejects, *parked]
+            if rejects:
                 db.executemany(
                     "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
-                    [(utc_text(now), now, *reject) for reject in parsed.rejects],
+                    [(utc_text(now), now, *reject) for reject in rejects],
                 )
                 db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - 1000")
             _put_meta(db, "sequence", sequence)
-            _count(db, stored=len(parsed.events), rejected=len(parsed.rejects), ignored=parsed.ignored)
+            _count(db, stored=len(parsed.events) - len(parked), rejected=len(rejects), ignored=parsed.ignored)
         return True
+
+    def _insert_or_park(self, db, events: Sequence[Event]) -> list[Reject]:
+        """Insert events; where one of them is the fault, halve them until it stands alone, and return it as a Reject.
+
+        Here and nowhere else a batch is taken apart: for a number or a text that SQLite does not take, a constraint or
+        a trigger of an adopted table, or whatever else is not the fault of the database as a whole.
+        """
+        db.execute("SAVEPOINT part")
+        try:
+            self._insert_events(db, events)
+        except Exception as error:
+            if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
+                raise  # full, locked, damaged: whichever the row
+            db.execute("ROLLBACK TO part")
+            self._forget_ids()
+            if len(events) > 1:
+                middle = len(events) // 2
+                return self._insert_or_park(db, events[:middle]) + self._insert_or_park(db, events[middle:])
+            kept = {name: _harmless(value) for name, value in events[0]._asdict().items() if name != "context"}
+            text = json.dumps(kept, default=repr)
+            return [Reject(f"the database does not take it: {where_raised(error)}", len(text), text)]
+        finally:
+            if db.in_transaction:
+                db.execute("RELEASE part")
+        return []
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
@@ -1893,8 +2001,7 @@ class Store:
     @property
     def byte_count(self) -> int:
         """The size of the database with its write-ahead log."""
-        paths = (Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+        return sum(path.stat().st_size for path in self._paths if path.exists())
 
     def check_writable(self) -> None:
         """Open and end a transaction that writes, so that nothing is popped that could not be stored."""
@@ -3484,12 +3591,13 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 
 # Spool and mark. The proxy forgets an event as it writes the reply, so from then on it exists only here:
 #
-#   pop → parse and mask → append to the spool (a numbered batch) → one transaction: rows, roll-ups and the number
-#   as the mark → empty the spool
+#   pop → parse and mask → append to the spool (a numbered batch), with fsync at each poll → later one transaction:
+#   rows, roll-ups and the number as the mark → empty the spool
 #
 # Killed before the append, what was in flight is gone: at most PopSource.largest_batch events. Killed after it, the
 # next start finds the batch in the spool. If its number is above the mark it was not committed and is stored now;
-# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
+# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice. A
+# commit costs an SD card some thirty pages and an append one, so commits wait for 500 rows, half a minute, or a reader.
 
 
 class Spool:
@@ -3499,16 +3607,18 @@ class Spool:
     recording was last alive.
     """
 
+    _LONGEST_LINE = 16 * 1024 * 1024
+
     def __init__(self, path: Path):
         self._path = path
         self._touched_at = 0.0
-        self.set_aside: Path | None = None
+        self.odd_path = Path(f"{path}.unreadable")
 
     def append(self, sequence: int, parsed: Parsed) -> None:
-        """Write one batch with its sequence number. Raises OSError."""
+        """Write one batch with its sequence number. Raises OSError; what was written in part is cut off again."""
         content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a full disk may have cut off before.
+        # The line feed in front ends a line that a kill may have cut off before.
         line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
         handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -3517,29 +3627,36 @@ class Spool:
         finally:
             os.close(handle)
 
-    def read(self) -> list[tuple[int, Parsed]]:
-        """Return the batches that a previous run left, in their order. Raises OSError.
-
-        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
-        """
+    def sync(self) -> None:
+        """Bring what was appended onto the disk. Raises OSError."""
+        handle = os.open(str(self._path), os.O_RDONLY)
         try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        batches = []
-        for line in lines:
-            checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
-                continue
-            try:
-                sequence, names, events, rejects, ignored = json.loads(text)
-                parsed = [_event_of_row(names, row) for row in events], [Reject(*reject) for reject in rejects]
-                batches.append((int(sequence), Parsed(*parsed, int(ignored))))
-            except (TypeError, ValueError, AttributeError, LookupError):
-                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
-        if self.set_aside is not None:
-            os.replace(str(self._path), str(self.set_aside))
-        return batches
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
+        """Yield the batches that a previous run left, in their order, and lines that are none as they are.
+
+        One line at a time, so that a file of any size takes little memory. Raises OSError.
+        """
+        if not self._path.exists():
+            return
+        with open(str(self._path), "rb") as stream:
+            for line in iter(lambda: stream.readline(self._LONGEST_LINE), b""):
+                checksum, _, text = line.rstrip(b"\n").partition(b" ")
+                if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                    continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
+                try:
+                    yield _batch_of_json(json.loads(text))
+                except Exception:  # a right check sum, and still none: of another version, or of somebody else
+                    yield line
+
+    def set_aside(self, line: bytes) -> None:
+        """Keep a line that is no batch of this version. Raises OSError."""
+        make_private(self.odd_path)
+        with open(str(self.odd_path), "ab") as stream:
+            stream.write(line)
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
@@ -3561,6 +3678,21 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _batch_of_json(content: Any) -> tuple[int, Parsed]:
+    """Return a batch of the spool; an event in it that is none becomes a Reject. Raises anything for no batch."""
+    sequence, names, rows, rejects, ignored = content
+    if not all(type(number) is int and 0 <= number < 2**53 for number in (sequence, ignored)):
+        raise ValueError("no numbers of a batch")
+    events, parked = [], [Reject(str(reason), int(length), event and str(event)) for reason, length, event in rejects]
+    for row in rows:
+        try:
+            events.append(check_event(_event_of_row(names, row)))
+        except Exception as error:
+            reason = f"in the spool: {error if isinstance(error, Rejected) else where_raised(error)}"
+            parked.append(Reject(reason, 0, None))
+    return sequence, Parsed(events, parked, ignored)
+
+
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     """Return an event of a spool that another version may have written; 3.0.0 wrote the context's values flat."""
     if isinstance(names[0], str):
@@ -3570,6 +3702,136 @@ def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
         told = dict(zip(names[1], values["context"]))
     values["context"] = Context(*(told.get(name, "") for name in Context._fields))
     return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
+
+
+class Journal:
+    """What was popped and is not in the database yet: on the spool, and committed together after a while.
+
+    A reader in another thread has it committed first, so that nobody sees less than everything.
+    """
+
+    most_rows, longest_s = 500, 30.0
+
+    def __init__(self, store: Store, log: Log, clock: Callable[[], float], monotonic: Callable[[], float]):
+        self._store, self._log, self._clock, self._monotonic = store, log, clock, monotonic
+        self.spool = Spool(Path(f"{store.path}.spool"))
+        self._lock = threading.RLock()
+        self._batches: list[tuple[int, Parsed]] = []
+        self._unspooled = 0  # batches that are in memory alone, on a full disk
+        self._since_s = 0.0
+        self._sequence = store.counts["sequence"]
+
+    @property
+    def rows(self) -> int:
+        """The number of values that wait."""
+        return sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in list(self._batches))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to commit: many rows, a long wait, or a spool that takes no more."""
+        is_long = self._monotonic() - self._since_s >= self.longest_s
+        return bool(self._batches) and (is_long or self.rows >= self.most_rows or self._unspooled > 0)
+
+    def hold(self, parsed: Parsed) -> None:
+        """Append a batch to the spool; on a full disk it is kept in memory alone, and nothing more may be popped."""
+        with self._lock:
+            if not self._batches:
+                self._since_s = self._monotonic()
+            self._sequence += 1
+            self._batches.append((self._sequence, parsed))
+            try:
+                self.spool.append(self._sequence, parsed)
+            except OSError as error:
+                self._unspooled += 1
+                self._log.once("spool", fault=os_reason(error))
+
+    def sync(self) -> None:
+        """Bring the spool onto the disk, once a poll."""
+        with self._lock:
+            if self._batches and not self._unspooled:
+                try:
+                    self.spool.sync()
+                except OSError as error:
+                    self._log.once("spool", fault=os_reason(error))
+
+    def flush(self) -> None:
+        """Commit all that waits. Raises StoreError."""
+        with self._lock:
+            self._follow_file()
+            if not self._batches:
+                return
+            batches = [parsed for _, parsed in self._batches]
+            events = [event for parsed in batches for event in parsed.events]
+            rejects = [reject for parsed in batches for reject in parsed.rejects]
+            merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+            self._store.store_batch(merged, self._batches[-1][0], self._clock())
+            self._batches.clear()
+            self._unspooled = 0
+            try:
+                self.spool.clear()
+            except OSError as error:
+                self._log.once("spool", fault=os_reason(error))
+
+    def check(self) -> None:
+        """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
+        with self._lock:
+            self._follow_file()
+            if self._batches:
+                self._store.check_writable()
+
+    def flush_for_reader(self, patience_s: float = 0.2) -> None:
+        """Commit for somebody who reads, if that is possible soon; what cannot be stored waits on."""
+        if not self._lock.acquire(timeout=patience_s):
+            return
+        try:
+            self.flush()
+        except StoreError:
+            pass  # the collector says so
+        finally:
+            self._lock.release()
+
+    def replay(self) -> None:
+        """Store what a previous run had popped but not committed. Raises StoreError; then it can be called again."""
+        replayed = odd = 0
+        try:
+            for item in self.spool.read():
+                if isinstance(item, bytes):
+                    self.spool.set_aside(item)
+                    odd += 1
+                elif item[0] > self._sequence:  # otherwise committed, or the same batch once more
+                    self._store.store_batch(item[1], item[0], self._clock())
+                    self._sequence = item[0]
+                    replayed += len(item[1].events)
+            self.spool.clear()
+        except OSError as error:
+            self._log.once("spool", fault=os_reason(error))
+        if odd:
+            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
+        if replayed:
+            self._log.event("spool", replayed=replayed)
+
+    def close(self) -> None:
+        """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
+        try:
+            self.flush()
+        except StoreError as error:
+            sizes = [len(parsed.events) for _, parsed in self._batches]
+            first_lost = len(sizes) - self._unspooled
+            lost = sum(sizes[first_lost:])
+            self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
+
+    def _follow_file(self) -> None:
+        """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
+        event = self._store.follow_file()
+        if event is None:
+            return
+        self._log.event("store", fault=event)
+        # Numbers count from this file's mark, so that what waits is above it.
+        batches, self._batches = self._batches, []
+        self._sequence = self._store.counts["sequence"]
+        self.spool.clear()
+        for _, parsed in batches:
+            self.hold(parsed)
 
 
 class ProxyFacts:
@@ -3780,9 +4042,9 @@ class Collector:
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
-        self._spool = Spool(Path(f"{store.path}.spool"))
-        self._pending: list[tuple[int, Parsed]] = []
-        self._sequence = store.counts["sequence"]
+        self.journal = Journal(store, log, clock, monotonic)
+        self._alive_at = self.journal.spool.alive_at()
+        self._is_replayed = False
         self._backoff = Backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
@@ -3814,24 +4076,33 @@ class Collector:
         return status.as_json(self._store.counts)
 
     def run(self) -> None:
-        """Collect until ``stop`` is set; what was popped by then is stored first."""
+        """Collect until ``stop`` is set, whatever is raised; what was popped by then is stored first."""
         try:
-            self._replay()
             while not self._stop.is_set():
                 try:
-                    self._session()
-                except QueueFault as fault:
-                    self._enter_fault(fault)
-                    self._outages.begin(fault.state)
-                    self._wait_after(fault)
-                except StoreError as error:
-                    self._enter_storage_error(error)
-                    self._stop.wait(self._backoff.next())
+                    self._turn()
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
                     self._stop.wait(self._backoff.next())
         finally:
-            self._flush_at_end()
+            self.journal.close()
+
+    def _turn(self) -> None:
+        """Run one session, and wait after the fault that ended it."""
+        try:
+            if not self._is_replayed:
+                self.journal.replay()
+                self._is_replayed = True
+                if self._alive_at is not None:
+                    self._outages.begin("stopped", min(self._alive_at, self._clock()))
+            self._session()
+        except QueueFault as fault:
+            self._enter_fault(fault)
+            self._outages.begin(fault.state)
+            self._wait_after(fault)
+        except StoreError as error:
+            self._enter_storage_error(error)
+            self._stop.wait(self._backoff.next())
 
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
@@ -3857,7 +4128,7 @@ class Collector:
     # One connection
 
     def _session(self) -> None:
-        self._flush()
+        self.journal.flush()
         self._store.check_writable()
         source = self._source = self._open()
         try:
@@ -3870,7 +4141,7 @@ class Collector:
             self._facts.disconnect()
             left = source.drain()
             if left:
-                self._hold(parse_events(left))
+                self._hold(left)
 
     def _open(self) -> Source:
         state = self._refused.state_of(self._login())
@@ -3887,112 +4158,67 @@ class Collector:
 
         No reply is on its way while the database is written, so that a kill or a lock then costs none.
         """
-        first, largest = 16, 500  # small where little comes, so that it is seen at once
-        goal = first
+        count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(goal, source.largest_batch))
-            more = result.full and result.fault is None and not self._stop.is_set()
-            parsed = parse_events(result.values)
-            if result.values:
-                self._hold(parsed)
-            held = sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in self._pending)
-            if not more or held >= goal:
-                goal = min(goal * 4, largest) if more else first
-                self._store_pending(source)
+            result = source.take(min(count, source.largest_batch))
+            more = result.full and not self._stop.is_set()
+            recorded = self._hold(result.values)
+            count = source.largest_batch if more else few
+            if not more:
+                self.journal.sync()
+            self._store_if_due(source, at_rest=not more)
             if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(result.fault), "unreachable") from result.fault
             if result.fault is not None:
                 raise result.fault
-            self._after_turn(bool(parsed.events or parsed.rejects))
+            self._after_turn(recorded)
             if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _store_pending(self, source: Any) -> None:
-        """Store what is pending before anything more is popped.
+    def _store_if_due(self, source: Source, at_rest: bool) -> None:
+        """Commit what is due; while that fails, nothing more is popped. At rest, look whether it would succeed.
 
         What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
         """
         waits, fault = Backoff(0.5, 10.0), None
-        while self._pending:
+        while not self._stop.is_set():
             try:
-                self._flush()
+                if self.journal.is_due:
+                    self.journal.flush()
+                elif at_rest:
+                    self.journal.check()
+                break
             except StoreError as error:
                 self._enter_storage_error(error)
-            if not self._pending or self._stop.wait(waits.next()):
-                break
+            self._stop.wait(waits.next())
             if source.unread:
                 result = source.take(source.largest_batch)
-                fault = result.fault
-                self._hold(parse_events(result.values))
+                fault = fault or result.fault
+                self._hold(result.values)
         if fault is not None:
             raise fault
 
-    def _hold(self, parsed: Parsed) -> None:
-        """Append a batch to the spool; on a full disk it is kept in memory alone."""
-        self._sequence += 1
-        self._pending.append((self._sequence, parsed))
-        try:
-            self._spool.append(self._sequence, parsed)
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-
-    def _flush(self) -> None:
-        """Store all that is pending in one transaction. Raises StoreError."""
-        if not self._pending:
-            return
-        batches = [parsed for _, parsed in self._pending]
-        events = [event for parsed in batches for event in parsed.events]
-        rejects = [reject for parsed in batches for reject in parsed.rejects]
-        merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
-        self._store.store_batch(merged, self._pending[-1][0], self._clock())
-        self._pending.clear()
-        self._readings.note(events)
-        if events:
-            newest = max(event.ts_epoch for event in events)
+    def _hold(self, values: Sequence[Any]) -> bool:
+        """Parse and spool what was popped, and return whether there was a record in it."""
+        if not values:
+            return False
+        parsed = parse_events(values)
+        self.journal.hold(parsed)
+        self._readings.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        try:
-            self._spool.clear()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-        self._outages.end_unwritten()
-
-    def _replay(self) -> None:
-        """Store what a previous run had popped but not committed, and record since when nobody recorded."""
-        try:
-            alive_at, left = self._spool.alive_at(), self._spool.read()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-            return
-        if self._spool.set_aside is not None:
-            self._log.event("spool", fault="batches of another version", kept_in=self._spool.set_aside.name)
-        fresh = [item for item in left if item[0] > self._sequence]
-        if fresh:
-            self._log.event("spool", replayed=sum(len(parsed.events) for _, parsed in fresh))
-        self._pending += fresh
-        self._sequence = max([self._sequence, *(sequence for sequence, _ in fresh)])
-        try:
-            self._flush()
-            if left and not fresh:
-                self._spool.clear()
-        except StoreError as error:
-            self._enter("storage_error", str(error))
-        if alive_at is not None:
-            self._outages.begin("stopped", min(alive_at, self._clock()))
-
-    def _flush_at_end(self) -> None:
-        try:
-            self._flush()
-        except StoreError:
-            self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
+        return bool(parsed.events or parsed.rejects)
 
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
+        if self._stop.is_set():
+            return
         try:
-            self._spool.touch(self._clock())
+            self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        if self._pending:
-            return
+        self._outages.end_unwritten()
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
@@ -4349,6 +4575,7 @@ class App:
     collector_status: Callable[[], dict[str, Any]]
     clock: Callable[[], float] = time.time
     demo: bool = False
+    flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
@@ -4703,6 +4930,7 @@ class Handler(BaseHTTPRequestHandler):
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
+        app.flush()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
@@ -5252,7 +5480,7 @@ def run_start(options: Any) -> int:
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
-    app = App(config, store, refresher, collector.status)
+    app = App(config, store, refresher, collector.status, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -5341,6 +5569,10 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    try:
+        ask_dashboard(config, "/api/health", 2.0)  # so that it commits what it has popped
+    except DashboardError:
+        pass  # what is committed is readable all the same
     with closing(Store(path, announce=log.line)) as store:
         yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
 

@@ -331,7 +331,7 @@ MALFORMED = [  # what came, and what is said of it
     (payload(tokens={"input_tokens": "12"}), "tokens.input_tokens is not"),
     (payload(tokens={"input_tokens": 1.5}), "tokens.input_tokens is not"),
     (payload(tokens={"total_tokens": True}), "tokens.total_tokens is not"),
-    (payload(tokens={"total_tokens": 2**53}), "tokens.total_tokens is larger"),
+    (payload(tokens={"total_tokens": 10**12 + 1}), "tokens.total_tokens is larger"),
     (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
     (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
     (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
@@ -468,7 +468,7 @@ class Run(Watched):
     RECHECK_S = 0.01
 
     def __init__(
-        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
+        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s=0.0, commit_s=0.0, **options
     ) -> None:
         super().__init__()
         self.ahead_s = ahead_s
@@ -481,6 +481,7 @@ class Run(Watched):
         self.collector = app.Collector(
             config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
         )
+        self.collector.journal.longest_s = commit_s
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from support import MALFORMED, SAMPLES, record
+from support import MALFORMED, SAMPLES, payload, record
 
 import usage_dashboard as app
 
@@ -71,7 +71,7 @@ def counts(input, output, **more):
         ("claude", counts(10, 5, reasoning=0, cached=100, total=15), (110, 5, 0, 115, 100, None)),
         ("codex", counts(-1, 5, total=5), (None, 5, None, 5, None, None)),
         ("codex", {}, (None, None, None, None, None, None)),
-        ("codex", counts(2**53 - 1, None), (2**53 - 1, None, None, 2**53 - 1, None, None)),
+        ("codex", counts(10**12, None), (10**12, None, None, 10**12, None, None)),
     ],
 )  # fmt: skip
 def test_tokens_have_one_meaning_for_every_provider(provider, tokens, expected):
@@ -293,3 +293,31 @@ def test_one_mail_at_two_providers_is_two_accounts():
         "a@x.com (codex)": [1],
         "a@x.com (claude)": [2],
     }
+
+
+JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]
+FIELDS = [*app.Context._fields, "timestamp", "model", "tokens", "token_breakdown", "latency_ms", "ttft_ms", "failed",
+          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_in_any_field_costs_its_own_event_at_most(name):
+    odd = [json.dumps({**record(), name: value}).encode() for value in JSON_VALUES]
+    odd += [json.dumps({**record(), "tokens": {name: value}, "fail": {name: value}}).encode() for value in JSON_VALUES]
+    parsed = app.parse_events([payload(1), *odd, payload(2)])
+    assert len(parsed.events) + len(parsed.rejects) + parsed.ignored == len(odd) + 2
+    assert [event.request_id for event in parsed.events if event.request_id in ("r1", "r2")] == ["r1", "r2"]
+
+
+@pytest.mark.parametrize("raw", [7, [1, 2], [b"a", [b"b"]], app.Oversized(9), None, 1.5, "text", eval("[" * 90 + "]" * 90)])
+def test_value_that_is_no_event_is_parked_beside_its_neighbours(raw):
+    parsed = app.parse_events([payload(1), raw, payload(2)])
+    assert (len(parsed.events), len(parsed.rejects)) == (2, 1)
+
+
+def test_counts_are_limited_before_and_after_they_are_added():
+    most = {"input_tokens": 10**12, "output_tokens": 10**12}
+    assert "larger than 10^12" in app.parse_events([payload(tokens=most)]).rejects[0].reason
+    claude = {"input_tokens": 9 * 10**11, "output_tokens": 1, "cache_read_tokens": 9 * 10**11}
+    assert "larger than 10^12" in app.parse_events([payload(tokens=claude, provider="claude")]).rejects[0].reason
+    assert app.parse_events([payload(tokens={"input_tokens": 10**12})]).events[0].total_tokens == 10**12
