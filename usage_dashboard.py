@@ -248,9 +248,12 @@ def without_secrets(text: str, limit: int = 160) -> str:
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
+_LONGEST_ERROR = 256 * 1024
+
+
 def _json_error(body: Any) -> tuple[str, str]:
     """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
+    if not isinstance(body, str) or len(body) > _LONGEST_ERROR or not body.lstrip().startswith(("{", "[")):
         return "", ""
     try:
         content = json.loads(body)
@@ -826,6 +829,45 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
+def compact(raw: Any) -> Any:
+    """Return a value of the queue; a large one decoded and without what is not stored, so that many take little memory.
+
+    What is large and no object becomes Oversized.
+    """
+    if not isinstance(raw, bytes) or len(raw) < 16 * 1024:
+        return raw
+    content = _decode_one(raw)
+    if not isinstance(content, dict):
+        return Oversized(len(raw))
+    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    kept = {name: content[name] for name in names if name in content}
+    kept = {name: value[:1024] if isinstance(value, str) else value for name, value in kept.items()}
+    if isinstance(kept.get("fail"), dict):
+        body = kept["fail"].get("body")
+        body = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
+        kept["fail"] = {"status_code": kept["fail"].get("status_code"), "body": body}
+    if "response_headers" in kept:
+        headers = _quota_headers(kept["response_headers"]) or {}
+        kept["response_headers"] = {name: [text] for name, text in headers.items()}
+    return kept
+
+
+def split_array(data: bytes) -> list[bytes]:
+    """Return the elements of a JSON array undecoded, so that an odd one costs itself alone. Raises ValueError."""
+    elements, depth, start = [], 0, 0
+    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[][{},]', data, re.S):
+        token = match.group()
+        depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
+        if depth == 1 and token == b"[" and not start:
+            start = match.end()
+        elif start and ((depth == 1 and token == b",") or depth == 0):
+            elements.append(data[start : match.start()])
+            start = match.end()
+            if depth == 0:
+                return [element for element in elements if element.strip()]
+    raise ValueError("not an array")
+
+
 def _loads(raw: bytes) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -1081,15 +1123,18 @@ def failure_kind(status: int | None, error: str | None) -> str:
     return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
 
 
+_KEPT_OF_REJECT = (
+    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+)
+
+
 def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = (
-        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
-        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-    )
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
+    names = _KEPT_OF_REJECT.split()
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -3288,7 +3333,7 @@ class PopSource(Source):
                 elif reply is None:
                     empty = True
                 else:
-                    values.append(reply)
+                    values.append(compact(reply))
         except QueueFault as broken:
             fault = fault or broken
         return PopResult(values, not empty and fault is None, fault)
@@ -3313,7 +3358,7 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, decode: Callable[[bytes], Any] = json.loads) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
             status, content = self._exchange(path)
@@ -3326,7 +3371,7 @@ class ProxyApi:
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
-                return json.loads(content)
+                return decode(content)
             except (ValueError, RecursionError):
                 raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
@@ -3389,12 +3434,19 @@ class HttpSource(Source):
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            values = self._api.get(f"/v0/management/usage-queue?count={count}", self._decode)
         except QueueFault as fault:
             return PopResult([], False, fault)
         if not isinstance(values, list):
             return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
+
+    @staticmethod
+    def _decode(content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            return split_array(content)
 
 
 class SubscribeSource(Source):
@@ -3411,7 +3463,7 @@ class SubscribeSource(Source):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: PopSource | None = PopSource(connect, password, key)
         self._client: Any = None
-        self._inbox: Any = queue.Queue(10_000)
+        self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
         """Log in, subscribe, and open the second connection, which takes the backlog."""
@@ -3438,7 +3490,7 @@ class SubscribeSource(Source):
                 self._inbox.put(fault)
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
-                self._inbox.put(frame[2])
+                self._inbox.put(compact(frame[2]))
 
     @property
     def unread(self) -> int:  # type: ignore[override]

@@ -303,3 +303,10 @@ def replace_content(path, content) -> None:
     with path.open("r+b") as file:
         file.truncate()
         file.write(content)
+
+
+def test_odd_element_of_an_http_answer_costs_itself_alone(collect, proxy, store):
+    proxy.push(payload(1), b"[" * 900 + b"]" * 900, b'"\xff"', b"7", payload(2))
+    run = collect(proxy, collect_mode="http")
+    run.wait_for(lambda: run.accounted == 5)
+    assert stored_ids(store) == ["r1", "r2"] and run.status["rejected"] == 3

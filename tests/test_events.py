@@ -321,3 +321,30 @@ def test_counts_are_limited_before_and_after_they_are_added():
     claude = {"input_tokens": 9 * 10**11, "output_tokens": 1, "cache_read_tokens": 9 * 10**11}
     assert "larger than 10^12" in app.parse_events([payload(tokens=claude, provider="claude")]).rejects[0].reason
     assert app.parse_events([payload(tokens={"input_tokens": 10**12})]).events[0].total_tokens == 10**12
+
+
+def test_large_event_is_kept_small_and_read_the_same():
+    error = json.dumps({"error": {"code": "too_long", "message": "input"}})
+    headers = {"X-Codex-Plan-Type": ["plus"], "Set-Cookie": ["x" * 10_000]}
+    changes = {"failed": True, "fail": {"status_code": 400, "body": error}, "response_headers": headers, "provider": "codex"}
+    raw = payload(1, junk="x" * 7_000_000, **changes)
+    small = app.compact(raw)
+    assert len(json.dumps(small)) < 2000
+    assert app.parse_events([small]).events == app.parse_events([raw]).events
+    huge_body = app.compact(payload(2, failed=True, fail={"status_code": 400, "body": "{" * 300_000}))
+    assert app.parse_events([huge_body]).events[0].error == "400 Bad Request" and len(json.dumps(huge_body)) < 2000
+
+
+@pytest.mark.parametrize("raw", [b"[" * 20_000, b"x" * 20_000, b"7" * 20_000, json.dumps(["x" * 20_000]).encode()])
+def test_large_value_that_is_no_object_is_parked_with_its_length(raw):
+    (reject,) = app.parse_events([app.compact(raw)]).rejects
+    assert reject.length == len(raw)
+
+
+def test_array_is_split_into_elements_that_stand_for_themselves():
+    elements = [b"1", b'"a,]\\""', b'{"x":[1,{"y":"}"}]}', b"[" * 3000 + b"]" * 3000, b'"\xff"', payload(1)]
+    assert [part.strip() for part in app.split_array(b"[" + b" , ".join(elements) + b"]")] == elements
+    assert app.split_array(b"[]") == []
+    for broken in (b"", b"{}", b"[1", b"7"):
+        with pytest.raises(ValueError):
+            app.split_array(broken)

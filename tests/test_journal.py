@@ -8,7 +8,19 @@ import shutil
 import sqlite3
 
 import pytest
-from support import NOON, event, make_original, payload, payloads, put, rows, spool_path, stored_ids, wait_a_while
+from support import (
+    NOON,
+    config_of,
+    event,
+    make_original,
+    payload,
+    payloads,
+    put,
+    rows,
+    spool_path,
+    stored_ids,
+    wait_a_while,
+)
 
 import usage_dashboard as app
 
@@ -178,3 +190,22 @@ def test_folder_that_is_renamed_stops_the_pops_and_what_is_back_goes_on(collect,
     assert stored_ids(store) == [f"r{number}" for number in range(403)]
     run.end()
     store.close()
+
+
+@pytest.mark.parametrize("fault", [RecursionError, MemoryError, OverflowError, KeyError])
+def test_collector_goes_on_after_anything_that_is_raised(collect, proxy, fault):
+    answers = []
+
+    def load():
+        answers.append(1)
+        if len(answers) < 3:
+            raise fault("x" * 10)
+        return config_of(proxy)
+
+    run = collect(proxy, load=load, management_password="wrong")
+    run.wait_for_state("unreachable")
+    assert f"a fault of its own: {fault.__name__} at line" in run.status["message"]
+    run.wait_for_state("waiting")
+    proxy.push(payload(1))
+    run.wait_for_events(1)
+    assert proxy.failures == 1
