@@ -24,12 +24,13 @@ cli        commands, signals, exit codes
 from __future__ import annotations
 
 import base64
-import binascii
+import errno
 import gc
 import hashlib
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import random
@@ -42,18 +43,11 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from http.client import (
-    HTTPConnection,
-    HTTPException,
-    HTTPMessage,
-    HTTPSConnection,
-    IncompleteRead,
-    LineTooLong,
-    responses,
-)
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import datetime, timedelta, timezone
+from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -846,6 +840,8 @@ def parse_event(content: Any) -> Event | None:
 
 
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
+
+
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
     values = tuple(map(content.get, ("model", *Context._fields)))
@@ -1583,17 +1579,13 @@ class _Reasons:
     def id_of(self, status: int | None, error: str | None) -> int:
         """Return the id of a failure's reason, inserted if it is new."""
         known = self._ids.get((status, error))
-        return known if known is not None else cache(self._ids, (status, error), self._find(status, error))
-
-    def _find(self, status: int | None, error: str | None) -> int:
+        if known is not None:
+            return known
         reason = {"status_code": status, "error": failure_kind(status, error)}
-        row = self._db.execute("SELECT id FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
-        found = row.fetchone()
-        if found is not None:
-            return found[0]
-        if self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
+        row = self._db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+        if not row.fetchone() and self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
             reason["error"] = "other"
-        return _id_of(self._db, "reasons", reason)
+        return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
 
     def clear(self) -> None:
         """Forget all ids: a transaction that inserted some was rolled back."""
@@ -2025,7 +2017,7 @@ class Store:
         rows: list[Any] = []
         with self._read() as db:
             accounts = self._accounts_in(db)
-            condition, values = _event_conditions(filters, accounts)
+            condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
@@ -2250,13 +2242,6 @@ def _store_reason(path: Path, error: BaseException) -> str:
     return f"{path} cannot be used: {error}"
 
 
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 _WINDOW_COLUMNS = (
     *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
     *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
@@ -2284,7 +2269,7 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
     if filters._replace(text=None) == _NO_FILTERS:
         yield window
         return
-    condition, values = _roll_up_conditions(filters, accounts)
+    condition, values = _conditions(filters, accounts, on_rows=False)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
@@ -2316,40 +2301,24 @@ def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Accoun
     return [(account, add_sums(rows)) for account, rows in folded.values()]
 
 
-def _identity_list(name: str, accounts: Sequence[Account]) -> str:
-    """Return the identities of an account as SQL, by its name or by a mail that several accounts share."""
-    ids = (account.identity_ids for account in accounts if name in (account.name, account.mail))
-    return ", ".join(str(identity_id) for members in ids for identity_id in members)
-
-
-def _event_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Return the filters as SQL conditions on ``events e`` with the values to bind."""
+def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
+    """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        parts.append(f"{_IDENTITY_OF} IN ({_identity_list(filters.account, accounts)})")
+        ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
+        listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
+        parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
     if filters.model is not None:
-        parts.append(f"{_MODEL_OF} = ?")
+        parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        parts.append(f"IFNULL(e.failed, 0) {'<>' if filters.status == 'failed' else '='} 0")
-    if filters.text:
+        column = "IFNULL(e.failed, 0)" if on_rows else "r.reason_id"
+        parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
+    if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
         searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
         parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
         values += [pattern] * len(searched)
-    return "".join(f" AND {part}" for part in parts), values
-
-
-def _roll_up_conditions(filters: Filters, accounts: Sequence[Account]) -> tuple[str, list[Any]]:
-    """Return the filters as SQL conditions on a roll-up ``r`` with the values to bind."""
-    parts, values = [], []
-    if filters.account is not None:
-        parts.append(f"r.identity_id IN ({_identity_list(filters.account, accounts)})")
-    if filters.model is not None:
-        parts.append("r.model_id = (SELECT id FROM models WHERE name = ?)")
-        values.append(filters.model)
-    if filters.status is not None:
-        parts.append(f"r.reason_id {'<>' if filters.status == 'failed' else '='} 0")
     return "".join(f" AND {part}" for part in parts), values
 
 
@@ -2372,8 +2341,8 @@ class _UsagePlan:
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._has_filters = filters._replace(text=None) != _NO_FILTERS
-        self._event_conditions = _event_conditions(filters, accounts)
-        self._roll_up_conditions = _roll_up_conditions(filters, accounts)
+        self._event_conditions = _conditions(filters, accounts, on_rows=True)
+        self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
@@ -4024,27 +3993,24 @@ class Collector:
             self._log.once("spool", fault=os_reason(error))
         if self._pending:
             return
-        try:
-            self._readings.save_due()
-        except StoreError as error:  # readings come with the next requests again; events are not held up for them
-            self._log.event("quota", fault=error)
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
-        if got_values:
-            self._facts.note_events()
-        self._facts.ask_if_due()
-        self._outages.note_publishing(self._facts.publishing)
-        now = self._clock()
+        now, facts = self._clock(), self._facts
         if got_values:
             self._recorded_at = now
+            facts.note_events()
+        facts.ask_if_due()
+        self._outages.note_publishing(facts.publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        off = self._facts.publishing is False
-        self._enter("publishing_off" if off else "waiting" if is_quiet else "recording")
-
+        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
+        try:
+            self._readings.save_due()
+        except StoreError as error:  # readings come with the next requests again; events are not held up for them
+            self._log.event("quota", fault=error)
 
     # States and waiting
 
@@ -4310,156 +4276,131 @@ class Housekeeper:
 class ApiError(DashboardError):
     """Report a question that cannot be answered, with the status and the stable code of its answer."""
 
-    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] | None = None):
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
         super().__init__(message)
-        self.http_status, self.code, self.headers = http_status, code, dict(headers or {})
+        self.http_status, self.code, self.headers = http_status, code, headers
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
 RANGE_NAMES = ("today", *RANGES, "all")
-_AUTO_BUCKETS = ((3600, 300), (5 * 3600, 900), (2 * 86400, 3600), (8 * 86400, 3 * 3600))
-_MOST_BUCKETS = 10_000
-_CLOCK_SLACK_S = 3600.0
-_FORCE_WAIT_S = 25.0
-Query = Mapping[str, str]
 
 
+class Query(dict):
+    """A question's parameters by name; every method raises ApiError where one has a value that is not allowed."""
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str | None:
+        """Return one of the allowed words."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            raise ApiError(400, f"bad_{name}", f"{name} must be one of {', '.join(allowed)}")
+        return value
+
+    def whole(self, name: str, low: int, high: int, default: int) -> int:
+        """Return a whole number from ``low`` to ``high``."""
+        text = self.get(name, str(default))
+        if not re.match(r"[+-]?\d{1,9}\Z", text, re.ASCII) or not low <= int(text) <= high:
+            raise ApiError(400, f"bad_{name}", f"{name} must be a whole number from {low} to {high}")
+        return int(text)
+
+    def moment(self, name: str) -> float | None:
+        """Return a time in epoch seconds."""
+        text = self.get(name)
+        if text is None:
+            return None
+        if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
+            raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
+        return float(text)
+
+    def zone(self) -> timezone | None:
+        """Return the viewer's zone, None for this machine's."""
+        minutes = self.whole("tz_offset", -14 * 60, 14 * 60, 0)
+        if minutes % 15:
+            raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
+        return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
+
+    def bucket_s(self, window: Window) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
+        length, bucket_s = window.end - window.start, 3600
+        if self.choice("bucket", ("auto", "hour")) == "auto":
+            # Each range may be an hour longer, where the proxy's clock is ahead.
+            sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
+            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
+        return bucket_s if length / bucket_s <= 10_000 else 86400
+
+    def filters(self) -> Filters:
+        """Return what narrows the answer."""
+        return Filters(self.get("account"), self.get("model"), self.choice("status", ("ok", "failed")), self.get("q"))
+
+    def cursor(self) -> tuple[float, int] | None:
+        """Return the time and the id of the request that the list goes on behind."""
+        match = re.match(r"(\d{1,10}(?:\.\d{1,9})?)_(\d{1,18})\Z", self.get("before", ""), re.ASCII)
+        if "before" in self and match is None:
+            raise ApiError(400, "bad_before", 'before must be the "next" of an earlier answer')
+        return (float(match.group(1)), int(match.group(2))) if match else None
+
+
+@dataclass
 class App:
     """What the routes answer from; collector and refresher are asked for their state only."""
 
-    def __init__(
-        self,
-        config: Config,
-        store: Store,
-        refresher: QuotaRefresher,
-        collector_status: Callable[[], dict[str, Any]],
-        clock: Callable[[], float] = time.time,
-        demo: bool = False,
-    ):
-        self.config, self.store, self.refresher, self.clock, self.demo = config, store, refresher, clock, demo
-        self.collector_status = collector_status
-        self.started_at, self.run_id = time.monotonic(), os.urandom(4).hex()
+    config: Config
+    store: Store
+    refresher: QuotaRefresher
+    collector_status: Callable[[], dict[str, Any]]
+    clock: Callable[[], float] = time.time
+    demo: bool = False
+    started_at: float = field(default_factory=time.monotonic)
+    run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
 
-def _choice(query: Query, name: str, allowed: Sequence[str]) -> str | None:
-    value = query.get(name)
-    if value is not None and value not in allowed:
-        raise ApiError(400, f"bad_{name}", f"{name} must be one of {', '.join(allowed)}")
-    return value
-
-
-def _whole(query: Query, name: str, low: int, high: int, default: int) -> int:
-    text = query.get(name)
-    if text is None:
-        return default
-    if not re.match(r"[+-]?\d{1,9}\Z", text, re.ASCII) or not low <= int(text) <= high:
-        raise ApiError(400, f"bad_{name}", f"{name} must be a whole number from {low} to {high}")
-    return int(text)
-
-
-def _moment(query: Query, name: str) -> float | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
-        raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
-    return float(text)
-
-
-def _offset_s(query: Query, now: float) -> int:
-    """Return the zone in seconds east of UTC: the viewer's, else this machine's. Raises ApiError."""
-    if "tz_offset" not in query:
-        return time.localtime(now).tm_gmtoff // BUCKET_S * BUCKET_S
-    minutes = _whole(query, "tz_offset", -14 * 60, 14 * 60, 0)
-    if minutes % 15:
-        raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
-    return minutes * 60
-
-
-def _filters(query: Query) -> Filters:
-    return Filters(
-        query.get("account") or None,
-        query.get("model") or None,
-        _choice(query, "status", ("ok", "failed")),
-        query.get("q") or None,
-    )
-
-
-def _midnight(now: float, query: Query, offset_s: int) -> float:
-    if "tz_offset" in query:
-        return float((int(now) + offset_s) // 86400 * 86400 - offset_s)
-    today = time.localtime(now)
-    return time.mktime((today.tm_year, today.tm_mon, today.tm_mday, 0, 0, 0, 0, 0, -1))
-
-
-def _window(app: App, query: Query, now: float, offset_s: int) -> tuple[str, Window]:
+def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
 
     The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
     """
-    name = _choice(query, "range", RANGE_NAMES) or "today"
-    start, end = _moment(query, "start"), _moment(query, "end")
-    span = app.store.span() or (now, now)
+    name = query.choice("range", RANGE_NAMES) or "today"
+    start, end = query.moment("start"), query.moment("end")
+    oldest, newest = app.store.span() or (now, now)
     if start is None:
         anchor = now if end is None else end
-        start = {"today": _midnight(anchor, query, offset_s), "all": span[0]}.get(name, anchor - RANGES.get(name, 0))
+        midnight = datetime.fromtimestamp(anchor, query.zone()).replace(hour=0, minute=0, second=0, microsecond=0)
+        start = {"today": midnight.timestamp(), "all": oldest}.get(name, anchor - RANGES.get(name, 0))
     if end is None:
-        newest = span[1] + 0.001
-        end = max(now, newest) if name == "all" or newest <= now + _CLOCK_SLACK_S else now
+        end = max(now, newest + 0.001) if name == "all" or newest + 0.001 <= now + 3600 else now
     if not start < end:
         raise ApiError(400, "bad_window", "start must be before end")
     return name, Window(start, end)
 
 
-def _bucket_s(query: Query, window: Window) -> int:
-    length = window.end - window.start
-    bucket_s = 3600
-    if _choice(query, "bucket", ("auto", "hour")) == "auto":
-        bucket_s = next((bucket for span, bucket in _AUTO_BUCKETS if length <= span + _CLOCK_SLACK_S), 86400)
-    return bucket_s if length / bucket_s <= _MOST_BUCKETS else 86400
-
-
-def _sums_json(sums: Sequence[int]) -> dict[str, int]:
-    return dict(zip(SUM_NAMES, sums))
-
-
-def _total(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    total = (0,) * len(SUM_NAMES)
-    for row in rows:
-        total = tuple(a + b for a, b in zip(total, row))
-    return total
-
-
-def _bucket_label(start: int, query: Query, offset_s: int) -> str:
-    local = time.gmtime(start + offset_s) if "tz_offset" in query else time.localtime(start)
-    return time.strftime("%Y-%m-%d %H:%M", local)
-
-
 def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
-    now = app.clock()
-    offset_s = _offset_s(query, now)
-    name, window = _window(app, query, now, offset_s)
-    bucket_s = _bucket_s(query, window)
-    filters = _filters(query)._replace(text=None)  # a search narrows the list of requests only
+    now, zone = app.clock(), query.zone()
+    name, window = _window(app, query, now)
+    bucket_s = query.bucket_s(window)
+    offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
+    offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
+    filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    starts = range(first, int(window.end) + (window.end > int(window.end)), bucket_s)
-    nothing = (0,) * len(SUM_NAMES)
+    nothing = add_sums([])
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
-        buckets[first] = _total([buckets.pop(early), buckets.get(first, nothing)])
+        buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
         "range": name,
         "start": window.start,
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": _sums_json(_total(buckets.values())),
+        "summary": dict(zip(SUM_NAMES, add_sums(buckets.values()))),
         "hours": [
-            {"hour": _bucket_label(at, query, offset_s), "start": at, **_sums_json(buckets.get(at, nothing))}
-            for at in starts
+            {
+                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
+                "start": at,
+                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
+            }
+            for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [{"model": model, **_sums_json(sums)} for model, sums in models],
+        "models": [{"model": model, **dict(zip(SUM_NAMES, sums))} for model, sums in models],
         "accounts": [
             {
                 "account": account.name,
@@ -4467,7 +4408,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
                 "auth_index": account.auth_index or None,
                 "plan": account.plan or None,
                 "provider": account.provider or None,
-                **_sums_json(sums),
+                **dict(zip(SUM_NAMES, sums)),
             }
             for account, sums in accounts
         ],
@@ -4477,25 +4418,13 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
 
 def api_requests(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/requests``: single events, newest first, with a cursor to the older ones."""
-    limit = _whole(query, "limit", 1, 500, 100)
-    before = _cursor(query.get("before"))
-    window = None
-    if any(name in query for name in ("range", "start", "end")):
-        now = app.clock()
-        window = _window(app, query, now, _offset_s(query, now))[1]
-    rows = app.store.requests(limit + 1, window, _filters(query), before)
+    limit, before = query.whole("limit", 1, 500, 100), query.cursor()
+    in_window = any(name in query for name in ("range", "start", "end"))
+    window = _window(app, query, app.clock())[1] if in_window else None
+    rows = app.store.requests(limit + 1, window, query.filters(), before)
     more = len(rows) > limit
     rows = rows[:limit]
     return {"requests": rows, "next": f"{rows[-1]['ts_epoch']!r}_{rows[-1]['id']}" if more else None}
-
-
-def _cursor(text: str | None) -> tuple[float, int] | None:
-    if text is None:
-        return None
-    match = re.match(r"(\d{1,10}(?:\.\d{1,9})?)_(\d{1,18})\Z", text, re.ASCII)
-    if match is None:
-        raise ApiError(400, "bad_before", 'before must be the "next" of an earlier answer')
-    return float(match.group(1)), int(match.group(2))
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -4504,16 +4433,6 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
     quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
-
-
-def force_quota(app: App, query: Query) -> dict[str, Any]:
-    """Refresh all accounts and answer as api_quota when the round is done, at the latest after 25 s."""
-    try:
-        app.refresher.start().join(_FORCE_WAIT_S)
-    except RefreshRefused as refused:
-        headers = {"Retry-After": str(refused.retry_after_s)} if refused.retry_after_s else {}
-        raise ApiError(refused.http_status, refused.code, str(refused), headers) from refused
-    return api_quota(app, query)
 
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
@@ -4542,25 +4461,12 @@ def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
-def _quota_version(app: App) -> tuple[Any, ...]:
-    return (*_data_version(app), json.dumps(app.refresher.state()))
-
-
 ROUTES = {
     "/api/summary": Route(api_summary, _data_version),
-    "/api/quota": Route(api_quota, _quota_version),
+    "/api/quota": Route(api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": Route(api_requests, _data_version),
     "/api/health": Route(api_health, None),
 }
-
-
-def etag_of(app: App, path: str, query: Query) -> str | None:
-    """Return the tag that the answer to this question has now; None for a route that has none."""
-    version = ROUTES[path].version
-    if version is None:
-        return None
-    parts = [app.run_id, path, sorted(query.items()), version(app)]
-    return f'"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}"'
 
 
 class Answer(NamedTuple):
@@ -4572,10 +4478,10 @@ class Answer(NamedTuple):
     policy: str = "default-src 'none'; frame-ancestors 'none'"
     gzipped: bytes | None = None
 
-
-def json_answer(content: Mapping[str, Any], etag: str | None = None) -> Answer:
-    """Return the answer that holds this content."""
-    return Answer(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+    @classmethod
+    def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
+        """Return the answer that holds this content as JSON."""
+        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -4586,42 +4492,24 @@ def load_page(path: Path) -> Answer:
         body = path.read_bytes()
     except OSError as error:
         raise DashboardError(f"{path} is missing: {os_reason(error)}; copy it beside the script") from error
-    scripts = re.findall(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>", body, re.S)
-    styles = re.findall(rb"<style[^>]*>(.*?)</style>", body, re.S)
+
+    def hashes(element: bytes) -> str:
+        digests = (hashlib.sha256(part).digest() for part in re.findall(element, body, re.S))
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    scripts = hashes(rb"<script(?![^>]*(?:application/json|text/plain))[^>]*>(.*?)</script>")
+    styles = hashes(rb"<style[^>]*>(.*?)</style>")
     policy = (
-        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; connect-src 'self'; "
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     etag = f'"{hashlib.sha256(body).hexdigest()[:20]}"'
     return Answer(body, etag, "text/html; charset=utf-8", policy, gzip.compress(body, 9))
 
 
-def _hashes(parts: Sequence[bytes]) -> str:
-    tokens = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
-    return " ".join(f"'sha256-{token}'" for token in tokens) or "'none'"
-
-
 def is_loopback(host: str) -> bool:
     """Return whether this name or address is one of this machine alone."""
     return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
-
-
-def _takes_gzip(accepted: str) -> bool:
-    return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted, re.I) is not None
-
-
-def _password_fits(header: str | None, password: str) -> bool:
-    """Compare in constant time the password of a Basic header; the user name is anything."""
-    import hmac
-
-    if not password:
-        return True
-    kind, _, coded = (header or "").partition(" ")
-    try:
-        sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
-    except (binascii.Error, ValueError):
-        sent = b""
-    return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
 
 class Connections:
@@ -4632,64 +4520,58 @@ class Connections:
     """
 
     def __init__(self, most: int = 128) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._open: set[Any] = set()
-        self._waits_until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+        self._most, self._lock = most, threading.Lock()
+        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._open) >= self._most:
-                if not self._waits_until:
+            if len(self._until) >= self._most:
+                idle = next((one for one, until in self._until.items() if until < math.inf), None)
+                if idle is None:
                     return False
-                self._end(next(iter(self._waits_until)))
-            self._open.add(connection)
+                self._end(idle)
+            self._until[connection] = math.inf
             return True
 
     def wait(self, connection: Any, seconds: float) -> None:
         """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
         with self._lock:
-            self._waits_until.pop(connection, None)
-            if connection in self._open:
-                self._waits_until[connection] = time.monotonic() + seconds
+            if self._until.pop(connection, None) is not None:
+                self._until[connection] = time.monotonic() + seconds
 
     def busy(self, connection: Any) -> None:
         """Record that the client waits for us."""
-        with self._lock:
-            self._waits_until.pop(connection, None)
+        self.wait(connection, math.inf)
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._waits_until.items() if until <= now]:
+            for connection in [one for one, until in self._until.items() if until <= now]:
                 self._end(connection)
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._open.discard(connection)
-            self._waits_until.pop(connection, None)
+            self._until.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        self._open.discard(connection)
-        del self._waits_until[connection]
+        del self._until[connection]
         try:
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the client was quicker
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingMixIn, TCPServer):
     """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
 
-    A request's head must be there within ``head_s`` seconds, however its bytes drip in. Nothing is looked up in
-    the DNS.
+    A request's head must be there within ``head_s`` seconds, however its bytes drip in. It is no HTTPServer, which
+    looks its own name up in the DNS.
     """
 
-    daemon_threads = True
-    block_on_close = False
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 128
     app: App
     page: Answer
@@ -4698,13 +4580,7 @@ class Server(ThreadingHTTPServer):
         self.connections, self.head_s = Connections(), head_s
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of the host's name that the standard server does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_port = self.server_address[1]
 
     def serve(self, app: App, page: Answer, poll_interval_s: float = 0.5) -> None:
         """Answer requests until shutdown(), which is noticed within the poll interval, as are late clients."""
@@ -4730,30 +4606,12 @@ class Server(ThreadingHTTPServer):
         """Log nothing: what arrives here is a client that went away."""
 
 
-class HeadReader(io.BufferedReader):
-    """Read the lines of a request's head: whole ones only, and at most 16 KiB of them together.
-
-    Raises LineTooLong beyond that, and ConnectionError where the client leaves in the middle: to the standard parser
-    the end of the stream would be the end of the head.
-    """
-
-    largest = left = 16 * 1024
-
-    def readline(self, limit: int | None = -1) -> bytes:
-        """Return the next line of the head, whatever ``limit`` is."""
-        line = super().readline(self.left)
-        self.left -= len(line)
-        if not line.endswith(b"\n"):
-            raise ConnectionError("no whole line came") if self.left else LineTooLong("request's head")
-        return line
-
-
 class Handler(BaseHTTPRequestHandler):
     """Answer the requests of one connection; the only place that knows HTTP."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    rbufsize = 0
+    largest_head = 16 * 1024
     idle_s, send_s, drain_s = 75.0, 20.0, 2.0
     server: Server
     common_headers = {
@@ -4765,38 +4623,40 @@ class Handler(BaseHTTPRequestHandler):
     }
     parser_faults = {
         400: ("bad_request", "this is not an HTTP request"),
-        431: ("head_too_large", f"the request's head is over {HeadReader.largest} bytes or 100 lines"),
+        431: ("head_too_large", f"the request's head is over {largest_head} bytes or 100 lines"),
         505: ("bad_version", "speak HTTP/1.0 or HTTP/1.1"),
     }
 
-    def setup(self) -> None:
-        super().setup()
-        self.rfile = HeadReader(self.rfile)
-
     def handle_one_request(self) -> None:
         """Answer the next request, or find that the client has left or was ended."""
-        self.close_connection, self.headers = True, HTTPMessage()
+        self.close_connection, self.command, self.headers = True, None, HTTPMessage()
         self.server.connections.wait(self.connection, self.idle_s)
         if not self.rfile.peek(1):
             return
         self.server.connections.wait(self.connection, self.server.head_s)
-        self.rfile.left = self.rfile.largest
-        self.command = None
-        try:
-            self.raw_requestline = self.rfile.readline()
-        except LineTooLong:
+        head = line = self.rfile.readline(self.largest_head)
+        while line.endswith(b"\n") and line not in (b"\r\n", b"\n"):
+            line = self.rfile.readline(self.largest_head - len(head))
+            head += line
+        if line.endswith(b"\n"):  # to the standard parser, a head that was cut short would be a whole one
+            self._parse(head)
+        elif len(head) == self.largest_head:
             self.send_error(431)
-            return
-        if self.parse_request():
+
+    def _parse(self, head: bytes) -> None:
+        stream, self.rfile = self.rfile, io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        understood = self.parse_request()
+        self.rfile = stream
+        if understood:
             self.server.connections.busy(self.connection)
             self._answer()
 
     def _answer(self) -> None:
-        lengths = self.headers.get_all("Content-Length", ["0"])
+        # A body is of no use here.
         may_have_body = self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers
-        may_have_body = may_have_body or any(length.strip() != "0" for length in lengths)
-        if may_have_body:
-            self.close_connection = True  # a body is of no use here
+        may_have_body = may_have_body or set(self.headers.get_all("Content-Length", ["0"])) != {"0"}
+        self.close_connection = self.close_connection or may_have_body
         try:
             self._check_access()
             self._route()
@@ -4810,56 +4670,64 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_access(self) -> None:
         config = self.server.app.config
-        if self.request_version == "HTTP/0.9":
-            raise ApiError(400, "bad_request", "speak HTTP/1.0 or later")
         host = re.sub(r":\d+\Z", "", self.headers.get("Host", "localhost").strip().lower())  # any port is fine (ssh -L)
         if is_loopback(config.dashboard_host) and not is_loopback(host.strip("[]").rstrip(".")):
             raise ApiError(403, "foreign_host", "this dashboard answers to localhost only")
-        if not _password_fits(self.headers.get("Authorization"), config.dashboard_password):
+        if config.dashboard_password and not self._knows(config.dashboard_password):
             wanted = {"WWW-Authenticate": 'Basic realm="CLIProxyAPI Usage Dashboard", charset="UTF-8"'}
             raise ApiError(401, "password_needed", "give the dashboard_password; any user name will do", wanted)
         if self.command not in ("GET", "HEAD"):
             raise ApiError(405, "method_not_allowed", "use GET or HEAD", {"Allow": "GET, HEAD"})
 
+    def _knows(self, password: str) -> bool:
+        """Compare in constant time the password of a Basic header; the user name is anything."""
+        import hmac
+
+        kind, _, coded = self.headers.get("Authorization", "").partition(" ")
+        try:
+            sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
+        except ValueError:
+            sent = b""
+        return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
+
     def _route(self) -> None:
+        app, page = self.server.app, self.server.page
         try:
             parts = urlsplit(self.path)
-            query = dict(parse_qsl(parts.query, keep_blank_values=False, max_num_fields=50, errors="replace"))
+            query = Query(parse_qsl(parts.query, max_num_fields=50, errors="replace"))
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(self.server.page.etag, lambda: self.server.page)
+            self._send_unless_known(page.etag, lambda: page)
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
-        forced = query.pop("force", None) == "1" and self.command == "GET"
-        if parts.path == "/api/quota" and forced:
+        answer, version = ROUTES[parts.path]
+        forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
+        if forced:
             self._refuse_other_sites()
-            self._send(200, json_answer(force_quota(self.server.app, query)))
+            app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
+        if forced or version is None:
+            self._send(200, Answer.of(answer(app, query)))
             return
-        app, etag = self.server.app, etag_of(self.server.app, parts.path, query)
-        self._send_unless_known(etag, lambda: json_answer(ROUTES[parts.path].answer(app, query), etag))
-
-    def _send_unless_known(self, etag: str | None, make: Callable[[], Answer]) -> None:
-        tags = [tag.strip().replace("W/", "", 1) for tag in self.headers.get("If-None-Match", "").split(",")]
-        if etag is not None and (etag in tags or "*" in tags):
-            self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+        state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
+        etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
-        site = self.headers.get("Sec-Fetch-Site")
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, [self.headers.get(name) for name in ("Origin", "Referer")])
-        try:
-            foreign = site not in ("same-origin", "none", None)
-            if site is None:
-                foreign = any(urlsplit(url).netloc not in own_hosts for url in sent)
-        except ValueError:
-            foreign = True
-        if foreign:
+        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
+
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+        known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
+        if etag in known or "*" in known:
+            self._send_head(304, {"ETag": etag}, b"")
+        else:
+            self._send(200, make())
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
@@ -4868,7 +4736,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["ETag"] = answer.etag
         if len(body) > 1000:
             headers["Vary"] = "Accept-Encoding"
-            if _takes_gzip(self.headers.get("Accept-Encoding", "")):
+            if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", self.headers.get("Accept-Encoding", ""), re.I):
                 import gzip
 
                 headers["Content-Encoding"] = "gzip"
@@ -4877,11 +4745,12 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(status, headers, b"" if self.command == "HEAD" else body)
 
     def _send_fault(self, error: DashboardError) -> None:
-        message = str(error)
+        message, more = str(error), getattr(error, "headers", {})
+        if isinstance(error, RefreshRefused) and error.retry_after_s:
+            more = {"Retry-After": str(error.retry_after_s)}
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        answer = json_answer({"error": message, "code": error.code})
-        self._send(error.http_status, answer, getattr(error, "headers", {}))
+        self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
@@ -4916,8 +4785,6 @@ class Handler(BaseHTTPRequestHandler):
 
 def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
     """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
-    import errno
-
     try:
         return Server(host, port, head_s)
     except OverflowError as error:
@@ -4929,7 +4796,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
                 f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
             )
-        elif error.errno == errno.EACCES:
+        elif isinstance(error, PermissionError):
             message = f'port {port} is reserved for root; set "dashboard_port" to one above 1023'
         raise DashboardError(message) from error
 
@@ -5123,11 +4990,7 @@ def _check_modes(config: Config, config_path: Path) -> list[Finding]:
     folder, files, _ = find_account_files(config.auth_dirs())
     findings = []
     for path in (config_path, config.database_path, *(folder / file.name for file in files)):
-        try:
-            open_to_others = path.stat().st_mode & 0o077
-        except OSError:
-            continue
-        if open_to_others:
+        if os.access(path, os.F_OK) and path.stat().st_mode & 0o077:
             remedy = f"chmod 600 {shlex.quote(str(path))}"
             findings.append(Finding("warning", f"{path} can be read by other users", remedy))
     return findings or [Finding("ok", "file modes")]
@@ -5140,10 +5003,9 @@ def _check_disk(path: Path) -> list[Finding]:
         remedy = f'chown it to this user, or set "database" ({path})'
         return [Finding("fault", f"{path.parent} cannot be written", remedy)]
     free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    found = f"{free_mib} MiB are free on the database's disk"
-    if free_mib >= 200:
-        return [Finding("ok", found)]
-    return [Finding("warning" if free_mib >= 20 else "fault", found, "free some room")]
+    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
+    remedy = "" if level == "ok" else "free some room"
+    return [Finding(level, f"{free_mib} MiB are free on the database's disk", remedy)]
 
 
 def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
@@ -5163,12 +5025,12 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
         return [Finding("fault", str(error), "see the sentence above")], []
 
 
-def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
-    """Name the newest outages of the last 24 hours that lasted longer than the queue remembers."""
+def _check_losses(store: Store) -> list[Finding]:
+    """Name the five newest outages of the last 24 hours that lasted longer than the queue remembers."""
     now = time.time()
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
     findings = []
-    for outage in losses[-shown:]:
+    for outage in losses[-5:]:
         remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
         if outage["to"] is None:
             remedy = STATE_REMEDIES.get(outage["reason"], remedy)
@@ -5178,14 +5040,8 @@ def _check_losses(store: Store, shown: int = 5) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (
-        "now" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-        for at in (outage["from"], outage["to"])
-    )
-    return f"{start} to {end} ({outage['reason'].replace('_', ' ')})"
-
-
-_NEED_A_PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token")
+    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
 def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -5200,7 +5056,7 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     for file in files:
         state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
         name = f"{file.email} ({file.plan})" if file.plan else file.email
-        if state in _NEED_A_PERSON:
+        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
             odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
         elif state == "disabled":  # as somebody wanted it
             odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
@@ -5230,18 +5086,16 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
     """Return what the dashboard that runs on this machine answers, None where none does. Raises DashboardError."""
     host, port = config.dashboard_host, config.dashboard_port
     own_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    connection = HTTPConnection(own_address, port, timeout=timeout_s)
     login = base64.b64encode(f":{config.dashboard_password}".encode()).decode()
     try:
-        connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
-        reply = connection.getresponse()
-        content = json.loads(reply.read())
+        with closing(HTTPConnection(own_address, port, timeout=timeout_s)) as connection:
+            connection.request("GET", path, headers={"Authorization": f"Basic {login}"})
+            reply = connection.getresponse()
+            content = json.loads(reply.read())
     except socket.timeout as error:
         raise DashboardError(f"the dashboard on port {port} does not answer in time") from error
     except (OSError, HTTPException, ValueError):
         return None
-    finally:
-        connection.close()
     if not isinstance(content, dict):
         return None  # another program
     if reply.status != 200:
@@ -5251,38 +5105,34 @@ def ask_dashboard(config: Config, path: str, timeout_s: float) -> dict[str, Any]
 
 
 def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Finding]:
-    """Judge the queue, whether the proxy publishes, how long it remembers, and its clock; unknown is left out."""
+    """Judge the queue and, where it can be had, the proxy."""
     state = status["state"]
     version = f", proxy {status['proxy_version']}" if status.get("proxy_version") else ""
-    shown = "connected" if state == "publishing_off" else state
-    found = f"queue at {status['endpoint']}: {shown}{version}"
-    if state not in _CONNECTED:
-        return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
-    findings = [Finding("ok", found)]
-    if status["publishing"] is False:
-        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
-    elif status["publishing"]:
+    found = f"queue at {status['endpoint']}: {'connected' if state == 'publishing_off' else state}{version}"
+    if state in _CONNECTED:
+        return [Finding("ok", found), *_check_proxy(status, config.poll_interval_seconds)]
+    return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
+
+
+def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Finding]:
+    """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
+    findings, retention_s, ahead_s = [], status["retention_seconds"], status["clock_ahead_seconds"]
+    if status["publishing"]:
         findings.append(Finding("ok", "the proxy publishes its usage"))
-    findings += _check_retention(status["retention_seconds"], config.poll_interval_seconds)
-    return findings + _check_clock(status["clock_ahead_seconds"])
-
-
-def _check_retention(retention_s: float | None, poll_interval_s: float) -> list[Finding]:
-    if retention_s is None:
-        return []
-    if retention_s < 2 * poll_interval_s:
+    elif status["publishing"] is False:
+        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+    if retention_s is not None and retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        return [Finding("warning", found, remedy)]
-    return [Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")]
-
-
-def _check_clock(ahead_s: float | None) -> list[Finding]:
-    if ahead_s is None:
-        return []
-    if abs(ahead_s) < 60:
-        return [Finding("ok", "the proxy's clock and this machine's agree")]
-    found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-    return [Finding("warning", found, "let both machines set their clocks by NTP")]
+        findings.append(Finding("warning", found, remedy))
+    elif retention_s is not None:
+        found = f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s"
+        findings.append(Finding("ok", found))
+    if ahead_s is not None and abs(ahead_s) < 60:
+        findings.append(Finding("ok", "the proxy's clock and this machine's agree"))
+    elif ahead_s is not None:
+        found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
+        findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
+    return findings
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
@@ -5336,28 +5186,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, BrokenPipeError):  # nobody reads on, as with "report | head -1"
         return 0
     finally:
-        _finish_output()
-
-
-def _finish_output() -> None:
-    """Write out what is left, or drop it where nobody takes it: Python would end with exit code 120."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            print(end="", flush=True)
+        except OSError:  # what is left is dropped: Python would end with exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="usage_dashboard.py",
-        description="Collect, keep and show the usage of a CLIProxyAPI account pool.",
+        prog="usage_dashboard.py", description="Collect, keep and show the usage of a CLIProxyAPI account pool."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.required = True
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[Any], int], text: str) -> Any:
         command = commands.add_parser(name, help=text, description=text)
@@ -5384,11 +5226,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
 
 
 def _load(options: Any) -> tuple[Config, list[str]]:
-    flags = {
-        "dashboard_host": getattr(options, "host", None),
-        "dashboard_port": getattr(options, "port", None),
-        "database": os.path.abspath(options.db) if options.db else None,
-    }
+    flags = {f"dashboard_{name}": getattr(options, name, None) for name in ("host", "port")}
+    flags["database"] = os.path.abspath(options.db) if options.db else None
     return load_config(options.config, flags=flags)
 
 
@@ -5414,10 +5253,9 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status)
-    log.line(f"CLIProxyAPI Usage Dashboard {__version__}: {_address(config, server.server_port)}")
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
-    _warn_if_open(log, config, closes)
-    _run_until_stopped(server, app, page, [collector.run, chores.run], stop, options.no_browser, collector.interrupt)
+    _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
+    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
     log.line("stopped")
     return 0
 
@@ -5437,9 +5275,9 @@ def run_demo(options: Any) -> int:
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
         app = App(config, world.store, refresher, world.status, demo=True)
-        log.line(f"Demo with made-up data: {_address(config, server.server_port)}  (Ctrl+C ends it)")
-        _warn_if_open(log, config, "start it with --host 127.0.0.1.")
-        _run_until_stopped(server, app, page, [lambda: world.live(stop)], stop, options.no_browser)
+        closes = "start it with --host 127.0.0.1."
+        _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
+        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
     return 0
 
 
@@ -5459,33 +5297,28 @@ def _handle_stop_signals(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def _address(config: Config, port: int) -> str:
+def _announce(log: Log, text: str, config: Config, port: int, closes: str, options: Any) -> None:
+    """Tell where the page is and how to close it to others, and open it where there is a display to open it on."""
     host = config.dashboard_host
     named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
-    return f"http://{named}:{port}"
-
-
-def _warn_if_open(log: Log, config: Config, closes: str) -> None:
-    if not is_loopback(config.dashboard_host) and not config.dashboard_password:
+    url = f"http://{named}:{port}"
+    log.line(text % url)
+    if not is_loopback(host) and not config.dashboard_password:
         log.line(f"Everyone who reaches this machine can open it. To close it, {closes}")
+    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if has_display and not options.no_browser:
+        import webbrowser
+
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _run_until_stopped(
-    server: Any,
-    app: App,
-    page: Answer,
-    jobs: Sequence[Callable[[], None]],
-    stop: threading.Event,
-    no_browser: bool,
-    interrupt: Callable[[], None] = lambda: None,
+    server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
 ) -> None:
     """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    serving = threading.Thread(target=server.serve, args=(app, page), daemon=True)
-    for thread in (*threads, serving):
+    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
         thread.start()
-    if not no_browser:
-        _open_browser(_address(app.config, server.server_port))
     while not stop.wait(1.0):
         pass  # on some systems a wait without an end is deaf to signals
     patience_s = time.monotonic() + 0.8
@@ -5493,7 +5326,7 @@ def _run_until_stopped(
     server.server_close()
     for thread in threads:
         thread.join(max(0.0, patience_s - time.monotonic()))
-    if any(thread.is_alive() for thread in threads):
+    if interrupt and any(thread.is_alive() for thread in threads):
         interrupt()
         for thread in threads:
             thread.join(0.3)
@@ -5502,61 +5335,41 @@ def _run_until_stopped(
     _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
 
 
-def _open_browser(url: str) -> None:
-    """Open the page where there is a display to open it on."""
-    if sys.platform not in ("darwin", "win32") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return
-    import webbrowser
-
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-
-
-def _open_store(config: Config, must_exist: bool = True) -> Store:
-    path = config.database_path
+@contextmanager
+def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
+    """Open the database as the routes need it, without a collector."""
+    path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
-    return Store(path, announce=Log(sys.stderr).line)
-
-
-def _reading_app(config: Config, store: Store) -> App:
-    return App(config, store, QuotaRefresher(config, store, Log(sys.stderr), threading.Event()), dict)
+    with closing(Store(path, announce=log.line)) as store:
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
 
 
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
-    config, _ = _load(options)
-    with closing(_open_store(config)) as store:
-        summary = api_summary(_reading_app(config, store), {"range": options.range})
+    with _reading_app(_load(options)[0]) as app:
+        summary = api_summary(app, Query(range=options.range))
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
-    else:
-        _print_summary(summary, options.range)
-    return 0
-
-
-def _print_summary(summary: Mapping[str, Any], range_name: str) -> None:
-    local = "%Y-%m-%d %H:%M"
-    start, end = (time.strftime(local, time.localtime(summary[name])) for name in ("start", "end"))
-    print(f"Usage, {range_name}: {start} to {end}\n")
+        return 0
+    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
-        rows = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in summary[f"{name}s"]]
-        total = [["total", *(f"{summary['summary'][column]:,}" for column in SUM_NAMES)]]
-        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], rows + total) + "\n")
+        rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
+        lines = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in rows]
+        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], lines) + "\n")
     losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
     if losses:
         print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
+    return 0
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table: the first column to the left, the others to the right."""
-    lines = [heads, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-
-    def lay(line: Sequence[str]) -> str:
-        first = line[0].ljust(widths[0])
-        return "  ".join([first, *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]).rstrip()
-
-    return "\n".join([lay(heads), "  ".join("-" * width for width in widths), *map(lay, rows)])
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def run_quota(options: Any) -> int:
@@ -5574,7 +5387,8 @@ def run_quota(options: Any) -> int:
     if options.json:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
     elif answer["quotas"]:
-        print(_quota_table(answer["quotas"]))
+        heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
+        print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
     elif refusal is None:
         print("No account has been asked yet; see: usage_dashboard.py quota --force")
     if refusal is None:
@@ -5594,16 +5408,10 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
     """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
-    with closing(_open_store(config, must_exist=not refresh)) as store:
-        app = _reading_app(config, store)
+    with _reading_app(config, must_exist=not refresh) as app:
         if refresh:
             app.refresher.start().join()
-        return api_quota(app, {})
-
-
-def _quota_table(quotas: Sequence[Mapping[str, Any]]) -> str:
-    heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
-    return _table(heads, [_quota_line(row) for row in quotas])
+        return api_quota(app, Query())
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
@@ -5651,9 +5459,8 @@ def run_check(options: Any) -> int:
 def start_from_compiled() -> None:
     """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
 
-    Python has compiled the whole script before this line runs, at every start. What it needed for that stays in
-    memory for good, 15 MB, more than all the rest; a process that loads the compiled module never needs it. The
-    script's name stays in the command line, for ``pkill -f``.
+    What Python needed to compile the script stays in memory for good, 15 MB, more than all the rest; a process that
+    loads the compiled module never needs it. The script's name stays in the command line, for ``pkill -f``.
     """
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
@@ -5663,8 +5470,7 @@ def start_from_compiled() -> None:
         return
     compiled = Path(cache_from_source(str(script)))
     try:
-        is_fresh = _is_whole(compiled) and compiled.stat().st_mtime >= script.stat().st_mtime
-        if not is_fresh and compile_file(str(script), quiet=2) is None:
+        if not _is_fresh(compiled, script) and compile_file(str(script), quiet=2) is None:
             return
     except OSError:  # the folder cannot be written
         return
@@ -5677,12 +5483,13 @@ def start_from_compiled() -> None:
     os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
 
 
-def _is_whole(compiled: Path) -> bool:
-    """Return whether this file can be loaded: a power cut may leave a part of it, or zeros."""
+def _is_fresh(compiled: Path, script: Path) -> bool:
+    """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
     import marshal
 
     try:
-        return bool(marshal.loads(compiled.read_bytes()[16:]))
+        is_new = compiled.stat().st_mtime >= script.stat().st_mtime
+        return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
     except (OSError, EOFError, ValueError, TypeError):
         return False
 

@@ -299,8 +299,8 @@ def test_example_of_health_has_the_real_keys(program, proxy):
 def test_parameters_and_errors_are_told(program):
     demo = Served(program, "demo")
     told = {word for row in table(API) for word in quoted(row[0]) if re.fullmatch(r"[a-z_]+", word)}
-    read = set(re.findall(r"""\(query, ["'](\w+)["']|query\.get\(["'](\w+)["']""", SCRIPT))
-    assert {"range", "limit"} <= {one or other for one, other in read} <= told | {"bucket", "force"}
+    read = set(re.findall(r"""(?:query|self)\.(?:get|choice|whole|moment)\(["'](\w+)["']""", SCRIPT))
+    assert {"range", "limit", "account"} <= read <= told | {"bucket", "force"}
     for route, name in (
         ("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"),
         ("summary", "status"), ("summary", "bucket"), ("requests", "limit"), ("requests", "before"),

@@ -10,18 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_proxy import FakeProxy
-from support import (
-    MALFORMED,
-    ODD_BUT_GOOD,
-    SAMPLES,
-    WRONG,
-    Watched,
-    ids_of,
-    payload,
-    payloads,
-    spool_path,
-    stored_ids,
-)
+from support import MALFORMED, ODD_BUT_GOOD, SAMPLES, WRONG, Watched, ids_of, payload, payloads, spool_path, stored_ids
 
 import usage_dashboard as app
 
