@@ -139,7 +139,7 @@ class Subscriber:
             self._waker.send(b"!")
 
     def close(self) -> None:
-        """Give the wake-up sockets back."""
+        """Close the wake-up sockets."""
         self.woken.close()
         self._waker.close()
 

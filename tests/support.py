@@ -58,7 +58,7 @@ class Watched:
                 self._changed.notify_all()
 
     def describe(self) -> str:
-        """Say what state this is in, for the message of a wait that failed."""
+        """Return the state in words, for the message of a wait that failed."""
         return repr(self)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
@@ -405,7 +405,7 @@ def lock(store):
 
 
 def room(store, pages) -> None:
-    """Give the database so many pages at most, as a full disk would."""
+    """Limit the database to so many pages, as a full disk would."""
     with store._write_lock:
         store._writer.execute(f"PRAGMA max_page_count = {pages}")
 
@@ -544,7 +544,7 @@ def config_of(where=None, **keys) -> app.Config:
 
 
 def wait_a_while(run, waits=12):
-    """Give a refused collector many chances to send its key again."""
+    """Wait for so many more turns, in which a refused collector could send its key again."""
     seen = len(run.stop.waits)
     run.wait_for(lambda: len(run.stop.waits) >= seen + waits)
 

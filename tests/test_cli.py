@@ -43,7 +43,7 @@ EXPECTED = {
 
 
 def shifted(minutes_ago: float = 10):
-    """Give the samples with all their times moved to shortly before now, as the proxy would have written them."""
+    """Return the samples with all their times moved to shortly before now, as the proxy would have written them."""
     when = (datetime.now(timezone.utc) - timedelta(minutes=minutes_ago)).isoformat()
     return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
 
@@ -140,7 +140,7 @@ def test_program_runs_from_its_compiled_form_where_that_can_be_kept(program, pro
     program.script.write_text(program.script.read_text(encoding="utf-8").replace('"stopped"', '"ended"'), "utf-8")
     os.utime(str(compiled), (1, 1))
     running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
-    assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled anew
+    assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled again
 
 
 def test_program_takes_no_module_from_the_folder_it_is_started_in(serve, program):

@@ -33,7 +33,7 @@ window.axe.run(document, {resultTypes: ['violations', 'incomplete']}).then(
 
 
 def views() -> Iterator[tuple[int, str, bool]]:
-    """Give every width, language and theme."""
+    """Return every width, language and theme."""
     return ((width, lang, dark) for width in WIDTHS for lang in ("en", "vi") for dark in (False, True))
 
 

@@ -108,7 +108,7 @@ class Feeder(threading.Thread):
 
 
 def identity(payload: bytes) -> tuple[str, Any]:
-    """Tell what is to become of a payload, and how it is found again."""
+    """Return what is to become of a payload, and how it is found again."""
     if payload.startswith(b'{"request_id"'):
         name = payload[16 : payload.index(b'"', 16)].decode()
         return ("stored" if name.startswith("e") else "ignored"), name
