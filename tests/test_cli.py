@@ -20,17 +20,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from support import (
-    KEY,
-    ORIGINAL_ROWS,
-    QUOTA_BY_NAME,
-    SAMPLES,
-    free_port,
-    make_original,
-    payload,
-    rows,
-    write_account,
-)
+from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload, rows, write_account
 
 import usage_dashboard as app
 
