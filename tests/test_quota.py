@@ -38,6 +38,10 @@ def test_sample_reply_gives_the_expected_windows(sample):
         assert other in [{"seconds": one.seconds, "used_percent": one.used_percent} for one in reading.windows]
 
 
+def window(used_percent, seconds=18000):
+    return {"used_percent": used_percent, "limit_window_seconds": seconds}
+
+
 def body(primary=None, secondary=None, **limits):
     return {"rate_limit": {"primary_window": primary, "secondary_window": secondary, **limits}}
 
@@ -49,17 +53,13 @@ def test_window_is_named_by_its_length():
 
 
 def test_slot_decides_only_where_no_length_is_given():
-    reading = app.parse_quota(body({"used_percent": 10}, {"used_percent": 20, "limit_window_seconds": 0}), NOW)
+    reading = app.parse_quota(body({"used_percent": 10}, window(20, 0)), NOW)
     assert (reading.five_hour.used_percent, reading.weekly.used_percent) == (10, 20)
-    swapped = body(
-        {"used_percent": 1, "limit_window_seconds": 604800}, {"used_percent": 2, "limit_window_seconds": 18000}
-    )
-    assert app.parse_quota(swapped, NOW).five_hour.used_percent == 2
+    assert app.parse_quota(body(window(1, 604800), window(2)), NOW).five_hour.used_percent == 2
 
 
 def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
-    twice = body({"used_percent": 1, "limit_window_seconds": 18000}, {"used_percent": 9, "limit_window_seconds": 18000})
-    reading = app.parse_quota(twice, NOW)
+    reading = app.parse_quota(body(window(1), window(9)), NOW)
     assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
 
 
@@ -71,28 +71,21 @@ NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400"
     [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
-    window = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
-    assert window.used_percent == used
-    assert window.remaining_percent == (None if used is None else 100 - used)
+    five_hour = app.parse_quota(body(window(sent)), NOW).five_hour
+    assert five_hour.used_percent == used
+    assert five_hour.remaining_percent == (None if used is None else 100 - used)
 
 
 @pytest.mark.parametrize(
-    ("window", "reset_at"),
-    [
-        ({"reset_at": 1800000100}, 1800000100),
-        ({"reset_at": 1800000100000}, 1800000100),
-        ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60),
-        ({"reset_at": "soon"}, None),
-        ({"reset_after_seconds": -1}, None),
-        ({"reset_at": 10**30}, None),
-        ({"reset_at": 1500000000}, None),  # before there was any such window
-        ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60),
-        ({"reset_after_seconds": 1e300}, None),
-        ({}, None),
-    ],
-)
-def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
-    assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
+    ("sent", "reset_at"),
+    [({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
+     ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None),
+     ({"reset_after_seconds": -1}, None), ({"reset_at": 10**30}, None), ({}, None),
+     ({"reset_at": 1500000000}, None),  # before there was any such window
+     ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60), ({"reset_after_seconds": 1e300}, None)],
+)  # fmt: skip
+def test_reset_time_is_taken_in_every_form_or_unknown(sent, reset_at):
+    assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).five_hour.reset_at == reset_at
 
 
 FIELDS = [
@@ -110,12 +103,7 @@ def test_wrong_type_in_any_field_never_fails(field, wrong):
 
 
 def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
-    spent = body(
-        {"used_percent": 0, "limit_window_seconds": 18000},
-        {"used_percent": 100, "limit_window_seconds": 604800},
-        allowed=True,
-        limit_reached=False,
-    )
+    spent = body(window(0), window(100, 604800), allowed=True, limit_reached=False)
     assert app.parse_quota(spent, NOW).state == "limited"
 
 
@@ -210,10 +198,8 @@ def test_end_of_the_subscription_is_read_in_any_form(tmp_path, sent, shown):
 
 
 def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
-    claims = {
-        "email": "b@example.com",
-        "https://api.openai.com/auth": {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"},
-    }
+    auth = {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"}
+    claims = {"email": "b@example.com", "https://api.openai.com/auth": auth}
     write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": jwt(claims)})
     file = app.find_account_files([tmp_path])[1][0]
     assert (file.email, file.account_id, file.plan) == ("b@example.com", "acc-9", "team")
@@ -265,19 +251,21 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(chatgpt_here, sam
 
 @pytest.mark.parametrize(
     ("status", "reply", "state"),
-    [
-        (401, {"error": {"code": "token_invalidated"}}, "relogin"),
-        (403, {"error": {"code": "account_deactivated"}}, "deactivated"),
-        (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
-        (500, "oops", "server_error"),
-        (503, {}, "server_error"),
-        (404, {}, "bad_response"),
-        (402, {"detail": "payment_required"}, "deactivated"),
-    ],
-)
+    [(401, {"error": {"code": "token_invalidated"}}, "relogin"), (404, {}, "bad_response"),
+     (403, {"error": {"code": "account_deactivated"}}, "deactivated"), (500, "oops", "server_error"),
+     (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
+     (503, {}, "server_error"), (402, {"detail": "payment_required"}, "deactivated")],
+)  # fmt: skip
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
     assert app.classify_failure(status, raw.encode()) == state
+
+
+def fault_of(file=None, **options) -> str:
+    """Return the state that a call which fails ends with."""
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(file or account_file(), **options)
+    return raised.value.state
 
 
 @pytest.mark.parametrize("status", [200, 429])
@@ -286,42 +274,29 @@ def test_other_failures_have_their_state(status, reply, state):
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     began_at = time.monotonic()
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(), deadline_s=0.4)
-    assert raised.value.state == "timeout" and time.monotonic() - began_at < 2
+    assert fault_of(deadline_s=0.4) == "timeout" and time.monotonic() - began_at < 2
 
 
 def test_reply_that_is_too_large_or_cut_is_no_reading(chatgpt_here):
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, size=1024 * 1024 + 1)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "bad_response"
+    assert fault_of() == "bad_response"
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state in ("network", "bad_response")
+    assert fault_of() in ("network", "bad_response")
 
 
 def test_file_without_a_token_is_not_asked(chatgpt_here):
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(access_token=""))
-    assert raised.value.state == "no_token" and chatgpt_here.requests == []
+    assert fault_of(account_file(access_token="")) == "no_token" and chatgpt_here.requests == []
 
 
 def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "network" and chatgpt.requests == []
+    assert fault_of() == "network" and chatgpt.requests == []
     monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "proxy_unsupported"
+    assert fault_of() == "proxy_unsupported"
 
 
 @pytest.mark.parametrize(
-    ("proxy_url", "used"),
-    [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)],
+    ("proxy_url", "used"), [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)]
 )
 def test_way_to_chatgpt_is_the_accounts_own_then_the_environments(monkeypatch, proxy_url, used):
     monkeypatch.setenv("https_proxy", "http://env:1")
@@ -340,8 +315,6 @@ def test_nothing_in_the_account_folder_is_changed(tmp_path):
     os.chmod(str(path), 0o400)
     before = path.stat()
     app.find_account_files([tmp_path])
-    assert (path.stat().st_mtime_ns, path.stat().st_mode, os.listdir(str(tmp_path))) == (
-        before.st_mtime_ns,
-        before.st_mode,
-        ["codex-a.json"],
-    )
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_mode) == (before.st_mtime_ns, before.st_mode)
+    assert os.listdir(str(tmp_path)) == ["codex-a.json"]
