@@ -52,15 +52,19 @@ def test_window_is_named_by_its_length():
     assert {seconds: app.window_label(seconds) for seconds in labels} == labels
 
 
-def test_slot_decides_only_where_no_length_is_given():
-    reading = app.parse_quota(body({"used_percent": 10}, window(20, 0)), NOW)
-    assert (reading.five_hour.used_percent, reading.weekly.used_percent) == (10, 20)
-    assert app.parse_quota(body(window(1, 604800), window(2)), NOW).five_hour.used_percent == 2
-
-
-def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
-    reading = app.parse_quota(body(window(1), window(9)), NOW)
-    assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
+@pytest.mark.parametrize(
+    ("sent", "five_hour", "weekly", "state"),
+    [
+        (body({"used_percent": 10}, window(20, 0)), 10, 20, "ok"),  # the slot decides only where no length is given
+        (body(window(1, 604800), window(2)), 2, 1, "ok"),
+        (body(window(1), window(9)), 9, None, "ok"),  # of two windows of one length the fuller counts
+        (body(window(0), window(100, 604800), allowed=True, limit_reached=False), 0, 100, "limited"),
+    ],
+)
+def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, five_hour, weekly, state):
+    reading = app.parse_quota(sent, NOW)
+    used = [window and window.used_percent for window in (reading.five_hour, reading.weekly)]
+    assert (used, reading.state, len(reading.windows)) == ([five_hour, weekly], state, 2)
 
 
 NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400", 10**400]
@@ -102,20 +106,15 @@ def test_wrong_type_in_any_field_never_fails(field, wrong):
     app.snapshot_of(account_file(), payload, NOW)
 
 
-def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
-    spent = body(window(0), window(100, 604800), allowed=True, limit_reached=False)
-    assert app.parse_quota(spent, NOW).state == "limited"
-
-
 def account_file(**changes) -> app.AccountFile:
     base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus",
                 access_token="tok-secret-1", disabled=False, proxy_url="", freshness="")  # fmt: skip
     return app.AccountFile(**{**base, **changes})
 
 
-def test_snapshot_row_has_no_identity_of_the_reply():
+def test_snapshot_row_and_printed_account_hold_no_identity_or_token():
     row = app.snapshot_of(account_file(), QUOTA_BY_NAME["plus_5h_7d"]["body"], NOW)
-    text = json.dumps(row)
+    text = json.dumps(row) + repr(account_file())
     for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
         assert secret not in text
     assert json.loads(row["raw_json"])["plan_type"] == "plus"
@@ -162,28 +161,24 @@ def test_token_that_cannot_be_a_header_is_refused(tmp_path):
     assert files == [] and "cannot be sent" in problems[0] and "evil" not in problems[0]
 
 
-def test_old_and_new_file_of_one_login_are_one_account_with_the_newer_token(tmp_path):
-    write(tmp_path, "codex-a.json", {**CODEX, "last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"})
-    write(tmp_path, "codex-b.json", {**CODEX, "last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"})
-    write(tmp_path, "codex-c.json", {**CODEX, "account_id": "acc-2"})
-    files = app.find_account_files([tmp_path])[1]
-    assert sorted(file.access_token for file in files) == ["new", "tok-1"]
-    assert len({file.tag for file in files}) == 2
-
-
-def test_old_file_without_the_account_id_is_of_the_login_that_has_its_mail(tmp_path):
-    write(tmp_path, "codex-new.json", {**CODEX, "access_token": "new", "last_refresh": "2026-05-02T00:00:00Z"})
-    old = {**CODEX, "access_token": "old", "account_id": "", "last_refresh": "2026-05-01T00:00:00Z"}
-    write(tmp_path, "codex-a.json", old)
-    (file,) = app.find_account_files([tmp_path])[1]
-    assert (file.access_token, file.account_id) == ("new", "acc-1")
-
-
-def test_file_without_the_account_id_of_a_mail_with_two_logins_stays_apart(tmp_path):
-    for number in (1, 2):
-        write(tmp_path, f"codex-{number}.json", {**CODEX, "account_id": f"acc-{number}"})
-    write(tmp_path, "codex-old.json", {**CODEX, "account_id": ""})
-    assert len(app.find_account_files([tmp_path])[1]) == 3
+@pytest.mark.parametrize(
+    ("files", "accounts"),
+    [
+        ([{"last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"},
+          {"last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"}, {"account_id": "acc-2"}],
+         [("acc-1", "new"), ("acc-2", "tok-1")]),
+        ([{"last_refresh": "2026-05-01T00:00:00Z", "access_token": "old", "account_id": ""},
+          {"last_refresh": "2026-05-02T00:00:00Z", "access_token": "new"}], [("acc-1", "new")]),
+        ([{}, {"account_id": "acc-2"}, {"account_id": ""}], [("", "tok-1"), ("acc-1", "tok-1"), ("acc-2", "tok-1")]),
+    ],
+    ids=["two-files-of-a-login", "old-without-the-id", "id-less-beside-two-logins"],
+)  # fmt: skip
+def test_files_of_one_login_are_one_account_with_the_newest_token(tmp_path, files, accounts):
+    for number, changes in enumerate(files):
+        write(tmp_path, f"codex-{number}.json", {**CODEX, **changes})
+    found = app.find_account_files([tmp_path])[1]
+    assert sorted((file.account_id, file.access_token) for file in found) == accounts
+    assert len({file.tag for file in found}) == len(accounts)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +208,7 @@ def test_malformed_id_token_is_no_fault(tmp_path, token):
 
 def test_second_folder_is_used_only_while_the_first_has_no_account(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
+    assert app.find_account_files([first]) == (first, [], [])  # no folder at all is no fault
     second.mkdir()
     write(second, "x.json", CODEX)
     assert app.find_account_files([first, second])[0] == second
@@ -220,14 +216,6 @@ def test_second_folder_is_used_only_while_the_first_has_no_account(tmp_path):
     write(first, "y.json", {**CODEX, "email": "c@example.com"})
     folder, files, _ = app.find_account_files([first, second])
     assert (folder, files[0].email) == (first, "c@example.com")
-
-
-def test_no_folder_at_all_is_no_fault(tmp_path):
-    assert app.find_account_files([tmp_path / "none"]) == (tmp_path / "none", [], [])
-
-
-def test_account_file_keeps_its_token_out_of_the_printed_form():
-    assert "tok-secret" not in repr(account_file())
 
 
 def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(chatgpt_here):

@@ -173,21 +173,20 @@ def test_reading_of_a_mail_with_two_files_goes_to_the_plan_that_it_names_or_to_n
 def test_reading_is_told_by_the_index_of_the_account_file_before_all_else(world):
     world.file("an@example.com", 1, "plus")
     path = world.file("an@example.com", 2, "plus")
+    example = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
+    assert app.auth_index_of(example) == "4fe05f631e37a3c5"
     index = app.hashlib.sha256(f"codex:{path.absolute()}".encode()).hexdigest()[:16]
     world.take(world.event(auth_index=index))
     by_index = {file.auth_index: file.tag for file in app.find_account_files([world.accounts])[1]}
     assert [row["account_id_tag"] for row in world.store.quotas()] == [by_index[index]]
 
 
-def test_index_of_an_account_file_is_the_one_that_the_proxy_gives_it():
-    path = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
-    assert app.auth_index_of(path) == "4fe05f631e37a3c5"
-
-
-def test_reading_of_an_account_whose_file_lies_elsewhere_has_a_row_of_its_own(world):
-    world.file("an@example.com")
-    world.take(world.event(source="else@example.com", auth_index="bb"))
-    assert world.shown() == [("else@example.com", "plus", 42)]
+@pytest.mark.parametrize(("disabled", "source", "shown"), [(True, "an@example.com", []),
+                                                         (False, "b@example.com", [("b@example.com", "plus", 42)])])  # fmt: skip
+def test_reading_of_an_account_without_a_file_has_a_row_and_of_a_disabled_one_none(world, disabled, source, shown):
+    world.file("an@example.com", disabled=disabled)
+    world.take(world.event(source=source, auth_index="bb"))
+    assert world.shown() == shown
 
 
 def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the_index(world):
@@ -198,29 +197,21 @@ def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the
     assert world.shown() == [("an@example.com", "plus", 50)]
 
 
-def test_reading_of_a_disabled_account_changes_nothing(world):
-    world.file("an@example.com", disabled=True)
-    world.take(world.event())
-    assert world.shown() == []
+USED_UP = {"failed": True, "fail": {"status_code": 429, "body": ""}}
 
 
-def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world):
+@pytest.mark.parametrize(
+    ("request_id", "attempts", "shown"),
+    [("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
+     ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100))],
+)  # fmt: skip
+def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world, request_id, attempts, shown):
     """The second attempt, by another account, ends before any reply and shows the first one's headers."""
-    world.take(
-        world.event(used(91), auth_index="aa", source="a@example.com", request_id="r1", failed=True),
-        world.event(used(91), auth_index="bb", source="b@example.com", request_id="r1"),
-        world.event(used(12), auth_index="cc", source="c@example.com", request_id="r1"),
-    )
-    assert world.shown() == [("c@example.com", "plus", 12)]
-
-
-def test_headers_of_another_accounts_attempt_are_told_without_a_request_id_too(world):
-    fail = {"status_code": 429, "body": ""}
-    world.take(
-        world.event(used(100), auth_index="aa", source="a@example.com", failed=True, fail=fail),
-        world.event(used(100), auth_index="bb", source="b@example.com", failed=True, fail=fail),
-    )
-    assert world.shown() == [("a@example.com", "plus", 100)]
+    world.take(*(
+        world.event(used(percent), auth_index=2 * name, source=f"{name}@example.com", request_id=request_id, **more)
+        for name, percent, more in attempts
+    ))  # fmt: skip
+    assert world.shown() == [shown]
 
 
 def test_account_without_a_file_stays_one_row_over_a_new_login(world):
