@@ -61,10 +61,6 @@ def coded_rows(text, columns):
 # ---- configuration, commands, states ---------------------------------------------------------------------
 
 
-def test_readme_is_short():
-    assert len(README.encode()) <= 18 * 1024
-
-
 @FOR_USERS
 def test_config_table_holds_every_key_with_its_default(name):
     documented = {key: json.loads(default.strip("`")) for key, (default, meaning) in coded_rows(FILES[name], 3).items()
@@ -163,20 +159,17 @@ def test_proxy_is_switched_on_before_the_first_command(name):
 
 
 @FOR_USERS
-def test_users_of_the_original_are_told_what_becomes_of_the_old_script(name):
-    text = section(FILES[name], "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
+def test_users_of_the_original_and_of_a_minimal_system_are_told_what_they_need(name):
+    text = FILES[name]
+    for tool in ("sqlite3 usage.db", "lsof -i"):
+        assert tool in text and f"apt install {tool.split()[0]}" in text
+    text = section(text, "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
     for words in ("rm usage-dashboard.py", "pkill -f usage-dashboard.py", "pkill -f usage_dashboard.py", "queue_key"):
         assert words in text
 
 
-@FOR_USERS
-def test_what_a_minimal_system_lacks_comes_with_its_package(name):
-    text = FILES[name]
-    for tool in ("sqlite3 usage.db", "lsof -i"):
-        assert tool in text and f"apt install {tool.split()[0]}" in text
-
-
-def test_version_and_licence_are_told():
+def test_readme_is_short_and_tells_version_and_licence():
+    assert len(README.encode()) <= 18 * 1024
     assert f"**{app.__version__.rsplit('.', 1)[0]}**" in section(README, "Changelog")
     licence = section(README, "Support and licence")
     assert "Developed by TTAI Solutions Software, <https://ttaisolutions.com>." in licence
@@ -360,9 +353,7 @@ def test_systemd_accepts_the_unit(tmp_path):
     copy, python = tmp_path / UNIT.name, tmp_path / "python3"
     python.symlink_to(sys.executable)  # a path without a space in it
     copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", str(python)), encoding="utf-8")
-    done = subprocess.run(
-        ["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", errors="replace", timeout=60, check=False,
-    )  # fmt: skip
+    done = subprocess.run(["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          encoding="utf-8", errors="replace", timeout=60, check=False)  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if UNIT.name in line]
     assert (done.returncode, lines) == (0, []), done.stdout

@@ -146,19 +146,17 @@ def test_account_file_is_known_by_its_content_not_its_name(tmp_path):
     assert ([file.name for file in files], problems, folder) == (["whatever.JSON"], [], tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"type": "codex"', "[]", "null", "\x00\x01", "[" * 5000])
+BAD_TOKEN = json.dumps({**CODEX, "access_token": "a\nHost: evil"})
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"type": "codex"', "[]", "null", "\x00\x01", "[" * 5000, BAD_TOKEN])
 def test_half_written_or_strange_file_is_named_and_skipped(tmp_path, content):
     write(tmp_path, "codex-a.json", CODEX)
     write(tmp_path, "codex-b.json", content)
-    _, files, problems = app.find_account_files([tmp_path])
+    _, files, (problem,) = app.find_account_files([tmp_path])
     assert [file.name for file in files] == ["codex-a.json"]
-    assert len(problems) == 1 and problems[0].startswith("codex-b.json is skipped")
-
-
-def test_token_that_cannot_be_a_header_is_refused(tmp_path):
-    write(tmp_path, "codex-a.json", {**CODEX, "access_token": "a\nHost: evil"})
-    _, files, problems = app.find_account_files([tmp_path])
-    assert files == [] and "cannot be sent" in problems[0] and "evil" not in problems[0]
+    assert problem.startswith("codex-b.json is skipped") and "evil" not in problem
+    assert ("cannot be sent" in problem) == (content == BAD_TOKEN)
 
 
 @pytest.mark.parametrize(

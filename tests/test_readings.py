@@ -293,20 +293,6 @@ def test_reading_from_traffic_keeps_the_extra_meters_and_credits_of_the_last_ref
     assert world.count() == 2
 
 
-def test_reading_is_merged_with_the_newest_while_nobody_else_can_write(world):
-    world.take(world.event())
-    (row,) = world.store.quotas()
-
-    def merge(before):
-        with pytest.raises(app.StoreError, match="locked"):
-            other.save_reading(row)
-        return {**row, "id": before["id"], "primary_used_percent": before["primary_used_percent"] + 1}
-
-    with closing(app.Store(world.store.path, 0.05)) as other:
-        world.store.save_reading(row, merge)
-    assert (world.count(), world.shown()[0][2]) == (1, 43)
-
-
 def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
     world.file("an@example.com")
     (file,) = app.find_account_files([world.accounts])[1]

@@ -397,7 +397,7 @@ def test_account_whose_file_is_gone_is_forgotten_but_for_its_readings(bench, fol
         folder.rename(folder.parent / "elsewhere")
     bench.round(301)
     assert list(by_mail(store)) == ["user1@example.com", "user2@example.com"][:kept]
-    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") != [(0,)]
+    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
 
 
 @pytest.mark.parametrize("adopted", [False, True])

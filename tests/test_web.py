@@ -48,20 +48,15 @@ def test_summary_has_exactly_the_promised_shape(site):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("1h", 1), ("5h", 2), ("24h", 3), ("7d", 4), ("30d", 5), ("90d", 6), ("all", 7), ("today", 3)],
+    [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4)],
 )
-def test_each_range_counts_what_lies_in_it(site, name, expected):
-    put(site.store, *[at(hours) for hours in (0.9, 4.9, 11.9, 6.9 * 24, 29.9 * 24, 89.9 * 24, 400 * 24)])
+def test_each_range_counts_what_lies_in_it_to_the_second(site, name, expected):
+    edges = [NOW - seconds - late for seconds in (3600, 18000, 86400, 7 * 86400) for late in (0, 1)]
+    put(site.store, *[event(at=edge) for edge in edges], *[at(24 * days) for days in (29.9, 89.9, 400)])
     answer = site.json(f"/api/summary?range={name}&tz_offset=0")
     assert answer["summary"]["requests"] == expected
     for part in ("hours", "models", "accounts"):
         assert sum(row["requests"] for row in answer[part]) == expected
-
-
-@pytest.mark.parametrize(("name", "seconds"), [("1h", 3600), ("5h", 18000), ("24h", 86400), ("7d", 604800)])
-def test_range_begins_to_the_second(site, name, seconds):
-    put(site.store, event(at=NOW - seconds), event(at=NOW - seconds - 1))
-    assert site.json(f"/api/summary?range={name}")["summary"]["requests"] == 1
 
 
 def test_hours_are_zero_filled_and_labelled_in_the_viewers_zone(site):
@@ -477,16 +472,6 @@ def test_head_and_other_sites_never_refresh(pool, chatgpt):
     assert chatgpt.requests == []
     own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}
     assert pool.ask("/api/quota?force=1", **own)[0].status == 200
-
-
-def test_nothing_that_is_answered_or_logged_holds_a_token(pool, tmp_path):
-    pool.ask("/api/quota?force=1")
-    texts = [pool.ask(path)[1].decode() for path in ("/api/quota", "/api/health", "/api/summary", "/api/requests")]
-    texts.append(pool.log.read_text())
-    assert "refresh_quota: saved quota for u***@example.com" in texts[-1]
-    for text in texts:
-        assert "tok-" not in text and "acc-" not in text
-    assert "user0@" not in texts[-1]
 
 
 def test_page_that_is_missing_is_named(tmp_path):
