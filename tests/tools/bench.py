@@ -89,7 +89,7 @@ def payload(dice: random.Random, at: float) -> bytes:
         model = dice.choice(MODELS)
     provider, source, _, endpoint = dice.choice(senders_of(model))
     failed = dice.random() < 0.03
-    fresh, cached, output = (0, 0, 0) if failed else (dice.randrange(9000), dice.randrange(200_000), dice.randrange(4000))
+    fresh, cached, output = (0 if failed else dice.randrange(most) for most in (9000, 200_000, 4000))
     reasoning = output // 3
     total = fresh + cached + output
     head = (
@@ -122,15 +122,8 @@ def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[byte
 
 
 def in_batches(items: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    """Cut a stream of events into lists."""
-    batch: list[bytes] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    """Return a stream of events cut into lists."""
+    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -168,18 +161,18 @@ def cost_of(work: Callable[[], Any], events: int) -> Cost:
     return Cost(events / seconds, (time.process_time() - processor_s) / events * 1e6)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Return the seconds that some work takes."""
+def timed(work: Callable[..., Any], *args: Any) -> float:
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
-    work()
+    work(*args)
     return time.perf_counter() - started
 
 
-def median_ms(work: Callable[[], Any], runs: int = 7, patience_s: float = 2.0) -> float:
-    """Return the median of several runs in milliseconds; slow work is run less often, but once at least."""
+def median_ms(work: Callable[..., Any], *args: Any, runs: int = 7) -> float:
+    """Return the median of several calls in milliseconds; slow ones are made less often, but once at least."""
     times: list[float] = []
-    while len(times) < runs and sum(times) < patience_s:
-        times.append(timed(work))
+    while len(times) < runs and sum(times) < 2.0:
+        times.append(timed(work, *args))
     return median(times) * 1000
 
 
@@ -193,14 +186,8 @@ class Dashboard:
         self.script = script
         self.database = folder / "usage.db"
         self.port = free_port()
-        config = {
-            "cliproxy_port": redis.port,
-            "dashboard_host": "127.0.0.1",
-            "dashboard_port": self.port,
-            "database": str(self.database),
-            "auth_dir": str(folder / "no-accounts"),
-            **settings,
-        }
+        config = {"cliproxy_port": redis.port, "dashboard_host": "127.0.0.1", "dashboard_port": self.port,
+                  "database": str(self.database), "auth_dir": str(folder / "no-accounts"), **settings}  # fmt: skip
         self._config = folder / "config.json"
         self._config.write_text(json.dumps(config))
         self._log = folder / "log"
@@ -263,7 +250,7 @@ def ask(connection: http.client.HTTPConnection, path: str, etag: str = "") -> st
 
 
 class Drain(NamedTuple):
-    """What watching the program empty a queue showed."""
+    """How fast the program emptied a queue, and its longest time without a commit."""
 
     rate: float
     longest_gap_ms: float
@@ -375,16 +362,16 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
     store, spool = app.Store(folder / "usage.db"), app.Spool(folder / "usage.db.spool")
     spent = {"parse and mask": 0.0, "spool": 0.0, "store with roll-ups, commit": 0.0}
 
-    def add(step: str, work: Callable[[], Any]) -> Any:
+    def add(step: str, work: Callable[..., Any], *args: Any) -> Any:
         started = time.process_time()
-        result = work()
+        result = work(*args)
         spent[step] += time.process_time() - started
         return result
 
     for number, batch in enumerate(in_batches(iter(events), BATCH), start=1):
-        parsed = add("parse and mask", lambda batch=batch: app.parse_events(batch))
-        add("spool", lambda number=number, parsed=parsed: spool.append(number, parsed))
-        add("store with roll-ups, commit", lambda number=number, parsed=parsed: store.store_batch(parsed, number, time.time()))
+        parsed = add("parse and mask", app.parse_events, batch)
+        add("spool", spool.append, number, parsed)
+        add("store with roll-ups, commit", store.store_batch, parsed, number, time.time())
         add("spool", spool.clear)
     store.close()
     return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
@@ -393,20 +380,20 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
-    runs = range(3)
-    pairs, others = [], []
-    for _ in runs:
-        pairs.append((bare_cost(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))))
+    bares, drains, pops, others = [], [], [], []
+    for _ in range(3):
+        bares.append(bare_cost(events, new_folder(scratch)))
+        drains.append(ingest_rate(redis, events, new_folder(scratch)))
         if against is not None:
             others.append(ingest_rate(redis, events, new_folder(scratch), against)[0].rate)
-    bares, drains = [bare for bare, _ in pairs], [drain for _, drain in pairs]
-    pops = [pop_cost(redis, events) for _ in runs]
+    for _ in range(3):
+        pops.append(pop_cost(redis, events))
     steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
-    bare_us = median(bare.processor_us for bare in bares)
-    table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
     rate = median(drain.rate for drain, _ in drains)
+    table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
     table.row("end to end: redis-server → program → SQLite", rate, "events/s", median(bare.rate for bare in bares))
     table.row("pops alone", median(pop.rate for pop in pops), "events/s")
+    bare_us = median(bare.processor_us for bare in bares)
     table.row("processor time of an event", sum(steps.values()), "µs", bare_us)
     for step, cost in steps.items():
         table.row(f"of it: {step}", cost, "µs")
@@ -418,19 +405,15 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, 
 
 # ---- queries ---------------------------------------------------------------------------------------------
 
-PLAIN_SUMS = (
-    "COUNT(*), SUM(failed), SUM(input_tokens), SUM(output_tokens), SUM(reasoning_tokens), SUM(cached_tokens), "
-    "SUM(total_tokens)"
-)
+PLAIN_SUMS = "COUNT(*), " + ", ".join(f"SUM({name})" for name in app.SUM_NAMES[1:])
 FILTERS = {
     "account": ({"account": "dev.1@example.com"}, "source = 'dev.1@example.com'"),
     "model": ({"model": "gpt-5.4"}, "model = 'gpt-5.4'"),
-    "account and model": (
-        {"account": "dev.1@example.com", "model": "gpt-5.4"},
-        "source = 'dev.1@example.com' AND model = 'gpt-5.4'",
-    ),
+    "account and model": ({"account": "dev.1@example.com", "model": "gpt-5.4"},
+                          "source = 'dev.1@example.com' AND model = 'gpt-5.4'"),
     "status": ({"status": "failed"}, "failed = 1"),
-}
+}  # fmt: skip
+ACCOUNT_MODEL_FAILED = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
 
 
 def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: str = "1") -> None:
@@ -445,25 +428,21 @@ def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: s
 def summary_ms(store: app.Store, span_s: float, end: float, **filters: str) -> float:
     """Ask for a fresh summary as the page does, past every cache."""
     bucket_s = 3600 if span_s <= 2 * DAY_S else 3 * 3600 if span_s <= 8 * DAY_S else DAY_S
-    return median_ms(lambda: store.usage(app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters)))
+    return median_ms(store.usage, app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters))
 
 
 def measure_queries(table: Table, small: Path, large: Path, count: int, end: float) -> None:
     """Compare fresh summaries with the plain index on the same data, and with a tenth of the data."""
-    tenth, store = app.Store(small), app.Store(large)
-    db = sqlite3.connect(str(large))
+    tenth, store, db = app.Store(small), app.Store(large), sqlite3.connect(str(large))
     table.section(f"fresh summary, {count:,} events in {HISTORY_S // DAY_S} days", "plain time index")
-    for name, span_s in RANGES_S.items():
-        plain = median_ms(lambda span_s=span_s: plain_summary(db, end - span_s, end))
-        table.row(name, summary_ms(store, span_s, end), "ms", plain)
+    asked = [(period, period, {}, "1") for period in RANGES_S]
     for name, (filters, condition) in FILTERS.items():
-        for period in ("24h", "7d", "30d"):
-            start = end - RANGES_S[period]
-            plain = median_ms(lambda start=start, condition=condition: plain_summary(db, start, end, condition))
-            table.row(f"{period} by {name}", summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
-    table.row("newest 100 requests", median_ms(lambda: store.requests(101)), "ms")
-    filters = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
-    table.row("newest 100 requests by three filters", median_ms(lambda: store.requests(101, None, filters)), "ms")
+        asked += [(f"{period} by {name}", period, filters, condition) for period in ("24h", "7d", "30d")]
+    for name, period, filters, condition in asked:
+        plain = median_ms(plain_summary, db, end - RANGES_S[period], end, condition)
+        table.row(name, summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
+    table.row("newest 100 requests", median_ms(store.requests, 101), "ms")
+    table.row("newest 100 requests by three filters", median_ms(store.requests, 101, None, ACCOUNT_MODEL_FAILED), "ms")
     table.section(f"flat? fresh summary, {count:,} events", f"{count // 10:,} events")
     for name, span_s in RANGES_S.items():
         table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
@@ -471,31 +450,23 @@ def measure_queries(table: Table, small: Path, large: Path, count: int, end: flo
         part.close()
 
 
-def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> tuple[Path, Path | None]:
-    """Ask for hourly summaries of a month's events in zones off the hour; returns the databases."""
-    here = fill(new_folder(scratch), count, end, app, 30 * DAY_S)
-    versions = [(app, app.Store(here))]
-    there = None
-    if against is not None:
-        other = load_script(against)
-        there = fill(new_folder(scratch), count, end, other, 30 * DAY_S)
-        versions.append((other, other.Store(there)))
+def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> list[Path]:
+    """Ask for hourly summaries of a month's events in zones off the hour; returns the versions' databases."""
+    versions = [app] if against is None else [app, load_script(against)]
+    databases = [fill(new_folder(scratch), count, end, version, 30 * DAY_S) for version in versions]
+    stores = [version.Store(database) for version, database in zip(versions, databases)]
     table.section(f"hourly summary, {count:,} events in 30 days", "the other version")
-    for zone, offset_s in (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)):
-        for period in ("24h", "7d", "30d"):
-            for name, (filters, _) in {"": ({}, ""), **FILTERS}.items():
-                times = [
-                    median_ms(
-                        lambda version=version, store=store, period=period, offset_s=offset_s, filters=filters: store.usage(
-                            version.Window(end - RANGES_S[period] + 77, end - 33.5), 3600, offset_s, version.Filters(**filters)
-                        )
-                    )
-                    for version, store in versions
-                ]
-                table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", times[1] if times[1:] else None)
-    for _, store in versions:
+    zones, periods = (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)), ("24h", "7d", "30d")
+    for (zone, offset_s), period, name in itertools.product(zones, periods, ("", *FILTERS)):
+        filters = FILTERS[name][0] if name else {}
+        times = []
+        for version, store in zip(versions, stores):
+            window = version.Window(end - RANGES_S[period] + 77, end - 33.5)
+            times.append(median_ms(store.usage, window, 3600, offset_s, version.Filters(**filters)))
+        table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", *times[1:])
+    for store in stores:
         store.close()
-    return here, there
+    return databases
 
 
 # ---- serving ---------------------------------------------------------------------------------------------
@@ -517,22 +488,24 @@ def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float
         connection = dashboard.connect()
         before, started = dashboard.cpu_s(), time.perf_counter()
         time.sleep(idle_s)
-        table.row(f"processor while idle, {idle_s:g} s", (dashboard.cpu_s() - before) / (time.perf_counter() - started) * 100, "%")
-        tags = {path: ask(connection, path) for path in ("/", *PAGE_LOAD)}
-        table.row("page itself", median_ms(lambda: ask(connection, "/"), 200), "ms")
-        table.row("summary", median_ms(lambda: ask(connection, PAGE_LOAD[0]), 200), "ms")
-        table.row("summary, unchanged (304)", median_ms(lambda: ask(connection, PAGE_LOAD[0], tags[PAGE_LOAD[0]]), 200), "ms")
+        busy = (dashboard.cpu_s() - before) / (time.perf_counter() - started)
+        table.row(f"processor while idle, {idle_s:g} s", busy * 100, "%")
+        tag = [ask(connection, path) for path in ("/", *PAGE_LOAD)][1]
+        asked = {"page itself": ["/"], "summary": PAGE_LOAD[:1], "summary, unchanged (304)": [PAGE_LOAD[0], tag]}
+        for name, question in asked.items():
+            table.row(name, median_ms(ask, connection, *question, runs=200), "ms")
         connection.close()
-        table.row("eight clients flat out, the page's questions", len(eight_clients(dashboard, seconds=3)) / 3, "answers/s")
+        answers = eight_clients(dashboard, seconds=3)
+        table.row("eight clients flat out, the page's questions", len(answers) / 3, "answers/s")
         ends = itertools.count(int(time.time()) - 100_000)
-        summaries = eight_clients(dashboard, 3, paths=lambda: [f"/api/summary?range=24h&end={next(ends)}"])
-        table.row("eight clients flat out, 24h with another end each time", len(summaries) / 3, "answers/s")
+        answers = eight_clients(dashboard, 3, paths=lambda: [f"/api/summary?range=24h&end={next(ends)}"])
+        table.row("eight clients flat out, 24h with another end each time", len(answers) / 3, "answers/s")
 
 
 def eight_clients(
     dashboard: Dashboard, seconds: float, pause_s: float = 0.0, paths: Callable[[], Any] = lambda: PAGE_LOAD
 ) -> list[float]:
-    """Let eight kept connections load the page's data again and again; give each answer's milliseconds."""
+    """Load the page's data over and over on eight kept connections, and return each answer's milliseconds."""
     times: list[float] = []
     ended = time.monotonic() + seconds
 
@@ -540,7 +513,7 @@ def eight_clients(
         connection = dashboard.connect()
         while time.monotonic() < ended:
             for path in paths():
-                times.append(timed(lambda path=path: ask(connection, path)) * 1000)
+                times.append(timed(ask, connection, path) * 1000)
             time.sleep(pause_s)
         connection.close()
 
@@ -560,9 +533,8 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
     redis.push("usage", *events)
     with Dashboard(large.parent, redis) as dashboard:
         answers: list[float] = []
-        clients = threading.Thread(
-            target=lambda: answers.extend(eight_clients(dashboard, len(events) / alone.rate, pause_s=0.5))
-        )
+        seconds = len(events) / alone.rate
+        clients = threading.Thread(target=lambda: answers.extend(eight_clients(dashboard, seconds, pause_s=0.5)))
         clients.start()
         together = watch_drain(dashboard, len(events))
         clients.join()
@@ -598,8 +570,10 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
 
 def copy_as_original(large: Path, folder: Path) -> Path:
     """Write the events as the original dashboard kept them: without an index, and without sums."""
-    columns = "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
-    columns += "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
+    columns = (
+        "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
+        "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
+    )
     names = ", ".join(column.split()[0] for column in columns.split(", "))
     with contextlib.closing(sqlite3.connect(str(folder / "usage.db"))) as db:
         db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {columns})")
@@ -609,10 +583,10 @@ def copy_as_original(large: Path, folder: Path) -> Path:
     return folder / "usage.db"
 
 
-def measure_adoption(table: Table, redis: RedisServer, databases: dict[str, Path]) -> None:
-    """Start the program on databases of other versions with as many events."""
+def measure_adoption(table: Table, redis: RedisServer, databases: list[Path]) -> None:
+    """Start the program on databases of the original and of the other version with as many events."""
     table.section("adopting as many events")
-    for name, database in databases.items():
+    for name, database in zip(("the original", "the other version"), databases):
         started = time.perf_counter()
         with Dashboard(database.parent, redis) as dashboard:
             dashboard.connect().close()
@@ -653,10 +627,9 @@ def main() -> None:
         small = fill(new_folder(scratch), options.events // 10, end)
         large = fill(new_folder(scratch), options.events, end)
         measure_queries(table, small, large, options.events, end)
-        month, before = measure_zones(table, options.events, end, scratch, options.against)
+        month, *other = measure_zones(table, options.events, end, scratch, options.against)
         measure_serving(table, redis, large, options.idle)
-        old = {"the original": copy_as_original(month, new_folder(scratch))}
-        measure_adoption(table, redis, {**old, "the other version": before} if before else old)
+        measure_adoption(table, redis, [copy_as_original(month, new_folder(scratch)), *other])
         events = list(payloads(ingested, time.time(), ingested * PACE_S))
         measure_retention(table, redis, events, large, scratch)
         measure_both(table, redis, events, large)
