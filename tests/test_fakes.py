@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from urllib.parse import quote
@@ -35,7 +36,7 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         assert (new.call("AUTH", KEY), new.call("RPOP", "usage")) == (banned, banned)
         assert (old.call("RPOP", "usage"), old.call("AUTH", KEY)) == (None, banned)
         assert proxy.failures == 5
-        proxy.advance(1801)
+        proxy.clock = lambda: time.monotonic() + 1801
         assert [new.call("AUTH", "wrong") for _ in range(4)] == ["ERR invalid management key"] * 4
         assert (new.call("AUTH", KEY), new.call("AUTH", "wrong")) == ("OK", "ERR invalid management key")
 
@@ -46,8 +47,6 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         ("v7.1.43", ("RPOP", "queue"), b"e0"),
         ("v7.1.44", ("RPOP", "queue"), "ERR unsupported channel 'queue'"),
         ("v7.1.44", ("RPOP", " USAGE "), b"e0"),
-        ("v7.2.140", ("LPOP", "usage", 9), [b"e0", b"e1"]),
-        ("v7.2.140", ("LPOP", "usage", 0), "ERR value is not an integer or out of range"),
         ("v7.2.140", ("LLEN", "usage"), "ERR unknown command 'llen'"),
         ("v7.0.6", ("SUBSCRIBE", "usage"), "ERR unknown command 'subscribe'"),
         ("v7.1.38", ("SUBSCRIBE", "Usage"), [b"subscribe", b"usage", 1]),
@@ -121,10 +120,9 @@ def test_chatgpt_refuses_and_records_any_other_target(chatgpt):
         urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=chatgpt.ca_file)),
     ]
     url = "https://chatgpt.com/backend-api/wham/usage"
+    request = urllib.request.Request(url, headers={"Authorization": "Bearer one"})
     with pytest.raises(urllib.error.URLError):
-        urllib.request.build_opener(*handlers).open(
-            urllib.request.Request(url, headers={"Authorization": "Bearer one"}), timeout=10
-        )
+        urllib.request.build_opener(*handlers).open(request, timeout=10)
     assert [request["token"] for request in chatgpt.requests] == ["one"]
     assert chatgpt.foreign_targets == ["elsewhere.example:443"]
 
