@@ -180,6 +180,10 @@ class Browser:
         """Return the visible text of the first element that matches."""
         return self._call("GET", f"/element/{self.find(css)[ELEMENT]}/text")
 
+    def select(self, css: str, value: str) -> None:
+        """Choose an option of a select element by its value."""
+        self.click(f'{css} option[value="{value}"]')
+
     def press(self, *keys: str) -> None:
         """Press keys one after another: names of KEYS, or text to type."""
         codes = [code for key in keys for code in KEYS.get(key, key)]

@@ -301,7 +301,9 @@ class Soak:
     def run(self) -> list[str]:
         """Soak, settle, and balance the account."""
         ends_at = time.monotonic() + self.seconds
-        lasting = self._deck([self.locked, self.stalling, self.dribbling, contextlib.nullcontext, contextlib.nullcontext])
+        lasting = self._deck(
+            [self.locked, self.stalling, self.dribbling, contextlib.nullcontext, contextlib.nullcontext]
+        )
         sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
         with self.proxy, self.clients:
             self.start()
@@ -340,7 +342,7 @@ class Soak:
         self.found += self.clients.faults
         for words in ("Traceback", "a fault of its own", "http fault="):
             if words in log:
-                self.found.append(f"the program printed {words!r}: {log[log.index(words) - 200:][:600]}")
+                self.found.append(f"the program printed {words!r}: {log[log.index(words) - 200 :][:600]}")
 
     # The program
 
