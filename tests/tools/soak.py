@@ -35,11 +35,10 @@ ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from fake_proxy import FakeProxy  # noqa: E402
-from support import free_port  # noqa: E402
+from support import KEY, free_port, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
-KEY = "secret-key"
 OVER_THE_CAP = 8 * 1024 * 1024 + 1
 MOST_REJECTS = 900  # the program keeps the newest 1,000
 IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
@@ -108,7 +107,7 @@ class Feeder(threading.Thread):
 
 
 def identity(payload: bytes) -> tuple[str, Any]:
-    """Tell what is to become of a payload, and how it is found again."""
+    """Return what is to become of a payload, and how it is found again."""
     if payload.startswith(b'{"request_id"'):
         name = payload[16 : payload.index(b'"', 16)].decode()
         return ("stored" if name.startswith("e") else "ignored"), name
@@ -145,19 +144,18 @@ class Clients:
         for path in itertools.cycle(PATHS):
             if self._ended.wait(0.02):
                 return
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
-            try:
-                connection.request("GET", path)
-                reply = connection.getresponse()
-                said = reply.read()
-                with self._lock:
-                    self.statuses[reply.status] += 1
-                    if reply.status != 200 and not self.ending:
-                        self.faults.append(f"{path} was answered with {reply.status} {said[:300]!r}")
-            except (OSError, http.client.HTTPException):
-                pass  # the program is being restarted
-            finally:
-                connection.close()
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)) as connection:
+                # a failure: the program is being restarted
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    connection.request("GET", path)
+                    reply = connection.getresponse()
+                    self._count(path, reply.status, reply.read())
+
+    def _count(self, path: str, status: int, said: bytes) -> None:
+        with self._lock:
+            self.statuses[status] += 1
+            if status != 200 and not self.ending:
+                self.faults.append(f"{path} was answered with {status} {said[:300]!r}")
 
     def _dribble(self) -> None:
         request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -184,7 +182,7 @@ class Clients:
 
 
 class Book:
-    """Follow what was handed over: at each end of the program, tell what it had and what it had not yet."""
+    """Follow what was handed over, and compare at each end of the program what it had of that."""
 
     def __init__(self, proxy: FakeProxy, database: Path) -> None:
         self._proxy, self._database = proxy, database
@@ -214,7 +212,7 @@ class Book:
 
     def _kept(self) -> int:
         """Count what the database has, and what waits in the spool for the next start."""
-        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
         kept = sum(meta.get(name, 0) for name in ("stored", "rejected", "ignored"))
         for sequence, batch in app.Spool(Path(f"{self._database}.spool")).read():
             if sequence > meta.get("sequence", 0):
@@ -230,9 +228,9 @@ class Book:
             if payload not in lost and payload not in self.gone:
                 kind, name = identity(payload)
                 wanted[kind].append(name)
-        stored = [name for (name,) in query(self._database, "SELECT request_id FROM events")]
-        rejected = [length // 3 for (length,) in query(self._database, "SELECT length FROM rejected_events")]
-        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        stored = [name for (name,) in rows(self._database, "SELECT request_id FROM events")]
+        rejected = [length // 3 for (length,) in rows(self._database, "SELECT length FROM rejected_events")]
+        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
         accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
         self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
         found = list(self.faults)
@@ -252,32 +250,21 @@ class Book:
 
     def _print(self, pushed: int, stored: list, rejected: list, meta: dict, lost: int, unexplained: int) -> None:
         lines = {
-            "pushed": pushed,
-            "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
-            "handed over": len(self._proxy.handed_over),
-            "  stored": len(stored),
-            "  rejected": len(rejected),
-            "  ignored": meta.get("ignored", 0),
-            "  lost in replies that were cut": lost,
+            "pushed": pushed, "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
+            "handed over": len(self._proxy.handed_over), "  stored": len(stored), "  rejected": len(rejected),
+            "  ignored": meta.get("ignored", 0), "  lost in replies that were cut": lost,
             f"  lost on their way at {len(self.losses)} kills, at most {max(self.losses, default=0)}": len(self.gone),
-            "  unexplained": unexplained,
-            "stored twice": len(stored) - len(set(stored)),
-        }
+            "  unexplained": unexplained, "stored twice": len(stored) - len(set(stored)),
+        }  # fmt: skip
         for name, count in lines.items():
             print(f"{name:60}{count:>10}")
-
-
-def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
-    """Read the database as another program would."""
-    with contextlib.closing(sqlite3.connect(str(database), timeout=20)) as db:
-        return db.execute(sql).fetchall()
 
 
 # ---- the soak --------------------------------------------------------------------------------------------
 
 
 class Soak:
-    """Run the program in a folder of its own, with one fault after the other; run() gives what does not fit."""
+    """Run the program in a folder of its own, with one fault after the other."""
 
     def __init__(self, folder: Path, seconds: float, seed: int, rate: int) -> None:
         self.dice = random.Random(seed)
@@ -299,11 +286,10 @@ class Soak:
         self._idle = threading.Event()
 
     def run(self) -> list[str]:
-        """Soak, settle, and balance the account."""
+        """Soak, settle, balance the account, and return what does not fit."""
         ends_at = time.monotonic() + self.seconds
-        lasting = self._deck(
-            [self.locked, self.stalling, self.dribbling, contextlib.nullcontext, contextlib.nullcontext]
-        )
+        nothing = contextlib.nullcontext
+        lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
         sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
         with self.proxy, self.clients:
             self.start()
@@ -389,7 +375,7 @@ class Soak:
         self.wait_until_up()
         self._terminate()
         # while the proxy stalls, what is on its way is given up after a while, as at a kill
-        self._again("stop", IN_FLIGHT[self.mode] if self.proxy.dribbles else 0)
+        self._again("stop", IN_FLIGHT[self.mode] if self.proxy.seconds_per_byte else 0)
 
     def _terminate(self) -> None:
         self.clients.ending = True
@@ -425,19 +411,18 @@ class Soak:
             yield
             self.rest(0, 3.0)
 
-    @contextlib.contextmanager
-    def stalling(self) -> Iterator[None]:
+    def stalling(self) -> contextlib.AbstractContextManager[None]:
         """Let the proxy say nothing for a while."""
-        self.counts["stall"] += 1
-        self.proxy.dribble(60)
-        yield
-        self.proxy.dribble(0)
+        return self._slow("stall", 60)
+
+    def dribbling(self) -> contextlib.AbstractContextManager[None]:
+        """Let the proxy speak slowly for a while."""
+        return self._slow("dribble", 0.0005)
 
     @contextlib.contextmanager
-    def dribbling(self) -> Iterator[None]:
-        """Let the proxy speak slowly for a while."""
-        self.counts["dribble"] += 1
-        self.proxy.dribble(0.0005)
+    def _slow(self, name: str, seconds_per_byte: float) -> Iterator[None]:
+        self.counts[name] += 1
+        self.proxy.dribble(seconds_per_byte)
         yield
         self.proxy.dribble(0)
 
