@@ -32,9 +32,6 @@ LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
 
 
-# ---- what a version does ---------------------------------------------------------------------------------
-
-
 class Dialect:
     """The differences between versions, each by the first tag that has it."""
 
@@ -139,9 +136,6 @@ class Subscriber:
         self._waker.close()
 
 
-# ---- the proxy -------------------------------------------------------------------------------------------
-
-
 class FakeProxy(SocketServer):
     """A CLIProxyAPI on a loopback port; a context manager.
 
@@ -197,18 +191,15 @@ class FakeProxy(SocketServer):
 
     @property
     def queued(self) -> int:
-        """How many events wait to be popped."""
         return len(self._queue)
 
     @property
     def auth_attempts(self) -> int:
         """How many AUTH commands came, right or wrong."""
-        with self.lock:
-            return self.commands.count("AUTH")
+        return self.commands.count("AUTH")
 
     @property
     def subscribers(self) -> int:
-        """How many connections are subscribed."""
         return len(self._subscribers)
 
     # -- for tests: events
@@ -265,12 +256,11 @@ class FakeProxy(SocketServer):
     def allowance(self, length: int) -> int | None:
         """Return how many of the next bytes may be written; None: all."""
         with self.lock:
-            if self._cut_after is None or length < self._cut_after:
-                if self._cut_after is not None:
-                    self._cut_after -= length
+            left = self._cut_after
+            if left is None:
                 return None
-            allowed, self._cut_after = self._cut_after, None
-            return allowed
+            self._cut_after = left - length if length < left else None
+            return None if length < left else left
 
     # -- events
 
@@ -459,12 +449,8 @@ class FakeProxy(SocketServer):
             subscriber.woken.recv(4096)
 
     def _drain(self, subscriber: Subscriber) -> None:
-        while True:
-            with self.lock:
-                if not subscriber.outbox:
-                    return
-                frame = subscriber.outbox.popleft()
-            subscriber.wire.send(frame)
+        while subscriber.outbox:
+            subscriber.wire.send(subscriber.outbox.popleft())
 
     # -- HTTP
 

@@ -71,14 +71,12 @@ class Browser:
     START_S = 30
     COMMAND_S = 60
 
-    def __init__(
-        self, width: int = 1440, height: int = 900, accept_lang: str = "en-US", dark: bool = False, scale: float = 1
-    ) -> None:
+    def __init__(self, width: int = 1440, height: int = 900, accept_lang: str = "en-US", dark: bool = False) -> None:
         self.width = width
         self.height = height
         self.accept_lang = accept_lang
         self.dark = dark
-        self.scale = scale
+        self.scale = 1.0
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._profile = ""
         self._process: subprocess.Popen[bytes] | None = None

@@ -2,7 +2,7 @@
 
     python3 tests/tools/bench.py [--events N] [--idle SECONDS] [--against SCRIPT]
 
-`--against` compares with another version of the script, such as one that `git show TAG:usage_dashboard.py` wrote.
+`--against` compares with another version of the script, which lies beside its own page, as in a worktree of its tag.
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -64,8 +64,8 @@ SENDERS = CODEX + OTHERS
 CLIENT_KEYS = [f"sk-client-{number:04d}-aaaa-bbbb-{number:04d}" for number in range(12)]
 MODELS = [model for _, _, models, _ in SENDERS for model in models]
 NO_LIMIT_LEFT = (
-    r"{\"error\":{\"type\":\"usage_limit_reached\",\"message\":\"The usage limit has been reached\","
-    r"\"plan_type\":\"plus\",\"resets_in_seconds\":7404}}"
+    '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","plan_type":"plus",'
+    '"resets_in_seconds":7404}}'
 )
 
 
@@ -90,28 +90,28 @@ def payload(dice: random.Random, at: float) -> bytes:
     provider, source, _, endpoint = dice.choice(senders_of(model))
     failed = dice.random() < 0.03
     fresh, cached, output = (0 if failed else dice.randrange(most) for most in (9000, 200_000, 4000))
-    reasoning = output // 3
-    total = fresh + cached + output
-    head = (
-        f'{{"timestamp":"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z","latency_ms":{dice.randrange(300, 60000)},'
-        f'"ttft_ms":{dice.randrange(200, 4000)},"source":"{source}","auth_index":"{app.short_tag(source)}0123456789",'
-        f'"tokens":{{"input_tokens":{fresh + cached},"output_tokens":{output},"reasoning_tokens":{reasoning},'
-        f'"cached_tokens":{cached},"total_tokens":{total}}},"failed":{"true" if failed else "false"},'
-    )
+    reasoning, total = output // 3, fresh + cached + output
+    event = {
+        "timestamp": f"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z", "latency_ms": dice.randrange(300, 60000),
+        "ttft_ms": dice.randrange(200, 4000), "source": source, "auth_index": f"{app.short_tag(source)}0123456789",
+        "tokens": {"input_tokens": fresh + cached, "output_tokens": output, "reasoning_tokens": reasoning,
+                   "cached_tokens": cached, "total_tokens": total}, "failed": failed,
+    }  # fmt: skip
     if dice.random() < 0.6:  # newer proxies say more
-        status, body = (429, NO_LIMIT_LEFT) if failed else (200, "")
-        head += (
-            f'"client_ip":"172.18.0.1","user_agent":"codex_cli_rs/0.130.0","generate":true,'
-            f'"fail":{{"status_code":{status},"body":"{body}"}},"accounting_version":2,"token_breakdown":'
-            f'{{"schema_version":2,"quality":"complete","total_tokens":{total},"input":{{"total_tokens":{fresh + cached},'
-            f'"uncached_tokens":{fresh},"cache_read_tokens":{cached},"cache_write_tokens":0}},"output":{{"total_tokens":'
-            f'{output},"non_reasoning_tokens":{output - reasoning},"reasoning_tokens":{reasoning}}},"unclassified_tokens":0}},'
-            f'"alias":"{model}","reasoning_effort":"{dice.choice(("low", "high", ""))}","service_tier":"auto",'
-        )
-    return (
-        f'{head}"provider":"{provider}","model":"{model}","endpoint":"{endpoint}","auth_type":"oauth",'
-        f'"api_key":"{key}","request_id":"{dice.getrandbits(32):08x}"}}'
-    ).encode()
+        event.update({
+            "client_ip": "172.18.0.1", "user_agent": "codex_cli_rs/0.130.0", "generate": True,
+            "fail": {"status_code": 429 if failed else 200, "body": NO_LIMIT_LEFT if failed else ""},
+            "accounting_version": 2, "token_breakdown": {
+                "schema_version": 2, "quality": "complete", "total_tokens": total,
+                "input": {"total_tokens": fresh + cached, "uncached_tokens": fresh, "cache_read_tokens": cached,
+                          "cache_write_tokens": 0},
+                "output": {"total_tokens": output, "non_reasoning_tokens": output - reasoning,
+                           "reasoning_tokens": reasoning}, "unclassified_tokens": 0,
+            }, "alias": model, "reasoning_effort": dice.choice(("low", "high", "")), "service_tier": "auto",
+        })  # fmt: skip
+    event.update(provider=provider, model=model, endpoint=endpoint, auth_type="oauth", api_key=key)
+    event["request_id"] = f"{dice.getrandbits(32):08x}"
+    return json.dumps(event, separators=(",", ":")).encode()
 
 
 def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[bytes]:
@@ -249,6 +249,14 @@ def ask(connection: http.client.HTTPConnection, path: str, etag: str = "") -> st
     return reply.headers.get("ETag") or ""
 
 
+def first_answer(database: Path, redis: RedisServer) -> tuple[float, float]:
+    """Start the program on a database; return the seconds to its first answer, and the memory that took at most."""
+    started = time.perf_counter()
+    with Dashboard(database.parent, redis) as dashboard:
+        dashboard.connect().close()
+        return time.perf_counter() - started, dashboard.memory_mb("VmHWM")
+
+
 class Drain(NamedTuple):
     """How fast the program emptied a queue, and its longest time without a commit."""
 
@@ -319,15 +327,12 @@ def bare_cost(events: list[bytes], folder: Path) -> Cost:
     db.execute("CREATE INDEX events_by_time ON events(timestamp)")
     insert = f"INSERT INTO events({', '.join(STORED_COLUMNS)}) VALUES ({', '.join('?' * len(STORED_COLUMNS))})"
 
-    def row(event: dict[str, Any]) -> tuple[Any, ...]:
-        values = {**event, **event["tokens"]}
-        return tuple(map(values.get, STORED_COLUMNS))
-
     def store_all() -> None:
         for first in range(0, len(events), 1000):
-            decoded = [json.loads(event) for event in events[first : first + 1000]]
+            decoded = map(json.loads, events[first : first + 1000])
+            rows = [tuple(map({**event, **event["tokens"]}.get, STORED_COLUMNS)) for event in decoded]
             db.execute("BEGIN")
-            db.executemany(insert, [row(event) for event in decoded])
+            db.executemany(insert, rows)
             db.execute("COMMIT")
 
     with contextlib.closing(db):
@@ -380,14 +385,13 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
-    bares, drains, pops, others = [], [], [], []
+    bares, drains, others = [], [], []
     for _ in range(3):
         bares.append(bare_cost(events, new_folder(scratch)))
         drains.append(ingest_rate(redis, events, new_folder(scratch)))
         if against is not None:
             others.append(ingest_rate(redis, events, new_folder(scratch), against)[0].rate)
-    for _ in range(3):
-        pops.append(pop_cost(redis, events))
+    pops = [pop_cost(redis, events) for _ in range(3)]
     steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
     rate = median(drain.rate for drain, _ in drains)
     table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
@@ -476,12 +480,7 @@ PAGE_LOAD = ("/api/summary?range=7d&tz_offset=420", "/api/requests?limit=100", "
 
 def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float) -> None:
     """Start the program on the large database and load its page, idle and under load."""
-    starts = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with Dashboard(large.parent, redis) as dashboard:
-            dashboard.connect().close()
-            starts.append((time.perf_counter() - started) * 1000)
+    starts = [first_answer(large, redis)[0] * 1000 for _ in range(3)]
     table.section("serving the same database")
     table.row("start to the first answer", median(starts), "ms")
     with Dashboard(large.parent, redis) as dashboard:
@@ -527,9 +526,7 @@ def eight_clients(
 
 def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: Path) -> None:
     """Let eight clients poll twice a second while the program empties a full queue into the large database."""
-    redis.push("usage", *events)
-    with Dashboard(large.parent, redis) as dashboard:
-        alone = watch_drain(dashboard, len(events))
+    alone, _ = ingest_rate(redis, events, large.parent)
     redis.push("usage", *events)
     with Dashboard(large.parent, redis) as dashboard:
         answers: list[float] = []
@@ -587,11 +584,9 @@ def measure_adoption(table: Table, redis: RedisServer, databases: list[Path]) ->
     """Start the program on databases of the original and of the other version with as many events."""
     table.section("adopting as many events")
     for name, database in zip(("the original", "the other version"), databases):
-        started = time.perf_counter()
-        with Dashboard(database.parent, redis) as dashboard:
-            dashboard.connect().close()
-            table.row(f"{name}: start to the first summary", time.perf_counter() - started, "s")
-            table.row(f"{name}: memory, highest", dashboard.memory_mb("VmHWM"), "MB")
+        seconds, memory_mb = first_answer(database, redis)
+        table.row(f"{name}: start to the first summary", seconds, "s")
+        table.row(f"{name}: memory, highest", memory_mb, "MB")
 
 
 # ---- all of it -------------------------------------------------------------------------------------------
@@ -615,7 +610,7 @@ def main() -> None:
     """Measure everything and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=200_000, help="size of the large database (%(default)s)")
-    parser.add_argument("--against", type=Path, help="another version of the script to compare with")
+    parser.add_argument("--against", type=Path, help="another version of the script, beside its page")
     parser.add_argument("--idle", type=float, default=5.0, help="seconds to watch the idle program (%(default)s)")
     options = parser.parse_args()
     ingested = min(options.events, MOST_INGESTED)

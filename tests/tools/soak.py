@@ -45,9 +45,6 @@ IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
 PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
 
 
-# ---- events ----------------------------------------------------------------------------------------------
-
-
 class Feeder(threading.Thread):
     """Publish events at a steady rate; every payload is told apart from every other."""
 
@@ -116,9 +113,6 @@ def identity(payload: bytes) -> tuple[str, Any]:
     return "rejected", len(payload) // 3
 
 
-# ---- the program and its clients -------------------------------------------------------------------------
-
-
 class Clients:
     """Read the API over and over, and beside that send requests, and read answers, a byte at a time."""
 
@@ -173,12 +167,8 @@ class Clients:
                     if place:
                         place[0].close()
                     places[index] = None
-        for place in places:
-            if place:
-                place[0].close()
-
-
-# ---- the account -----------------------------------------------------------------------------------------
+        for sock, _ in filter(None, places):
+            sock.close()
 
 
 class Book:
@@ -234,8 +224,8 @@ class Book:
         accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
         self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
         found = list(self.faults)
-        for name, got in (("stored", stored), ("rejected", rejected)):
-            more, less = Counter(got) - Counter(wanted[name]), Counter(wanted[name]) - Counter(got)
+        for name, got in (("stored", Counter(stored)), ("rejected", Counter(rejected))):
+            more, less = got - Counter(wanted[name]), Counter(wanted[name]) - got
             if more or less:
                 found.append(f"{name}: {sum(more.values())} too many {list(more)[:5]}, "
                              f"{sum(less.values())} missing {list(less)[:5]}")  # fmt: skip
@@ -243,10 +233,8 @@ class Book:
             found.append(f"ignored: {meta.get('ignored', 0)}, where {len(wanted['ignored'])} were handed over")
         if pushed != len(handed) + len(proxy.forgotten) + proxy.queued:
             found.append("the proxy's own account does not balance")
-        store = app.Store(self._database)
-        found += store.find_faults()
-        store.close()
-        return found
+        with contextlib.closing(app.Store(self._database)) as store:
+            return found + store.find_faults()
 
     def _print(self, pushed: int, stored: list, rejected: list, meta: dict, lost: int, unexplained: int) -> None:
         lines = {
@@ -258,9 +246,6 @@ class Book:
         }  # fmt: skip
         for name, count in lines.items():
             print(f"{name:60}{count:>10}")
-
-
-# ---- the soak --------------------------------------------------------------------------------------------
 
 
 class Soak:
