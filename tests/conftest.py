@@ -173,9 +173,6 @@ def program(tmp_path: Path) -> Iterator[Program]:
     program.close()
 
 
-# ---- its parts in this process ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def open_store(tmp_path):
     """Open stores on tmp_path/usage.db; all are closed at the end."""
@@ -202,8 +199,7 @@ def collect(store):
 
     def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"load": load, "config_path": config_path, "ahead_s": ahead_s}
-        runs.append(Run(config, on or store, stop or QuickStop(), **options))
+        runs.append(Run(config, on or store, stop or QuickStop(), ahead_s, load=load, config_path=config_path))
         return runs[-1]
 
     yield start
@@ -212,9 +208,6 @@ def collect(store):
     for run in runs:
         run.thread.join(10)
         assert not run.thread.is_alive()
-
-
-# ---- the world around it ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

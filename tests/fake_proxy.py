@@ -440,17 +440,14 @@ class FakeProxy(SocketServer):
     def _serve_subscriber(self, subscriber: Subscriber) -> None:
         wire = subscriber.wire
         while True:
-            self._drain(subscriber)
+            while subscriber.outbox:
+                wire.send(subscriber.outbox.popleft())
             if subscriber.dismissed and not subscriber.outbox:
                 return
             readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
             if wire.sock in readable:
                 return  # nobody speaks in a subscription: the other side is gone
             subscriber.woken.recv(4096)
-
-    def _drain(self, subscriber: Subscriber) -> None:
-        while subscriber.outbox:
-            subscriber.wire.send(subscriber.outbox.popleft())
 
     # -- HTTP
 

@@ -80,13 +80,10 @@ class RedisServer:
         return reply
 
     def _launch(self, port: int) -> None:
-        options = {"port": port, "bind": self.host, "save": "", "appendonly": "no", "dir": self._folder,
-                   "logfile": f"{self._folder}/log", "daemonize": "no"}  # fmt: skip
+        command = ["redis-server", "--port", str(port), "--bind", self.host, "--save", "", "--appendonly", "no",
+                   "--dir", self._folder, "--logfile", f"{self._folder}/log", "--daemonize", "no"]  # fmt: skip
         if self.password is not None:
-            options["requirepass"] = self.password
-        command = ["redis-server"]
-        for name, value in options.items():
-            command += [f"--{name}", str(value)]
+            command += ["--requirepass", self.password]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import time
 import urllib.error
 import urllib.request
@@ -113,18 +112,14 @@ def test_proxy_takes_nothing_for_a_command_of_a_connection_that_is_gone(proxy):
     assert (proxy.queued, proxy.handed_over, proxy.commands) == (1, [], ["AUTH", "RPOP"])
 
 
-def test_chatgpt_refuses_and_records_any_other_target(chatgpt):
-    chatgpt.answer("one", status=302, headers={"Location": "https://elsewhere.example/x"})
-    handlers = [
-        urllib.request.ProxyHandler({"https": chatgpt.proxy_url}),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=chatgpt.ca_file)),
-    ]
-    url = "https://chatgpt.com/backend-api/wham/usage"
-    request = urllib.request.Request(url, headers={"Authorization": "Bearer one"})
+def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):
+    chatgpt_here.answer("one", status=302, headers={"Location": "https://elsewhere.example/x"})
+    headers = {"Authorization": "Bearer one"}
+    request = urllib.request.Request("https://chatgpt.com/backend-api/wham/usage", headers=headers)
     with pytest.raises(urllib.error.URLError):
-        urllib.request.build_opener(*handlers).open(request, timeout=10)
-    assert [request["token"] for request in chatgpt.requests] == ["one"]
-    assert chatgpt.foreign_targets == ["elsewhere.example:443"]
+        urllib.request.build_opener().open(request, timeout=10)
+    assert [request["token"] for request in chatgpt_here.requests] == ["one"]
+    assert chatgpt_here.foreign_targets == ["elsewhere.example:443"]
 
 
 def test_browser_hears_what_goes_wrong_on_a_page_and_what_it_loads(browser):

@@ -103,11 +103,9 @@ class Browser:
         if self._session:
             with contextlib.suppress(OSError, WebDriverError):
                 self._call("DELETE", "")
-            self._session = ""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-            self._process = None
         shutil.rmtree(self._profile, ignore_errors=True)
 
     # -- pages
@@ -244,12 +242,10 @@ class Browser:
 
     def requested_urls(self) -> list[str]:
         """Return the URLs asked for since the last look, the pages' own included."""
-        urls = []
-        for entry in self._call("POST", "/se/log", {"type": "performance"}):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                urls.append(message["params"]["request"]["url"])
-        return urls
+        entries = self._call("POST", "/se/log", {"type": "performance"})
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent]
 
     # -- chromedriver
 
