@@ -292,7 +292,6 @@ def _stored(db: sqlite3.Connection) -> int:
 def load_script(path: Path) -> Any:
     """Load another version of the script as a module."""
     spec = importlib.util.spec_from_file_location("other_dashboard", str(path))
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

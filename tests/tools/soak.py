@@ -28,7 +28,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
@@ -92,8 +92,9 @@ class Feeder(threading.Thread):
         account = dice.randrange(8)
         return json.dumps({
             "request_id": name, "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "provider": "codex",
-            "source": f"user{account}@example.com", "auth_index": f"{account:016x}", "model": f"gpt-5.{dice.randrange(4)}",
-            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
+            "source": f"user{account}@example.com", "auth_index": f"{account:016x}",
+            "model": f"gpt-5.{dice.randrange(4)}", **more,
+            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)},
         }).encode()  # fmt: skip
 
     def _reject(self, start: bytes, length: int = 100) -> bytes:
@@ -282,9 +283,9 @@ class Soak:
             self.feeder.start()
             try:
                 while time.monotonic() < ends_at:
-                    with next(lasting)():
+                    with self._counted(next(lasting)):
                         self.rest(0.1, 1.0)
-                        next(sudden)()
+                        self._counted(next(sudden))
                         self.rest(0.1, 1.0)
                     self.check_alive()
                 self.settle()
@@ -302,13 +303,18 @@ class Soak:
         while True:
             yield from self.dice.sample(cards, len(cards))
 
+    def _counted(self, fault: Callable[[], Any]) -> Any:
+        self.counts[fault.__name__] += 1
+        return fault()
+
     def rest(self, low: float, high: float) -> None:
         """Let some time go by."""
         self._idle.wait(self.dice.uniform(low, high) * self.pace)
 
     def _look_back(self) -> None:
         log = self.log.read_text(encoding="utf-8", errors="replace")
-        print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())))
+        counts = [f"{name} {count}" for name, count in sorted(self.counts.items()) if name != "nullcontext"]
+        print("faults:", ", ".join(counts))
         print(f"longest stop {self.longest_stop_s:.1f} s; HTTP answers: {dict(self.clients.statuses)}")
         self.found += self.clients.faults
         for words in ("Traceback", "a fault of its own", "http fault="):
@@ -347,7 +353,6 @@ class Soak:
 
     def kill(self) -> None:
         """End the program under load as a power cut would, and start it again."""
-        self.counts["kill"] += 1
         self.feeder.burst(self.dice.choice([0, 3000]))
         self.rest(0, 0.2)
         self.process.kill()
@@ -356,7 +361,6 @@ class Soak:
 
     def stop(self) -> None:
         """Stop the program as systemd does, and start it again."""
-        self.counts["stop"] += 1
         self.wait_until_up()
         self._terminate()
         # while the proxy stalls, what is on its way is given up after a while, as at a kill
@@ -390,41 +394,33 @@ class Soak:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the database as another program would."""
-        self.counts["locked"] += 1
         with contextlib.closing(sqlite3.connect(str(self.database), timeout=20, isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
             yield
             self.rest(0, 3.0)
 
-    def stalling(self) -> contextlib.AbstractContextManager[None]:
-        """Let the proxy say nothing for a while."""
-        return self._slow("stall", 60)
-
-    def dribbling(self) -> contextlib.AbstractContextManager[None]:
-        """Let the proxy speak slowly for a while."""
-        return self._slow("dribble", 0.0005)
-
     @contextlib.contextmanager
-    def _slow(self, name: str, seconds_per_byte: float) -> Iterator[None]:
-        self.counts[name] += 1
+    def stalling(self, seconds_per_byte: float = 60) -> Iterator[None]:
+        """Let the proxy say nothing for a while."""
         self.proxy.dribble(seconds_per_byte)
         yield
         self.proxy.dribble(0)
 
+    def dribbling(self) -> contextlib.AbstractContextManager[None]:
+        """Let the proxy speak slowly for a while."""
+        return self.stalling(0.0005)
+
     def cut(self) -> None:
         """Break a connection somewhere within the replies that come."""
-        self.counts["cut"] += 1
         self.proxy.cut_replies_after(self.dice.randrange(1, 30_000))
         self.feeder.burst(300)
 
     def disconnect(self) -> None:
         """Break every connection now."""
-        self.counts["disconnect"] += 1
         self.proxy.disconnect_all()
 
     def restart(self) -> None:
         """Restart the proxy, which forgets its queue."""
-        self.counts["proxy restart"] += 1
         self.proxy.stop_listening()
         self.proxy.disconnect_all()
         self.proxy.forget()
@@ -432,9 +428,8 @@ class Soak:
         self.proxy.listen_again()
 
     def oversized(self) -> None:
-        """Publish an event over the cap."""
-        if self.counts["oversized"] < 20:
-            self.counts["oversized"] += 1
+        """Publish an event over the cap, now and then."""
+        if self.counts["oversized"] <= 20:
             self.feeder.oversized()
 
 
