@@ -268,10 +268,7 @@ def random_events(dice, count):
 
 
 def sums_of(events):
-    def total(name):
-        return sum(getattr(one, name) or 0 for one in events)
-
-    return (len(events), *(total(name) for name in app.SUM_NAMES[1:]))
+    return (len(events), *(sum(getattr(one, name) or 0 for one in events) for name in app.SUM_NAMES[1:]))
 
 
 @pytest.mark.parametrize("seed", range(6))
