@@ -553,7 +553,7 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
         started = time.monotonic()
         drain = watch_drain(dashboard, len(events))
         with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
-            oldest = time.time() - 10 * DAY_S - 900
+            oldest = time.time() - 10 * DAY_S - 7200
             while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
                 time.sleep(0.05)
             rows = db.execute("SELECT value FROM meta WHERE key = 'deleted'").fetchone()[0]
