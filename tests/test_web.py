@@ -170,7 +170,8 @@ def test_unchanged_answer_is_304_without_a_look_at_the_database(site):
     assert (again.status, body, again.headers["ETag"]) == (304, b"", tag)
     site.store.close()
     assert site.ask(DAY)[0].status >= 500
-    assert site.ask(DAY, If_None_Match=tag)[0].status == 304
+    for sent in (tag, "*", f"W/{tag}", f'"other", {tag}'):
+        assert site.ask(DAY, If_None_Match=sent)[0].status == 304
 
 
 def test_new_event_another_query_or_the_next_minute_changes_the_answer(site):
@@ -182,12 +183,6 @@ def test_new_event_another_query_or_the_next_minute_changes_the_answer(site):
     assert site.ask("/api/summary?range=7d", If_None_Match=next_tag)[0].status == 200
     site.now += 60
     assert site.ask(DAY, If_None_Match=next_tag)[0].status == 200
-
-
-@pytest.mark.parametrize("sent", ["*", "W/{tag}", '"other", {tag}'])
-def test_tag_may_come_weak_among_others_or_as_a_star(site, sent):
-    tag = site.ask(DAY)[0].headers["ETag"]
-    assert site.ask(DAY, If_None_Match=sent.format(tag=tag))[0].status == 304
 
 
 def test_no_answer_leaves_a_transaction_open(site):
