@@ -127,10 +127,8 @@ def test_round_of_eight_accounts_asks_one_after_the_other(bench, folder, store, 
 
 def test_round_prints_the_original_lines_with_masked_mails(bench, folder):
     write_accounts(folder, 2)
-    each = [
-        "refresh_quota: fetching quota for u***@example.com...", "refresh_quota: saved quota for u***@example.com"
-    ]  # fmt: skip
-    assert bench.round() == ["refresh_quota: found 2 auth files", *each, *each]
+    lines = ["found 2 auth files", *["fetching quota for u***@example.com...", "saved quota for u***@example.com"] * 2]
+    assert bench.round() == [f"refresh_quota: {line}" for line in lines]
 
 
 def test_round_stores_the_reading_of_the_reply(bench, folder, store):
@@ -331,9 +329,7 @@ def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder,
      ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
      ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6")],
 )  # fmt: skip
-def test_every_round_asks_every_account_whatever_it_was_told_before(
-    bench, folder, store, world, state, answer, changes, asked
-):
+def test_every_round_asks_every_account_again(bench, folder, store, world, state, answer, changes, asked):
     write_accounts(folder, 5, **changes)
     write_account(folder, 6)
     world.answer(None, **answer)
