@@ -242,8 +242,9 @@ def fault_of(file=None, **options) -> str:
 
 
 @pytest.mark.parametrize("status", [200, 429])
-@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
-                         ids=["head", "body", "chunks", "silence"])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}]
+)
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     began_at = time.monotonic()
