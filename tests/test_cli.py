@@ -247,8 +247,7 @@ def test_report_prints_the_totals_of_a_range(program):
     table = program.run("report", "24h")
     assert table.returncode == 0 and re.search(r"total\s+7\s+1\s.*\s355,035", table.stdout)
     assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
-    as_json = json.loads(program.run("report", "7d", "--json").stdout)
-    assert as_json["summary"] == EXPECTED
+    assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
     wrong = program.run("report", "yesterday")
     assert wrong.returncode == 2 and "today" in wrong.stderr
 
@@ -486,8 +485,8 @@ def test_check_is_well_with_a_good_set_up(program, proxy):
     proxy.push(*shifted())
     done = program.run("check")
     assert done.returncode == 0, done.stdout
-    for text in ("account files: 3", "proxy v7.2.140", "publishes its usage", "the proxy's clock and this machine's agree",
-                 "remembers for 60 s and is asked every 0.1 s"):  # fmt: skip
+    for text in ("account files: 3", "proxy v7.2.140", "the proxy's clock and this machine's agree",
+                 "publishes its usage", "remembers for 60 s and is asked every 0.1 s"):  # fmt: skip
         assert text in done.stdout
     assert proxy.queued == len(SAMPLES)  # nothing was popped
 
@@ -516,9 +515,8 @@ def test_check_names_accounts_that_need_a_person(program, chatgpt):
     assert done.returncode == 1
     again = "sign in again in the proxy"
     for number, state, remedy in ((1, "relogin", again), (2, "deactivated", "deactivated"), (3, "no token", again)):
-        assert re.search(f"^warning user{number}@example.com.*: {state}\n +→ .*{remedy}", done.stdout, re.M), (
-            done.stdout
-        )
+        told = f"^warning user{number}@example.com.*: {state}\n +→ .*{remedy}"
+        assert re.search(told, done.stdout, re.M), done.stdout
     assert re.search("^ok      user4@example.com.* is disabled", done.stdout, re.M)
     assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
 
