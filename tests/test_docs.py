@@ -131,17 +131,14 @@ def test_every_command_line_shown_is_understood(flags):
             assert not rest, words
 
 
-def test_states_of_the_collector_say_what_the_program_says():
+def test_states_say_what_the_program_says():
     told = coded_rows(section(README, "Troubleshooting"), 2)
     assert {state: text for state, (text,) in told.items()} == app.STATE_REMEDIES
-
-
-def test_states_of_an_account_say_what_the_program_says():
-    told = coded_rows(section(API, "States of an account"), 2)
-    texts = {state: told.pop(state)[0] for state in app.QUOTA_MESSAGES}
-    assert texts == app.QUOTA_MESSAGES
-    states = {word for row in table(section(API, "States of an account")) for word in quoted(row[0])}
-    assert states - set(texts) == {"ok", "limited", "reset_due", "no_windows"}
+    of_accounts = section(API, "States of an account")
+    told = coded_rows(of_accounts, 2)
+    assert {state: told[state][0] for state in app.QUOTA_MESSAGES} == app.QUOTA_MESSAGES
+    states = {word for row in table(of_accounts) for word in quoted(row[0])}
+    assert states - set(app.QUOTA_MESSAGES) == {"ok", "limited", "reset_due", "no_windows"}
 
 
 def test_vietnamese_page_tells_every_state_of_the_collector():
@@ -264,9 +261,8 @@ def test_parameters_and_errors_are_told(program):
     told = {word for row in table(API) for word in quoted(row[0]) if re.fullmatch(r"[a-z_]+", word)}
     read = set(re.findall(r"""(?:query|self)\.(?:get|choice|whole|moment)\(["'](\w+)["']""", SCRIPT))
     assert {"range", "limit", "account"} <= read <= told | {"bucket", "force"}
-    for route, name in (("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"),
-                        ("summary", "status"), ("summary", "bucket"), ("requests", "limit"), ("requests", "before")):  # fmt: skip
-        status, answer = demo.ask(f"/api/{route}?{name}=%2E")
+    for name in "range start end tz_offset status bucket limit before".split():
+        status, answer = demo.ask(f"/api/{'requests' if name in ('end', 'limit', 'before') else 'summary'}?{name}=%2E")
         assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
     assert demo.ask("/api/requests?limit=0")[1] == json.loads(blocks(section(API, "Errors"), "json")[0])
     codes = {code for row in table(section(API, "Errors")) for cell in row for code in quoted(cell)}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from pathlib import Path
 
@@ -92,10 +91,8 @@ def test_reset_time_is_taken_in_every_form_or_unknown(sent, reset_at):
     assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).five_hour.reset_at == reset_at
 
 
-FIELDS = [
-    "plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit", "primary_window",
-    "secondary_window", "allowed", "limit_reached",
-]  # fmt: skip
+FIELDS = """plan_type rate_limit credits additional_rate_limits code_review_rate_limit primary_window secondary_window
+    allowed limit_reached""".split()
 
 
 @pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
@@ -110,16 +107,6 @@ def account_file(**changes) -> app.AccountFile:
     base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus",
                 access_token="tok-secret-1", disabled=False, proxy_url="", freshness="")  # fmt: skip
     return app.AccountFile(**{**base, **changes})
-
-
-def test_snapshot_row_and_printed_account_hold_no_identity_or_token():
-    row = app.snapshot_of(account_file(), QUOTA_BY_NAME["plus_5h_7d"]["body"], NOW)
-    text = json.dumps(row) + repr(account_file())
-    for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
-        assert secret not in text
-    assert json.loads(row["raw_json"])["plan_type"] == "plus"
-    assert (row["primary_remaining_percent"], row["secondary_remaining_percent"]) == (77, 59)
-    assert row["primary_reset_at"] == "2027-01-15T10:31:40Z"
 
 
 def jwt(claims) -> str:
@@ -222,7 +209,7 @@ def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(chatgpt_here):
     request = chatgpt_here.requests[0]
     assert (request["token"], request["path"]) == ("tok-secret-1", "/backend-api/wham/usage")
     assert request["headers"]["chatgpt-account-id"] == "acc-1" and request["headers"]["user-agent"] == "codex-cli"
-    assert "tok-secret-1" not in json.dumps(request["proxy_headers"])
+    assert "tok-secret-1" not in json.dumps(request["proxy_headers"]) + repr(account_file())
 
 
 @pytest.mark.parametrize("sample", BAD, ids=lambda sample: sample["name"])
@@ -255,8 +242,9 @@ def fault_of(file=None, **options) -> str:
 
 
 @pytest.mark.parametrize("status", [200, 429])
-@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
-                         ids=["head", "body", "chunks", "silence"])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}]
+)
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     began_at = time.monotonic()
@@ -268,10 +256,6 @@ def test_reply_that_is_too_large_or_cut_is_no_reading(chatgpt_here):
     assert fault_of() == "bad_response"
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
     assert fault_of() in ("network", "bad_response")
-
-
-def test_file_without_a_token_is_not_asked(chatgpt_here):
-    assert fault_of(account_file(access_token="")) == "no_token" and chatgpt_here.requests == []
 
 
 def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch):
@@ -294,13 +278,3 @@ def test_own_proxy_of_the_account_is_used(chatgpt, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
     chatgpt.answer("tok-secret-1", body={"plan_type": "plus"})
     assert app.fetch_usage(account_file(proxy_url=chatgpt.proxy_url)) == {"plan_type": "plus"}
-
-
-def test_nothing_in_the_account_folder_is_changed(tmp_path):
-    path = write(tmp_path, "codex-a.json", CODEX)
-    os.chmod(str(path), 0o400)
-    before = path.stat()
-    app.find_account_files([tmp_path])
-    after = path.stat()
-    assert (after.st_mtime_ns, after.st_mode) == (before.st_mtime_ns, before.st_mode)
-    assert os.listdir(str(tmp_path)) == ["codex-a.json"]

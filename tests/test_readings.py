@@ -67,19 +67,18 @@ def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
     assert [(window.meter, window.used_percent) for window in extra] == [("GPT-5.3-Codex-Spark", 99)]
 
 
-MONTHLY = {"primary_window_minutes": "43200", "secondary_window_minutes": "0"}
-
-
-@pytest.mark.parametrize(
-    "changes", [{"primary_used_percent": "100"}, {"secondary_used_percent": "100"},
-                {"primary_used_percent": "100", **MONTHLY}]
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {"primary_used_percent": "100"}, {"secondary_used_percent": "100"},
+    {"primary_used_percent": "100", "primary_window_minutes": "43200", "secondary_window_minutes": "0"},
+])  # fmt: skip
 def test_headers_of_a_used_up_window_are_limited(changes):
     assert read(**{f"x_codex_{name}": text for name, text in changes.items()}).state == "limited"
 
 
-@pytest.mark.parametrize(("sent", "shown"), [({"unlimited": "True", "balance": "1"}, "unlimited"),
-                                             ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None), ({}, None)])  # fmt: skip
+@pytest.mark.parametrize(("sent", "shown"), [
+    ({"unlimited": "True", "balance": "1"}, "unlimited"), ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None),
+    ({}, None),
+])  # fmt: skip
 def test_headers_tell_the_credits(sent, shown):
     assert read(**{f"x_codex_credits_{name}": text for name, text in sent.items()}).credits_balance == shown
 
@@ -181,8 +180,10 @@ def test_reading_is_told_by_the_index_of_the_account_file_before_all_else(world)
     assert [row["account_id_tag"] for row in world.store.quotas()] == [by_index[index]]
 
 
-@pytest.mark.parametrize(("disabled", "source", "shown"), [(True, "an@example.com", []),
-                                                         (False, "b@example.com", [("b@example.com", "plus", 42)])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("disabled", "source", "shown"),
+    [(True, "an@example.com", []), (False, "b@example.com", [("b@example.com", "plus", 42)])],
+)
 def test_reading_of_an_account_without_a_file_has_a_row_and_of_a_disabled_one_none(world, disabled, source, shown):
     world.file("an@example.com", disabled=disabled)
     world.take(world.event(source=source, auth_index="bb"))
@@ -262,9 +263,10 @@ def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
 def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
     world.file("an@example.com")
     (file,) = app.find_account_files([world.accounts])[1]
-    windows = {"primary_window": {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200},
-               "secondary_window": {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}}  # fmt: skip
-    reply = {"plan_type": "plus", "rate_limit": {"allowed": False, "limit_reached": True, **windows}}
+    five_hour = {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200}
+    weekly = {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}
+    limit = {"allowed": False, "limit_reached": True, "primary_window": five_hour, "secondary_window": weekly}
+    reply = {"plan_type": "plus", "rate_limit": limit}
     world.store.save_reading(app.snapshot_of(file, reply, NOW))
     world.take(world.event())
     (row,) = world.store.quotas()
@@ -342,15 +344,11 @@ WEEK = {"reset_at": NOW + 6 * 86400}
 
 @pytest.mark.parametrize(
     ("points", "used_per_hour", "runs_out_in_s"),
-    [
-        # 10 % in 20 minutes are 30 an hour; the 40 % that are left take 80 minutes, and the reset is in two hours.
-        (line(50, 52, 55, 58, 60), 30, 4800),
-        (line(20, 21, 22), 12, None),
-        (line(20, 20, 20), 0, None),
-        (line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), 7.2, None),  # one hour back and no more
-        (line(10, 30, 60, **WEEK), 300, 480),
-    ],
-)
+    # 10 % in 20 minutes are 30 an hour; the 40 % that are left take 80 minutes, and the reset is in two hours.
+    [(line(50, 52, 55, 58, 60), 30, 4800), (line(20, 21, 22), 12, None), (line(20, 20, 20), 0, None),
+     (line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), 7.2, None),  # one hour back and no more
+     (line(10, 30, 60, **WEEK), 300, 480)],
+)  # fmt: skip
 def test_forecast_says_at_the_pace_of_the_last_hour_when_it_runs_out(points, used_per_hour, runs_out_in_s):
     told = app.forecast(points, NOW)
     assert told["used_per_hour"] == pytest.approx(used_per_hour, abs=0.01)

@@ -93,9 +93,6 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     assert site.json("/api/summary?range=all")["summary"]["requests"] == 2
 
 
-LIMITS = "limit must be a whole number from 1 to 500"
-
-
 @pytest.mark.parametrize(
     ("query", "code", "allowed"),
     [("summary?range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
@@ -105,7 +102,8 @@ LIMITS = "limit must be a whole number from 1 to 500"
      ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
      ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
      ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
-     *((f"requests?limit={limit}", "bad_limit", LIMITS) for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split())],
+     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
+       for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split())],
 )  # fmt: skip
 def test_wrong_value_is_400_and_names_what_is_allowed(site, query, code, allowed):
     said = site.error(f"/api/{query}", 400)
@@ -154,11 +152,14 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     assert len(site.json("/api/requests?range=24h&q=00000003")["requests"]) == 1
 
 
-def test_health_tells_the_collectors_state_and_the_size(site):
+def test_health_tells_the_collectors_state_and_the_size_and_head_gives_the_same_head(site):
     put(site.store, at(1), rejects=[])
     health = site.json("/api/health")
     assert health["ok"] is True and health["version"] == app.__version__ and health["demo"] is False
     assert health["database"]["events"] == 1 and health["database"]["bytes"] > 4096
+    head, nothing = site.ask("/api/health", "HEAD")
+    assert (head.status, nothing, head.headers["Content-Type"]) == (200, b"", "application/json; charset=utf-8")
+    assert int(head.headers["Content-Length"]) > 100
     site.status["state"] = "wrong_password"
     assert site.json("/api/health")["ok"] is False
 
@@ -170,7 +171,8 @@ def test_unchanged_answer_is_304_without_a_look_at_the_database(site):
     assert (again.status, body, again.headers["ETag"]) == (304, b"", tag)
     site.store.close()
     assert site.ask(DAY)[0].status >= 500
-    assert site.ask(DAY, If_None_Match=tag)[0].status == 304
+    for sent in (tag, "*", f"W/{tag}", f'"other", {tag}'):
+        assert site.ask(DAY, If_None_Match=sent)[0].status == 304
 
 
 def test_new_event_another_query_or_the_next_minute_changes_the_answer(site):
@@ -182,12 +184,6 @@ def test_new_event_another_query_or_the_next_minute_changes_the_answer(site):
     assert site.ask("/api/summary?range=7d", If_None_Match=next_tag)[0].status == 200
     site.now += 60
     assert site.ask(DAY, If_None_Match=next_tag)[0].status == 200
-
-
-@pytest.mark.parametrize("sent", ["*", "W/{tag}", '"other", {tag}'])
-def test_tag_may_come_weak_among_others_or_as_a_star(site, sent):
-    tag = site.ask(DAY)[0].headers["ETag"]
-    assert site.ask(DAY, If_None_Match=sent.format(tag=tag))[0].status == 304
 
 
 def test_no_answer_leaves_a_transaction_open(site):
@@ -210,13 +206,6 @@ def test_answer_is_compressed_where_the_client_takes_it(site):
             assert "Content-Encoding" not in site.ask(path, Accept_Encoding=accepted)[0].headers
         for accepted in ("br, GZIP;q=0.5", "gzip, br;q=0", "gzip;q=0.001"):
             assert site.ask("/api/summary?range=7d", Accept_Encoding=accepted)[0].headers["Content-Encoding"] == "gzip"
-
-
-def test_head_gives_the_same_head_without_a_body(site):
-    get, _ = site.ask("/api/health")
-    head, nothing = site.ask("/api/health", "HEAD")
-    assert (head.status, nothing, head.headers["Content-Type"]) == (200, b"", get.headers["Content-Type"])
-    assert int(head.headers["Content-Length"]) > 100
 
 
 def test_page_comes_with_a_policy_that_lets_only_its_own_parts_run(site):
@@ -311,9 +300,7 @@ def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_m
         assert b"".join(iter(lambda: clients[0].recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
 
 
-def test_head_that_comes_a_byte_at_a_time_is_given_up_but_no_answer_that_is_being_made(
-    make_site, tmp_path, chatgpt_here
-):
+def test_head_that_drips_is_given_up_but_no_answer_that_is_being_made(make_site, tmp_path, chatgpt_here):
     site = make_site(head_s=0.3)
     write_account(tmp_path / "accounts")
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, hold=True)
@@ -338,17 +325,14 @@ def test_head_that_comes_a_byte_at_a_time_is_given_up_but_no_answer_that_is_bein
         assert b"".join(iter(lambda: forcing.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
 
 
-LOCAL = ("localhost:8320", "127.0.0.1:1", "[::1]:8320", "127.0.0.2")
-FOREIGN = ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.1.5:8320")
-
-
 @pytest.mark.parametrize("bound", ["127.0.0.1", "127.0.0.2", "localhost", "::1", "0.0.0.0"])
 def test_every_loopback_address_refuses_foreign_hosts(site, bound):
     site.json("/api/health")
     site.server.app.config = replace(site.config, dashboard_host=bound)
-    assert {site.ask("/api/health", Host=host)[0].status for host in LOCAL} == {200}
-    refused = 200 if bound == "0.0.0.0" else 403
-    assert {site.ask("/api/health", Host=host)[0].status for host in FOREIGN} == {refused}
+    for host in ("localhost:8320", "127.0.0.1:1", "[::1]:8320", "127.0.0.2"):
+        assert site.ask("/api/health", Host=host)[0].status == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.1.5:8320"):
+        assert site.ask("/api/health", Host=host)[0].status == (200 if bound == "0.0.0.0" else 403)
 
 
 def basic(password, user="anyone"):
@@ -394,8 +378,8 @@ def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@ex
     """Save readings of the five hours, the last one now."""
     for number, used in enumerate(used_percents):
         when = NOW - (len(used_percents) - 1 - number) * every_s
-        headers = {"x-codex-plan-type": plan, "x-codex-primary-used-percent": str(used),
-                   "x-codex-primary-window-minutes": "300", "x-codex-primary-reset-at": str(NOW + reset_in)}  # fmt: skip
+        window = {"used-percent": str(used), "window-minutes": "300", "reset-at": str(NOW + reset_in)}
+        headers = {"x-codex-plan-type": plan, **{f"x-codex-primary-{name}": text for name, text in window.items()}}
         row = app.reading_row(app.parse_quota(app.payload_of_headers(headers), when), (email, "#" + email), "", when)
         store.save_reading({**row, **changes})
 
@@ -465,8 +449,8 @@ def test_refresh_that_is_running_is_409_and_shows_its_progress(pool, chatgpt):
 
 def test_head_and_other_sites_never_refresh(pool, chatgpt):
     assert pool.ask("/api/quota?force=1", "HEAD")[0].status == 200
-    sites = [{"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Origin": "null"},
-             {"Origin": "http://["}, {"Origin": "http://evil.example"}, {"Referer": "http://evil.example/x"}]  # fmt: skip
+    sites = [{"Origin": origin} for origin in ("null", "http://[", "http://evil.example")]
+    sites += [{"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}, {"Referer": "http://evil.example/x"}]
     for headers in sites:
         assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
     assert chatgpt.requests == []
