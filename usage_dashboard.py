@@ -1740,7 +1740,7 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
+            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             if version < number:
                 self._run_step(number, step)
