@@ -52,7 +52,6 @@ from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, N
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
-
 BASE_DIR = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------ base
@@ -617,11 +616,11 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
 
 
 def _untrusted(host: str, port: int, error: Any) -> QueueFault:
-    said = (
+    message = (
         f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
         "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
     )
-    return QueueFault(said, "closed", says_remedy=True)
+    return QueueFault(message, "closed", says_remedy=True)
 
 
 class RespClient:
@@ -670,12 +669,6 @@ class RespClient:
                 thing.close()
             except OSError:
                 pass
-
-    def __enter__(self) -> RespClient:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 
 # ------------------------------------------------------------------ events
@@ -920,12 +913,13 @@ def parse_event(content: Any) -> Event | None:
     )
 
 
+_CONTEXT_NAMES = ("model", *Context._fields)
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
 
 
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
-    values = tuple(map(content.get, ("model", *Context._fields)))
+    values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
         return _contexts[values]
     except KeyError:
@@ -1061,7 +1055,7 @@ def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
         sent["cache_read_tokens"],
         sent["cache_write_tokens"],
     )
-    return TokenCounts(*(_number(count, "token_breakdown") for count in counts))
+    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1108,8 +1102,8 @@ def failure_reason(status: int | None, body: Any) -> str | None:
     """
     code, message = _json_error(body)
     if code or message:
-        said = ": ".join(part for part in (code, message) if part)
-        return without_secrets(said if status is None else f"{status} {said}")
+        reason = ": ".join(part for part in (code, message) if part)
+        return without_secrets(reason if status is None else f"{status} {reason}")
     if status is None:
         return None
     own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
@@ -1600,41 +1594,39 @@ def _keep_old_sums(db, floor: int) -> None:
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
-    sums = "bucket, {0}, requests - failed, failed, " + ", ".join(_STEP_6_SUMS.split(", ")[2:])
-    by_account, by_model = (
-        db.execute(f"SELECT {sums.format(key)} FROM old_usage_by_{name} WHERE bucket < ? ORDER BY bucket", (floor,))
-        for name, key in (("account", "identity_id"), ("model", "model_id"))
+    # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
+    # so that every cell of the hour and every quarter of an account keep their sums.
+    tokens = ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    queries = (
+        (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
+        (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
     )
-    rows: list[tuple[int, ...]] = []
-    groups = [itertools.groupby(table.fetchall(), operator.itemgetter(0)) for table in (by_account, by_model)]
-    for (bucket, accounts), (_, models) in zip(*groups):
-        for (identity, model), (passed, failed, *tokens) in _joined_margins(list(accounts), list(models)).items():
-            rows.append((bucket, identity, model, -1, 0, passed, 0, *tokens))
-            if failed:
-                rows.append((bucket, identity, model, -1, 1, failed, failed, 0, 0, 0, 0, 0))
-    db.executemany("INSERT INTO usage_by_quarter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    tables = [db.execute(f"SELECT {query} WHERE bucket < ? ORDER BY 1, 2, 3", (end,)) for query, end in queries]
+    for (key, parts), (_, quarters) in zip(*(itertools.groupby(table, operator.itemgetter(0, 1)) for table in tables)):
+        cells, quarters, rows = list(parts), list(quarters), {}
+        for column in range(7):  # requests that passed, those that failed, and five kinds of tokens
+            givers = [[cell[2:4], cell[max(4, column + 3)]] for cell in cells if column > 1 or cell[3] == column]
+            for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
+                rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
+        db.executemany(
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (bucket, key[1], model, status, requests, requests * status, *counts)
+                for (bucket, model, status), (requests, *counts) in rows.items()
+            ],
+        )
 
 
-def _joined_margins(accounts: list[tuple[int, ...]], models: list[tuple[int, ...]]) -> dict[Any, list[int]]:
-    """Return sums by (identity, model) that add up to both margins, by the north-west corner rule.
-
-    3.0.0 kept quarters by account and by model, never by both; their pairs are not known any more. Rows are
-    (bucket, id, counts …).
-    """
-    cells: dict[Any, list[int]] = {}
-    for column in range(2, len(accounts[0])):
-        across = [[row[1], row[column]] for row in models]
-        for account in accounts:
-            left = account[column]
-            while left and across:
-                taken = min(left, across[0][1])
-                cell = cells.setdefault((account[1], across[0][0]), [0] * (len(account) - 2))
-                cell[column - 2] += taken
-                left -= taken
-                across[0][1] -= taken
-                if not across[0][1]:
-                    del across[0]
-    return cells
+def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[tuple[Any, Any, int]]:
+    """Deal amounts out in order, by the north-west corner rule: both sides keep their sums."""
+    for taker, wanted in takers:
+        while wanted and givers:
+            taken = min(wanted, givers[0][1])
+            yield taker, givers[0][0], taken
+            wanted -= taken
+            givers[0][1] -= taken
+            if not givers[0][1]:
+                del givers[0]
 
 
 _SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
@@ -1680,7 +1672,7 @@ class _Reasons:
         self._ids.clear()
 
 
-# One event, as it is read back. A row of the original has no context: its identity is told by its own columns.
+# One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
@@ -1691,7 +1683,7 @@ _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", 
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
-_own_event_values = operator.attrgetter(*_OWN_EVENT_COLUMNS)
+_own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
 _INSERT_EVENT = (
     f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id, reason_id) "
@@ -1790,7 +1782,6 @@ class Store:
         self._models: set[str] = set()
         self._reasons: Any = None
         self._accounts: tuple[int, list[Account]] = (-1, [])
-        self._identity_changes = 0
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
 
@@ -1836,7 +1827,7 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
+            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             if version < number:
                 self._run_step(number, step)
@@ -1877,7 +1868,6 @@ class Store:
             event = "was replaced or moved" if self.path.exists() else "was deleted"
             self._open()
             self.changes += 1
-            self._identity_changes += 1
         self.put_meta("file_changed_at", time.time())
         return f"{self.path.name} {event}; what is at its path now is used"
 
@@ -1922,7 +1912,7 @@ class Store:
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
-        with self._write_lock:
+        with self._write_lock:  # held until what the commit makes true is counted
             with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
                 yield db
             self.changes += changes
@@ -1997,16 +1987,15 @@ class Store:
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
-        self._identity_changes += 1
 
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
-        told = event.context._asdict()
-        identity = {"auth_index": told.pop("auth_index") or "", "source": told.pop("source")}
+        values = event.context._asdict()
+        identity = {"auth_index": values.pop("auth_index") or "", "source": values.pop("source")}
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
-        key_id = _id_of(db, "client_keys", {"name": told["api_key"]}) if told["api_key"] else 0
-        context_id = _id_of(db, "contexts", {"identity_id": identity_id, **told}, {"key_id": key_id})
+        key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
+        context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
@@ -2114,7 +2103,7 @@ class Store:
             return self._accounts_in(db)
 
     def _accounts_in(self, db) -> list[Account]:
-        version = self._identity_changes
+        version = self.changes
         if self._accounts[0] != version:
             rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
@@ -2179,7 +2168,7 @@ class Store:
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
-    # Quota: rows as they are; what they mean is told in readings
+    # Quota: rows as they are; what they mean is known in readings
 
     def save_reading(
         self,
@@ -3211,12 +3200,16 @@ class BannedFault(QueueFault):
         self.seconds = seconds
 
 
+class NoQueue(NotResp):
+    """A server that answers in RESP, and serves no queue over it."""
+
+
 # Words in an error reply of a proxy or a Redis, what they mean, and the state.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
-    ("mtls", NotResp, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", "not_resp"),
     ("noauth", QueueFault, "a management key is needed", "no_password"),
     ("missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
@@ -3243,7 +3236,7 @@ def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
         if words in text:
             return QueueFault(message, "unreachable", says_remedy=True)
     if during_auth and "unknown command" in text:
-        return NotResp("the server there knows no AUTH")
+        return NoQueue("the server there knows no AUTH")
     return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
 
 
@@ -3482,12 +3475,12 @@ class SubscribeSource(Source):
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
-        client.wait_for_ever()
         while True:
             try:
+                client.wait_for_ever()
                 frame = client.receive()
-            except QueueFault as fault:
-                self._inbox.put(fault)
+            except (QueueFault, OSError) as fault:
+                self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
                 self._inbox.put(compact(frame[2]))
@@ -3538,7 +3531,7 @@ class SubscribeSource(Source):
 def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     """Connect and log in to the configured queue and return its source.
 
-    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` is told each
+    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
     address before it is tried, the one in use last. Raises QueueFault.
     """
     found, first = None, None
@@ -3587,8 +3580,8 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
             _open_or_close(source)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
-            is_other = fault.state in ("closed", "unreachable") and api.version is None
-            raise no_resp if is_other else fault from None
+            is_proxy = isinstance(no_resp, NoQueue) or api.version is not None
+            raise fault if is_proxy or fault.state not in ("closed", *_NOT_THERE) else no_resp from None
     source.api = api if source.is_proxy and password else None
     return source
 
@@ -3748,11 +3741,11 @@ def _batch_of_json(content: Any) -> tuple[int, Parsed]:
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     """Return an event of a spool that another version may have written; 3.0.0 wrote the context's values flat."""
     if isinstance(names[0], str):
-        values = told = dict(zip(names, row))
+        values = context = dict(zip(names, row))
     else:
         values = dict(zip(names[0], row))
-        told = dict(zip(names[1], values["context"]))
-    values["context"] = Context(*(told.get(name, "") for name in Context._fields))
+        context = dict(zip(names[1], values["context"]))
+    values["context"] = Context(*(context.get(name, "") for name in Context._fields))
     return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
 
 
@@ -4927,7 +4920,9 @@ class Handler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline()
         understood = self.parse_request()
         self.rfile = stream
-        if understood:
+        if understood and self.request_version == "HTTP/0.9":
+            self.send_error(400)
+        elif understood:
             self.server.connections.busy(self.connection)
             self._answer()
 
@@ -5073,7 +5068,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
         if error.errno == errno.EADDRINUSE:
             message = (
-                f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
+                f"port {port} is in use, perhaps by a dashboard that runs already (its check command tells); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
             )
         elif isinstance(error, PermissionError):
@@ -5423,7 +5418,7 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
         # Made here if need be: a refused key must be remembered.
         store = Store(config.database_path, announce=Log(sys.stderr).line)
     except StoreError:
-        return []  # told by the database's own line
+        return []  # the database's own line says why
     with closing(store):
         collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=config_path)
         return _findings_of_status(collector.probe(), config)
@@ -5435,7 +5430,8 @@ def _check_without_key(config: Config) -> list[Finding]:
     for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
         address = f"{config.cliproxy_host}:{port}"
         try:
-            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
+            connect = tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)
+            with closing(RespClient(connect)) as client:
                 client.send(b"*0\r\n")
                 if isinstance(client.receive(), ErrorReply):
                     found = "no management key is set, and the proxy needs one"
@@ -5578,7 +5574,7 @@ def _handle_stop_signals(handler: Any) -> None:
 
 
 def _announce(log: Log, text: str, config: Config, port: int, closes: str, options: Any) -> None:
-    """Tell where the page is and how to close it to others, and open it where there is a display to open it on."""
+    """Log where the page is and how to close it to others, and open it where there is a display to open it on."""
     host = config.dashboard_host
     named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     url = f"http://{named}:{port}"
@@ -5703,7 +5699,7 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         return "—" if value is None else f"{value} %"
 
     def local(text: str | None) -> str:
-        at = parse_time(text)[0] if text else None
+        at = _epoch(text)
         if at is None or at <= time.time():
             return "—" if at is None else "reset due"
         return time.strftime("%a %H:%M", time.localtime(at))

@@ -88,6 +88,12 @@ def test_table_of_contents_names_the_sections_in_their_order():
     assert told == [name for name, _ in _sections()] and len(told) == 15
 
 
+def test_documented_sections_are_those_of_the_script():
+    guide = (Path(app.__file__).parent / "docs" / "development.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\w+) +(\S.*)$", (app.__doc__ or "").partition("above it:\n")[2], re.M)
+    assert [f"| {name} | {text} |" in guide for name, text in rows] == [True] * 15
+
+
 def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:
     """Yield (name, line of its outermost function, class or statement) for all that is looked up in the module."""
     for instruction in dis.get_instructions(code):
