@@ -23,6 +23,7 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
+import atexit
 import base64
 import errno
 import gc
@@ -33,6 +34,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import signal
@@ -96,6 +98,59 @@ class Log:
             needs_quotes = re.search(r'[\s"]', text)
             parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if needs_quotes else text}")
         self.line(" ".join(parts))
+
+
+class ConsoleLog(Log):
+    """Write the lines from a thread of its own: a console that nobody reads (a full pipe) delays nobody else.
+
+    While ``most`` lines wait, further ones are dropped, and their number is written later.
+    """
+
+    def __init__(self, fd: int = 1, most: int = 1000):
+        super().__init__()
+        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def line(self, text: str) -> None:
+        """Queue a line."""
+        with self._lock:
+            try:
+                self._waiting.put_nowait(text)
+            except queue.Full:
+                self._dropped += 1
+
+    def close(self, patience_s: float = 0.5) -> None:
+        """Write what is queued, as far as the console takes it in time."""
+        atexit.unregister(self.close)
+        try:
+            self._waiting.put(None, timeout=patience_s)
+        except queue.Full:
+            return
+        self._thread.join(patience_s)
+
+    def _write_all(self) -> None:
+        for text in iter(self._waiting.get, None):
+            self._write(text)
+            if self._waiting.empty():
+                self._write_dropped()
+        self._write_dropped()
+
+    def _write_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._write(f"log dropped={dropped}")
+
+    def _write(self, text: str) -> None:
+        # Not by print: a thread that waits in there would keep the interpreter from ending.
+        line = f"{text}\n".encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace")
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError:
+            pass
 
 
 _RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
@@ -4355,6 +4410,7 @@ class App:
     store: Store
     refresher: QuotaRefresher
     collector_status: Callable[[], dict[str, Any]]
+    log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
     started_at: float = field(default_factory=time.monotonic)
@@ -4671,7 +4727,7 @@ class Handler(BaseHTTPRequestHandler):
         except DashboardError as error:
             self._send_fault(error)
         except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-            Log(sys.stderr).event("http", fault=where_raised(error))
+            self.server.app.log.event("http", fault=where_raised(error))
             self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
         if may_have_body:
             self._drain()
@@ -5246,7 +5302,7 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = Log()
+    log = ConsoleLog()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
@@ -5260,7 +5316,7 @@ def run_start(options: Any) -> int:
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
-    app = App(config, store, refresher, collector.status)
+    app = App(config, store, refresher, collector.status, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -5276,13 +5332,13 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = Log(), _stop_on_signal()
+    log, stop = ConsoleLog(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
-        app = App(config, world.store, refresher, world.status, demo=True)
+        app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
         _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
@@ -5350,7 +5406,7 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
 
 
 def run_report(options: Any) -> int:

@@ -568,7 +568,7 @@ class Site:
         self.refresher = app.QuotaRefresher(
             self.config, self.store, log, self.stop, clock=lambda: self.now, gap_s=(0, 0)
         )
-        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
+        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), log, clock=lambda: self.now)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))
