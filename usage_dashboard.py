@@ -43,7 +43,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
@@ -115,42 +115,31 @@ class ConsoleLog(Log):
 
     def line(self, text: str) -> None:
         """Queue a line."""
-        with self._lock:
-            try:
-                self._waiting.put_nowait(text)
-            except queue.Full:
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            with self._lock:
                 self._dropped += 1
 
     def close(self, patience_s: float = 0.5) -> None:
         """Write what is queued, as far as the console takes it in time."""
         atexit.unregister(self.close)
-        try:
+        with suppress(queue.Full):
             self._waiting.put(None, timeout=patience_s)
-        except queue.Full:
-            return
-        self._thread.join(patience_s)
+            self._thread.join(patience_s)
 
     def _write_all(self) -> None:
-        for text in iter(self._waiting.get, None):
-            self._write(text)
-            if self._waiting.empty():
-                self._write_dropped()
-        self._write_dropped()
-
-    def _write_dropped(self) -> None:
-        with self._lock:
-            dropped, self._dropped = self._dropped, 0
-        if dropped:
-            self._write(f"log dropped={dropped}")
-
-    def _write(self, text: str) -> None:
-        # Not by print: a thread that waits in there would keep the interpreter from ending.
-        line = f"{text}\n".encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace")
-        try:
-            while line:
-                line = line[os.write(self._fd, line) :]
-        except OSError:
-            pass
+        text: str | None = ""
+        while text is not None:
+            text = self._waiting.get()
+            with self._lock:
+                dropped = self._dropped if self._waiting.empty() else 0
+                self._dropped -= dropped
+            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
+            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
+            with suppress(OSError):
+                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
+                    data = data[os.write(self._fd, data) :]
 
 
 _RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
