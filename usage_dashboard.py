@@ -4370,14 +4370,17 @@ class Query(dict):
             raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
         return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
 
-    def bucket_s(self, window: Window) -> int:
-        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
-        length, bucket_s = window.end - window.start, 3600
-        if self.choice("bucket", ("auto", "hour")) == "auto":
+    def bucket_s(self, window: Window, default: str) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window where it says ``auto``."""
+        length, most = window.end - window.start, 3000
+        if (self.choice("bucket", ("auto", "hour")) or default) == "auto":
             # Each range may be an hour longer, where the proxy's clock is ahead.
             sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
-            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
-        return bucket_s if length / bucket_s <= 10_000 else 86400
+            fitting = (seconds for longest, seconds in sizes if length <= longest)
+            return next(fitting, math.ceil(length / most / 86400) * 86400)
+        if length / 3600 > most:
+            raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
+        return 3600
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
@@ -4429,7 +4432,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
-    bucket_s = query.bucket_s(window)
+    bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
