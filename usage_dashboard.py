@@ -43,7 +43,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
@@ -1734,7 +1734,7 @@ class Usage(NamedTuple):
     accounts: list[tuple[Account, Sums]]
 
 
-# One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
+# One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
 # waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
 # held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
 
@@ -1749,7 +1749,8 @@ class Store:
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
         self.changes = 0
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._write_lock, self._read_lock, self._search_lock = threading.RLock(), threading.Lock(), threading.Lock()
+        self._is_closing = False
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
@@ -1763,8 +1764,10 @@ class Store:
             self._migrate(announce)
             self._writer.execute(_CREATE_BATCH)
             self._reasons = _Reasons(self._writer)
-            self._reader = self._connect(busy_timeout_s)
-            self._reader.execute("PRAGMA query_only = ON")
+            self._reader, self._searcher = self._connect(busy_timeout_s), self._connect(busy_timeout_s)
+            for db in (self._reader, self._searcher):
+                db.execute("PRAGMA query_only = ON")
+            self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
         except (sqlite3.Error, StoreError) as error:
             self._writer.close()
@@ -1812,10 +1815,11 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close both connections; the write-ahead log is folded into the file."""
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
+        """Close the connections, also under a search; the write-ahead log is folded into the file."""
+        self._is_closing = True
+        with self._write_lock, self._read_lock, self._search_lock:
+            for db in (self._reader, self._searcher, self._writer):
+                db.close()
 
     @contextmanager
     def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
@@ -1851,8 +1855,10 @@ class Store:
                 yield db
             self.changes += changes
 
-    def _read(self) -> ContextManager[Any]:
-        return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+    def _read(self, is_search: bool = False) -> ContextManager[Any]:
+        """Open a transaction that reads; a search may take seconds, in which nothing but another search waits."""
+        db, lock = (self._searcher, self._search_lock) if is_search else (self._reader, self._read_lock)
+        return self._transaction(db, lock, "BEGIN", "ROLLBACK")
 
     # Writing
 
@@ -2067,7 +2073,7 @@ class Store:
         window = window or Window(float("-inf"), float("inf"))
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
-        with self._read() as db:
+        with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
@@ -4569,55 +4575,69 @@ def is_loopback(host: str) -> bool:
 
 
 class Connections:
-    """The open connections, and until when the server waits for each one's client.
+    """The open connections: until when the server waits for each one's client, and for how many bytes to be taken.
 
     A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self, most: int = 128) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+    def __init__(self, most: int = 128, most_bytes: int = 8 << 20) -> None:
+        self._most, self._most_bytes, self._lock = most, most_bytes, threading.RLock()
+        # (until, bytes) of each; those whose client has kept us waiting longest come first.
+        self._open: dict[Any, tuple[float, int]] = {}
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._until) >= self._most:
-                idle = next((one for one, until in self._until.items() if until < math.inf), None)
-                if idle is None:
-                    return False
-                self._end(idle)
-            self._until[connection] = math.inf
-            return True
+            has_place = len(self._open) < self._most or self.end_longest()
+            if has_place:
+                self._open[connection] = math.inf, 0
+            return has_place
 
-    def wait(self, connection: Any, seconds: float) -> None:
-        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
+    def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
+        """Record that the client has this long for its next step: to begin, to end its head, to take its answer.
+
+        None leaves the time as it is, where a part of the answer was taken. Beyond the limit for all answers together
+        those go that wait longest. Returns whether this connection is open still.
+        """
         with self._lock:
-            if self._until.pop(connection, None) is not None:
-                self._until[connection] = time.monotonic() + seconds
+            until, _ = self._open.pop(connection, (None, 0))
+            while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
+                if not self.end_longest(1):
+                    break
+            if until is not None:
+                self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
+            return until is not None
 
-    def busy(self, connection: Any) -> None:
-        """Record that the client waits for us."""
-        self.wait(connection, math.inf)
+    def busy(self, connection: Any) -> bool:
+        """Record that the client waits for us, and return whether it does still."""
+        return self.wait(connection, math.inf)
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._until.items() if until <= now]:
+            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
                 self._end(connection)
+
+    def end_longest(self, least: int = 0) -> bool:
+        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
+        with self._lock:
+            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
+            longest = next(idle, None)
+            if longest is not None:
+                self._end(longest)
+            return longest is not None
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._until.pop(connection, None)
+            self._open.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        del self._until[connection]
-        try:
+        del self._open[connection]
+        with suppress(OSError):  # the client was quicker
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client was quicker
 
 
 class Server(ThreadingMixIn, TCPServer):
@@ -4634,6 +4654,8 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, host: str, port: int, head_s: float):
         self.connections, self.head_s = Connections(), head_s
+        self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
+        self._pause = threading.Event()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.server_port = self.server_address[1]
@@ -4646,6 +4668,16 @@ class Server(ThreadingMixIn, TCPServer):
     def service_actions(self) -> None:
         """End the connections of late clients; called at least once a poll interval."""
         self.connections.end_late()
+
+    def get_request(self) -> Any:
+        """Accept a connection; where there is no descriptor left, one that waits is ended and a moment passes."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self.connections.end_longest()
+                self._pause.wait(0.03)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.add(request):
@@ -4668,7 +4700,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     largest_head = 16 * 1024
-    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    idle_s, turn_s, send_s, drain_s = 75.0, 60.0, 20.0, 2.0
     server: Server
     common_headers = {
         "Cache-Control": "private, no-cache",
@@ -4754,7 +4786,7 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(page.etag, lambda: page)
+            self._send_unless_known(page.etag, lambda: page, nullcontext())
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
@@ -4768,7 +4800,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
-        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag), self.server.turns["q" in query])
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
@@ -4778,15 +4810,26 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
-    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+            return
+        self.server.connections.wait(self.connection, self.turn_s)
+        with turn:  # one at a time: an answer takes up to 20 MB while it is made
+            if not self.server.connections.busy(self.connection):
+                self.close_connection = True
+                return
+            headers, body = self._packed(make())
+        self._send_head(200, headers, body)
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        headers, body = self._packed(answer)
+        self._send_head(status, {**headers, **more}, body)
+
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
+        """Return the headers that tell of an answer, and its body as this client takes it."""
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
         if answer.etag is not None:
             headers["ETag"] = answer.etag
@@ -4798,7 +4841,7 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+        return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
         message, more = str(error), getattr(error, "headers", {})
@@ -4809,25 +4852,27 @@ class Handler(BaseHTTPRequestHandler):
         self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, self.send_s)
+        head, size = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", 64 * 1024
+        self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
-            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+            self.connection.sendall(head + body[:size])
+            for sent in range(size, len(body), size):
+                self.server.connections.wait(self.connection, None, len(body) - sent)
+                self.connection.sendall(memoryview(body)[sent : sent + size])
         except OSError:
             self.close_connection = True
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
         self.server.connections.wait(self.connection, self.drain_s)
-        try:
+        with suppress(OSError):  # the client was quicker
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
                 pass
-        except OSError:
-            pass  # the client was quicker
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard parser refuses, in the API's own form."""
