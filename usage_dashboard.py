@@ -246,7 +246,7 @@ def os_reason(error: BaseException) -> str:
     """Return an operating system's error in its own short words, without addresses or paths."""
     if isinstance(error, socket.timeout):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, TypeError, UnicodeError)):  # two of them for what can be no name
         return "the name is unknown"
     return getattr(error, "strerror", None) or type(error).__name__
 
@@ -409,9 +409,9 @@ def _fault_of(key: str, value: Any) -> str | None:
         return None if value in COLLECT_MODES else f"must be one of {modes}"
     if not isinstance(value, str):
         return "must be a text in double quotes"
-    if key.endswith("_password"):
-        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
-    if not value.strip():
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
+        return "must not hold line breaks or other control characters"
+    if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
     return _fault_of_host(value.strip()) if key.endswith("_host") else None
 
@@ -458,7 +458,7 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
         fault = "cannot be read: it is not UTF-8 text"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
@@ -1113,13 +1113,13 @@ def masked_json(content: Any) -> str | None:
 def _harmless(value: Any) -> Any:
     """Return a number or a short text without secrets; of anything else the name of its type."""
     if value is None or isinstance(value, (bool, int, float)):
-        return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
+        return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
     return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
 
 
 def _numbers_only(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict) and depth < 3:
-        return {str(key)[:40]: _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
+        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
     if isinstance(value, str):
         return value if value in ("complete", "inconsistent", "unclassified") else "str"
     return _harmless(value)
@@ -2818,7 +2818,7 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
-        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
+        return {without_secrets(str(key), 80): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
@@ -4890,9 +4890,9 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         return Server(host, port, head_s)
     except OverflowError as error:
         raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-        if error.errno == errno.EADDRINUSE:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             message = (
                 f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'

@@ -221,6 +221,14 @@ def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
         assert secret not in reject.event
 
 
+def test_reject_is_json_that_any_program_reads_and_has_no_secret_in_a_name():
+    odd = b'{"timestamp": "never", "latency_ms": 1e400, "tokens": {"sk-hidden-secret-0003": -1e400, "a": 9}}'
+    for raw in (odd, {"timestamp": float("nan"), "tokens": {"bob@mail.example.org": 1, "n": float("inf")}}):
+        kept = app.parse_events([raw]).rejects[0].event
+        assert "number" in json.dumps(json.loads(kept, parse_constant=lambda name: pytest.fail(name)))
+        assert "hidden" not in kept and "bob" not in kept
+
+
 def test_odd_letters_cannot_break_the_store_or_a_terminal():
     event = parse_one(model="a\x00b\ud800c", alias="модель-快速-🚀")
     assert event.model == "a\ufffdb\ufffdc" and event.context.alias == "модель-快速-🚀"

@@ -641,6 +641,29 @@ def test_port_that_is_taken_is_named_with_the_key_to_change():
             app.make_server("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["x" * 300, "\x07", "é" * 70])
+def test_host_that_cannot_be_bound_is_named(host):
+    with pytest.raises(app.DashboardError, match='cannot be bound.*set "dashboard_host"'):
+        app.make_server(host, 0)
+
+
+def test_store_is_closed_at_once_also_under_searches(site):
+    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(2000)]
+    for _ in range(5):
+        put(site.store, *sample)
+    needle, ask = "a" * 30 + "b", site.ask
+    took_s = seconds_of(site, f"/api/requests?q={needle}")
+    searching = [threading.Thread(target=ask, args=(f"/api/requests?q={needle}{number}",)) for number in range(8)]
+    for thread in searching:
+        thread.start()
+    site.json("/api/health")
+    began = time.monotonic()
+    site.store.close()
+    assert time.monotonic() - began < took_s * 2
+    for thread in searching:
+        thread.join()
+
+
 def test_page_that_is_missing_is_named(tmp_path):
     with pytest.raises(app.DashboardError, match="page.html is missing"):
         app.load_page(tmp_path / "page.html")
