@@ -23,6 +23,7 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
+import atexit
 import base64
 import errno
 import gc
@@ -33,6 +34,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import signal
@@ -41,7 +43,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
@@ -95,6 +97,48 @@ class Log:
             needs_quotes = re.search(r'[\s"]', text)
             parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if needs_quotes else text}")
         self.line(" ".join(parts))
+
+
+class ConsoleLog(Log):
+    """Write the lines from a thread of its own: a console that nobody reads (a full pipe) delays nobody else.
+
+    While ``most`` lines wait, further ones are dropped, and their number is written later.
+    """
+
+    def __init__(self, fd: int = 1, most: int = 1000):
+        super().__init__()
+        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def line(self, text: str) -> None:
+        """Queue a line."""
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            with self._lock:
+                self._dropped += 1
+
+    def close(self, patience_s: float = 0.5) -> None:
+        """Write what is queued, as far as the console takes it in time."""
+        atexit.unregister(self.close)
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=patience_s)
+            self._thread.join(patience_s)
+
+    def _write_all(self) -> None:
+        text: str | None = ""
+        while text is not None:
+            text = self._waiting.get()
+            with self._lock:
+                dropped = self._dropped if self._waiting.empty() else 0
+                self._dropped -= dropped
+            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
+            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
+            with suppress(OSError):
+                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
+                    data = data[os.write(self._fd, data) :]
 
 
 _RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
@@ -201,7 +245,7 @@ def os_reason(error: BaseException) -> str:
     """Return an operating system's error in its own short words, without addresses or paths."""
     if isinstance(error, socket.timeout):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, TypeError, UnicodeError)):  # two of them for what can be no name
         return "the name is unknown"
     return getattr(error, "strerror", None) or type(error).__name__
 
@@ -233,17 +277,25 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-_SECRETS = re.compile(
-    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
-    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
-    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+# In this order. Each tries a run of letters once, from its beginning, so that no text takes more than linear time.
+_SECRETS = (
+    re.compile(r"(?<![^\s<>\"'])@*[^\s@<>\"']+@[^\s<>\"']*\.[A-Za-z]{2,}"),  # mails
+    re.compile(  # long runs with a digit
+        r"(?<![A-Za-z0-9_\-+/=.])(?=[A-Za-z0-9_\-+/=.]{20})[A-Za-z_\-+/=.]*\d[A-Za-z0-9_\-+/=.]*", re.ASCII
+    ),
+    re.compile(
+        r"\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys that begin so
+        r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+    ),
 )
 
 
 def without_secrets(text: str, limit: int = 160) -> str:
     """Return a sentence without mails, keys, long ids and addresses, at most ``limit`` characters long."""
-    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    text = text[:4096]
+    for pattern in _SECRETS:
+        text = pattern.sub("…", text)
+    short = " ".join(text.split())
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
 
 
@@ -359,9 +411,9 @@ def _fault_of(key: str, value: Any) -> str | None:
         return None if value in COLLECT_MODES else f"must be one of {modes}"
     if not isinstance(value, str):
         return "must be a text in double quotes"
-    if key.endswith("_password"):
-        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
-    if not value.strip():
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
+        return "must not hold line breaks or other control characters"
+    if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
     return _fault_of_host(value.strip()) if key.endswith("_host") else None
 
@@ -408,7 +460,7 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
         fault = "cannot be read: it is not UTF-8 text"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
@@ -1113,7 +1165,7 @@ def failure_reason(status: int | None, body: Any) -> str | None:
 def failure_kind(status: int | None, error: str | None) -> str:
     """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
     prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
-    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    words_with_a_digit = r"(?<![^\s:,;()\[\]\"'])[^\s:,;()\[\]\"'\d]*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
     return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
 
 
@@ -1143,13 +1195,13 @@ def masked_json(content: Any) -> str | None:
 def _harmless(value: Any) -> Any:
     """Return a number or a short text without secrets; of anything else the name of its type."""
     if value is None or isinstance(value, (bool, int, float)):
-        return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
+        return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
     return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
 
 
 def _numbers_only(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict) and depth < 3:
-        return {str(key)[:40]: _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
+        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
     if isinstance(value, str):
         return value if value in ("complete", "inconsistent", "unclassified") else "str"
     return _harmless(value)
@@ -1762,7 +1814,7 @@ class Usage(NamedTuple):
     accounts: list[tuple[Account, Sums]]
 
 
-# One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
+# One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
 # waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
 # held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
 
@@ -1777,7 +1829,7 @@ class Store:
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
         self.changes = 0
-        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
+        self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
         self._reasons: Any = None
@@ -1796,8 +1848,10 @@ class Store:
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reasons = _Reasons(self._writer)
-            self._reader = self._connect()
-            self._reader.execute("PRAGMA query_only = ON")
+            self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
+            for db in (self._reader, self._searcher):
+                db.execute("PRAGMA query_only = ON")
+            self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
             self._opened_files = self._file_ids()
         except (sqlite3.Error, StoreError) as error:
@@ -1847,10 +1901,11 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close both connections; the write-ahead log is folded into the file."""
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
+        """Close the connections, also under a search; the write-ahead log is folded into the file."""
+        self._is_closing = True
+        with self._write_lock, self._read_lock, self._search_lock:
+            for db in (self._reader, self._searcher, self._writer):
+                db.close()
 
     def follow_file(self) -> str | None:
         """Open the file that is at the path now where it is another one, or none; return what happened to the old.
@@ -1859,7 +1914,7 @@ class Store:
         """
         if self._file_ids()[0] == self._opened_files[0] is not None:
             return None
-        with self._write_lock, self._read_lock:
+        with self._write_lock, self._read_lock, self._search_lock:
             self.close()
             for path, opened, found in zip(self._paths, self._opened_files, self._file_ids()):
                 if found == opened is not None:  # the log of the file that is gone would be taken for the new one's
@@ -1917,8 +1972,10 @@ class Store:
                 yield db
             self.changes += changes
 
-    def _read(self) -> ContextManager[Any]:
-        return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+    def _read(self, is_search: bool = False) -> ContextManager[Any]:
+        """Open a transaction that reads; a search may take seconds, in which nothing but another search waits."""
+        db, lock = (self._searcher, self._search_lock) if is_search else (self._reader, self._read_lock)
+        return self._transaction(db, lock, "BEGIN", "ROLLBACK")
 
     # Writing
 
@@ -2156,7 +2213,7 @@ class Store:
         window = window or Window(float("-inf"), float("inf"))
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
-        with self._read() as db:
+        with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
@@ -2901,7 +2958,7 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
-        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
+        return {without_secrets(str(key), 80): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
@@ -4589,14 +4646,17 @@ class Query(dict):
             raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
         return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
 
-    def bucket_s(self, window: Window) -> int:
-        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
-        length, bucket_s = window.end - window.start, 3600
-        if self.choice("bucket", ("auto", "hour")) == "auto":
+    def bucket_s(self, window: Window, default: str) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window where it says ``auto``."""
+        length, most = window.end - window.start, 3000
+        if (self.choice("bucket", ("auto", "hour")) or default) == "auto":
             # Each range may be an hour longer, where the proxy's clock is ahead.
             sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
-            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
-        return bucket_s if length / bucket_s <= 10_000 else 86400
+            fitting = (seconds for longest, seconds in sizes if length <= longest)
+            return next(fitting, math.ceil(length / most / 86400) * 86400)
+        if length / 3600 > most:
+            raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
+        return 3600
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
@@ -4618,6 +4678,7 @@ class App:
     store: Store
     refresher: QuotaRefresher
     collector_status: Callable[[], dict[str, Any]]
+    log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
     flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
@@ -4648,7 +4709,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
-    bucket_s = query.bucket_s(window)
+    bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
@@ -4785,55 +4846,69 @@ def is_loopback(host: str) -> bool:
 
 
 class Connections:
-    """The open connections, and until when the server waits for each one's client.
+    """The open connections: until when the server waits for each one's client, and for how many bytes to be taken.
 
     A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self, most: int = 128) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+    def __init__(self, most: int = 128, most_bytes: int = 8 << 20) -> None:
+        self._most, self._most_bytes, self._lock = most, most_bytes, threading.RLock()
+        # (until, bytes) of each; those whose client has kept us waiting longest come first.
+        self._open: dict[Any, tuple[float, int]] = {}
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._until) >= self._most:
-                idle = next((one for one, until in self._until.items() if until < math.inf), None)
-                if idle is None:
-                    return False
-                self._end(idle)
-            self._until[connection] = math.inf
-            return True
+            has_place = len(self._open) < self._most or self.end_longest()
+            if has_place:
+                self._open[connection] = math.inf, 0
+            return has_place
 
-    def wait(self, connection: Any, seconds: float) -> None:
-        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
+    def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
+        """Record that the client has this long for its next step: to begin, to end its head, to take its answer.
+
+        None leaves the time as it is, where a part of the answer was taken. Beyond the limit for all answers together
+        those go that wait longest. Returns whether this connection is open still.
+        """
         with self._lock:
-            if self._until.pop(connection, None) is not None:
-                self._until[connection] = time.monotonic() + seconds
+            until, _ = self._open.pop(connection, (None, 0))
+            while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
+                if not self.end_longest(1):
+                    break
+            if until is not None:
+                self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
+            return until is not None
 
-    def busy(self, connection: Any) -> None:
-        """Record that the client waits for us."""
-        self.wait(connection, math.inf)
+    def busy(self, connection: Any) -> bool:
+        """Record that the client waits for us, and return whether it does still."""
+        return self.wait(connection, math.inf)
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._until.items() if until <= now]:
+            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
                 self._end(connection)
+
+    def end_longest(self, least: int = 0) -> bool:
+        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
+        with self._lock:
+            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
+            longest = next(idle, None)
+            if longest is not None:
+                self._end(longest)
+            return longest is not None
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._until.pop(connection, None)
+            self._open.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        del self._until[connection]
-        try:
+        del self._open[connection]
+        with suppress(OSError):  # the client was quicker
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client was quicker
 
 
 class Server(ThreadingMixIn, TCPServer):
@@ -4850,6 +4925,8 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, host: str, port: int, head_s: float):
         self.connections, self.head_s = Connections(), head_s
+        self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
+        self._pause = threading.Event()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.server_port = self.server_address[1]
@@ -4862,6 +4939,16 @@ class Server(ThreadingMixIn, TCPServer):
     def service_actions(self) -> None:
         """End the connections of late clients; called at least once a poll interval."""
         self.connections.end_late()
+
+    def get_request(self) -> Any:
+        """Accept a connection; where there is no descriptor left, one that waits is ended and a moment passes."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self.connections.end_longest()
+                self._pause.wait(0.03)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.add(request):
@@ -4884,7 +4971,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     largest_head = 16 * 1024
-    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    idle_s, turn_s, send_s, drain_s = 75.0, 60.0, 20.0, 2.0
     server: Server
     common_headers = {
         "Cache-Control": "private, no-cache",
@@ -4937,7 +5024,7 @@ class Handler(BaseHTTPRequestHandler):
         except DashboardError as error:
             self._send_fault(error)
         except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-            Log(sys.stderr).event("http", fault=where_raised(error))
+            self.server.app.log.event("http", fault=where_raised(error))
             self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
         if may_have_body:
             self._drain()
@@ -4972,7 +5059,7 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(page.etag, lambda: page)
+            self._send_unless_known(page.etag, lambda: page, nullcontext())
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
@@ -4987,7 +5074,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
-        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag), self.server.turns["q" in query])
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
@@ -4997,15 +5084,26 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
-    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+            return
+        self.server.connections.wait(self.connection, self.turn_s)
+        with turn:  # one at a time: an answer takes up to 20 MB while it is made
+            if not self.server.connections.busy(self.connection):
+                self.close_connection = True
+                return
+            headers, body = self._packed(make())
+        self._send_head(200, headers, body)
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        headers, body = self._packed(answer)
+        self._send_head(status, {**headers, **more}, body)
+
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
+        """Return the headers that tell of an answer, and its body as this client takes it."""
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
         if answer.etag is not None:
             headers["ETag"] = answer.etag
@@ -5017,7 +5115,7 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+        return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
         message, more = str(error), getattr(error, "headers", {})
@@ -5028,25 +5126,27 @@ class Handler(BaseHTTPRequestHandler):
         self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, self.send_s)
+        head, size = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", 64 * 1024
+        self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
-            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+            self.connection.sendall(head + body[:size])
+            for sent in range(size, len(body), size):
+                self.server.connections.wait(self.connection, None, len(body) - sent)
+                self.connection.sendall(memoryview(body)[sent : sent + size])
         except OSError:
             self.close_connection = True
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
         self.server.connections.wait(self.connection, self.drain_s)
-        try:
+        with suppress(OSError):  # the client was quicker
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
                 pass
-        except OSError:
-            pass  # the client was quicker
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard parser refuses, in the API's own form."""
@@ -5064,9 +5164,9 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         return Server(host, port, head_s)
     except OverflowError as error:
         raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-        if error.errno == errno.EADDRINUSE:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             message = (
                 f"port {port} is in use, perhaps by a dashboard that runs already (its check command tells); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
@@ -5514,7 +5614,7 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = Log()
+    log = ConsoleLog()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
@@ -5528,7 +5628,7 @@ def run_start(options: Any) -> int:
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
-    app = App(config, store, refresher, collector.status, flush=collector.journal.flush_for_reader)
+    app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -5544,13 +5644,13 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = Log(), _stop_on_signal()
+    log, stop = ConsoleLog(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
-        app = App(config, world.store, refresher, world.status, demo=True)
+        app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
         _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
@@ -5622,7 +5722,7 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     except DashboardError:
         pass  # what is committed is readable all the same
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
 
 
 def run_report(options: Any) -> int:

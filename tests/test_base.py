@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import io
+import os
 import re
 import stat
+import threading
 import types
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,6 +75,49 @@ def test_log_to_a_closed_stream_is_no_fault():
     stream = io.StringIO()
     stream.close()
     app.Log(stream).line("anything")
+
+
+@pytest.fixture
+def full_pipe():
+    """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"-" * 1000)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"-")
+    os.set_blocking(writing, True)
+    yield reading, writing
+    os.close(reading)
+
+
+def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_were_dropped(full_pipe):
+    reading, writing = full_pipe
+    log = app.ConsoleLog(writing, most=50)
+    logging = threading.Thread(target=lambda: [log.line(f"line {number}") for number in range(5000)], daemon=True)
+    logging.start()
+    logging.join(10)
+    assert not logging.is_alive()
+    with open(reading, "rb", closefd=False) as stream:
+        closing = threading.Thread(target=lambda: (log.close(10), os.close(writing)))
+        closing.start()
+        said = stream.read().decode().lstrip("-").splitlines()
+        closing.join(10)
+    kept = [line for line in said if line.startswith("line ")]
+    assert kept[:50] == [f"line {number}" for number in range(50)] and len(kept) <= 52
+    assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
+
+
+def test_console_that_nobody_reads_does_not_keep_the_program_from_its_end(full_pipe):
+    log = app.ConsoleLog(full_pipe[1], most=3)
+    for number in range(5):
+        log.line(f"line {number}")
+    closing = threading.Thread(target=log.close, args=(0.05,), daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 # ---- the script as a house -------------------------------------------------------------------------------
