@@ -1326,6 +1326,78 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
+def _flock(handle: int, shared: bool = False) -> None:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, "this system has no flock") from error
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+class DatabaseLock:
+    """The right to record into a database, which one process has at a time and loses however it ends.
+
+    ``fault`` says why there is none to be had here. The lock's file stays, and names its holder.
+    """
+
+    def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
+        path = _lock_path(database)
+        try:
+            make_private(path)
+            self._handle = os.open(str(path), os.O_RDWR)
+        except OSError as error:
+            raise StoreError(_store_reason(path, error)) from error
+        self.fault: str | None = None
+        deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
+        while not self._take(lock):
+            if time.monotonic() > deadline:
+                os.close(self._handle)
+                told = _holder_in(path)
+                holder = f"process {told.get('pid', 'unknown')}, port {told.get('port', 'unknown')}"
+                message = f'{database} is in use by a dashboard that runs already ({holder}); stop that one, or name'
+                raise StoreError(f'{message} another file with "database"')
+            time.sleep(0.05)
+
+    def _take(self, lock: Callable[[int], None]) -> bool:
+        try:
+            lock(self._handle)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # as on some network file systems
+            self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+        return True
+
+    def name_holder(self, port: int) -> None:
+        """Write into the file who has the lock, for those that come later."""
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "port": port}).encode(), 0)
+
+
+def _lock_path(database: Path) -> Path:
+    return Path(f"{os.path.realpath(str(database))}.lock")
+
+
+def _holder_in(path: Path) -> dict[str, int]:
+    try:
+        told = json.loads(path.read_bytes()[:200])
+        return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def lock_holder(database: Path) -> dict[str, int]:
+    """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
+    path = _lock_path(database)
+    try:
+        with path.open("rb") as stream:
+            _flock(stream.fileno(), shared=True)
+    except BlockingIOError:
+        return _holder_in(path)
+    except OSError:
+        pass
+    return {}
+
+
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
@@ -5064,8 +5136,14 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
 
 
+def _where_it_runs(config: Config) -> Config:
+    """Return the configuration with the port of the dashboard that has the database, as its flags may have set it."""
+    return replace(config, dashboard_port=lock_holder(config.database_path).get("port", config.dashboard_port))
+
+
 def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    config = _where_it_runs(config)
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
     except DashboardError as error:
@@ -5242,8 +5320,12 @@ def run_start(options: Any) -> int:
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
+    lock = DatabaseLock(config.database_path)
+    if lock.fault:
+        log.line(f"warning: {lock.fault}")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
+        lock.name_holder(server.server_port)
         store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
@@ -5399,6 +5481,7 @@ def run_quota(options: Any) -> int:
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
+    config = _where_it_runs(config)
     answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
