@@ -1713,6 +1713,27 @@ _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
 SHORTEST_RETENTION_S = 60.0
+_DAY_S = 86400.0
+# The newest of the events stored last, unless by a clock that was in another year.
+_LAST_EVENT_AT = (
+    "(SELECT MAX(ts_epoch) FROM (SELECT ts_epoch FROM events ORDER BY id DESC LIMIT 100) "
+    f"WHERE ts_epoch < ? + {2 * _DAY_S})"
+)
+_FIRST_EVENT_IN_OUTAGE = "(SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at)"
+
+
+def _mend_outages(db, now: float) -> None:
+    """Correct what a clock that was wrong meanwhile has made of outages: none begins or ends later than now."""
+    db.execute(
+        f"UPDATE outages SET from_at = MIN(?, IFNULL({_LAST_EVENT_AT}, ?)) WHERE to_at IS NULL AND from_at > ?",
+        (now, now, now, now),
+    )
+    db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
+    end = f"MAX(from_at, MIN(?1, IFNULL({_FIRST_EVENT_IN_OUTAGE}, ?1)))"
+    db.execute(
+        f"UPDATE outages SET to_at = {end}, lost = reason = 'publishing_off' OR {end} - from_at > ?2 WHERE to_at > ?3",
+        (now, _retention_in(db), now + SHORTEST_RETENTION_S),
+    )
 
 
 def _retention_in(db) -> float:
@@ -1930,6 +1951,7 @@ class Store:
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        before = min(before, self.newest_at() or 0.0)
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
             if floor > _floor_in(db):
@@ -1990,13 +2012,18 @@ class Store:
     # Outages
 
     def begin_outage(self, at: float, reason: str) -> None:
-        """Record that recording stopped; one that is open already goes on, with its first reason."""
+        """Record that recording stopped, not before the last event; an open outage goes on, with its first reason."""
         with self._write() as db:
             db.execute(
-                "INSERT INTO outages(from_at, reason) SELECT ?, ? "
+                f"INSERT INTO outages(from_at, reason) SELECT MAX(?, IFNULL({_LAST_EVENT_AT}, 0)), ? "
                 "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, reason),
+                (at, at, reason),
             )
+
+    def mend_outages(self, now: float) -> None:
+        """Correct the outages that were recorded by a clock that has been set since."""
+        with self._write() as db:
+            _mend_outages(db, now)
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
         """Record that recording goes on, and whether the queue had forgotten something by then.
@@ -2004,6 +2031,7 @@ class Store:
         One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
         """
         with self._write() as db:
+            _mend_outages(db, at)
             db.execute(
                 "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
                 (at - shortest_s,),
@@ -2075,6 +2103,11 @@ class Store:
             oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
+
+    def newest_at(self) -> float | None:
+        """Return the time of the newest event; None where there is none."""
+        with self._read() as db:
+            return db.execute("SELECT MAX(ts_epoch) FROM events WHERE ts_epoch < ?", (_LATEST_AT,)).fetchone()[0]
 
     def requests(
         self,
@@ -3731,6 +3764,7 @@ class OutageLog:
         self._store, self._clock, self._monotonic = store, clock, monotonic
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
+        self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._is_publishing_off = False
 
@@ -3757,6 +3791,9 @@ class OutageLog:
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
         before, self._turn_s = self._turn_s, self._monotonic()
+        ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
+        if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
+            self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
         if gap_s > self._longest_turn_s:
             self._store.begin_outage(self._clock() - gap_s, "stopped")
@@ -4334,9 +4371,12 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.register_accounts()
-        self._store.downsample_snapshots(self._clock() - 14 * 86400)
+        now, newest = self._clock(), self._store.newest_at()
+        if newest is not None and now - newest > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+            return
+        self._store.downsample_snapshots(now - 14 * _DAY_S)
         if self._config.retention_days:
-            before = self._clock() - self._config.retention_days * 86400
+            before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
                 if self._stop.wait(0.02):
                     return

@@ -401,3 +401,48 @@ def test_collector_stopped_by_a_locked_database_notes_the_outage_afterwards(coll
     locker.close()
     run.wait_for_state("recording")
     assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
+
+
+# ---- a clock that is wrong -------------------------------------------------------------------------------
+
+
+YEAR_S = 365 * 86400.0
+
+
+def new_payload(number):
+    return payload(number, timestamp=app.utc_text(time.time()))
+
+
+@pytest.mark.parametrize("ahead_s", [YEAR_S, -86000.0])
+def test_start_with_a_wrong_clock_leaves_no_outage_over_hours_with_data(collect, open_store, proxy, ahead_s):
+    before = collect(proxy)
+    before.wait_for_state("waiting")
+    before.end()
+    run = collect(proxy, on=open_store(), ahead_s=ahead_s)
+    run.wait_for_state("waiting")
+    proxy.push(*map(new_payload, range(5)))
+    run.wait_for_events(5)
+    run.ahead_s = 0.0  # it is set meanwhile
+    asked = len(run.stop.waits)
+    run.wait_for(lambda: len(run.stop.waits) > asked + 5)
+    for outage in run.store.outages(ALWAYS, time.time()):
+        assert outage["to"] <= time.time() and outage["to"] - outage["from"] < 60
+    assert run.store.event_count == 5
+
+
+def test_clock_that_jumps_a_year_ahead_in_an_outage_is_forgiven(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    proxy.push(new_payload(1))
+    run.wait_for_events(1)
+    proxy.stop_listening()
+    proxy.disconnect_all()
+    run.wait_for_state("refused")
+    run.ahead_s = YEAR_S
+    proxy.listen_again()
+    run.wait_for_state("waiting", "recording")
+    proxy.push(new_payload(2))
+    run.wait_for_events(2)
+    run.ahead_s = 0.0
+    run.wait_for(lambda: all(outage["to"] <= time.time() for outage in store.outages(ALWAYS, time.time())))
+    assert sum(outage["to"] - outage["from"] for outage in store.outages(ALWAYS, time.time())) < 60

@@ -564,6 +564,21 @@ def test_housekeeper_deletes_events_past_their_days_and_keeps_the_totals(bench, 
     assert (store.event_count, total_of(store), store.find_faults()) == (2, 2502 * 11, [])
 
 
+@pytest.mark.parametrize("ahead_s", [1.1 * DAY, 365 * DAY, -DAY, -365 * DAY])
+def test_housekeeper_whose_clock_is_wrong_deletes_nothing(bench, store, ahead_s):
+    store_events(store, NOW - 29 * DAY, NOW - HOUR, NOW)
+    for day in range(60):
+        store.save_reading({"email": "an@example.com", "account_id_tag": "#1", "ts_epoch": NOW - day * 60, "state": "ok"})
+    bench.now = NOW + ahead_s
+    keep_house(bench, store, retention_days=30)
+    assert store.event_count == 3 and (store.get_meta("events_floor") or 0) * 900 <= NOW
+    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots") == [(60,)]
+    bench.now = NOW + 2 * DAY  # the clock is right again, and a new event comes
+    store_events(store, NOW + 2 * DAY)
+    keep_house(bench, store, retention_days=30)
+    assert store.event_count == 3 and store.find_faults() == []
+
+
 def test_housekeeper_without_retention_deletes_nothing(bench, store):
     store_events(store, NOW - 2000 * DAY, NOW)
     keep_house(bench, store)
@@ -583,15 +598,15 @@ def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(be
 
 
 def test_housekeeper_stopped_in_the_middle_goes_on_the_next_time(bench, store):
-    store_events(store, *[NOW - 31 * DAY - number for number in range(4500)])
+    store_events(store, *[NOW - 31 * DAY - number for number in range(4500)], NOW)
     keep_house(bench, store, stop=OneTurn(turns=0), retention_days=30)
-    assert store.event_count == 2500  # one step of 2,000
+    assert store.event_count == 2501  # one step of 2,000
     keep_house(bench, store, retention_days=30)
-    assert store.event_count == 0
+    assert store.event_count == 1
 
 
 def test_housekeeper_with_a_locked_database_says_so_and_works_the_next_hour(bench, store):
-    store_events(store, NOW - 31 * DAY)
+    store_events(store, NOW - 31 * DAY, NOW)
     db = sqlite3.connect(str(store.path), isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
 
@@ -603,15 +618,15 @@ def test_housekeeper_with_a_locked_database_says_so_and_works_the_next_hour(benc
     stop = Unlocking(turns=2)
     lines = keep_house(bench, store, stop=stop, retention_days=30)
     assert [line for line in lines if "housekeeping" in line and "locked" in line] != []
-    assert store.event_count == 0 and stop.waits.count(3600) == 2
+    assert store.event_count == 1 and stop.waits.count(3600) == 2
 
 
 @pytest.mark.parametrize("email", ["u2\ud800@example.com", "x" * 5000])
 def test_housekeeper_with_an_odd_account_file_does_its_other_chores(bench, folder, store, email):
     write_account(folder, 2, email=email)
-    store_events(store, NOW - 31 * DAY)
+    store_events(store, NOW - 31 * DAY, NOW)
     keep_house(bench, store, retention_days=30)
-    assert store.event_count == 0
+    assert store.event_count == 1
 
 
 def test_housekeeper_names_a_half_written_file_once_a_round_without_its_mail(bench, folder, store):

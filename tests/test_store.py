@@ -473,7 +473,7 @@ def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store):
 def test_outage_over_a_clock_that_was_set_back_has_no_negative_length(store):
     store.begin_outage(2000, "publishing_off")
     store.end_outage(1000)
-    assert [(outage["from"], outage["to"]) for outage in store.outages(ALWAYS, 1000)] == [(2000.0, 2000.0)]
+    assert [(outage["from"], outage["to"]) for outage in store.outages(ALWAYS, 1000)] == [(1000.0, 1000.0)]
 
 
 def test_failure_keeps_the_last_good_reading_beside_it(store):
@@ -500,3 +500,61 @@ def test_old_snapshots_are_downsampled_to_one_an_hour(store):
     assert db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0] == 2 + 6
     db.close()
     assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
+
+
+# ---- a clock that is wrong, or is set ----------------------------------------------------------------------
+
+
+YEAR = 365 * 86400.0
+
+
+def spans(store, now=NOON):
+    return [(outage["from"], outage["to"]) for outage in store.outages(app.Window(0, 9e9), now)]
+
+
+def test_outage_begins_with_the_last_event_where_the_clock_is_behind(store):
+    put(store, event(at=NOON))
+    store.begin_outage(NOON - 86000, "stopped")
+    assert spans(store) == [(NOON, None)]
+    store.end_outage(NOON + 600)
+    assert spans(store) == [(NOON, NOON + 600)]
+
+
+def test_outage_that_began_by_a_clock_a_year_ahead_ends_as_one_since_the_last_event(store):
+    put(store, event(at=NOON))
+    store.begin_outage(NOON + YEAR, "unreachable")
+    store.end_outage(NOON + 600)
+    assert spans(store) == [(NOON, NOON + 600)]
+
+
+def test_outage_that_ended_by_a_clock_a_year_ahead_ends_at_the_next_event_once_the_clock_is_right(store):
+    put(store, event(at=NOON))
+    store.begin_outage(NOON + 10, "unreachable")
+    store.end_outage(NOON + YEAR)
+    put(store, event(at=NOON + 20), event(at=NOON + 900))
+    store.mend_outages(NOON + 1000)
+    assert spans(store) == [(NOON + 10, NOON + 20)]
+    assert [outage["lost"] for outage in store.outages(ALWAYS, NOON)] == [False]
+
+
+def test_outage_that_lies_in_the_future_is_forgotten_once_the_clock_is_right(store):
+    store.begin_outage(NOON + YEAR, "unreachable")
+    store.end_outage(NOON + YEAR + 600)
+    store.mend_outages(NOON)
+    assert spans(store) == []
+
+
+def test_event_of_another_year_moves_no_outage(store):
+    put(store, event(at=NOON), event(at=NOON + YEAR))
+    store.begin_outage(NOON + 10, "unreachable")
+    store.end_outage(NOON + 600)
+    assert spans(store) == [(NOON + 10, NOON + 600)]
+
+
+def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
+    put(store, event(at=NOON - 7200), event(at=NOON))
+    while store.delete_some(NOON + YEAR):
+        pass
+    assert store.event_count == 1
+    assert store.get_meta("events_floor") * 900 <= NOON
+    assert store.find_faults() == []
