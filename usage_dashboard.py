@@ -152,6 +152,10 @@ def utc_text(epoch_s: float | None) -> str | None:
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
+def _local_minute(epoch_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
+
+
 def monotonic_s() -> float:
     """Return monotonic seconds, counting time asleep where the OS supports it (CLOCK_BOOTTIME)."""
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -444,6 +448,7 @@ class QueueFault(DashboardError):
     http_status = 502
     code = "queue_fault"
     state = "unreachable"
+    is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
     def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
         super().__init__(message)
@@ -520,8 +525,11 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 4:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply")
+        is_http = line.startswith(b"HTTP/")
+        what = "an HTTP answer" if is_http else "bytes of another protocol"
+        fault = NotResp(f"the queue sent {what} instead of a RESP reply")
+        fault.is_no_failed_login = is_http
+        raise fault
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
@@ -1346,7 +1354,7 @@ class DatabaseLock:
             make_private(path)
             self._handle = os.open(str(path), os.O_RDWR)
         except OSError as error:
-            raise StoreError(_store_reason(path, error)) from error
+            raise StoreError(_store_reason(database, error)) from error
         self.fault: str | None = None
         deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
         while not self._take(lock):
@@ -2011,13 +2019,17 @@ class Store:
 
     # Outages
 
-    def begin_outage(self, at: float, reason: str) -> None:
-        """Record that recording stopped, not before the last event; an open outage goes on, with its first reason."""
+    def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
+        """Record that recording stopped; one that is open already goes on, with its first reason.
+
+        It begins no earlier than the last event, unless its length was measured, whatever the clock says.
+        """
         with self._write() as db:
+            last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
             db.execute(
-                f"INSERT INTO outages(from_at, reason) SELECT MAX(?, IFNULL({_LAST_EVENT_AT}, 0)), ? "
+                "INSERT INTO outages(from_at, reason) SELECT ?, ? "
                 "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, at, reason),
+                (max(at, last or 0.0), reason),
             )
 
     def mend_outages(self, now: float) -> None:
@@ -3142,6 +3154,7 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
 
 PROXY_PORT = 8317
 _NOT_THERE = ("refused", "unreachable")
+_REFUSALS = ("wrong_password", "no_password")
 
 
 class PopResult(NamedTuple):
@@ -3156,12 +3169,19 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
 
 
-class BannedFault(QueueFault):
+class WaitFault(QueueFault):
+    """A fault that lasts for a known number of seconds, a day at most; nothing is sent before."""
+
+    def __init__(self, message: str, state: str, seconds: float):
+        super().__init__(message, state)
+        self.seconds = min(seconds, _DAY_S)
+
+
+class BannedFault(WaitFault):
     """A ban after failed logins, with the seconds that it still lasts."""
 
     def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
-        self.seconds = seconds
+        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned", seconds)
 
 
 # Words in an error reply of a proxy or a Redis, what they mean, and the state.
@@ -3184,9 +3204,15 @@ _WRONG_KEYS = {
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
+    fault = _meaning_of(reply, during_auth)
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
+
+
+def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     text = reply.lower()
-    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
-        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+    if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
         return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
     for words, kind, message, state in _REPLIES:
@@ -3205,6 +3231,8 @@ def _log_in(client: RespClient, password: str) -> None:
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
         raise _fault_of_reply(reply, during_auth=True)
+    if not isinstance(reply, str):
+        raise NotResp("the login was answered with something else than OK")
 
 
 class Source:
@@ -3219,6 +3247,9 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+
+    def before_login(self) -> None:
+        """Called when connected, before the key goes out; what it raises keeps the key here."""
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3259,6 +3290,7 @@ class PopSource(Source):
         command is a pop, and what it brings is the first value.
         """
         self._client = RespClient(self._connect)
+        self.before_login()
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
@@ -3311,10 +3343,10 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
-            status, content = self._exchange(path)
+            status, content = self._exchange(path, before_login)
         except (OSError, HTTPException) as error:
             self.close()
             if hasattr(error, "verify_message"):
@@ -3333,13 +3365,19 @@ class ProxyApi:
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        raise QueueFault(f"the management API answered with status {status}")
+            fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
+            fault.is_no_failed_login = True
+            raise fault
+        fault = QueueFault(f"the management API answered with status {status}")
+        fault.is_no_failed_login = status in (502, 503)  # of a web server in front that did not reach the proxy
+        raise fault
 
-    def _exchange(self, path: str) -> tuple[int, bytes]:
+    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+            self._connection.connect()
+            before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
@@ -3382,7 +3420,7 @@ class HttpSource(Source):
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled")
+        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
@@ -3414,6 +3452,7 @@ class SubscribeSource(Source):
     def open(self) -> None:
         """Log in, subscribe, and open the second connection, which takes the backlog."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
@@ -3481,15 +3520,15 @@ class SubscribeSource(Source):
                 part.close()
 
 
-def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
+def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Connect and log in to the configured queue and return its source.
 
     While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` is told each
-    address before it is tried, the one in use last. Raises QueueFault.
+    address before it is tried, the one in use last. ``logins`` limits the logins. Raises QueueFault.
     """
     found, first = None, None
     try:
-        found = _open_at(config, config.cliproxy_port, on_endpoint)
+        found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
@@ -3497,7 +3536,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
         return found
     try:
-        better = _open_at(config, PROXY_PORT, on_endpoint)
+        better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
         if fault.state in _NOT_THERE and found is not None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
@@ -3512,7 +3551,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     return better
 
 
-def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
@@ -3523,14 +3562,15 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
         source = HttpSource(api)
+    login = (host, port, password)
     try:
-        _open_or_close(source)
+        _open_or_close(source, login, logins, connect)
     except NotResp as no_resp:
         if config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
-            _open_or_close(source)
+            _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
             is_other = fault.state in ("closed", "unreachable") and api.version is None
@@ -3539,12 +3579,36 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
     return source
 
 
-def _open_or_close(source: Source) -> None:
+def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Callable[[], socket.socket]) -> None:
+    used_up, was_shut = logins.used_up(login)
+    if used_up is not None:
+        met = _empty_command(connect) if was_shut else "failed"
+        if met != "answered":
+            raise ConnectionClosed(clean=True) if met == "closed" else used_up
+        logins.clear()  # they met a proxy that was closed to everybody, and now it is open
+    source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
     try:
         source.open()
-    except BaseException:
+    except BaseException as fault:
         source.close()
+        if isinstance(fault, ConnectionClosed):
+            logins.settle(login, "shut" if _empty_command(connect) == "closed" else fault.state)
+        elif isinstance(fault, QueueFault):
+            logins.settle(login, None if fault.is_no_failed_login else fault.state)
         raise
+    logins.clear()
+
+
+def _empty_command(connect: Callable[[], socket.socket]) -> str:
+    """Return how an empty command fares, which counts as no failed login: answered, closed or failed."""
+    try:
+        with RespClient(connect) as client:
+            client.send(b"*0\r\n")
+            return "answered" if isinstance(client.receive(), ErrorReply) else "failed"
+    except ConnectionClosed:
+        return "closed"
+    except QueueFault:
+        return "failed"
 
 
 # ------------------------------------------------------------------ collector
@@ -3572,7 +3636,6 @@ STATE_REMEDIES = {
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
-_REFUSALS = ("wrong_password", "no_password")
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
 
@@ -3796,7 +3859,7 @@ class OutageLog:
             self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
         if gap_s > self._longest_turn_s:
-            self._store.begin_outage(self._clock() - gap_s, "stopped")
+            self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
 
     def note_publishing(self, publishing: bool | None) -> None:
@@ -3814,13 +3877,71 @@ class OutageLog:
 
 
 class RefusedLogins:
-    """The login that was refused, remembered in the database as a salted hash over restarts and for ``check``.
+    """Logins without a success, kept in the database as salted hashes over restarts and for ``check``.
 
-    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included.
+    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included. So a key that was
+    refused is not sent again; and of the same login (host, port, key) no more than three go out in 30 minutes unless
+    one succeeds, also where the answers never came. Each is written down before it goes out.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    MOST, SPAN_S = 3, 1800.0
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
+        self._store, self._clock, self._monotonic = store, clock, monotonic
+        self._spent: str | None = None
+
+    def spend(self, login: Sequence[Any]) -> None:
+        """Write down a login that is about to go out. Raises StoreError."""
+        salt, tries = self._recent()
+        self._spent = self._hash(login, salt)
+        tries.setdefault(self._spent, []).append([self._clock(), self._monotonic(), "unreachable"])
+        self._store.put_meta("logins", json.dumps([salt, tries]))
+
+    def settle(self, login: Sequence[Any], state: str | None) -> None:
+        """Write down what became of the login that went out last; None is known to be no failed one."""
+        salt, tries = self._recent()
+        if self._spent is not None and tries.get(self._spent):
+            tried = tries[self._spent].pop()
+            tries[self._spent] += [] if state is None else [[*tried[:2], state]]
+            self._store.put_meta("logins", json.dumps([salt, tries]))
+        self._spent = None
+
+    def clear(self) -> None:
+        """Forget the logins that were written down: one has succeeded. What it brought is worth more than this."""
+        try:
+            self._store.put_meta("logins", None)
+        except StoreError:
+            pass  # done when the first pop has worked
+
+    def used(self, login: Sequence[Any]) -> tuple[int, float]:
+        """Return how many of the three logins are used, and in how many seconds one may go out again."""
+        salt, tries = self._recent()
+        left_s = sorted(map(self._left_s, tries.get(self._hash(login, salt), [])), reverse=True)
+        return len(left_s), left_s[self.MOST - 1] if len(left_s) >= self.MOST else 0.0
+
+    def used_up(self, login: Sequence[Any]) -> tuple[WaitFault | None, bool]:
+        """Return what is wrong where no login may go out now, and whether all met a proxy closed to everybody."""
+        used, wait_s = self.used(login)
+        if not wait_s:
+            return None, False
+        salt, tries = self._recent()
+        states = [state for *_, state in tries[self._hash(login, salt)]]
+        said = f"{used} logins were without a success; the next goes out at {_local_minute(self._clock() + wait_s)}"
+        return WaitFault(said, states[-1].replace("shut", "closed"), wait_s), set(states) == {"shut"}
+
+    def _recent(self) -> tuple[str, dict[str, list[list[Any]]]]:
+        try:
+            salt, tries = json.loads(self._store.get_meta("logins"))
+        except (TypeError, ValueError):
+            return os.urandom(16).hex(), {}
+        recent = {key: [tried for tried in members if self._left_s(tried) > 0] for key, members in tries.items()}
+        return salt, {key: members for key, members in recent.items() if members}
+
+    def _left_s(self, tried: Sequence[Any]) -> float:
+        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
+        at, uptime_s, _ = tried
+        by_clock, by_uptime = self._clock() - at, self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(by_clock), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
@@ -3829,7 +3950,8 @@ class RefusedLogins:
 
     def forget(self) -> None:
         """Forget the refused login: one has worked."""
-        self._store.put_meta("refused", None)
+        for name in ("refused", "logins"):
+            self._store.put_meta(name, None)
 
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
@@ -3896,7 +4018,7 @@ class Collector:
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
-        self._refused = RefusedLogins(store)
+        self._refused = RefusedLogins(store, clock, monotonic)
         self._source: Source | None = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
@@ -3958,7 +4080,7 @@ class Collector:
             source.close()
             self._enter("publishing_off" if self._facts.publishing is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS:
+            if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
             self._enter_fault(fault)
         return self.status()
@@ -3989,7 +4111,7 @@ class Collector:
         def show(endpoint: str) -> None:
             self._status.endpoint = endpoint
 
-        return open_source(self._config, show)
+        return open_source(self._config, show, self._refused)
 
     def _collect(self, source: Source) -> None:
         """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
@@ -4136,7 +4258,7 @@ class Collector:
             self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
 
     def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+        until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
         self._enter(fault.state, str(fault), until, fault.says_remedy)
 
     def _enter_storage_error(self, error: StoreError) -> None:
@@ -4144,11 +4266,12 @@ class Collector:
         self._outages.begin("storage_error")
 
     def _wait_after(self, fault: QueueFault) -> None:
-        if fault.state in _REFUSALS:
-            self._wait_for_change(fault.state)
-        elif isinstance(fault, BannedFault):
-            self._stop.wait(fault.seconds + 1)
-            self._reload()  # the key may have been corrected meanwhile
+        if isinstance(fault, BannedFault):
+            self._wait_for_change(fault.seconds + 1)
+        elif isinstance(fault, WaitFault):  # the back-off is shorter than this lasts; nothing goes out meanwhile
+            self._wait_for_change(min(fault.seconds, self._backoff.next()))
+        elif fault.state in _REFUSALS:
+            self._wait_for_change(math.inf, fault.state)
         else:
             self._stop.wait(self._backoff.next())
 
@@ -4167,20 +4290,24 @@ class Collector:
             written_at = 0
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, state: str) -> None:
-        """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
-        refused, is_remembered = self._login(), False
-        while True:
-            if not is_remembered:
+    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
+        """Wait, but only until address, key or the config file's time is another one; looked at every 3 s.
+
+        ``refused`` is the state to remember the present login with.
+        """
+        before = self._login()
+        while seconds > 0:
+            if refused is not None:
                 try:
-                    self._refused.remember(refused, state)
-                    is_remembered = True
+                    self._refused.remember(before, refused)
+                    refused = None
                 except StoreError as error:
                     self._log.once("store", fault=error)
-            if self._stop.wait(3.0):
+            if self._stop.wait(min(3.0, seconds)):
                 return
+            seconds -= 3.0
             self._reload()
-            if self._login() != refused:
+            if self._login() != before:
                 self._backoff.reset()
                 return
 
@@ -4958,9 +5085,9 @@ class DemoWorld:
         self.auth_dir = folder / "accounts"
         self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._record()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
+        self._record()
         self._write_readings()
 
     def _write_account_files(self) -> None:
@@ -5092,7 +5219,26 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
+        *_check_logins(config),
     ]
+
+
+def _check_logins(config: Config) -> list[Finding]:
+    """Tell how many logins without a success there were lately, while there are any."""
+    path, host, key = config.database_path, config.cliproxy_host, config.management_password
+    ports = (config.cliproxy_port, PROXY_PORT) if config.has_default_queue else (config.cliproxy_port,)
+    try:
+        if not path.exists() or events_to_adopt(path):
+            return []
+        with closing(Store(path)) as store:
+            used, wait_s = max(RefusedLogins(store).used((host, port, key)) for port in ports)
+    except StoreError:
+        return []  # told by the database's own line
+    if not used:
+        return []
+    found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
+    when = f"the next goes out after {_local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
+    return [Finding("warning", found, f"{when}; five lock this machine out of the proxy for 30 minutes")]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5152,7 +5298,7 @@ def _check_losses(store: Store) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    start, end = (at and _local_minute(at) for at in (outage["from"], outage["to"]))
     return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
@@ -5474,7 +5620,7 @@ def run_report(options: Any) -> int:
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0
-    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    start, end = map(_local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]

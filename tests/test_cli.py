@@ -25,6 +25,7 @@ from support import (
     ORIGINAL_ROWS,
     QUOTA_BY_NAME,
     SAMPLES,
+    Answering,
     free_port,
     make_original,
     payload,
@@ -390,6 +391,21 @@ def test_check_before_the_first_start_sends_a_wrong_key_once(program, proxy):
     for _ in range(3):
         assert "wrong_password" in program.run("check").stdout
     assert proxy.failures == 1
+
+
+def test_logins_of_all_commands_together_are_limited_and_check_counts_them(program, tmp_path):
+    with Answering(b"\x00rubbish\r\n") as server:
+        port = configure(program, cliproxy_port=server.port, management_password=KEY)
+        first = program.run("check").stdout
+        assert re.search("^warning [12] of 3 logins within 30 minutes are used", first, re.M)
+        for _ in range(2):
+            running = start(program, port)
+            running.wait_for_line("state=not_resp")
+            running.wait_for(lambda: len(program.run("check").stdout) > 0)
+            assert running.terminate() == 0
+        last = program.run("check").stdout
+        assert re.search("^warning 3 of 3 logins .*\n +→ the next goes out after 20", last, re.M)
+        assert server.logins == 3
 
 
 def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_server):
