@@ -283,6 +283,24 @@ def _finite(value: Any) -> float | None:
     return number if abs(number) < 1e18 else None
 
 
+def json_text(content: Any, **layout: Any) -> str:
+    """Return JSON, also of what an adopted database may hold: bytes become text, infinite numbers null."""
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, **layout)
+    except (TypeError, ValueError):
+        return json.dumps(_jsonable(content), ensure_ascii=False, **layout)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(member) for name, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(member) for member in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # ------------------------------------------------------------------ config
 
 
@@ -1767,6 +1785,7 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
+_SOUND_TIMES = Window(_EARLIEST_AT, _LATEST_AT)  # what else an adopted file holds belongs to no time
 Sums = Tuple[int, ...]
 
 
@@ -1821,6 +1840,7 @@ class Store:
 
     def _connect(self, busy_timeout_s: float):
         db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # an adopted file may hold any bytes
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -2076,7 +2096,7 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self._identity_changes
         if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
+            rows = db.execute("SELECT id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -2109,17 +2129,20 @@ class Store:
         """Return the times of the first and the last event ever counted; None where there is none."""
         with self._read() as db:
             low, high = db.execute(
-                "SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch LIMIT 1), "
-                "(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch DESC LIMIT 1)"
+                "SELECT (SELECT MIN(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2), "
+                "(SELECT MAX(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)",
+                _SOUND_TIMES,
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
+            buckets = [at / BUCKET_S for at in _SOUND_TIMES]
+            sql = "SELECT MIN(bucket) FROM usage_by_time WHERE bucket >= ? AND bucket < ?"
+            oldest = db.execute(sql, buckets).fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
     def newest_at(self) -> float | None:
         """Return the time of the newest event; None where there is none."""
         with self._read() as db:
-            return db.execute("SELECT MAX(ts_epoch) FROM events WHERE ts_epoch < ?", (_LATEST_AT,)).fetchone()[0]
+            return db.execute("SELECT MAX(ts_epoch) FROM events WHERE ts_epoch < ?", _SOUND_TIMES[1:]).fetchone()[0]
 
     def requests(
         self,
@@ -2129,7 +2152,7 @@ class Store:
         before: tuple[float, int] | None = None,
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or Window(float("-inf"), float("inf"))
+        window = window or _SOUND_TIMES
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
         with self._read() as db:
@@ -2177,7 +2200,7 @@ class Store:
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
-        return dict(zip(columns, row)) if row else None
+        return _reading_of(columns, row) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2240,7 +2263,7 @@ class Store:
                 f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+        return [{**_reading_of(own + read, row), "plan": row[-1] or row[2]} for row in rows]
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
@@ -2248,12 +2271,12 @@ class Store:
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? AND ts_epoch < ? "
                 "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
+                (since, _LATEST_AT, most),
             ).fetchall()
         for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            readings.setdefault((row[0], row[1] or ""), []).append(_reading_of(names, row))
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2407,6 +2430,17 @@ def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     return request
 
 
+def _reading_of(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
+    """Return a reading by its columns; what an adopted file holds in place of a number or a text is unknown."""
+    reading = dict(zip(names, row))
+    for name, value in reading.items():
+        if name == "ts_epoch" or name.endswith("_percent"):
+            reading[name] = value if isinstance(value, (int, float)) and abs(value) < _LATEST_AT else None
+        elif isinstance(value, bytes):
+            reading[name] = None
+    return reading
+
+
 def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
     """Return the sums of accounts, folded from those of their identities."""
     owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
@@ -2475,7 +2509,7 @@ class _UsagePlan:
         """Return sums by (identity, model)."""
         in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
         rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, name FROM models").fetchall())
+        names = dict(db.execute("SELECT id, CAST(name AS TEXT) FROM models").fetchall())
         return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
 
     def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
@@ -3039,7 +3073,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in windows_of(row):
+        for window in windows_of(row) if row["ts_epoch"] else ():
             if window.meter is None and window.used_percent is not None and window.reset_at is not None:
                 point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
                 points.setdefault(window.label, {})[point.at] = point
@@ -4720,7 +4754,7 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
         """Return the answer that holds this content as JSON."""
-        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+        return cls(json_text(content, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -5618,7 +5652,7 @@ def run_report(options: Any) -> int:
     with _reading_app(_load(options)[0]) as app:
         summary = api_summary(app, Query(range=options.range))
     if options.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        print(json_text(summary, indent=2))
         return 0
     start, end = map(_local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
@@ -5653,7 +5687,7 @@ def run_quota(options: Any) -> int:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
-        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        print(json_text(answer, indent=2))
     elif answer["quotas"]:
         heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
@@ -5688,7 +5722,7 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
         return "—" if value is None else f"{value} %"
 
     def local(text: str | None) -> str:
-        at = parse_time(text)[0] if text else None
+        at = _epoch(text)
         if at is None or at <= time.time():
             return "—" if at is None else "reset due"
         return time.strftime("%a %H:%M", time.localtime(at))

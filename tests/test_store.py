@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 import stat
 import threading
 from pathlib import Path
 
 import pytest
-from support import ALWAYS, NOON, ORIGINAL_ROWS, event, make_original, put, reading, rows
+from support import ALWAYS, NOON, ORIGINAL_ROWS, Site, event, make_original, put, reading, rows
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
@@ -558,3 +559,40 @@ def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
     assert store.event_count == 1
     assert store.get_meta("events_floor") * 900 <= NOON
     assert store.find_faults() == []
+
+
+# ---- odd values in an adopted file: a question is answered all the same -----------------------------------
+
+
+ODD_VALUES = [b"\xff\x00", float("inf"), float("-inf"), NOON * 1000, -5, "text", "", 2**40, "1e999", "\ud83d", None]
+EVENT_COLUMNS = "timestamp ts_epoch auth_index source model latency_ms".split()
+QUOTA_COLUMNS = """timestamp ts_epoch email plan allowed limit_reached primary_used_percent primary_remaining_percent
+    primary_reset_at secondary_reset_at credits_balance raw_json""".split()
+QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
+             "quota", "health")  # fmt: skip
+
+
+@pytest.mark.parametrize("table, column", [*(("events", name) for name in EVENT_COLUMNS),
+                                           *(("quota_snapshots", name) for name in QUOTA_COLUMNS)])  # fmt: skip
+def test_original_with_odd_values_is_answered_from(tmp_path, table, column):
+    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+    db = sqlite3.connect(str(tmp_path / "usage.db"))
+    for value in ODD_VALUES:
+        if value == "\ud83d":  # text that is no UTF-8
+            db.execute(f"UPDATE {table} SET {column} = CAST(x'ff80' AS TEXT) WHERE id = 1")
+        else:
+            db.execute(f"UPDATE {table} SET {column} = ? WHERE id = 1", (value,))
+        db.execute(f"INSERT INTO {table} SELECT id + 10000000 + (SELECT MAX(id) FROM {table}), "
+                   f"{', '.join(row[1] for row in db.execute(f'PRAGMA table_info({table})').fetchall()[1:])} "
+                   f"FROM {table} WHERE id = 1")  # fmt: skip
+    db.commit()
+    db.close()
+    site = Site(tmp_path)
+    try:
+        for question in QUESTIONS:
+            reply, body = site.ask(f"/api/{question}")
+            assert reply.status == 200, (question, body)
+            assert not re.search(rb"\b(NaN|Infinity)\b", body), question
+        assert "Traceback" not in site.log.read_text(encoding="utf-8")
+    finally:
+        site.close()
