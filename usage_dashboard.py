@@ -38,6 +38,7 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -181,10 +182,17 @@ class Backoff:
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is."""
+    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is.
+
+    What root makes belongs to the owner of its folder, who is to work with it later.
+    """
+    is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
     try:
         os.chmod(str(path), 0o600)
+        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+            folder = path.parent.stat()
+            os.chown(str(path), folder.st_uid, folder.st_gid)
     except PermissionError:
         pass  # check names a file that others can read
 
@@ -227,10 +235,15 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
+    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``.
+
+    The beginning is as long as it takes to tell the address from others of the same domain.
+    """
     name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
+    names = [other.partition("@")[0] for other in others if other != mail and other.partition("@")[2] == domain]
+    length = next((n for n in range(1, len(name)) if not any(one.startswith(name[:n]) for one in names)), len(name))
+    return f"{name[:length]}***@{domain}" if at else "***"
 
 
 def _printable(text: str) -> str:
@@ -1254,7 +1267,7 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and _may_be_file(path))
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
@@ -1265,6 +1278,13 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
             masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
             problems.append(f"{_printable(masked_name)} is skipped: {error}")
     return [file for file in found if file is not None], problems
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:  # as of a link into a folder that is closed to this user: it is named when read
+        return error.errno != errno.ENOENT
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -4452,15 +4472,14 @@ class QuotaRefresher:
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
             try:
-                self._refresh(file)
+                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
@@ -4990,8 +5009,11 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        sent = list(filter(None, map(self.headers.get, ("Origin", "Referer"))))
         foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if not sent and self.headers.get("User-Agent", "").startswith("Mozilla/"):
+            # An image on another site's page can be asked for without a referrer, but with no header of ours.
+            foreign = self.headers.get("X-Requested-With") != "usage-dashboard"
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
@@ -5557,9 +5579,10 @@ def run_start(options: Any) -> int:
     app = App(config, store, refresher, collector.status)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
-    log.line("stopped")
-    return 0
+    jobs = (collector.run, chores.run)
+    exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
+    log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    return exit_code
 
 
 def run_demo(options: Any) -> int:
@@ -5579,15 +5602,19 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
-    return 0
+        return _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
 
 
 def _stop_on_signal() -> threading.Event:
     """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    # Not in the handler: the signal may come while this very thread holds the event's lock.
-    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+
+    def end(*_: Any) -> None:
+        _handle_stop_signals(lambda *_: None)  # one is enough, and a hail of them would nest
+        # Not in the handler: the signal may come while this very thread holds the event's lock.
+        threading.Thread(target=stop.set, daemon=True).start()
+
+    _handle_stop_signals(end)
     return stop
 
 
@@ -5616,13 +5643,20 @@ def _announce(log: Log, text: str, config: Config, port: int, closes: str, optio
 
 def _run_until_stopped(
     server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
-) -> None:
-    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
+) -> int:
+    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it.
+
+    The exit code is 1 where one of them ended by itself, so that systemd starts the program again.
+    """
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
+    working = [*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)]
+    for thread in working:
         thread.start()
-    while not stop.wait(1.0):
-        pass  # on some systems a wait without an end is deaf to signals
+    # On some systems a wait without an end is deaf to signals.
+    while not stop.wait(1.0) and all(thread.is_alive() for thread in working):
+        pass
+    exit_code = 0 if stop.is_set() else 1
+    stop.set()
     patience_s = time.monotonic() + 0.8
     server.shutdown()
     server.server_close()
@@ -5635,6 +5669,7 @@ def _run_until_stopped(
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
     _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
+    return exit_code
 
 
 @contextmanager

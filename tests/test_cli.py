@@ -195,8 +195,8 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(serve, pro
     printed = "\n".join(running.lines)
     for line in (
         "refresh_quota: found 3 auth files",
-        "refresh_quota: fetching quota for u***@example.com...",
-        "refresh_quota: saved quota for u***@example.com",
+        "refresh_quota: fetching quota for user0***@example.com...",
+        "refresh_quota: saved quota for user2***@example.com",
         "refresh_quota: codex-broken.json is skipped",
     ):
         assert line in printed
@@ -455,6 +455,45 @@ def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
     running.wait_for_line("state=wrong_password")
     configure(program, cliproxy_port=proxy.port, management_password=KEY, dashboard_port=running.port)
     running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == STORED, timeout=15)
+
+
+PART_THAT_DIES = """
+import sys
+import usage_dashboard as app
+app.{part}.run = lambda self: None
+sys.exit(app.main(["start", "--no-browser"]))
+"""
+
+
+@pytest.mark.parametrize("part", ["Collector", "Housekeeper"])
+def test_part_that_ended_by_itself_ends_the_program_with_1(program, proxy, part):
+    configure(program, cliproxy_port=proxy.port, management_password=KEY)
+    (program.folder / "start.py").write_text(PART_THAT_DIES.format(part=part), encoding="utf-8")
+    program.script = program.folder / "start.py"
+    ended = program.run()
+    assert ended.returncode == 1 and "had ended by itself" in ended.stdout
+
+
+def test_signals_until_the_very_end_leave_the_exit_code_0(serve):
+    running = serve()
+    running.wait_for_line("state=waiting")
+    began = time.monotonic()
+    while running.process.poll() is None:
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGINT)
+        assert time.monotonic() - began < 5
+    assert running.wait() == 0, running.describe()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to make what is root's")
+def test_what_root_makes_belongs_to_the_owner_of_its_folder(program, proxy):
+    configure(program, cliproxy_port=proxy.port, management_password="wrong")
+    os.chown(str(program.folder), 12345, 12346)
+    assert program.run("check").returncode == 1
+    running = start(program, json.loads((program.folder / "config.json").read_text())["dashboard_port"])
+    assert running.terminate() == 0
+    owners = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in program.folder.glob("usage.db*")}
+    assert {"usage.db", "usage.db.lock"} <= set(owners) and set(owners.values()) == {(12345, 12346)}
 
 
 def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(serve, proxy):

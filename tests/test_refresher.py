@@ -109,11 +109,52 @@ def test_round_prints_the_original_lines_with_masked_mails(bench, folder, world)
     world.answer(None, body=GOOD_BODY)
     assert bench.round() == [
         "refresh_quota: found 2 auth files",
-        "refresh_quota: fetching quota for u***@example.com...",
-        "refresh_quota: saved quota for u***@example.com",
-        "refresh_quota: fetching quota for u***@example.com...",
-        "refresh_quota: saved quota for u***@example.com",
+        "refresh_quota: fetching quota for user1***@example.com...",
+        "refresh_quota: saved quota for user1***@example.com",
+        "refresh_quota: fetching quota for user2***@example.com...",
+        "refresh_quota: saved quota for user2***@example.com",
     ]
+
+
+@pytest.mark.parametrize(
+    ("mails", "masked"),
+    [
+        (["an.nguyen@x.com"], ["a***@x.com"]),
+        (["ravi@x.com", "rosa@x.com", "an@x.com"], ["ra***@x.com", "ro***@x.com", "a***@x.com"]),
+        (["ravi@x.com", "ravi@y.com"], ["r***@x.com", "r***@y.com"]),
+        (["an@x.com", "anna@x.com", "an@x.com"], ["an***@x.com", "ann***@x.com", "an***@x.com"]),
+        (["no mail", "a@x.com"], ["***", "a***@x.com"]),
+    ],
+)
+def test_mails_are_masked_as_far_as_they_can_be_told_apart(mails, masked):
+    assert [app.mask_mail(mail, mails) for mail in mails] == masked
+
+
+def test_link_into_a_closed_folder_hides_none_of_the_other_accounts(bench, folder, tmp_path, world):
+    write_account(folder, 1)
+    world.answer(None, body=GOOD_BODY)
+    (folder / "codex-loop.json").symlink_to(folder / "codex-loop.json")  # as closed as a folder is, also to root
+    (folder / "codex-gone.json").symlink_to(tmp_path / "nowhere.json")
+    (folder / "folder.json").mkdir()
+    os.mkfifo(str(folder / "pipe.json"))
+    assert "refresh_quota: found 1 auth files" in bench.round()
+    assert any("codex-loop.json is skipped" in line for line in bench.lines)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_link_into_a_folder_that_is_closed_is_named(bench, folder, tmp_path, world):
+    write_account(folder, 1)
+    world.answer(None, body=GOOD_BODY)
+    closed = tmp_path / "closed"
+    write_account(closed, 2)
+    (folder / "codex-2.json").symlink_to(closed / "codex-2.json")
+    closed.chmod(0)
+    try:
+        lines = bench.round()
+    finally:
+        closed.chmod(0o700)
+    assert "refresh_quota: found 1 auth files" in lines
+    assert any("codex-2.json is skipped" in line for line in lines)
 
 
 def test_round_stores_the_reading_of_the_reply(bench, folder, store, world):
@@ -184,7 +225,7 @@ def test_round_with_one_failing_account_reads_the_others(bench, folder, store, w
     world.answer("tok-secret-2", **FAILURES[state])
     lines = bench.round()
     assert states(store) == ["ok", state, "ok"]
-    assert lines[4] == f"refresh_quota: no quota for u***@example.com: {app.QUOTA_MESSAGES[state]}"
+    assert lines[4] == f"refresh_quota: no quota for user2***@example.com: {app.QUOTA_MESSAGES[state]}"
 
 
 @pytest.mark.parametrize("body", ODD_BODIES, ids=range(len(ODD_BODIES)))
