@@ -40,6 +40,7 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -195,6 +196,11 @@ def utc_text(epoch_s: float | None) -> str | None:
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
+def local_minute(epoch_s: float) -> str:
+    """Format epoch seconds as this machine's local time, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
+
+
 def monotonic_s() -> float:
     """Return monotonic seconds, counting time asleep where the OS supports it (CLOCK_BOOTTIME)."""
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -220,10 +226,14 @@ class Backoff:
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is."""
+    """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
+    is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
     try:
         os.chmod(str(path), 0o600)
+        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+            folder = path.parent.stat()
+            os.chown(str(path), folder.st_uid, folder.st_gid)
     except PermissionError:
         pass  # check names a file that others can read
 
@@ -266,10 +276,12 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
+    """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
+    names = [other.partition("@")[0] for other in others if other != mail and other.partition("@")[2] == domain]
+    length = next((n for n in range(1, len(name)) if not any(one.startswith(name[:n]) for one in names)), len(name))
+    return f"{name[:length]}***@{domain}" if at else "***"
 
 
 def _printable(text: str) -> str:
@@ -331,6 +343,15 @@ def _finite(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if abs(number) < 1e18 else None
+
+
+def json_text(content: Any, **layout: Any) -> str:
+    """Return JSON, also of what an adopted database may hold: bytes become text, infinite numbers null."""
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, **layout)
+    except (TypeError, ValueError):
+        text = json.dumps(content, default=lambda raw: raw.decode("utf-8", "replace"))
+        return json_text(json.loads(text, parse_constant=lambda name: None), **layout)
 
 
 # ------------------------------------------------------------------ config
@@ -498,6 +519,7 @@ class QueueFault(DashboardError):
     http_status = 502
     code = "queue_fault"
     state = "unreachable"
+    is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
     def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
         super().__init__(message)
@@ -576,8 +598,11 @@ class RespReader:
             if depth >= 4:
                 return self._skip_list(count)
             return [self.read_reply(depth + 1) for _ in range(count)]
-        what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply")
+        is_http = line.startswith(b"HTTP/")
+        what = "an HTTP answer" if is_http else "bytes of another protocol"
+        fault = NotResp(f"the queue sent {what} instead of a RESP reply")
+        fault.is_no_failed_login = is_http
+        raise fault
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
@@ -1362,7 +1387,7 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and _may_be_file(path))
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
@@ -1373,6 +1398,13 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
             masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
             problems.append(f"{_printable(masked_name)} is skipped: {error}")
     return [file for file in found if file is not None], problems
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:  # as of a link into a folder that is closed to this user: it is named when read
+        return error.errno != errno.ENOENT
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -1458,6 +1490,67 @@ class StoreError(DashboardError):
 
     http_status = 503
     code = "storage_error"
+
+
+def _flock(handle: int) -> None:
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_path(database: Path) -> Path:
+    return Path(f"{os.path.realpath(str(database))}.lock")
+
+
+class DatabaseLock:
+    """The right to record into a database, which one process has at a time and loses however it ends.
+
+    Its file stays, and names the holder. ``fault`` says why there is no lock to be had here.
+    """
+
+    def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
+        self._path, self.fault = _lock_path(database), ""
+        try:
+            make_private(self._path)
+            self._handle = os.open(str(self._path), os.O_RDWR)
+        except OSError as error:
+            raise StoreError(_store_reason(database, error)) from error
+        deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
+        while not self._take(lock):
+            if time.monotonic() > deadline:
+                os.close(self._handle)
+                told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
+                holder = "process {pid}, port {port}".format(**told)
+                message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
+                raise StoreError(f'{message}, or name another file with "database"')
+            time.sleep(0.05)
+
+    def _take(self, lock: Callable[[int], None]) -> bool:
+        try:
+            lock(self._handle)
+        except BlockingIOError:
+            return False
+        except (OSError, ImportError) as error:  # as on some network file systems
+            self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+        return True
+
+    def name_holder(self, port: int) -> None:
+        """Write into the file who has the lock, for those that come later."""
+        self._path.write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
+
+
+def lock_holder(database: Path) -> dict[str, int]:
+    """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
+    with suppress(OSError, ImportError, ValueError, AttributeError):
+        import fcntl
+
+        with _lock_path(database).open("rb") as stream:
+            try:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = json.loads(stream.read(200))
+                return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
+    return {}
 
 
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
@@ -1773,6 +1866,14 @@ _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
 SHORTEST_RETENTION_S = 60.0
+_DAY_S = 86400.0
+# The newest of the events stored last, unless by a clock that was in another year.
+_LAST_EVENT_AT = (
+    "(SELECT MAX(ts_epoch) FROM (SELECT ts_epoch FROM events ORDER BY id DESC LIMIT 100) "
+    f"WHERE ts_epoch < ?1 + {2 * _DAY_S})"
+)
+# Where an outage that ends in the future has ended: with the first event in it.
+_MENDED_END = "MAX(from_at, MIN(?1, IFNULL((SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at), ?1)))"
 
 
 def _retention_in(db) -> float:
@@ -1798,6 +1899,7 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
+_SOUND_TIMES = Window(_EARLIEST_AT, _LATEST_AT)  # what else an adopted file holds belongs to no time
 Sums = Tuple[int, ...]
 
 
@@ -1861,6 +1963,7 @@ class Store:
     def _connect(self):
         timeout_s = self._busy_timeout_s
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # an adopted file may hold any bytes
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -2057,6 +2160,7 @@ class Store:
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        before = min(before, (self.span() or (0.0, 0.0))[1])
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
             if floor > _floor_in(db):
@@ -2115,13 +2219,29 @@ class Store:
 
     # Outages
 
-    def begin_outage(self, at: float, reason: str) -> None:
-        """Record that recording stopped; one that is open already goes on, with its first reason."""
+    def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
+        """Record that recording stopped, not before the last event unless the length was measured.
+
+        One that is open already goes on, with its first reason.
+        """
         with self._write() as db:
+            last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
             db.execute(
                 "INSERT INTO outages(from_at, reason) SELECT ?, ? "
                 "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, reason),
+                (max(at, last or 0.0), reason),
+            )
+
+    def mend_outages(self, now: float) -> None:
+        """Correct outages that were recorded by a clock that has been set since: none begins or ends after now."""
+        with self._write() as db:
+            begin = f"MIN(?1, IFNULL({_LAST_EVENT_AT}, ?1))"
+            db.execute(f"UPDATE outages SET from_at = {begin} WHERE to_at IS NULL AND from_at > ?1", (now,))
+            db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
+            lost = f"reason = 'publishing_off' OR {_MENDED_END} - from_at > ?2"
+            db.execute(
+                f"UPDATE outages SET to_at = {_MENDED_END}, lost = {lost} WHERE to_at > ?1 + {SHORTEST_RETENTION_S}",
+                (now, _retention_in(db)),
             )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
@@ -2129,6 +2249,7 @@ class Store:
 
         One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
         """
+        self.mend_outages(at)
         with self._write() as db:
             db.execute(
                 "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
@@ -2162,7 +2283,8 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
+            columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
+            rows = db.execute(f"SELECT {columns} FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -2195,10 +2317,13 @@ class Store:
         """Return the times of the first and the last event ever counted; None where there is none."""
         with self._read() as db:
             low, high = db.execute(
-                "SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch LIMIT 1), "
-                "(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch DESC LIMIT 1)"
+                "SELECT (SELECT MIN(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2), "
+                "(SELECT MAX(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)",
+                _SOUND_TIMES,
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
+            buckets = [at / BUCKET_S for at in _SOUND_TIMES]
+            sql = "SELECT MIN(bucket) FROM usage_by_time WHERE bucket >= ? AND bucket < ?"
+            oldest = db.execute(sql, buckets).fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
@@ -2210,7 +2335,7 @@ class Store:
         before: tuple[float, int] | None = None,
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or Window(float("-inf"), float("inf"))
+        window = window or _SOUND_TIMES
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
         with self._read(is_search=bool(filters.text)) as db:
@@ -2258,7 +2383,7 @@ class Store:
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
-        return dict(zip(columns, row)) if row else None
+        return _reading_of(columns, row) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2321,7 +2446,7 @@ class Store:
                 f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+        return [{**_reading_of(own + read, row), "plan": row[-1] or row[2]} for row in rows]
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
@@ -2329,12 +2454,12 @@ class Store:
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? AND ts_epoch < ? "
                 "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
+                (since, _LATEST_AT, most),
             ).fetchall()
         for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            readings.setdefault((row[0], row[1] or ""), []).append(_reading_of(names, row))
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2488,6 +2613,17 @@ def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     return request
 
 
+def _reading_of(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
+    """Return a reading by its columns; what an adopted file holds in place of a number or a text is unknown."""
+    reading = dict(zip(names, row))
+    for name, value in reading.items():
+        if name == "ts_epoch" or name.endswith("_percent"):
+            reading[name] = value if isinstance(value, (int, float)) and abs(value) < _LATEST_AT else None
+        elif isinstance(value, bytes):
+            reading[name] = None
+    return reading
+
+
 def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
     """Return the sums of accounts, folded from those of their identities."""
     owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
@@ -2556,7 +2692,7 @@ class _UsagePlan:
         """Return sums by (identity, model)."""
         in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
         rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, name FROM models").fetchall())
+        names = dict(db.execute("SELECT id, CAST(name AS TEXT) FROM models").fetchall())
         return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
 
     def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
@@ -3120,7 +3256,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in windows_of(row):
+        for window in windows_of(row) if row["ts_epoch"] else ():
             if window.meter is None and window.used_percent is not None and window.reset_at is not None:
                 point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
                 points.setdefault(window.label, {})[point.at] = point
@@ -3235,6 +3371,7 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
 
 PROXY_PORT = 8317
 _NOT_THERE = ("refused", "unreachable")
+_REFUSALS = ("wrong_password", "no_password")
 
 
 class PopResult(NamedTuple):
@@ -3249,11 +3386,11 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
 
 
-class BannedFault(QueueFault):
-    """A ban after failed logins, with the seconds that it still lasts."""
+class WaitFault(QueueFault):
+    """A fault that lasts for a known number of seconds; nothing is sent before."""
 
-    def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
+    def __init__(self, message: str, state: str, seconds: float):
+        super().__init__(message, state)
         self.seconds = seconds
 
 
@@ -3281,11 +3418,18 @@ _WRONG_KEYS = {
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
+    fault = _meaning_of(reply, during_auth)
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
+
+
+def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     text = reply.lower()
-    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
-        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+    if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
-        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
+        left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
+        return WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
     for words, kind, message, state in _REPLIES:
         if words in text:
             return kind(message, state)
@@ -3302,6 +3446,8 @@ def _log_in(client: RespClient, password: str) -> None:
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
         raise _fault_of_reply(reply, during_auth=True)
+    if not isinstance(reply, str):
+        raise NotResp("the login was answered with something else than OK")
 
 
 class Source:
@@ -3316,6 +3462,9 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+
+    def before_login(self) -> None:
+        """Called when connected, before the key goes out; what it raises keeps the key here."""
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3356,6 +3505,7 @@ class PopSource(Source):
         command is a pop, and what it brings is the first value.
         """
         self._client = RespClient(self._connect)
+        self.before_login()
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
@@ -3408,10 +3558,12 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(self, path: str, decode: Callable[[bytes], Any] = json.loads) -> Any:
+    def get(
+        self, path: str, decode: Callable[[bytes], Any] = json.loads, before_login: Callable[[], None] = lambda: None
+    ) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
-            status, content = self._exchange(path)
+            status, content = self._exchange(path, before_login)
         except (OSError, HTTPException) as error:
             self.close()
             if hasattr(error, "verify_message"):
@@ -3429,14 +3581,18 @@ class ProxyApi:
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
+        fault = QueueFault(f"the management API answered with status {status}")
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        raise QueueFault(f"the management API answered with status {status}")
+            fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
+        fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
+        raise fault
 
-    def _exchange(self, path: str) -> tuple[int, bytes]:
+    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+            self._connection.connect()
+            before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
@@ -3479,7 +3635,7 @@ class HttpSource(Source):
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled")
+        self._api.get("/v0/management/usage-statistics-enabled", before_login=self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
@@ -3518,6 +3674,7 @@ class SubscribeSource(Source):
     def open(self) -> None:
         """Log in, subscribe, and open the second connection, which takes the backlog."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
@@ -3585,15 +3742,15 @@ class SubscribeSource(Source):
                 part.close()
 
 
-def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
+def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Connect and log in to the configured queue and return its source.
 
     While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
-    address before it is tried, the one in use last. Raises QueueFault.
+    address before it is tried, the one in use last. ``logins`` limits the logins. Raises QueueFault.
     """
     found, first = None, None
     try:
-        found = _open_at(config, config.cliproxy_port, on_endpoint)
+        found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
@@ -3601,7 +3758,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
         return found
     try:
-        better = _open_at(config, PROXY_PORT, on_endpoint)
+        better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
         if fault.state in _NOT_THERE and found is not None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
@@ -3616,7 +3773,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     return better
 
 
-def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
@@ -3627,14 +3784,15 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
         source = HttpSource(api)
+    login = (host, port, password)
     try:
-        _open_or_close(source)
+        _open_or_close(source, login, logins, connect)
     except NotResp as no_resp:
         if config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
-            _open_or_close(source)
+            _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
             is_proxy = isinstance(no_resp, NoQueue) or api.version is not None
@@ -3643,12 +3801,37 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
     return source
 
 
-def _open_or_close(source: Source) -> None:
+def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Any) -> None:
+    used, wait_s, states = logins.used(login)
+    if wait_s:
+        said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
+        used_up = WaitFault(said, (states[-1] or "unreachable").replace("shut", "closed"), wait_s)
+        fault = _empty_command(connect) if set(states) == {"shut"} else used_up
+        if fault is not None:
+            raise fault if isinstance(fault, ConnectionClosed) else used_up
+        logins.clear()  # they met a proxy that was closed to everybody, and now it is open
+    source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
     try:
         source.open()
-    except BaseException:
+    except BaseException as fault:
         source.close()
+        if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
+            logins.settle("shut")
+        elif isinstance(fault, QueueFault):
+            logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
+    logins.clear()
+
+
+def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
+    """Return how an empty command fares, which counts as no failed login; None: it was answered as a proxy does."""
+    try:
+        with closing(RespClient(connect)) as client:
+            client.send(b"*0\r\n")
+            is_proxy = isinstance(client.receive(), ErrorReply)
+    except QueueFault as fault:
+        return fault
+    return None if is_proxy else NotResp("the server there answers as neither a proxy nor a Redis does")
 
 
 # ------------------------------------------------------------------ collector
@@ -3676,7 +3859,6 @@ STATE_REMEDIES = {
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
-_REFUSALS = ("wrong_password", "no_password")
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
 
@@ -4023,6 +4205,7 @@ class OutageLog:
         self._store, self._clock, self._monotonic = store, clock, monotonic
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
+        self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._is_publishing_off = False
 
@@ -4049,9 +4232,12 @@ class OutageLog:
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
         before, self._turn_s = self._turn_s, self._monotonic()
+        ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
+        if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
+            self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
         if gap_s > self._longest_turn_s:
-            self._store.begin_outage(self._clock() - gap_s, "stopped")
+            self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
 
     def note_publishing(self, publishing: bool | None) -> None:
@@ -4069,13 +4255,55 @@ class OutageLog:
 
 
 class RefusedLogins:
-    """The login that was refused, remembered in the database as a salted hash over restarts and for ``check``.
+    """Logins without a success, kept in the database as salted hashes over restarts and for ``check``.
 
-    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included.
+    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included. So a key that was
+    refused is not sent again; and of the same login (host, port, key) no more than three go out in 30 minutes unless
+    one succeeds, also where the answers never came. Each is written down before it goes out.
     """
 
-    def __init__(self, store: Store):
-        self._store = store
+    MOST, SPAN_S = 3, 1800.0
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
+        self._store, self.clock, self._monotonic = store, clock, monotonic
+
+    def spend(self, login: Sequence[Any]) -> None:
+        """Write down a login that is about to go out. Raises StoreError."""
+        salt, tries = self._recent()
+        tries.append([self._hash(login, salt), self.clock(), self._monotonic(), ""])
+        self._store.put_meta("logins", json.dumps([salt, tries]))
+
+    def settle(self, state: str | None) -> None:
+        """Write down what became of a login that has just gone out; None is known to be no failed one."""
+        salt, tries = self._recent()
+        if tries and tries[-1][-1] == "":
+            *login, _ = tries.pop()
+            self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
+
+    def clear(self) -> None:
+        """Forget the logins that were written down: one has succeeded. What it brought is worth more than this."""
+        with suppress(StoreError):  # done when the first pop has worked
+            self._store.put_meta("logins", None)
+
+    def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
+        """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
+        salt, tries = self._recent()
+        tries = [tried for tried in tries if tried[0] == self._hash(login, salt)]
+        left_s = [0.0] * self.MOST + sorted(map(self._left_s, tries))
+        return len(tries), left_s[-self.MOST], [state for *_, state in tries]
+
+    def _recent(self) -> tuple[str, list[list[Any]]]:
+        try:
+            salt, tries = json.loads(self._store.get_meta("logins"))
+        except (TypeError, ValueError):
+            return os.urandom(16).hex(), []
+        return salt, [tried for tried in tries if self._left_s(tried) > 0]
+
+    def _left_s(self, tried: Sequence[Any]) -> float:
+        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
+        _, at, uptime_s, _ = tried
+        by_uptime = self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
@@ -4084,7 +4312,8 @@ class RefusedLogins:
 
     def forget(self) -> None:
         """Forget the refused login: one has worked."""
-        self._store.put_meta("refused", None)
+        for name in ("refused", "logins"):
+            self._store.put_meta(name, None)
 
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
@@ -4151,7 +4380,7 @@ class Collector:
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
-        self._refused = RefusedLogins(store)
+        self._refused = RefusedLogins(store, clock, monotonic)
         self._source: Source | None = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
@@ -4222,7 +4451,7 @@ class Collector:
             source.close()
             self._enter("publishing_off" if self._facts.publishing is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS:
+            if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
             self._enter_fault(fault)
         return self.status()
@@ -4253,7 +4482,7 @@ class Collector:
         def show(endpoint: str) -> None:
             self._status.endpoint = endpoint
 
-        return open_source(self._config, show)
+        return open_source(self._config, show, self._refused)
 
     def _collect(self, source: Source) -> None:
         """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
@@ -4355,7 +4584,7 @@ class Collector:
             self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
 
     def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+        until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
         self._enter(fault.state, str(fault), until, fault.says_remedy)
 
     def _enter_storage_error(self, error: StoreError) -> None:
@@ -4363,11 +4592,10 @@ class Collector:
         self._outages.begin("storage_error")
 
     def _wait_after(self, fault: QueueFault) -> None:
-        if fault.state in _REFUSALS:
-            self._wait_for_change(fault.state)
-        elif isinstance(fault, BannedFault):
-            self._stop.wait(fault.seconds + 1)
-            self._reload()  # the key may have been corrected meanwhile
+        if isinstance(fault, WaitFault):
+            self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else self._backoff.next())
+        elif fault.state in _REFUSALS:
+            self._wait_for_change(math.inf, fault.state)
         else:
             self._stop.wait(self._backoff.next())
 
@@ -4386,20 +4614,24 @@ class Collector:
             written_at = 0
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, state: str) -> None:
-        """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
-        refused, is_remembered = self._login(), False
-        while True:
-            if not is_remembered:
+    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
+        """Wait, but only until address, key or the config file's time is another one; looked at every 3 s.
+
+        ``refused`` is the state to remember the present login with.
+        """
+        before = self._login()
+        while seconds > 0:
+            if refused is not None:
                 try:
-                    self._refused.remember(refused, state)
-                    is_remembered = True
+                    self._refused.remember(before, refused)
+                    refused = None
                 except StoreError as error:
                     self._log.once("store", fault=error)
-            if self._stop.wait(3.0):
+            if self._stop.wait(min(3.0, seconds)):
                 return
+            seconds -= 3.0
             self._reload()
-            if self._login() != refused:
+            if self._login() != before:
                 self._backoff.reset()
                 return
 
@@ -4510,15 +4742,14 @@ class QuotaRefresher:
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
             try:
-                self._refresh(file)
+                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
@@ -4590,9 +4821,12 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.register_accounts()
-        self._store.downsample_snapshots(self._clock() - 14 * 86400)
+        now, span = self._clock(), self._store.span()
+        if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+            return
+        self._store.downsample_snapshots(now - 14 * _DAY_S)
         if self._config.retention_days:
-            before = self._clock() - self._config.retention_days * 86400
+            before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
                 if self._stop.wait(0.02):
                     return
@@ -4814,7 +5048,7 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
         """Return the answer that holds this content as JSON."""
-        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+        return cls(json_text(content, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -5079,8 +5313,11 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        sent = list(filter(None, map(self.headers.get, ("Origin", "Referer"))))
         foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if not sent and self.headers.get("User-Agent", "").startswith("Mozilla/"):
+            # An image on another site's page can be asked for without a referrer, but with no header of ours.
+            foreign = self.headers.get("X-Requested-With") != "usage-dashboard"
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
@@ -5221,9 +5458,9 @@ class DemoWorld:
         self.auth_dir = folder / "accounts"
         self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._record()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
+        self._record()
         self._write_readings()
 
     def _write_account_files(self) -> None:
@@ -5355,7 +5592,28 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
+        *_check_logins(config),
     ]
+
+
+def _check_logins(config: Config) -> list[Finding]:
+    """Tell how many logins without a success there were lately, while there are any."""
+    path, host, key = config.database_path, config.cliproxy_host, config.management_password
+    try:
+        if not path.exists() or events_to_adopt(path):
+            return []
+        with closing(Store(path)) as store:
+            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
+    except StoreError:
+        return []  # told by the database's own line
+    found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
+    when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
+    remedy = f"{when}; five lock this machine out of the proxy for 30 minutes"
+    return [Finding("warning", found, remedy)] if used else []
+
+
+def _ports_of(config: Config) -> list[int]:
+    return [config.cliproxy_port, *([PROXY_PORT] if config.has_default_queue else [])]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5415,7 +5673,7 @@ def _check_losses(store: Store) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    start, end = (at and local_minute(at) for at in (outage["from"], outage["to"]))
     return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
@@ -5439,8 +5697,14 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
 
 
+def _where_it_runs(config: Config) -> Config:
+    """Return the configuration with the port of the dashboard that has the database, as its flags may have set it."""
+    return replace(config, dashboard_port=lock_holder(config.database_path).get("port", config.dashboard_port))
+
+
 def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    config = _where_it_runs(config)
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
     except DashboardError as error:
@@ -5525,24 +5789,19 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 
 
 def _check_without_key(config: Config) -> list[Finding]:
-    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+    """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
+    for port in _ports_of(config):
         address = f"{config.cliproxy_host}:{port}"
-        try:
-            connect = tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)
-            with closing(RespClient(connect)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    found = "no management key is set, and the proxy needs one"
-                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        except NoReply:  # a Redis passes over an empty command
+        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        if fault is None:
+            found = "no management key is set, and the proxy needs one"
+            return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        if isinstance(fault, NoReply):
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
-        except ConnectionClosed as fault:
+        if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            last = fault
-    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
+    remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
+    return [Finding("fault", str(fault), remedy)]
 
 
 # ------------------------------------------------------------------ cli
@@ -5618,8 +5877,12 @@ def run_start(options: Any) -> int:
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
+    lock = DatabaseLock(config.database_path)
+    if lock.fault:
+        log.line(f"warning: {lock.fault}")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
+        lock.name_holder(server.server_port)
         store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
@@ -5631,9 +5894,10 @@ def run_start(options: Any) -> int:
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
-    log.line("stopped")
-    return 0
+    jobs = (collector.run, chores.run)
+    exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
+    log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    return exit_code
 
 
 def run_demo(options: Any) -> int:
@@ -5653,15 +5917,19 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
-    return 0
+        return _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
 
 
 def _stop_on_signal() -> threading.Event:
     """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    # Not in the handler: the signal may come while this very thread holds the event's lock.
-    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+
+    def end(*_: Any) -> None:
+        _handle_stop_signals(lambda *_: None)  # one is enough, and a hail of them would nest
+        # Not in the handler: the signal may come while this very thread holds the event's lock.
+        threading.Thread(target=stop.set, daemon=True).start()
+
+    _handle_stop_signals(end)
     return stop
 
 
@@ -5690,13 +5958,20 @@ def _announce(log: Log, text: str, config: Config, port: int, closes: str, optio
 
 def _run_until_stopped(
     server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
-) -> None:
-    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
+) -> int:
+    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it.
+
+    The exit code is 1 where one of them ended by itself, so that systemd starts the program again.
+    """
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
+    working = [*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)]
+    for thread in working:
         thread.start()
-    while not stop.wait(1.0):
-        pass  # on some systems a wait without an end is deaf to signals
+    # On some systems a wait without an end is deaf to signals.
+    while not stop.wait(1.0) and all(thread.is_alive() for thread in working):
+        pass
+    exit_code = 0 if stop.is_set() else 1
+    stop.set()
     patience_s = time.monotonic() + 0.8
     server.shutdown()
     server.server_close()
@@ -5709,6 +5984,7 @@ def _run_until_stopped(
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
     _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
+    return exit_code
 
 
 @contextmanager
@@ -5730,9 +6006,9 @@ def run_report(options: Any) -> int:
     with _reading_app(_load(options)[0]) as app:
         summary = api_summary(app, Query(range=options.range))
     if options.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        print(json_text(summary, indent=2))
         return 0
-    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    start, end = map(local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
@@ -5765,7 +6041,7 @@ def run_quota(options: Any) -> int:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
-        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        print(json_text(answer, indent=2))
     elif answer["quotas"]:
         heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
@@ -5779,6 +6055,7 @@ def run_quota(options: Any) -> int:
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
+    config = _where_it_runs(config)
     answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)

@@ -541,6 +541,32 @@ def wait_a_while(run, waits=12):
     run.wait_for(lambda: len(run.stop.waits) >= seen + waits)
 
 
+# ---- servers with odd answers -----------------------------------------------------------------------------
+
+
+CUT = (b"+O", b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
+
+
+class Answering(SocketServer):
+    """Count the logins that arrive, and answer everything that comes with the same bytes, or with none at all."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.logins = answer, 0
+
+    def serve(self, stream):
+        while stream.fill():
+            with self.change():
+                names = (b"Authorization",) if b"HTTP" in self.answer else (b"AUTH", b"Authorization")
+                self.logins += sum(map(stream.buffer.count, names))
+            stream.buffer = b""
+            if not self.answer:
+                return
+            stream.send(self.answer)
+            if self.answer in CUT:
+                return
+
+
 # ---- the API over a store --------------------------------------------------------------------------------
 
 

@@ -454,8 +454,17 @@ def test_head_and_other_sites_never_refresh(pool, chatgpt):
     for headers in sites:
         assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
     assert chatgpt.requests == []
+    browser = {"User_Agent": "Mozilla/5.0 (X11; Linux x86_64)"}  # an image without a referrer, over plain HTTP
+    assert pool.error("/api/quota?force=1", 403, **browser)["code"] == "foreign_site"
+    assert chatgpt.requests == []
     own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}
     assert pool.ask("/api/quota?force=1", **own)[0].status == 200
+
+
+@pytest.mark.parametrize("headers", [{"User_Agent": "curl/8.5"}, {"User_Agent": "Mozilla/5.0",
+                                     "X_Requested_With": "usage-dashboard"}])  # fmt: skip
+def test_refresh_is_taken_from_curl_and_from_the_page_over_plain_http(pool, headers):
+    assert pool.ask("/api/quota?force=1", **headers)[0].status == 200
 
 
 def test_page_that_is_missing_is_named(tmp_path):
