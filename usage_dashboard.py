@@ -42,7 +42,7 @@ import stat
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
@@ -153,7 +153,8 @@ def utc_text(epoch_s: float | None) -> str | None:
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
-def _local_minute(epoch_s: float) -> str:
+def local_minute(epoch_s: float) -> str:
+    """Format epoch seconds as this machine's local time, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
 
 
@@ -182,10 +183,7 @@ class Backoff:
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is.
-
-    What root makes belongs to the owner of its folder, who is to work with it later.
-    """
+    """Create the file if it is missing, 0600, by root for its folder's owner; another user's stays as it is."""
     is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
     try:
@@ -236,10 +234,7 @@ def mask_key(text: str) -> str:
 
 
 def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``.
-
-    The beginning is as long as it takes to tell the address from others of the same domain.
-    """
+    """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
     names = [other.partition("@")[0] for other in others if other != mail and other.partition("@")[2] == domain]
     length = next((n for n in range(1, len(name)) if not any(one.startswith(name[:n]) for one in names)), len(name))
@@ -301,17 +296,8 @@ def json_text(content: Any, **layout: Any) -> str:
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, **layout)
     except (TypeError, ValueError):
-        return json.dumps(_jsonable(content), ensure_ascii=False, **layout)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _jsonable(member) for name, member in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(member) for member in value]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        text = json.dumps(content, default=lambda raw: raw.decode("utf-8", "replace"))
+        return json_text(json.loads(text, parse_constant=lambda name: None), **layout)
 
 
 # ------------------------------------------------------------------ config
@@ -1372,36 +1358,37 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-def _flock(handle: int, shared: bool = False) -> None:
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError(errno.ENOSYS, "this system has no flock") from error
-    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+def _flock(handle: int) -> None:
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_path(database: Path) -> Path:
+    return Path(f"{os.path.realpath(str(database))}.lock")
 
 
 class DatabaseLock:
     """The right to record into a database, which one process has at a time and loses however it ends.
 
-    ``fault`` says why there is none to be had here. The lock's file stays, and names its holder.
+    Its file stays, and names the holder. ``fault`` says why there is no lock to be had here.
     """
 
     def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
-        path = _lock_path(database)
+        self._path, self.fault = _lock_path(database), ""
         try:
-            make_private(path)
-            self._handle = os.open(str(path), os.O_RDWR)
+            make_private(self._path)
+            self._handle = os.open(str(self._path), os.O_RDWR)
         except OSError as error:
             raise StoreError(_store_reason(database, error)) from error
-        self.fault: str | None = None
         deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
         while not self._take(lock):
             if time.monotonic() > deadline:
                 os.close(self._handle)
-                told = _holder_in(path)
-                holder = f"process {told.get('pid', 'unknown')}, port {told.get('port', 'unknown')}"
-                message = f'{database} is in use by a dashboard that runs already ({holder}); stop that one, or name'
-                raise StoreError(f'{message} another file with "database"')
+                told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
+                holder = "process {pid}, port {port}".format(**told)
+                message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
+                raise StoreError(f'{message}, or name another file with "database"')
             time.sleep(0.05)
 
     def _take(self, lock: Callable[[int], None]) -> bool:
@@ -1409,38 +1396,26 @@ class DatabaseLock:
             lock(self._handle)
         except BlockingIOError:
             return False
-        except OSError as error:  # as on some network file systems
+        except (OSError, ImportError) as error:  # as on some network file systems
             self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
         return True
 
     def name_holder(self, port: int) -> None:
         """Write into the file who has the lock, for those that come later."""
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "port": port}).encode(), 0)
-
-
-def _lock_path(database: Path) -> Path:
-    return Path(f"{os.path.realpath(str(database))}.lock")
-
-
-def _holder_in(path: Path) -> dict[str, int]:
-    try:
-        told = json.loads(path.read_bytes()[:200])
-        return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
-    except (OSError, ValueError, AttributeError):
-        return {}
+        self._path.write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
 
 
 def lock_holder(database: Path) -> dict[str, int]:
     """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
-    path = _lock_path(database)
-    try:
-        with path.open("rb") as stream:
-            _flock(stream.fileno(), shared=True)
-    except BlockingIOError:
-        return _holder_in(path)
-    except OSError:
-        pass
+    with suppress(OSError, ImportError, ValueError, AttributeError):
+        import fcntl
+
+        with _lock_path(database).open("rb") as stream:
+            try:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = json.loads(stream.read(200))
+                return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
     return {}
 
 
@@ -1763,23 +1738,10 @@ _DAY_S = 86400.0
 # The newest of the events stored last, unless by a clock that was in another year.
 _LAST_EVENT_AT = (
     "(SELECT MAX(ts_epoch) FROM (SELECT ts_epoch FROM events ORDER BY id DESC LIMIT 100) "
-    f"WHERE ts_epoch < ? + {2 * _DAY_S})"
+    f"WHERE ts_epoch < ?1 + {2 * _DAY_S})"
 )
-_FIRST_EVENT_IN_OUTAGE = "(SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at)"
-
-
-def _mend_outages(db, now: float) -> None:
-    """Correct what a clock that was wrong meanwhile has made of outages: none begins or ends later than now."""
-    db.execute(
-        f"UPDATE outages SET from_at = MIN(?, IFNULL({_LAST_EVENT_AT}, ?)) WHERE to_at IS NULL AND from_at > ?",
-        (now, now, now, now),
-    )
-    db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
-    end = f"MAX(from_at, MIN(?1, IFNULL({_FIRST_EVENT_IN_OUTAGE}, ?1)))"
-    db.execute(
-        f"UPDATE outages SET to_at = {end}, lost = reason = 'publishing_off' OR {end} - from_at > ?2 WHERE to_at > ?3",
-        (now, _retention_in(db), now + SHORTEST_RETENTION_S),
-    )
+# Where an outage that ends in the future has ended: with the first event in it.
+_MENDED_END = "MAX(from_at, MIN(?1, IFNULL((SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at), ?1)))"
 
 
 def _retention_in(db) -> float:
@@ -1999,7 +1961,7 @@ class Store:
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
-        before = min(before, self.newest_at() or 0.0)
+        before = min(before, (self.span() or (0.0, 0.0))[1])
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
             if floor > _floor_in(db):
@@ -2060,9 +2022,9 @@ class Store:
     # Outages
 
     def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
-        """Record that recording stopped; one that is open already goes on, with its first reason.
+        """Record that recording stopped, not before the last event unless the length was measured.
 
-        It begins no earlier than the last event, unless its length was measured, whatever the clock says.
+        One that is open already goes on, with its first reason.
         """
         with self._write() as db:
             last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
@@ -2073,17 +2035,24 @@ class Store:
             )
 
     def mend_outages(self, now: float) -> None:
-        """Correct the outages that were recorded by a clock that has been set since."""
+        """Correct outages that were recorded by a clock that has been set since: none begins or ends after now."""
         with self._write() as db:
-            _mend_outages(db, now)
+            begin = f"MIN(?1, IFNULL({_LAST_EVENT_AT}, ?1))"
+            db.execute(f"UPDATE outages SET from_at = {begin} WHERE to_at IS NULL AND from_at > ?1", (now,))
+            db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
+            lost = f"reason = 'publishing_off' OR {_MENDED_END} - from_at > ?2"
+            db.execute(
+                f"UPDATE outages SET to_at = {_MENDED_END}, lost = {lost} WHERE to_at > ?1 + {SHORTEST_RETENTION_S}",
+                (now, _retention_in(db)),
+            )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
         """Record that recording goes on, and whether the queue had forgotten something by then.
 
         One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
         """
+        self.mend_outages(at)
         with self._write() as db:
-            _mend_outages(db, at)
             db.execute(
                 "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
                 (at - shortest_s,),
@@ -2116,7 +2085,8 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self._identity_changes
         if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at FROM identities")
+            columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
+            rows = db.execute(f"SELECT {columns} FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -2158,11 +2128,6 @@ class Store:
             oldest = db.execute(sql, buckets).fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
-
-    def newest_at(self) -> float | None:
-        """Return the time of the newest event; None where there is none."""
-        with self._read() as db:
-            return db.execute("SELECT MAX(ts_epoch) FROM events WHERE ts_epoch < ?", _SOUND_TIMES[1:]).fetchone()[0]
 
     def requests(
         self,
@@ -3224,18 +3189,11 @@ class RedisRefusal(QueueFault):
 
 
 class WaitFault(QueueFault):
-    """A fault that lasts for a known number of seconds, a day at most; nothing is sent before."""
+    """A fault that lasts for a known number of seconds; nothing is sent before."""
 
     def __init__(self, message: str, state: str, seconds: float):
         super().__init__(message, state)
-        self.seconds = min(seconds, _DAY_S)
-
-
-class BannedFault(WaitFault):
-    """A ban after failed logins, with the seconds that it still lasts."""
-
-    def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned", seconds)
+        self.seconds = seconds
 
 
 # Words in an error reply of a proxy or a Redis, what they mean, and the state.
@@ -3268,7 +3226,8 @@ def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
         match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
-        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
+        left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
+        return WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
     for words, kind, message, state in _REPLIES:
         if words in text:
             return kind(message, state)
@@ -3418,12 +3377,10 @@ class ProxyApi:
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
+        fault = QueueFault(f"the management API answered with status {status}")
         if status == 404:
             fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-            fault.is_no_failed_login = True
-            raise fault
-        fault = QueueFault(f"the management API answered with status {status}")
-        fault.is_no_failed_login = status in (502, 503)  # of a web server in front that did not reach the proxy
+        fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
         raise fault
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
@@ -3633,36 +3590,38 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     return source
 
 
-def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Callable[[], socket.socket]) -> None:
-    used_up, was_shut = logins.used_up(login)
-    if used_up is not None:
-        met = _empty_command(connect) if was_shut else "failed"
-        if met != "answered":
-            raise ConnectionClosed(clean=True) if met == "closed" else used_up
+def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Any) -> None:
+    used, wait_s, states = logins.used(login)
+    if wait_s:
+        said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
+        used_up = WaitFault(said, (states[-1] or "unreachable").replace("shut", "closed"), wait_s)
+        fault = _empty_command(connect) if set(states) == {"shut"} else used_up
+        if fault is not None:
+            raise fault if isinstance(fault, ConnectionClosed) else used_up
         logins.clear()  # they met a proxy that was closed to everybody, and now it is open
     source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
     try:
         source.open()
     except BaseException as fault:
         source.close()
-        if isinstance(fault, ConnectionClosed):
-            logins.settle(login, "shut" if _empty_command(connect) == "closed" else fault.state)
+        if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
+            logins.settle("shut")
         elif isinstance(fault, QueueFault):
-            logins.settle(login, None if fault.is_no_failed_login else fault.state)
+            logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
     logins.clear()
 
 
-def _empty_command(connect: Callable[[], socket.socket]) -> str:
-    """Return how an empty command fares, which counts as no failed login: answered, closed or failed."""
+def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
+    """Return how an empty command fares, which counts as no failed login; None: it was answered as a proxy does."""
     try:
         with RespClient(connect) as client:
             client.send(b"*0\r\n")
-            return "answered" if isinstance(client.receive(), ErrorReply) else "failed"
-    except ConnectionClosed:
-        return "closed"
-    except QueueFault:
-        return "failed"
+            is_proxy = isinstance(client.receive(), ErrorReply)
+    except QueueFault as fault:
+        return fault
+    said = "the server there answers an empty command as neither a proxy nor a Redis does"
+    return None if is_proxy else NotResp(said)
 
 
 # ------------------------------------------------------------------ collector
@@ -3941,61 +3900,45 @@ class RefusedLogins:
     MOST, SPAN_S = 3, 1800.0
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
-        self._store, self._clock, self._monotonic = store, clock, monotonic
-        self._spent: str | None = None
+        self._store, self.clock, self._monotonic = store, clock, monotonic
 
     def spend(self, login: Sequence[Any]) -> None:
         """Write down a login that is about to go out. Raises StoreError."""
         salt, tries = self._recent()
-        self._spent = self._hash(login, salt)
-        tries.setdefault(self._spent, []).append([self._clock(), self._monotonic(), "unreachable"])
+        tries.append([self._hash(login, salt), self.clock(), self._monotonic(), ""])
         self._store.put_meta("logins", json.dumps([salt, tries]))
 
-    def settle(self, login: Sequence[Any], state: str | None) -> None:
-        """Write down what became of the login that went out last; None is known to be no failed one."""
+    def settle(self, state: str | None) -> None:
+        """Write down what became of a login that has just gone out; None is known to be no failed one."""
         salt, tries = self._recent()
-        if self._spent is not None and tries.get(self._spent):
-            tried = tries[self._spent].pop()
-            tries[self._spent] += [] if state is None else [[*tried[:2], state]]
-            self._store.put_meta("logins", json.dumps([salt, tries]))
-        self._spent = None
+        if tries and tries[-1][-1] == "":
+            *login, _ = tries.pop()
+            self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
 
     def clear(self) -> None:
         """Forget the logins that were written down: one has succeeded. What it brought is worth more than this."""
-        try:
+        with suppress(StoreError):  # done when the first pop has worked
             self._store.put_meta("logins", None)
-        except StoreError:
-            pass  # done when the first pop has worked
 
-    def used(self, login: Sequence[Any]) -> tuple[int, float]:
-        """Return how many of the three logins are used, and in how many seconds one may go out again."""
+    def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
+        """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
         salt, tries = self._recent()
-        left_s = sorted(map(self._left_s, tries.get(self._hash(login, salt), [])), reverse=True)
-        return len(left_s), left_s[self.MOST - 1] if len(left_s) >= self.MOST else 0.0
+        tries = [tried for tried in tries if tried[0] == self._hash(login, salt)]
+        left_s = [0.0] * self.MOST + sorted(map(self._left_s, tries))
+        return len(tries), left_s[-self.MOST], [state for *_, state in tries]
 
-    def used_up(self, login: Sequence[Any]) -> tuple[WaitFault | None, bool]:
-        """Return what is wrong where no login may go out now, and whether all met a proxy closed to everybody."""
-        used, wait_s = self.used(login)
-        if not wait_s:
-            return None, False
-        salt, tries = self._recent()
-        states = [state for *_, state in tries[self._hash(login, salt)]]
-        said = f"{used} logins were without a success; the next goes out at {_local_minute(self._clock() + wait_s)}"
-        return WaitFault(said, states[-1].replace("shut", "closed"), wait_s), set(states) == {"shut"}
-
-    def _recent(self) -> tuple[str, dict[str, list[list[Any]]]]:
+    def _recent(self) -> tuple[str, list[list[Any]]]:
         try:
             salt, tries = json.loads(self._store.get_meta("logins"))
         except (TypeError, ValueError):
-            return os.urandom(16).hex(), {}
-        recent = {key: [tried for tried in members if self._left_s(tried) > 0] for key, members in tries.items()}
-        return salt, {key: members for key, members in recent.items() if members}
+            return os.urandom(16).hex(), []
+        return salt, [tried for tried in tries if self._left_s(tried) > 0]
 
     def _left_s(self, tried: Sequence[Any]) -> float:
         """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
-        at, uptime_s, _ = tried
-        by_clock, by_uptime = self._clock() - at, self._monotonic() - uptime_s
-        return self.SPAN_S - min(abs(by_clock), by_uptime if by_uptime >= 0 else self.SPAN_S)
+        _, at, uptime_s, _ = tried
+        by_uptime = self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
@@ -4320,10 +4263,8 @@ class Collector:
         self._outages.begin("storage_error")
 
     def _wait_after(self, fault: QueueFault) -> None:
-        if isinstance(fault, BannedFault):
-            self._wait_for_change(fault.seconds + 1)
-        elif isinstance(fault, WaitFault):  # the back-off is shorter than this lasts; nothing goes out meanwhile
-            self._wait_for_change(min(fault.seconds, self._backoff.next()))
+        if isinstance(fault, WaitFault):
+            self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else self._backoff.next())
         elif fault.state in _REFUSALS:
             self._wait_for_change(math.inf, fault.state)
         else:
@@ -4551,8 +4492,8 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.register_accounts()
-        now, newest = self._clock(), self._store.newest_at()
-        if newest is not None and now - newest > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+        now, span = self._clock(), self._store.span()
+        if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
         if self._config.retention_days:
@@ -5282,19 +5223,21 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
 def _check_logins(config: Config) -> list[Finding]:
     """Tell how many logins without a success there were lately, while there are any."""
     path, host, key = config.database_path, config.cliproxy_host, config.management_password
-    ports = (config.cliproxy_port, PROXY_PORT) if config.has_default_queue else (config.cliproxy_port,)
     try:
         if not path.exists() or events_to_adopt(path):
             return []
         with closing(Store(path)) as store:
-            used, wait_s = max(RefusedLogins(store).used((host, port, key)) for port in ports)
+            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
     except StoreError:
         return []  # told by the database's own line
-    if not used:
-        return []
     found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
-    when = f"the next goes out after {_local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
-    return [Finding("warning", found, f"{when}; five lock this machine out of the proxy for 30 minutes")]
+    when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
+    remedy = f"{when}; five lock this machine out of the proxy for 30 minutes"
+    return [Finding("warning", found, remedy)] if used else []
+
+
+def _ports_of(config: Config) -> list[int]:
+    return [config.cliproxy_port, *([PROXY_PORT] if config.has_default_queue else [])]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5354,7 +5297,7 @@ def _check_losses(store: Store) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (at and _local_minute(at) for at in (outage["from"], outage["to"]))
+    start, end = (at and local_minute(at) for at in (outage["from"], outage["to"]))
     return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
@@ -5470,23 +5413,19 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 
 
 def _check_without_key(config: Config) -> list[Finding]:
-    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+    """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
+    for port in _ports_of(config):
         address = f"{config.cliproxy_host}:{port}"
-        try:
-            with RespClient(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    found = "no management key is set, and the proxy needs one"
-                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        except NoReply:  # a Redis passes over an empty command
+        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        if fault is None:
+            found = "no management key is set, and the proxy needs one"
+            return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        if isinstance(fault, NoReply):
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
-        except ConnectionClosed as fault:
+        if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            last = fault
-    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
+    remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
+    return [Finding("fault", str(fault), remedy)]
 
 
 # ------------------------------------------------------------------ cli
@@ -5689,7 +5628,7 @@ def run_report(options: Any) -> int:
     if options.json:
         print(json_text(summary, indent=2))
         return 0
-    start, end = map(_local_minute, (summary["start"], summary["end"]))
+    start, end = map(local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]

@@ -96,7 +96,7 @@ def test_link_to_the_database_has_the_same_lock(tmp_path):
     (tmp_path / "usage.db").touch()
     (tmp_path / "link.db").symlink_to(tmp_path / "usage.db")
     first = app.DatabaseLock(tmp_path / "usage.db", patience_s=0)
-    assert first.fault is None
+    assert not first.fault
     with pytest.raises(app.StoreError):
         app.DatabaseLock(tmp_path / "link.db", patience_s=0)
 

@@ -609,7 +609,8 @@ def test_housekeeper_deletes_events_past_their_days_and_keeps_the_totals(bench, 
 def test_housekeeper_whose_clock_is_wrong_deletes_nothing(bench, store, ahead_s):
     store_events(store, NOW - 29 * DAY, NOW - HOUR, NOW)
     for day in range(60):
-        store.save_reading({"email": "an@example.com", "account_id_tag": "#1", "ts_epoch": NOW - day * 60, "state": "ok"})
+        reading = {"email": "an@example.com", "account_id_tag": "#1", "state": "ok"}
+        store.save_reading({**reading, "ts_epoch": NOW - day * 60})
     bench.now = NOW + ahead_s
     keep_house(bench, store, retention_days=30)
     assert store.event_count == 3 and (store.get_meta("events_floor") or 0) * 900 <= NOW
