@@ -6,6 +6,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing, contextmanager
 from urllib.parse import quote
 
 import pytest
@@ -15,11 +16,12 @@ from support import KEY
 import usage_dashboard as app
 
 
+@contextmanager
 def connected(proxy, key=None):
-    """Return a client of the proxy, logged in where a key is given."""
-    client = app.RespClient(app.tcp_connector(proxy.host, proxy.port))
-    assert key is None or client.call("AUTH", key) == "OK"
-    return client
+    """Connect to the proxy as a client, and log in where a key is given."""
+    with closing(app.RespClient(app.tcp_connector(proxy.host, proxy.port))) as client:
+        assert key is None or client.call("AUTH", key) == "OK"
+        yield client
 
 
 def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(proxy):
