@@ -54,7 +54,6 @@ from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, N
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
-
 BASE_DIR = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------ base
@@ -891,12 +890,13 @@ def parse_event(content: Any) -> Event | None:
     )
 
 
+_CONTEXT_NAMES = ("model", *Context._fields)
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
 
 
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
-    values = tuple(map(content.get, ("model", *Context._fields)))
+    values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
         return _contexts[values]
     except KeyError:
@@ -1028,7 +1028,7 @@ def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
         sent["cache_read_tokens"],
         sent["cache_write_tokens"],
     )
-    return TokenCounts(*(_number(count, "token_breakdown") for count in counts))
+    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1655,7 +1655,7 @@ _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", 
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
-_own_event_values = operator.attrgetter(*_OWN_EVENT_COLUMNS)
+_own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
 _INSERT_EVENT = (
     f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id, reason_id) "
@@ -1795,7 +1795,7 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
+            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             if version < number:
                 self._run_step(number, step)

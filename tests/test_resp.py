@@ -63,7 +63,7 @@ def random_reply(dice: random.Random, depth: int = 0):
 
 
 def with_types(value):
-    """Tell an error from a text of the same letters, and 1 from True, when values are compared."""
+    """Return a value with its types, so that an error differs from a text, and 1 from True."""
     return [with_types(item) for item in value] if isinstance(value, list) else (type(value), value)
 
 
