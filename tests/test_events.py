@@ -173,6 +173,14 @@ def test_reason_of_a_failure_is_short_and_without_secrets(status, body, said):
     assert app.failure_reason(status, body) == said
 
 
+def test_no_secret_shows_wherever_it_stands_in_a_message():
+    secrets = ["bob@mail.example.org", "sk-abcde", "AbCd-EfGh-IjKl-MnOp-1", "10.1.2.3", "2001:db8::7:8", "eyJhbGciOi"]
+    for first, second, third in itertools.permutations(secrets, 3):
+        for glue in (" ", ", ", "/", "=", '"', "'", "(", ")", "; ", "<", ">", "\n", "…"):
+            said = app.without_secrets(f"bad key{glue}{first}{glue}{second}{glue}{third}{glue}", 999)
+            assert not any(secret in said for secret in (first, second, third)), said
+
+
 def test_failed_without_fail_and_fail_without_failed_are_understood():
     assert parse_one(failed=True).failed == 1
     assert parse_one(failed=None, fail={"status_code": 503, "body": ""}).failed == 1

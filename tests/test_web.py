@@ -467,6 +467,12 @@ def test_refresh_is_taken_from_curl_and_from_the_page_over_plain_http(pool, head
     assert pool.ask("/api/quota?force=1", **headers)[0].status == 200
 
 
+@pytest.mark.parametrize("host", ["x" * 300, "\x07", "é" * 70])
+def test_host_that_cannot_be_bound_is_named(host):
+    with pytest.raises(app.DashboardError, match='cannot be bound.*set "dashboard_host"'):
+        app.make_server(host, 0)
+
+
 def test_page_that_is_missing_is_named(tmp_path):
     with pytest.raises(app.DashboardError, match="page.html is missing"):
         app.load_page(tmp_path / "page.html")
