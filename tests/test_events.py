@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -199,6 +200,14 @@ def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
         assert secret not in reject.event
 
 
+def test_reject_is_json_that_any_program_reads_and_has_no_secret_in_a_name():
+    odd = b'{"timestamp": "never", "latency_ms": 1e400, "tokens": {"sk-hidden-secret-0003": -1e400, "a": 9}}'
+    for raw in (odd, {"timestamp": float("nan"), "tokens": {"bob@mail.example.org": 1, "n": float("inf")}}):
+        kept = app.parse_events([raw]).rejects[0].event
+        assert "number" in json.dumps(json.loads(kept, parse_constant=lambda name: pytest.fail(name)))
+        assert "hidden" not in kept and "bob" not in kept
+
+
 def test_odd_letters_cannot_break_the_store_or_a_terminal():
     event = parse_one(model="a\x00b\ud800c", alias="модель-快速-🚀")
     assert event.model == "a\ufffdb\ufffdc" and event.context.alias == "модель-快速-🚀"
@@ -270,7 +279,6 @@ def test_one_mail_at_two_providers_is_two_accounts():
     assert both == {"a@x.com (codex)": [1], "a@x.com (claude)": [2]}
 
 
-
 JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]
 FIELDS = [*app.Context._fields, "timestamp", "model", "tokens", "token_breakdown", "latency_ms", "ttft_ms", "failed",
           "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version"]  # fmt: skip
@@ -285,7 +293,10 @@ def test_any_value_in_any_field_costs_its_own_event_at_most(name):
     assert [event.request_id for event in parsed.events if event.request_id in ("r1", "r2")] == ["r1", "r2"]
 
 
-@pytest.mark.parametrize("raw", [7, [1, 2], [b"a", [b"b"]], app.Oversized(9), None, 1.5, "text", eval("[" * 90 + "]" * 90)])
+NESTED = eval("[" * 90 + "]" * 90)
+
+
+@pytest.mark.parametrize("raw", [7, [1, 2], [b"a", [b"b"]], app.Oversized(9), None, 1.5, "text", NESTED])
 def test_value_that_is_no_event_is_parked_beside_its_neighbours(raw):
     parsed = app.parse_events([payload(1), raw, payload(2)])
     assert (len(parsed.events), len(parsed.rejects)) == (2, 1)

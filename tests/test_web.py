@@ -129,6 +129,26 @@ def test_bucket_auto_fits_the_length_of_the_window(site):
     assert sum(hour["requests"] for hour in five["hours"]) == 9 and len(five["hours"]) in (12, 13)
 
 
+def test_window_of_more_than_3000_hours_is_400_unless_its_buckets_are_longer(site):
+    put(site.store, at(1))
+    assert len(site.json(f"/api/summary?start={NOW - 3000 * 3600}")["hours"]) == 3000
+    for query in (f"start={NOW - 3000 * 3600 - 1}", "start=0&end=4102444800", f"range=all&start={NOW - 2e7}&bucket=hour"):
+        said = site.error(f"/api/summary?{query}", 400)
+        assert said["code"] == "bad_bucket" and "bucket=auto" in said["error"]
+    for query in (f"start={NOW - 3000 * 3600 - 1}", "start=0&end=4102444800", "start=0"):
+        answer = site.json(f"/api/summary?{query}&bucket=auto&tz_offset=-210")
+        assert 0 < len(answer["hours"]) <= 3001 and answer["bucket_seconds"] % 86400 == 0
+        assert sum(hour["requests"] for hour in answer["hours"]) == answer["summary"]["requests"] == 1
+
+
+def test_range_of_everything_has_an_answer_also_with_an_event_of_another_century(site):
+    put(site.store, at(1), event(at=app._EARLIEST_AT), event(at=app._LATEST_AT - 1))
+    answer = site.json("/api/summary?range=all")
+    assert answer["summary"]["requests"] == 3 and len(answer["hours"]) <= 3001
+    assert answer["bucket_seconds"] == 10 * 86400
+    assert site.error("/api/summary?range=all&bucket=hour", 400)["code"] == "bad_bucket"
+
+
 def test_filters_narrow_every_part_of_the_summary(site):
     other = at(1, source="b@example.com", auth_index="bb", model="gpt-5.5")
     put(site.store, at(1), at(1, model="gpt-5.5", failed=1), other)
