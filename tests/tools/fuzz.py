@@ -29,17 +29,19 @@ from typing import Any, Callable
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from support import NOW, QUOTA, SAMPLES, QuickStop, Run, Site, config_of, event, free_port, put, reading, rows  # noqa: E402
+from support import NOW, QUOTA, SAMPLES, QuickStop, Run, Site, config_of, event, put, reading, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
-RAW = {"@1e400": "1e400", "@-1e400": "-1e400", "@nan": "NaN", "@inf": "Infinity", "@1.0": "1.0", "@-0": "-0", "@1e3": "1e3",
-       "@long": "9" * 5000, "@deep": "[" * 3000 + "]" * 3000, "@twice": '{"a": 1, "a": [2]}'}  # fmt: skip
-NUMBERS = [0, 1, -1, 2, 5, 300, 18000, 604800, 10**9, 10**12, 10**12 + 1, 2**31, 2**53 - 1, 2**53, 2**63 - 1, 2**63, -(2**63),
-           2**64, 10**18, 10**30, 10**400, 0.1, -0.0, 1.5, 1e18, 1e308, -1e308, 5e-324]  # fmt: skip
-TEXTS = ["", " ", "\0", "\n", "\x1b[2J", "\ud800", "\udfff", "a\ud800@x.com", "\u202e", "é", "😀", "null", "0", "-1", "1e999", "١٢",
-         "nan", "inf", "true", "%", "_", "\\", "'", '"', "a@b.cd", "sk-abcdefgh", "x" * 300, "a" * 5000, "../../x", "[::1]",
-         "2026-08-22T13:00:00Z", "2099-12-31T23:59:59.999999999+23:59", "0000-00-00T00:00:00Z", "127.0.0.1:80"]  # fmt: skip
+RAW = {"@1e400": "1e400", "@-1e400": "-1e400", "@nan": "NaN", "@inf": "Infinity", "@1.0": "1.0", "@-0": "-0",
+       "@1e3": "1e3", "@long": "9" * 5000, "@deep": "[" * 3000 + "]" * 3000,
+       "@twice": '{"a": 1, "a": [2]}'}  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 5, 300, 18000, 604800, 10**9, 10**12, 10**12 + 1, 2**31, 2**53 - 1, 2**53, 2**63 - 1, 2**63,
+           -(2**63), 2**64, 10**18, 10**30, 10**400, 0.1, -0.0, 1.5, 1e18, 1e308, -1e308, 5e-324]  # fmt: skip
+TEXTS = ["", " ", "\0", "\n", "\x1b[2J", "\ud800", "\udfff", "a\ud800@x.com", "\u202e", "é", "😀", "null", "0", "-1",
+         "1e999", "١٢", "nan", "inf", "true", "%", "_", "\\", "'", '"', "a@b.cd", "sk-abcdefgh", "x" * 300, "a" * 5000,
+         "../../x", "[::1]", "2026-08-22T13:00:00Z", "2099-12-31T23:59:59.999999999+23:59", "0000-00-00T00:00:00Z",
+         "127.0.0.1:80"]  # fmt: skip
 
 
 class Dice(random.Random):
@@ -98,19 +100,22 @@ class Dice(random.Random):
             elif kind == 1:
                 data = data[:at] + bytes([self.randrange(256)]) + data[at + 1 :]
             elif kind == 2:
-                data = data[:at] + self.choice([b"\0", b"\r\n", b"\n", b"\xff", b"{", b"[", b'"', b"0", b","]) + data[at:]
+                more = self.choice([b"\0", b"\r\n", b"\n", b"\xff", b"{", b"[", b'"', b"0", b","])
+                data = data[:at] + more + data[at:]
             else:
                 data = data[:at] + data[self.randrange(len(data) + 1) :][:200] + data[at:]
         return data
 
 
 GOOD_EVENTS = [json.loads(raw) for raw in SAMPLES]
-FAILURE = {"status_code": 429, "body": json.dumps({"error": {"type": "t", "code": "c", "message": "m a@b.cd sk-abcdefgh1"}})}
-HEADERS = {"X-Codex-Plan-Type": ["plus"], "X-Codex-Primary-Used-Percent": ["12"], "X-Codex-Primary-Reset-At": [str(int(NOW))],
-           "X-Codex-Primary-Window-Minutes": ["300"], "X-Codex-Secondary-Used-Percent": ["1.5"],
-           "X-Codex-Secondary-Window-Minutes": ["10080"], "X-Codex-Secondary-Reset-After-Seconds": ["60"],
-           "X-Codex-Bengalfox-Limit-Name": ["Other"], "X-Codex-Bengalfox-Primary-Used-Percent": ["3"],
-           "X-Codex-Credits-Balance": ["9"], "X-Codex-Credits-Unlimited": ["false"]}  # fmt: skip
+FAULT = {"type": "t", "code": "c", "message": "m a@b.cd sk-abcdefgh1"}
+FAILURE = {"status_code": 429, "body": json.dumps({"error": FAULT})}
+HEADERS = {"X-Codex-Plan-Type": ["plus"], "X-Codex-Primary-Used-Percent": ["12"],
+           "X-Codex-Primary-Reset-At": [str(int(NOW))], "X-Codex-Primary-Window-Minutes": ["300"],
+           "X-Codex-Secondary-Used-Percent": ["1.5"], "X-Codex-Secondary-Window-Minutes": ["10080"],
+           "X-Codex-Secondary-Reset-After-Seconds": ["60"], "X-Codex-Bengalfox-Limit-Name": ["Other"],
+           "X-Codex-Bengalfox-Primary-Used-Percent": ["3"], "X-Codex-Credits-Balance": ["9"],
+           "X-Codex-Credits-Unlimited": ["false"]}  # fmt: skip
 
 
 def raw_events(dice: Dice) -> list[Any]:
@@ -140,11 +145,10 @@ class Fuzzer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = app.Store(folder / "usage.db")
-        self.handed = 0
         (folder / "site").mkdir()
         self.site = Site(folder / "site")
-        put(self.site.store, *(event(NOW - 3600 * hours, model=f"m{hours % 7}", failed=hours % 2) for hours in range(50)))
-        put(self.site.store, event(app._EARLIEST_AT, model="\ufffd"), event(app._LATEST_AT - 1, source="", auth_index=None))
+        put(self.site.store, *(event(NOW - 3600 * n, model=f"m{n % 7}", failed=n % 2) for n in range(50)))
+        put(self.site.store, event(app._EARLIEST_AT, model="\ufffd"), event(app._LATEST_AT - 1, source=""))
         self.site.store.save_reading(reading(ts_epoch=NOW - 90))
         names = [name[len("fuzz_") :] for name in dir(self) if name.startswith("fuzz_")]
         self.targets: dict[str, Callable[[Dice], Any]] = {name: getattr(self, f"fuzz_{name}") for name in names}
@@ -173,8 +177,9 @@ class Fuzzer:
 
     def fuzz_replies(self, dice: Dice) -> None:
         """Read replies to the end of the stream, which is always told in words."""
-        good = [b"$5\r\nhello\r\n", b"$-1\r\n", b"*-1\r\n", b":12\r\n", b"+OK\r\n", b"-ERR no\r\n", b"*2\r\n$1\r\na\r\n:1\r\n", b"$0\r\n\r\n",
-                b"*1\r\n" * 6, b"$99999999999\r\n", b":" + b"9" * 30 + b"\r\n", b"*100001\r\n", b"HTTP/1.1 400\r\n"]  # fmt: skip
+        good = [b"$5\r\nhello\r\n", b"$-1\r\n", b"*-1\r\n", b":12\r\n", b"+OK\r\n", b"-ERR no\r\n",
+                b"*2\r\n$1\r\na\r\n:1\r\n", b"$0\r\n\r\n", b"*1\r\n" * 6, b"$99999999999\r\n",
+                b":" + b"9" * 30 + b"\r\n", b"*100001\r\n", b"HTTP/1.1 400\r\n"]  # fmt: skip
         stream = io.BytesIO(b"".join(dice.damaged(dice.choice(good)) for _ in range(dice.randrange(1, 12))))
         reader = app.RespReader(stream, max_line=64, max_bulk=16, max_skipped=64, max_items=8)
         with contextlib.suppress(app.QueueFault):
@@ -185,14 +190,15 @@ class Fuzzer:
 
     def fuzz_errors(self, dice: Dice) -> None:
         """Name a fault for whatever the queue says."""
-        said = ["ERR unknown command", "NOAUTH Authentication required.", "WRONGPASS invalid", "IP banned due to too many failed "
-                "attempts. Try again in 29m58s", "ERR invalid management key", "again in 99999999h0m0s", "again in 1s"]  # fmt: skip
+        said = ["ERR unknown command", "NOAUTH Authentication required.", "WRONGPASS invalid",
+                "IP banned due to too many failed attempts. Try again in 29m58s", "ERR invalid management key",
+                "again in 99999999h0m0s", "again in 1s"]  # fmt: skip
         text = dice.damaged(dice.choice(said).encode()) + dice.choice(TEXTS).encode("utf-8", "replace")
         fault = app._fault_of_reply(text.decode("utf-8", "replace"), dice.random() < 0.5)
         assert isinstance(fault, app.QueueFault) and fault.state and "sk-abcdefgh1" not in str(fault)
 
     def fuzz_spool(self, dice: Dice) -> None:
-        """Start on a spool of good, bent and damaged lines: every good batch is stored once, and the collector lives."""
+        """Start on a spool of good, bent and damaged lines: every good batch is stored once, and recording goes on."""
         folder = Path(tempfile.mkdtemp(dir=str(self.folder)))
         spool, expected = app.Spool(folder / "usage.db.spool"), []
         for sequence in range(1, dice.randrange(2, 6)):
@@ -211,7 +217,7 @@ class Fuzzer:
                 with open(folder / "usage.db.spool", "ab") as stream:
                     stream.write(b"\n" + dice.damaged(sums + b" " + text).replace(b"good", b"odd-"))
         with contextlib.closing(app.Store(folder / "usage.db")) as store:
-            run = Run(config_of(cliproxy_port=free_port()), store, QuickStop())
+            run = Run(config_of(cliproxy_port=1), store, QuickStop())
             run.wait_for_state("refused", "unreachable")
             run.end()
             found = [row[0] for row in rows(store.path, "SELECT request_id FROM events WHERE request_id LIKE 'good%'")]
@@ -243,8 +249,9 @@ class Fuzzer:
 
     def fuzz_accounts(self, dice: Dice) -> None:
         """Look through a folder with an odd account file."""
-        good = {"type": "codex", "email": "a@b.cd", "account_id": "x", "access_token": "h.e30.s", "id_token": "h.eyJhIjoxfQ.s",
-                "expired": "2026-11-01T12:00:00Z", "disabled": False, "proxy_url": "", "last_refresh": "x"}  # fmt: skip
+        good = {"type": "codex", "email": "a@b.cd", "account_id": "x", "access_token": "h.e30.s",
+                "id_token": "h.eyJhIjoxfQ.s", "expired": "2026-11-01T12:00:00Z", "disabled": False, "proxy_url": "",
+                "last_refresh": "x"}  # fmt: skip
         folder = self.folder / "accounts"
         folder.mkdir(exist_ok=True)
         (folder / "codex-good.json").write_text(json.dumps({**good, "email": "good@b.cd"}))
@@ -273,22 +280,24 @@ class Fuzzer:
 
     def fuzz_api(self, dice: Dice) -> None:
         """Ask with any parameters and headers; what cannot be answered is told in words."""
-        good = {"range": ["today", "1h", "all", "90d"], "start": ["0", str(NOW - 9e6), "4102444800"], "end": [str(NOW), "1"],
-                "tz_offset": ["0", "345", "-840"], "bucket": ["auto", "hour"], "limit": ["1", "500"], "before": [f"{NOW}_3"],
-                "account": ["an@example.com"], "model": ["m1"], "status": ["ok", "failed"], "q": ["m", "%"], "force": ["2"]}  # fmt: skip
+        good = {"range": ["today", "1h", "all", "90d"], "start": ["0", str(NOW - 9e6), "4102444800"], "end": ["1"],
+                "tz_offset": ["0", "345", "-840"], "bucket": ["auto", "hour"], "limit": ["1", "500"],
+                "before": [f"{NOW}_3"], "account": ["an@example.com"], "model": ["m1"], "status": ["ok", "failed"],
+                "q": ["m", "%"], "force": ["2"]}  # fmt: skip
         told = []
         for _ in range(dice.randrange(6)):
             name = dice.choice(list(good)) if dice.random() < 0.97 else dice.choice(TEXTS)
             value = dice.choice(good.get(name, TEXTS)) if dice.random() < 0.6 else str(dice.value())[:2000]
             told.append(f"{_quoted(dice, name)}={_quoted(dice, value)}")
         path = dice.choice(["/api/summary", "/api/requests", "/api/quota", "/api/health", "/"]) + "?" + "&".join(told)
-        headers = {name: dice.choice(TEXTS) for name in ("If-None-Match", "Accept-Encoding", "Authorization", "Origin", "Referer",
-                   "Content-Length", "Host", "Range", "Sec-Fetch-Site") if dice.random() < 0.1}  # fmt: skip
+        names = "If-None-Match Accept-Encoding Authorization Origin Referer Content-Length Host Sec-Fetch-Site".split()
+        headers = {name: dice.choice(TEXTS) for name in names if dice.random() < 0.1}
         self._ask(path, None, dice.choice(["GET", "GET", "GET", "HEAD", "POST"]), headers)
 
-    def _ask(self, path: str, status: int | None, method: str = "GET", headers: dict[str, str] = {}) -> None:
-        lines = [f"{method} {path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        received = self.site.raw("\r\n".join(lines).encode("utf-8", "surrogatepass").replace(b"\0", b"\x01"), timeout=30)
+    def _ask(self, path: str, status: int | None, method: str = "GET", headers: Any = ()) -> None:
+        lines = [f"{method} {path} HTTP/1.0", *(f"{name}: {value}" for name, value in dict(headers).items()), "", ""]
+        head = "\r\n".join(lines).encode("utf-8", "surrogatepass").replace(b"\0", b"\x01")
+        received = self.site.raw(head, timeout=30)
         reply = http.client.HTTPResponse(_Wire(received), method=method)
         reply.begin()
         body = reply.read()
