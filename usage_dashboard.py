@@ -53,7 +53,6 @@ from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, N
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
-
 BASE_DIR = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------ base
@@ -626,11 +625,11 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
 
 
 def _untrusted(host: str, port: int, error: Any) -> QueueFault:
-    said = (
+    message = (
         f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
         "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
     )
-    return QueueFault(said, "closed", says_remedy=True)
+    return QueueFault(message, "closed", says_remedy=True)
 
 
 class RespClient:
@@ -679,12 +678,6 @@ class RespClient:
                 thing.close()
             except OSError:
                 pass
-
-    def __enter__(self) -> RespClient:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 
 # ------------------------------------------------------------------ events
@@ -864,12 +857,13 @@ def parse_event(content: Any) -> Event | None:
     )
 
 
+_CONTEXT_NAMES = ("model", *Context._fields)
 _contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
 
 
 def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
-    values = tuple(map(content.get, ("model", *Context._fields)))
+    values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
         return _contexts[values]
     except KeyError:
@@ -1001,7 +995,7 @@ def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
         sent["cache_read_tokens"],
         sent["cache_write_tokens"],
     )
-    return TokenCounts(*(_number(count, "token_breakdown") for count in counts))
+    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1048,8 +1042,8 @@ def failure_reason(status: int | None, body: Any) -> str | None:
     """
     code, message = _json_error(body)
     if code or message:
-        said = ": ".join(part for part in (code, message) if part)
-        return without_secrets(said if status is None else f"{status} {said}")
+        reason = ": ".join(part for part in (code, message) if part)
+        return without_secrets(reason if status is None else f"{status} {reason}")
     if status is None:
         return None
     own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
@@ -1605,41 +1599,39 @@ def _keep_old_sums(db, floor: int) -> None:
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
-    sums = "bucket, {0}, requests - failed, failed, " + ", ".join(_STEP_6_SUMS.split(", ")[2:])
-    by_account, by_model = (
-        db.execute(f"SELECT {sums.format(key)} FROM old_usage_by_{name} WHERE bucket < ? ORDER BY bucket", (floor,))
-        for name, key in (("account", "identity_id"), ("model", "model_id"))
+    # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
+    # so that every cell of the hour and every quarter of an account keep their sums.
+    tokens = ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    queries = (
+        (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
+        (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
     )
-    rows: list[tuple[int, ...]] = []
-    groups = [itertools.groupby(table.fetchall(), operator.itemgetter(0)) for table in (by_account, by_model)]
-    for (bucket, accounts), (_, models) in zip(*groups):
-        for (identity, model), (passed, failed, *tokens) in _joined_margins(list(accounts), list(models)).items():
-            rows.append((bucket, identity, model, -1, 0, passed, 0, *tokens))
-            if failed:
-                rows.append((bucket, identity, model, -1, 1, failed, failed, 0, 0, 0, 0, 0))
-    db.executemany("INSERT INTO usage_by_quarter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    tables = [db.execute(f"SELECT {query} WHERE bucket < ? ORDER BY 1, 2, 3", (end,)) for query, end in queries]
+    for (key, parts), (_, quarters) in zip(*(itertools.groupby(table, operator.itemgetter(0, 1)) for table in tables)):
+        cells, quarters, rows = list(parts), list(quarters), {}
+        for column in range(7):  # requests that passed, those that failed, and five kinds of tokens
+            givers = [[cell[2:4], cell[max(4, column + 3)]] for cell in cells if column > 1 or cell[3] == column]
+            for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
+                rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
+        db.executemany(
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (bucket, key[1], model, status, requests, requests * status, *counts)
+                for (bucket, model, status), (requests, *counts) in rows.items()
+            ],
+        )
 
 
-def _joined_margins(accounts: list[tuple[int, ...]], models: list[tuple[int, ...]]) -> dict[Any, list[int]]:
-    """Return sums by (identity, model) that add up to both margins, by the north-west corner rule.
-
-    3.0.0 kept quarters by account and by model, never by both; their pairs are not known any more. Rows are
-    (bucket, id, counts …).
-    """
-    cells: dict[Any, list[int]] = {}
-    for column in range(2, len(accounts[0])):
-        across = [[row[1], row[column]] for row in models]
-        for account in accounts:
-            left = account[column]
-            while left and across:
-                taken = min(left, across[0][1])
-                cell = cells.setdefault((account[1], across[0][0]), [0] * (len(account) - 2))
-                cell[column - 2] += taken
-                left -= taken
-                across[0][1] -= taken
-                if not across[0][1]:
-                    del across[0]
-    return cells
+def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[tuple[Any, Any, int]]:
+    """Deal amounts out in order, by the north-west corner rule: both sides keep their sums."""
+    for taker, wanted in takers:
+        while wanted and givers:
+            taken = min(wanted, givers[0][1])
+            yield taker, givers[0][0], taken
+            wanted -= taken
+            givers[0][1] -= taken
+            if not givers[0][1]:
+                del givers[0]
 
 
 _SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
@@ -1685,7 +1677,7 @@ class _Reasons:
         self._ids.clear()
 
 
-# One event, as it is read back. A row of the original has no context: its identity is told by its own columns.
+# One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
@@ -1696,7 +1688,7 @@ _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", 
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
-_own_event_values = operator.attrgetter(*_OWN_EVENT_COLUMNS)
+_own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
 _INSERT_EVENT = (
     f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id, reason_id) "
@@ -1803,7 +1795,6 @@ class Store:
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
-        self._identity_changes = 0
         try:
             make_private(path)
             self._writer = self._connect(busy_timeout_s)
@@ -1843,7 +1834,7 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; this takes about 10 s for a million")
+            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             if version < number:
                 self._run_step(number, step)
@@ -1897,7 +1888,7 @@ class Store:
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
-        with self._write_lock:
+        with self._write_lock:  # held until what the commit makes true is counted
             with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
                 yield db
             self.changes += changes
@@ -1947,16 +1938,15 @@ class Store:
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
-        self._identity_changes += 1
 
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
-        told = event.context._asdict()
-        identity = {"auth_index": told.pop("auth_index") or "", "source": told.pop("source")}
+        values = event.context._asdict()
+        identity = {"auth_index": values.pop("auth_index") or "", "source": values.pop("source")}
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
-        key_id = _id_of(db, "client_keys", {"name": told["api_key"]}) if told["api_key"] else 0
-        context_id = _id_of(db, "contexts", {"identity_id": identity_id, **told}, {"key_id": key_id})
+        key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
+        context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
@@ -2083,7 +2073,7 @@ class Store:
             return self._accounts_in(db)
 
     def _accounts_in(self, db) -> list[Account]:
-        version = self._identity_changes
+        version = self.changes
         if self._accounts[0] != version:
             columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
             rows = db.execute(f"SELECT {columns} FROM identities")
@@ -2152,7 +2142,7 @@ class Store:
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
         return [_request_of(row, names) for row in rows]
 
-    # Quota: rows as they are; what they mean is told in readings
+    # Quota: rows as they are; what they mean is known in readings
 
     def save_reading(
         self,
@@ -3196,12 +3186,16 @@ class WaitFault(QueueFault):
         self.seconds = seconds
 
 
+class NoQueue(NotResp):
+    """A server that answers in RESP, and serves no queue over it."""
+
+
 # Words in an error reply of a proxy or a Redis, what they mean, and the state.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
-    ("mtls", NotResp, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", "not_resp"),
     ("noauth", QueueFault, "a management key is needed", "no_password"),
     ("missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
@@ -3235,7 +3229,7 @@ def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
         if words in text:
             return QueueFault(message, "unreachable", says_remedy=True)
     if during_auth and "unknown command" in text:
-        return NotResp("the server there knows no AUTH")
+        return NoQueue("the server there knows no AUTH")
     return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
 
 
@@ -3478,12 +3472,12 @@ class SubscribeSource(Source):
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
-        client.wait_for_ever()
         while True:
             try:
+                client.wait_for_ever()
                 frame = client.receive()
-            except QueueFault as fault:
-                self._inbox.put(fault)
+            except (QueueFault, OSError) as fault:
+                self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
                 self._inbox.put(frame[2])
@@ -3534,7 +3528,7 @@ class SubscribeSource(Source):
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Connect and log in to the configured queue and return its source.
 
-    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` is told each
+    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
     address before it is tried, the one in use last. ``logins`` limits the logins. Raises QueueFault.
     """
     found, first = None, None
@@ -3584,8 +3578,8 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
             _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
-            is_other = fault.state in ("closed", "unreachable") and api.version is None
-            raise no_resp if is_other else fault from None
+            is_proxy = isinstance(no_resp, NoQueue) or api.version is not None
+            raise fault if is_proxy or fault.state not in ("closed", *_NOT_THERE) else no_resp from None
     source.api = api if source.is_proxy and password else None
     return source
 
@@ -3615,7 +3609,7 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
 def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
     """Return how an empty command fares, which counts as no failed login; None: it was answered as a proxy does."""
     try:
-        with RespClient(connect) as client:
+        with closing(RespClient(connect)) as client:
             client.send(b"*0\r\n")
             is_proxy = isinstance(client.receive(), ErrorReply)
     except QueueFault as fault:
@@ -3745,11 +3739,11 @@ class Spool:
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     """Return an event of a spool that another version may have written; 3.0.0 wrote the context's values flat."""
     if isinstance(names[0], str):
-        values = told = dict(zip(names, row))
+        values = context = dict(zip(names, row))
     else:
         values = dict(zip(names[0], row))
-        told = dict(zip(names[1], values["context"]))
-    values["context"] = Context(*(told.get(name, "") for name in Context._fields))
+        context = dict(zip(names[1], values["context"]))
+    values["context"] = Context(*(context.get(name, "") for name in Context._fields))
     return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
 
 
@@ -4881,7 +4875,9 @@ class Handler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline()
         understood = self.parse_request()
         self.rfile = stream
-        if understood:
+        if understood and self.request_version == "HTTP/0.9":
+            self.send_error(400)
+        elif understood:
             self.server.connections.busy(self.connection)
             self._answer()
 
@@ -5029,7 +5025,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
         if error.errno == errno.EADDRINUSE:
             message = (
-                f"port {port} is in use, perhaps by a dashboard that runs already (see: sudo lsof -i :{port}); stop "
+                f"port {port} is in use, perhaps by a dashboard that runs already (its check command tells); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
             )
         elif isinstance(error, PermissionError):
@@ -5406,7 +5402,7 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
         # Made here if need be: a refused key must be remembered.
         store = Store(config.database_path, announce=Log(sys.stderr).line)
     except StoreError:
-        return []  # told by the database's own line
+        return []  # the database's own line says why
     with closing(store):
         collector = Collector(config, store, Log(io.StringIO()), threading.Event(), config_path=config_path)
         return _findings_of_status(collector.probe(), config)
@@ -5566,7 +5562,7 @@ def _handle_stop_signals(handler: Any) -> None:
 
 
 def _announce(log: Log, text: str, config: Config, port: int, closes: str, options: Any) -> None:
-    """Tell where the page is and how to close it to others, and open it where there is a display to open it on."""
+    """Log where the page is and how to close it to others, and open it where there is a display to open it on."""
     host = config.dashboard_host
     named = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     url = f"http://{named}:{port}"

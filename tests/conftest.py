@@ -15,7 +15,7 @@ import pytest
 from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
 from redis_server import RedisServer
-from support import QuickStop, Run, Watched, config_of
+from support import KEY, QuickStop, Run, Watched, config_of
 from webdriver import Browser, find_browser
 
 import usage_dashboard as app
@@ -28,8 +28,6 @@ PRIVATE_ENVIRONMENT = (
     "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "PYTHONUNBUFFERED", "PYTHONPATH",
 )  # fmt: skip
-
-
 PARTS = {
     "redis": (lambda: shutil.which("redis-server"), "redis-server is not installed"),
     "browser": (lambda: find_browser() and shutil.which("chromedriver"), "chromium or chromedriver is not installed"),
@@ -76,29 +74,21 @@ class Running(Watched):
             command, env=env, cwd=str(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )  # fmt: skip
+        self.pid = self.process.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self.process.pid
 
     def describe(self) -> str:
         return "the program printed:\n" + "\n".join(self.lines)
 
-    def wait_for_line(self, text: str, timeout: float = 10, since: int = 0) -> str:
-        """Return the first line that holds the text, looking from line number `since` on."""
+    def wait_for_line(self, text: str, timeout: float = 10) -> str:
+        """Return the first line that contains the text."""
 
         def found() -> list[str]:
-            return [line for line in self.lines[since:] if text in line]
+            return [line for line in self.lines if text in line]
 
-        try:
-            self.wait_for(lambda: found() or self._ended, timeout)
-        except AssertionError as fault:
-            raise AssertionError(f"no line with {text!r}: {fault}") from None
-        if not found():
-            raise AssertionError(f"the program ended without printing {text!r}; {self.describe()}")
+        self.wait_for(lambda: found() or self._ended, timeout)
+        assert found(), f"the program ended without printing {text!r}; {self.describe()}"
         return found()[0]
 
     def wait(self, timeout: float = 10) -> int:
@@ -120,11 +110,9 @@ class Running(Watched):
     def close(self) -> None:
         """Make sure that nothing of it is left."""
         self.kill()
-        assert self.process.stdout is not None
         self.process.stdout.close()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             with self.change():
                 self.lines.append(line.rstrip("\n"))
@@ -149,9 +137,7 @@ class Program:
         self.script = self.folder / "usage_dashboard.py"
         self._running: list[Running] = []
 
-    def start(
-        self, *args: str | Path, env: dict[str, str | None] | None = None, cwd: Path | None = None
-    ) -> Running:
+    def start(self, *args: str | Path, env: dict[str, str | None] | None = None, cwd: Path | None = None) -> Running:
         """Start it in the background; it is killed at the end of the test."""
         running = Running(self._command(args), self._environment(env), cwd or self.folder)
         self._running.append(running)
@@ -159,7 +145,7 @@ class Program:
 
     def run(
         self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = 30, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> Any:
         """Run it to its end; stdout and stderr are kept apart."""
         return subprocess.run(
             self._command(args), env=self._environment(env), cwd=str(self.folder), timeout=timeout,
@@ -176,24 +162,15 @@ class Program:
         return [sys.executable, str(self.script), *map(str, args)]
 
     def _environment(self, changes: dict[str, str | None] | None) -> dict[str, str]:
-        env = {**os.environ, "HOME": str(self.home)}
-        for name, value in (changes or {}).items():
-            if value is None:
-                env.pop(name, None)
-            else:
-                env[name] = value
-        return env
+        env = {**os.environ, "HOME": str(self.home), **(changes or {})}
+        return {name: value for name, value in env.items() if value is not None}
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
-    """The program as a subprocess."""
     program = Program(tmp_path)
     yield program
     program.close()
-
-
-# ---- its parts in this process ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -201,8 +178,8 @@ def open_store(tmp_path):
     """Open stores on tmp_path/usage.db; all are closed at the end."""
     opened = []
 
-    def open_one(busy_timeout_s=0.05):
-        opened.append(app.Store(tmp_path / "usage.db", busy_timeout_s))
+    def open_one(busy_timeout_s=0.05, **options):
+        opened.append(app.Store(tmp_path / "usage.db", busy_timeout_s, **options))
         return opened[-1]
 
     yield open_one
@@ -212,7 +189,6 @@ def open_store(tmp_path):
 
 @pytest.fixture
 def store(open_store):
-    """A store on tmp_path/usage.db."""
     return open_store()
 
 
@@ -223,8 +199,7 @@ def collect(store):
 
     def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"load": load, "config_path": config_path, "ahead_s": ahead_s}
-        runs.append(Run(config, on or store, stop or QuickStop(), **options))
+        runs.append(Run(config, on or store, stop or QuickStop(), ahead_s, load=load, config_path=config_path))
         return runs[-1]
 
     yield start
@@ -233,9 +208,6 @@ def collect(store):
     for run in runs:
         run.thread.join(10)
         assert not run.thread.is_alive()
-
-
-# ---- the world around it ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,7 +219,6 @@ def proxy() -> Iterator[FakeProxy]:
 
 @pytest.fixture
 def chatgpt() -> Iterator[FakeChatGPT]:
-    """The quota endpoint."""
     with FakeChatGPT() as chatgpt:
         yield chatgpt
 
@@ -262,18 +233,13 @@ def chatgpt_here(chatgpt: FakeChatGPT, monkeypatch: pytest.MonkeyPatch) -> FakeC
 
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
-    """A real Redis without a password."""
-    yield from _redis()
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture
 def redis_with_password() -> Iterator[RedisServer]:
-    """A real Redis that wants the password `secret-key`."""
-    yield from _redis("secret-key")
-
-
-def _redis(password: str | None = None) -> Iterator[RedisServer]:
-    with RedisServer(password) as server:
+    with RedisServer(KEY) as server:
         yield server
 
 

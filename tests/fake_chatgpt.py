@@ -13,42 +13,33 @@ import ssl
 import threading
 from typing import Any
 
-from support import DATA, ProtocolError, SocketServer, Stream, http_reply, read_http_head
+from support import DATA, ProtocolError, SocketServer, Stream, bearer_token, http_reply, read_http_head
 
 TARGET = "chatgpt.com:443"
 UNKNOWN_TOKEN = {"detail": "Unauthorized"}
 
 
 class Answer:
-    """What one token is told, and how."""
+    """What one token is told; for `options` see FakeChatGPT.answer()."""
 
     def __init__(
-        self,
-        status: int = 200,
-        headers: dict[str, str] | None = None,
-        body: dict[str, Any] | list[Any] | str | bytes = b"",
-        delay: float | None = None,
-        drip: float | None = None,
-        drip_body: bool = False,
-        endless: bool = False,
-        size: int = 0,
-        cut_after: int | None = None,
-        hold: bool = False,
+        self, status: int = 200, headers: dict[str, str] | None = None, body: Any = b"", **options: Any
     ) -> None:
         content = body if isinstance(body, (bytes, str)) else json.dumps(body)
-        self.body = (content if isinstance(content, bytes) else content.encode()).ljust(size)
-        reply = http_reply(status, self.body, "application/json", headers)
-        self.head = reply[: len(reply) - len(self.body)]
-        self.delay = delay
-        self.drip = drip
-        self.endless = endless
-        if endless:
-            self.head = f"HTTP/1.1 {status} As told\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        self.at_once = len(self.head) if drip_body else 0
-        self.cut_after = cut_after
+        raw = (content if isinstance(content, bytes) else content.encode()).ljust(options.pop("size", 0))
+        self.reply = http_reply(status, raw, "application/json", headers)
+        head_length = len(self.reply) - len(raw)
+        self.endless = options.pop("endless", False)
+        if self.endless:
+            self.reply = f"HTTP/1.1 {status} As told\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        if "cut_after" in options:
+            self.reply = self.reply[: head_length + options.pop("cut_after")]
+        self.drip = options.pop("drip", 0.0)
+        self.at_once = head_length if options.pop("drip_body", False) else 0
         self.may_go = threading.Event()
-        if not hold:
+        if not options.pop("hold", False):
             self.may_go.set()
+        assert not options, f"no such options: {options}"
 
 
 class FakeChatGPT(SocketServer):
@@ -93,9 +84,9 @@ class FakeChatGPT(SocketServer):
     def answer(self, token: str | None, status: int = 200, **options: Any) -> None:
         """Set the answer for a bearer token, or with None the one for all others (401 at first).
 
-        Options: headers, body (JSON value, str or bytes), delay (seconds before the answer), drip (seconds
-        after each byte of it), drip_body (only the body drips), endless (chunks of a space without end), size (the body is padded to it with spaces), cut_after (the connection is
-        closed after so many bytes of the body), hold (nothing is answered before release()).
+        Options: headers, body (JSON value, str or bytes), size (the body is padded to it with spaces), drip (seconds
+        after each byte), drip_body (only the body drips), endless (chunks of a space without end), cut_after (the
+        connection is closed after so many bytes of the body), hold (nothing is answered before release()).
         """
         with self.change():
             if token is None:
@@ -122,8 +113,7 @@ class FakeChatGPT(SocketServer):
             method, path, headers = read_http_head(stream)
         except ProtocolError:
             return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        request = {"token": token if scheme == "Bearer" else "", "method": method, "path": path,
+        request = {"token": bearer_token(headers), "method": method, "path": path,
                    "headers": headers, "proxy_headers": proxy_headers}  # fmt: skip
         with self.change():
             self.requests.append(request)
@@ -138,20 +128,13 @@ class FakeChatGPT(SocketServer):
 
     def _send(self, stream: Stream, answer: Answer) -> None:
         answer.may_go.wait()
-        if answer.delay:
-            self.closing.wait(answer.delay)
-        if answer.endless:
-            stream.send(answer.head)
-            while not self.closing.wait(0.01):
-                stream.send(b"1\r\n \r\n")
-            return
-        body = answer.body if answer.cut_after is None else answer.body[: answer.cut_after]
-        reply = answer.head + body
         if not answer.drip:
-            stream.send(reply)
-            return
-        stream.send(reply[: answer.at_once])
-        for position in range(answer.at_once, len(reply)):
-            stream.send(reply[position : position + 1])
-            if self.closing.wait(answer.drip):
-                return
+            stream.send(answer.reply)
+        while answer.endless and not self.closing.wait(0.01):
+            stream.send(b"1\r\n \r\n")
+        if answer.drip:
+            stream.send(answer.reply[: answer.at_once])
+            for position in range(answer.at_once, len(answer.reply)):
+                stream.send(answer.reply[position : position + 1])
+                if self.closing.wait(answer.drip):
+                    return

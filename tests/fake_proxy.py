@@ -22,7 +22,7 @@ from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from support import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, http_reply, read_http_head
+from support import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, bearer_token, http_reply, read_http_head
 
 RESP_FIRST_BYTES = b"*$+-:"
 TLS_HANDSHAKE_BYTE = b"\x16"
@@ -30,9 +30,6 @@ MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
-
-
-# ---- what a version does ---------------------------------------------------------------------------------
 
 
 class Dialect:
@@ -54,19 +51,16 @@ class Dialect:
 
 def go_duration(seconds: float) -> str:
     """Write a duration as Go does after rounding to a second: 30m0s, 45s, 1h0m0s."""
-    total = int(seconds + 0.5)
-    minutes, second = divmod(total, 60)
+    minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minute}m{second}s"
-    return f"{minute}m{second}s" if minute else f"{second}s"
+    return f"{hours}h{minute}m{second}s" if hours else f"{minute}m{second}s" if minute else f"{second}s"
 
 
 # ---- RESP and HTTP as bytes ------------------------------------------------------------------------------
 
 
 class CutOff(Hangup):
-    """A fault ended the reply in hand; `whole` tells whether that was at its very end."""
+    """A fault ended the reply in hand; `whole`: at its very end."""
 
     def __init__(self, whole: bool = False) -> None:
         super().__init__()
@@ -93,12 +87,11 @@ def error(text: str, code: str = "ERR") -> bytes:
 
 def as_json_element(payload: bytes) -> bytes:
     """Return a queued payload as an element of a JSON array; what is no JSON becomes a string."""
-    text = payload.decode("utf-8", "replace")
     try:
-        json.loads(text)
+        json.loads(payload.decode("utf-8", "replace"))
+        return payload
     except ValueError:
-        return json.dumps(text).encode()
-    return payload
+        return json.dumps(payload.decode("utf-8", "replace")).encode()
 
 
 class Wire(Stream):
@@ -109,7 +102,7 @@ class Wire(Stream):
         allowed = self.server.allowance(len(data))
         chunk = data if allowed is None else data[:allowed]
         sent = 0
-        while self.server.dribbles and sent < len(chunk):
+        while self.server.seconds_per_byte and sent < len(chunk):
             self.sock.sendall(chunk[sent : sent + 1])
             sent += 1
             self.server.rest_after_a_byte()
@@ -139,12 +132,8 @@ class Subscriber:
             self._waker.send(b"!")
 
     def close(self) -> None:
-        """Give the wake-up sockets back."""
         self.woken.close()
         self._waker.close()
-
-
-# ---- the proxy -------------------------------------------------------------------------------------------
 
 
 class FakeProxy(SocketServer):
@@ -152,7 +141,7 @@ class FakeProxy(SocketServer):
 
     These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
     `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
-    `ban_seconds`, and `answer_http_only` (a reverse proxy: nothing but HTTP is understood).
+    `ban_seconds`, `clock` (of the ban), and `answer_http_only` (a reverse proxy: only HTTP is understood).
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
     them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
@@ -163,28 +152,19 @@ class FakeProxy(SocketServer):
     stream_type = Wire
 
     def __init__(
-        self,
-        key: str = "secret-key",
-        version: str = "v7.2.140",
-        publishing: bool = True,
-        allow_remote: bool = True,
-        management: bool = True,
-        home_mode: bool = False,
-        tls: ssl.SSLContext | None = None,
-        port: int = 0,
-        seen_from: str | None = None,
+        self, key: str = "secret-key", version: str = "v7.2.140", tls: ssl.SSLContext | None = None, port: int = 0
     ) -> None:
         super().__init__(port)
         self.key = key
         self.version = version
         self.dialect = Dialect(version)
-        self.publishing = publishing
+        self.publishing = self.allow_remote = self.management = True
+        self.home_mode = self.answer_http_only = False
         self.retention_seconds = 60
-        self.allow_remote = allow_remote
-        self.home_mode = home_mode
-        self.seen_from = seen_from
-        self.answer_http_only = False
+        self.seen_from: str | None = None
         self.ban_seconds = 1800.0
+        self.clock = time.monotonic
+        self.seconds_per_byte = 0.0
 
         self.handed_over: list[bytes] = []
         self.lost: list[bytes] = []
@@ -193,21 +173,17 @@ class FakeProxy(SocketServer):
         self.http_requests: list[tuple[str, str]] = []
         self.failures = 0
 
-        self._management = management
         self._tls = tls
         self._queue: deque[tuple[float, bytes]] = deque()
         self._subscribers: list[Subscriber] = []
         self._failures_of: dict[str, int] = {}
         self._banned_until: dict[str, float] = {}
-        self._clock_ahead_s = 0.0
         self._cut_after: int | None = None
-        self._seconds_per_byte = 0.0
 
     def describe(self) -> str:
         return (
-            f"proxy {self.version}: queued={self.queued} handed_over={len(self.handed_over)} "
-            f"lost={len(self.lost)} failures={self.failures} connections={self.connections} "
-            f"open={self.open_connections} "
+            f"proxy {self.version}: queued={self.queued} handed_over={len(self.handed_over)} lost={len(self.lost)} "
+            f"failures={self.failures} connections={self.connections} open={self.open_connections} "
             f"commands={self.commands[-8:]} http={self.http_requests[-4:]}"
         )
 
@@ -215,18 +191,15 @@ class FakeProxy(SocketServer):
 
     @property
     def queued(self) -> int:
-        """How many events wait to be popped."""
         return len(self._queue)
 
     @property
     def auth_attempts(self) -> int:
         """How many AUTH commands came, right or wrong."""
-        with self.lock:
-            return self.commands.count("AUTH")
+        return self.commands.count("AUTH")
 
     @property
     def subscribers(self) -> int:
-        """How many connections are subscribed."""
         return len(self._subscribers)
 
     # -- for tests: events
@@ -235,7 +208,7 @@ class FakeProxy(SocketServer):
         """Publish events; as in the proxy, they vanish while it does not publish or is not managed."""
         with self.change():
             for event in events:
-                if self.publishing and self._management:
+                if self.publishing and self.management:
                     self._publish(event.encode() if isinstance(event, str) else event)
 
     def refresh(self) -> None:
@@ -244,31 +217,12 @@ class FakeProxy(SocketServer):
             if self.dialect.control_messages:
                 self._broadcast(b'{"refresh":true}')
 
-    # -- for tests: settings and faults
+    # -- for tests: faults
 
-    @property
-    def management(self) -> bool:
-        """Whether the management API is on; switching it off empties the queue and ends subscriptions."""
-        return self._management
-
-    @management.setter
-    def management(self, enabled: bool) -> None:
+    def ban(self) -> None:
+        """Ban the clients of this machine as if they had failed often enough."""
         with self.change():
-            self._management = enabled
-            if not enabled:
-                self._queue.clear()
-                for subscriber in list(self._subscribers):
-                    self._dismiss(subscriber)
-
-    def advance(self, seconds: float) -> None:
-        """Move the clock of the ban forward."""
-        with self.change():
-            self._clock_ahead_s += seconds
-
-    def ban(self, address: str = "127.0.0.1") -> None:
-        """Ban an address as if it had failed often enough."""
-        with self.change():
-            self._banned_until[address] = self._now() + self.ban_seconds
+            self._banned_until["127.0.0.1"] = self.clock() + self.ban_seconds
 
     def lift_ban(self) -> None:
         """Forget all bans and failures, as a restart of the proxy does."""
@@ -283,18 +237,13 @@ class FakeProxy(SocketServer):
 
     def dribble(self, seconds_per_byte: float) -> None:
         """Write replies byte by byte with this pause, replies already begun as well; 0 ends it at once."""
-        self._seconds_per_byte = seconds_per_byte
-
-    @property
-    def dribbles(self) -> bool:
-        """Whether replies are written byte by byte now."""
-        return self._seconds_per_byte > 0
+        self.seconds_per_byte = seconds_per_byte
 
     def rest_after_a_byte(self) -> None:
         """Wait as long as a byte takes; raises CutOff when the proxy ends meanwhile."""
         began = time.monotonic()
-        while time.monotonic() - began < self._seconds_per_byte:
-            if self.closing.wait(min(self._seconds_per_byte, 0.02)):
+        while time.monotonic() - began < self.seconds_per_byte:
+            if self.closing.wait(min(self.seconds_per_byte, 0.02)):
                 raise CutOff
 
     def forget(self) -> None:
@@ -307,23 +256,21 @@ class FakeProxy(SocketServer):
     def allowance(self, length: int) -> int | None:
         """Return how many of the next bytes may be written; None: all."""
         with self.lock:
-            if self._cut_after is None or length < self._cut_after:
-                if self._cut_after is not None:
-                    self._cut_after -= length
+            left = self._cut_after
+            if left is None:
                 return None
-            allowed, self._cut_after = self._cut_after, None
-            return allowed
+            self._cut_after = left - length if length < left else None
+            return None if length < left else left
 
     # -- events
 
     def _publish(self, payload: bytes) -> None:
-        if self._subscribers:
-            if self._broadcast(payload):
-                self.handed_over.append(payload)
-            else:
-                self.lost.append(payload)
-        else:
+        if not self._subscribers:
             self._queue.append((time.monotonic(), payload))
+        elif self._broadcast(payload):
+            self.handed_over.append(payload)
+        else:
+            self.lost.append(payload)
         self._expire()
 
     def _expire(self) -> None:
@@ -370,13 +317,10 @@ class FakeProxy(SocketServer):
 
     # -- the key and the ban
 
-    def _now(self) -> float:
-        return time.monotonic() + self._clock_ahead_s
-
     def _authenticate(self, address: str, given: str) -> tuple[int, str]:
         """Return (200, "") or the refusal; failures are counted per address, HTTP and RESP together."""
         with self.change():
-            left_s = self._banned_until.get(address, 0.0) - self._now()
+            left_s = self._banned_until.get(address, 0.0) - self.clock()
             if left_s > 0:
                 return 403, f"IP banned due to too many failed attempts. Try again in {go_duration(left_s)}"
             if address not in LOCAL_ADDRESSES and not self.allow_remote:
@@ -393,7 +337,7 @@ class FakeProxy(SocketServer):
         self.failures += 1
         count = self._failures_of.get(address, 0) + 1
         if count >= MAX_FAILURES:
-            self._banned_until[address] = self._now() + self.ban_seconds
+            self._banned_until[address] = self.clock() + self.ban_seconds
             count = 0
         self._failures_of[address] = count
 
@@ -432,7 +376,7 @@ class FakeProxy(SocketServer):
             if self.dialect.home_mode_text:
                 wire.send(error("redis usage output disabled in home mode"))
             return
-        if not self._management:
+        if not self.management:
             return
         try:
             self._answer_commands(wire)
@@ -452,41 +396,27 @@ class FakeProxy(SocketServer):
             with self.change():
                 self.commands.append(name)
             if name == "AUTH":
-                accepted, reply = self._auth(wire.peer, args)
-                authenticated = authenticated or accepted
-                wire.send(reply)
+                status, text = self._authenticate(wire.peer, args[-1])
+                authenticated = authenticated or status == 200
+                wire.send(b"+OK\r\n" if status == 200 else error(text))
             elif not authenticated:
                 _, text = self._authenticate(wire.peer, "")
                 banned = text.startswith("IP banned")
                 wire.send(error(text) if banned else error("Authentication required.", "NOAUTH"))
-            elif name in ("LPOP", "RPOP"):
-                self._answer_pop(wire, args)
+            elif name == "RPOP":
+                self._answer_pop(wire, args[0].strip())
             elif name == "SUBSCRIBE" and self.dialect.subscribe:
                 if self._answer_subscribe(wire, args[0].strip()):
                     return
             else:
                 wire.send(error(f"unknown command '{name.lower()}'"))
-            if not self._management:
-                return  # switched off while the read was waiting: this one command is still answered
 
-    def _auth(self, address: str, args: list[str]) -> tuple[bool, bytes]:
-        status, text = self._authenticate(address, args[-1])
-        return status == 200, b"+OK\r\n" if status == 200 else error(text)
-
-    def _answer_pop(self, wire: Wire, args: list[str]) -> None:
-        key, count = args[0].strip(), _integer((args[1:] or ["1"])[0].encode())
-        if count <= 0:
-            wire.send(error("value is not an integer or out of range"))
-            return
+    def _answer_pop(self, wire: Wire, key: str) -> None:
         if not self.dialect.any_pop_key and key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
-        popped = self._pop(wire, count)
-        if len(args) == 2:
-            reply = array(*[bulk(payload) for payload in popped])
-        else:
-            reply = bulk(popped[0] if popped else None)
-        self._send_popped(wire, reply, popped)
+        popped = self._pop(wire, 1)
+        self._send_popped(wire, bulk(popped[0] if popped else None), popped)
 
     def _answer_subscribe(self, wire: Wire, asked: str) -> bool:
         """Serve a subscription to its end; False when it was refused and the connection goes on."""
@@ -510,21 +440,14 @@ class FakeProxy(SocketServer):
     def _serve_subscriber(self, subscriber: Subscriber) -> None:
         wire = subscriber.wire
         while True:
-            self._drain(subscriber)
+            while subscriber.outbox:
+                wire.send(subscriber.outbox.popleft())
             if subscriber.dismissed and not subscriber.outbox:
                 return
             readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])
             if wire.sock in readable:
                 return  # nobody speaks in a subscription: the other side is gone
             subscriber.woken.recv(4096)
-
-    def _drain(self, subscriber: Subscriber) -> None:
-        while True:
-            with self.lock:
-                if not subscriber.outbox:
-                    return
-                frame = subscriber.outbox.popleft()
-            subscriber.wire.send(frame)
 
     # -- HTTP
 
@@ -533,10 +456,7 @@ class FakeProxy(SocketServer):
             try:
                 method, target, headers = read_http_head(wire)
             except ProtocolError:
-                wire.send(
-                    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"
-                    b"Connection: close\r\n\r\n400 Bad Request"
-                )
+                wire.send(http_reply(400, b"400 Bad Request", "text/plain; charset=utf-8", {"Connection": "close"}))
                 return
             with self.change():
                 self.http_requests.append((method, target))
@@ -551,10 +471,10 @@ class FakeProxy(SocketServer):
         if method != "GET" or route not in known:
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
             return
-        if not self._management or (self.home_mode and self.dialect.home_mode):
+        if not self.management or (self.home_mode and self.dialect.home_mode):
             wire.send(http_reply(404, b"", "text/plain"))
             return
-        status, text = self._authenticate(wire.peer, http_key(headers))
+        status, text = self._authenticate(wire.peer, bearer_token(headers))
         if status != 200:
             self._send_json(wire, status, {"error": text})
         elif route == "usage-queue":
@@ -582,12 +502,7 @@ class FakeProxy(SocketServer):
         wire.send(self._json_reply(status, json.dumps(value, separators=(",", ":")).encode()))
 
     def _json_reply(self, status: int, body: bytes) -> bytes:
-        version = {
-            "X-CPA-VERSION": self.version,
-            "X-CPA-COMMIT": "0123456",
-            "X-CPA-BUILD-DATE": "2026-08-22T00:00:00Z",
-            "Date": formatdate(usegmt=True),
-        }
+        version = {"X-CPA-VERSION": self.version, "Date": formatdate(usegmt=True)}
         return http_reply(status, body, "application/json; charset=utf-8", version)
 
 
@@ -615,9 +530,3 @@ def _integer(digits: bytes) -> int:
         return int(digits)
     except ValueError:
         raise ProtocolError from None
-
-
-def http_key(headers: dict[str, str]) -> str:
-    """Return the management key a request carries, or an empty string."""
-    scheme, _, rest = headers.get("authorization", "").partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else ""

@@ -11,6 +11,7 @@ import select
 import socket
 import sqlite3
 import ssl
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -49,7 +50,7 @@ class Watched:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Hold the lock, then wake whoever waits."""
+        """Take the lock, then wake whoever waits."""
         with self.lock:
             try:
                 yield
@@ -58,7 +59,7 @@ class Watched:
                 self._changed.notify_all()
 
     def describe(self) -> str:
-        """Say what state this is in, for the message of a wait that failed."""
+        """Return what state this is in, for the message of a wait that failed."""
         return repr(self)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
@@ -104,13 +105,11 @@ class Stream:
         self.is_shut = False
 
     def start_tls(self, context: ssl.SSLContext) -> None:
-        """Go over to TLS, as the server."""
         # The handshake comes second, so that this socket can be closed from outside meanwhile.
         self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
         self.sock.do_handshake()
 
     def send(self, data: bytes) -> None:
-        """Write everything."""
         self.sock.sendall(data)
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
@@ -158,7 +157,7 @@ def read_http_head(stream: Stream) -> tuple[str, str, dict[str, str]]:
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         raise ProtocolError
     headers: dict[str, str] = {}
-    for line in _lines_until_empty(stream):
+    for line in iter(stream.line, b""):
         name, colon, value = line.decode("latin-1").partition(":")
         if not colon:
             raise ProtocolError
@@ -166,11 +165,10 @@ def read_http_head(stream: Stream) -> tuple[str, str, dict[str, str]]:
     return words[0], words[1], headers
 
 
-def _lines_until_empty(stream: Stream) -> Iterator[bytes]:
-    line = stream.line()
-    while line:
-        yield line
-        line = stream.line()
+def bearer_token(headers: dict[str, str]) -> str:
+    """Return the key that a request carries, or an empty string."""
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else ""
 
 
 def http_reply(status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> bytes:
@@ -198,7 +196,6 @@ class SocketServer(Watched):
         self._open: set[Stream] = set()
         self._threads: list[threading.Thread] = []
         self._accepting: threading.Thread | None = None
-        self._stop_accepting: socket.socket | None = None
 
     def __enter__(self) -> Any:
         self.listen_again()
@@ -217,7 +214,6 @@ class SocketServer(Watched):
         return len(self._open)
 
     def disconnect_all(self) -> None:
-        """Close every open connection."""
         with self.change():
             for stream in self._open:
                 stream.shut()
@@ -225,18 +221,13 @@ class SocketServer(Watched):
     def stop_listening(self) -> None:
         """Refuse new connections; open ones live on."""
         accepting, self._accepting = self._accepting, None
-        if accepting is None:
-            return
-        assert self._stop_accepting is not None
-        self._stop_accepting.close()
-        accepting.join(10)
+        if accepting is not None:
+            self._stop_accepting.close()
+            accepting.join(10)
 
     def listen_again(self) -> None:
         """Accept connections, on the same port as before."""
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self.host, self.port))
-        listener.listen(128)
+        listener = socket.create_server((self.host, self.port), backlog=128)
         self.port = listener.getsockname()[1]
         stopped, self._stop_accepting = socket.socketpair()
         self._accepting = threading.Thread(target=self._accept, args=(listener, stopped), daemon=True)
@@ -278,33 +269,43 @@ class SocketServer(Watched):
 
 def free_port() -> int:
     """Return a loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
+
+
+def comes_up(process: subprocess.Popen, answers: Callable[[], Any], seconds: float) -> bool:
+    """Return whether a process that was just started answers in time; `answers` may raise OSError until then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError, app.QueueFault):
+            if answers():
+                return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
+    return False
 
 
 # ---- events and readings ---------------------------------------------------------------------------------
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    """Make the smallest event that is good, as a proxy sends it; a change to None leaves the key out."""
+    """Return the smallest event that is good, as a proxy sends it; a change to None leaves the key out."""
     base = {"timestamp": "2026-08-22T13:00:00Z", "source": "an@example.com", "auth_index": "00000000000000ab",
             "model": "gpt-5.4", "provider": "codex", "failed": False, "latency_ms": 10}  # fmt: skip
     return {key: value for key, value in {**base, **changes}.items() if value is not None}
 
 
 def payload(number: int = 0, **changes: Any) -> bytes:
-    """Make the JSON of a record that is told apart by its request id."""
+    """Return the JSON of a record that is told apart by its request id."""
     return json.dumps(record(**{"request_id": f"r{number}", **changes})).encode()
 
 
 def payloads(count: int, first: int = 0) -> list[bytes]:
-    """Make so many of them, numbered from `first` on."""
     return [payload(number) for number in range(first, first + count)]
 
 
 def event(at: float = NOON, **changes: Any) -> app.Event:
-    """Make a stored event that has everything but an error; `changes` are its columns."""
+    """Return a stored event that has everything but an error; `changes` are its columns."""
     told = {name: changes.pop(name) for name in app.Context._fields if name in changes}
     made = _whole_event()._replace(**{"timestamp": app.utc_text(at), "ts_epoch": at, **changes})
     return made._replace(context=made.context._replace(**told))
@@ -373,7 +374,7 @@ def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:
 
 
 def reading(**changes) -> dict[str, Any]:
-    """Make a row of quota_snapshots: a good one, of a refresh."""
+    """Return a row of quota_snapshots: a good one, of a refresh."""
     base = {"email": "an@example.com", "account_id_tag": "#3f9a2c", "timestamp": "t", "ts_epoch": NOON, "plan": "plus",
             "allowed": 1, "limit_reached": 0, "primary_used_percent": 23, "primary_remaining_percent": 77,
             "state": "ok", "source": "refresh", "windows": "[]"}  # fmt: skip
@@ -383,13 +384,10 @@ def reading(**changes) -> dict[str, Any]:
 # ---- databases -------------------------------------------------------------------------------------------
 
 
-def rows(path, sql):
+def rows(path, sql) -> list[tuple[Any, ...]]:
     """Read the database as another program would."""
-    db = sqlite3.connect(str(path))
-    try:
+    with contextlib.closing(sqlite3.connect(str(path), timeout=20)) as db:
         return db.execute(sql).fetchall()
-    finally:
-        db.close()
 
 
 def stored_ids(store) -> list[str]:
@@ -405,7 +403,7 @@ def lock(store):
 
 
 def room(store, pages) -> None:
-    """Give the database so many pages at most, as a full disk would."""
+    """Limit the database to so many pages, as a full disk would."""
     with store._write_lock:
         store._writer.execute(f"PRAGMA max_page_count = {pages}")
 
@@ -415,29 +413,17 @@ def spool_path(store) -> Path:
     return Path(f"{store.path}.spool")
 
 
-def make_original(path, rows):
-    """Write a database as the original dashboard made it."""
-    db = sqlite3.connect(str(path))
-    db.execute(
-        "CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, "
-        "model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, "
-        "latency_ms INTEGER, failed INTEGER)"
-    )
-    db.execute(
-        "CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT, "
-        "allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER, "
-        "primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER, "
-        "secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT)"
-    )
-    db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
-    db.execute(
-        "INSERT INTO quota_snapshots VALUES "
-        "(1, '2026-05-28', '1780000000', 'an@example.com', 'plus', 1, 0, 40, 60, 'x', 10, 90, 'y', '0', '{}')"
-    )
-    db.commit()
-    db.close()
-
-
+ORIGINAL_TABLES = """
+CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT,
+  model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER,
+  latency_ms INTEGER, failed INTEGER);
+CREATE TABLE quota_snapshots(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, email TEXT, plan TEXT,
+  allowed INTEGER, limit_reached INTEGER, primary_used_percent INTEGER, primary_remaining_percent INTEGER,
+  primary_reset_at TEXT, secondary_used_percent INTEGER, secondary_remaining_percent INTEGER,
+  secondary_reset_at TEXT, credits_balance TEXT, raw_json TEXT);
+INSERT INTO quota_snapshots VALUES
+  (1, '2026-05-28', '1780000000', 'an@example.com', 'plus', 1, 0, 40, 60, 'x', 10, 90, 'y', '0', '{}');
+"""
 ORIGINAL_ROWS = [
     (1, "t", NOON, 3, "an@example.com", "gpt-5.4", 100, 20, 5, 125, 10, 0),
     (2, "t", NOON + 1, "9c1d0be2f4a76633", "b@example.com", "gpt-5.5", 7, 3, 0, 10, 10, 1),
@@ -445,11 +431,19 @@ ORIGINAL_ROWS = [
 ]
 
 
+def make_original(path, rows=ORIGINAL_ROWS) -> None:
+    """Write a database as the original dashboard made it."""
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.executescript(ORIGINAL_TABLES)
+        db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+        db.commit()
+
+
 # ---- the collector in a thread ---------------------------------------------------------------------------
 
 
 class QuickStop(threading.Event):
-    """A stop event that notes how long it was asked to wait, and waits a few milliseconds instead."""
+    """A stop event that records how long it was asked to wait, and waits a few milliseconds instead."""
 
     def __init__(self, longest_s: float = 0.004) -> None:
         super().__init__()
@@ -467,9 +461,7 @@ class Run(Watched):
 
     RECHECK_S = 0.01
 
-    def __init__(
-        self, config: app.Config, store: app.Store, stop: threading.Event, ahead_s: float = 0.0, **options
-    ) -> None:
+    def __init__(self, config, store, stop: threading.Event, ahead_s: float = 0.0, **options) -> None:
         super().__init__()
         self.ahead_s = ahead_s
         self.slept_s = 0.0
@@ -478,9 +470,8 @@ class Run(Watched):
         self.store = store
         self.stop = stop
         self.error: BaseException | None = None
-        self.collector = app.Collector(
-            config, store, app.Log(self.stream), stop, clock=self._clock, monotonic=self._monotonic, **options
-        )
+        options.update(clock=self._clock, monotonic=self._monotonic)
+        self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -537,14 +528,14 @@ class Run(Watched):
 
 
 def config_of(where=None, **keys) -> app.Config:
-    """Make the config for a proxy or a redis-server, with the right key unless told otherwise."""
+    """Return the config for a proxy or a redis-server, with the right key unless told otherwise."""
     if where is not None:
         keys.setdefault("cliproxy_port", where.port)
     return app.Config(**{"management_password": KEY, "poll_interval_seconds": 0.1, **keys})
 
 
 def wait_a_while(run, waits=12):
-    """Give a refused collector many chances to send its key again."""
+    """Let a refused collector have many chances to send its key again."""
     seen = len(run.stop.waits)
     run.wait_for(lambda: len(run.stop.waits) >= seen + waits)
 
@@ -591,10 +582,9 @@ class Site:
         self.status = {"state": "waiting", "message": "Connected."}
         (folder / "page.html").write_text(page_text, encoding="utf-8")
         log = app.Log((folder / "log").open("w"))
-        self.refresher = app.QuotaRefresher(
-            self.config, self.store, log, self.stop, clock=lambda: self.now, gap_s=(0, 0)
-        )
-        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), clock=lambda: self.now)
+        clock = {"clock": lambda: self.now}
+        self.refresher = app.QuotaRefresher(self.config, self.store, log, self.stop, gap_s=(0, 0), **clock)
+        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), **clock)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))
@@ -634,14 +624,9 @@ class Site:
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
-            received = b""
-            while True:
-                piece = connection.recv(65536)
-                if not piece:
-                    return received
-                received += piece
+            return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def at(hours_ago: float, **changes: Any) -> app.Event:
-    """Make an event of so many hours before NOW."""
+    """Return an event of so many hours before NOW."""
     return event(at=NOW - 3600 * hours_ago, **changes)

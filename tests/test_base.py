@@ -15,18 +15,15 @@ import pytest
 import usage_dashboard as app
 
 
-@pytest.mark.parametrize(
-    ("text", "utc"),
-    [
-        ("2026-05-03T09:14:22.048103557+08:00", "2026-05-03T01:14:22.048103Z"),
-        ("2026-07-25T14:10:00.1200345+07:00", "2026-07-25T07:10:00.120034Z"),
-        ("2026-05-12T06:30:00.5Z", "2026-05-12T06:30:00.500000Z"),
-        ("2026-01-02T03:04:05.123456789-03:30", "2026-01-02T06:34:05.123456Z"),
-        ("2026-04-25T00:00:00Z", "2026-04-25T00:00:00.000000Z"),
-        ("2024-02-29T23:59:59+05:45", "2024-02-29T18:14:59.000000Z"),
-        ("2020-01-01T00:30:00Z", "2020-01-01T00:30:00.000000Z"),
-    ],
-)
+@pytest.mark.parametrize(("text", "utc"), [
+    ("2026-05-03T09:14:22.048103557+08:00", "2026-05-03T01:14:22.048103Z"),
+    ("2026-07-25T14:10:00.1200345+07:00", "2026-07-25T07:10:00.120034Z"),
+    ("2026-05-12T06:30:00.5Z", "2026-05-12T06:30:00.500000Z"),
+    ("2026-01-02T03:04:05.123456789-03:30", "2026-01-02T06:34:05.123456Z"),
+    ("2026-04-25T00:00:00Z", "2026-04-25T00:00:00.000000Z"),
+    ("2024-02-29T23:59:59+05:45", "2024-02-29T18:14:59.000000Z"),
+    ("2020-01-01T00:30:00Z", "2020-01-01T00:30:00.000000Z"),
+])  # fmt: skip
 def test_parse_time_of_any_offset_and_precision_gives_utc(text, utc):
     epoch, shown = app.parse_time(text)
     assert shown == utc
@@ -89,6 +86,12 @@ def _sections() -> list[tuple[str, int]]:
 def test_table_of_contents_names_the_sections_in_their_order():
     told = re.findall(r"^(\w+) +\S", (app.__doc__ or "").partition("above it:\n")[2], re.M)
     assert told == [name for name, _ in _sections()] and len(told) == 15
+
+
+def test_documented_sections_are_those_of_the_script():
+    guide = (Path(app.__file__).parent / "docs" / "development.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\w+) +(\S.*)$", (app.__doc__ or "").partition("above it:\n")[2], re.M)
+    assert [f"| {name} | {text} |" in guide for name, text in rows] == [True] * 15
 
 
 def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import http.client
 import json
 import marshal
 import os
@@ -12,14 +11,14 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import support
 from support import (
     KEY,
     ORIGINAL_ROWS,
@@ -35,6 +34,7 @@ from support import (
 
 import usage_dashboard as app
 
+COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
@@ -44,7 +44,7 @@ EXPECTED = {
 
 
 def shifted(minutes_ago: float = 10):
-    """Give the samples with all their times moved to shortly before now, as the proxy would have written them."""
+    """Return the samples with all their times moved to shortly before now, as the proxy would have written them."""
     when = (datetime.now(timezone.utc) - timedelta(minutes=minutes_ago)).isoformat()
     return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
 
@@ -58,10 +58,13 @@ def configure(program, **settings):
 
 
 def get(port, path):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        f"http://127.0.0.1:{port}{path}", timeout=30
-    ) as reply:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}{path}", timeout=30) as reply:
         return json.loads(reply.read())
+
+
+def opened(program):
+    return closing(app.Store(program.folder / "usage.db"))
 
 
 def start(program, port, *more, **where):
@@ -116,45 +119,41 @@ def test_program_from_look_alike_to_number(serve, program, proxy):
     assert proxy.failures == 0 and proxy.commands[:1] == ["AUTH"]
 
 
-def test_program_from_redis_with_password_to_number(program, redis_with_password):
-    port = configure(program, cliproxy_port=redis_with_password.port, management_password="secret-key")
+def test_program_from_redis_with_password_to_number(serve, program, redis_with_password):
     redis_with_password.push("usage", *shifted())
-    running = start(program, port)
+    running = serve(cliproxy_port=redis_with_password.port)
     wait_for_events(running, STORED)
-    check_numbers(program, port)
+    check_numbers(program, running.port)
     redis_with_password.stop()
     running.wait_for_line("state=unreachable")
     redis_with_password.start()
     redis_with_password.push("usage", *shifted(), b"garbage")
     wait_for_events(running, 2 * STORED)
-    assert get(port, "/api/health")["collector"]["rejected"] == 1
+    assert get(running.port, "/api/health")["collector"]["rejected"] == 1
     assert running.terminate(signal.SIGINT) == 0
 
 
-def test_program_runs_from_its_compiled_form_where_that_can_be_kept(program, proxy):
-    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
-    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
+def test_program_runs_from_its_compiled_form_where_that_can_be_kept(serve, program):
+    running = serve(env=COMPILED)
     (compiled,) = program.folder.glob("__pycache__/usage_dashboard.*.pyc")
     words = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
     assert b"-c" in words and os.fsencode(str(program.script)) in words  # pkill -f usage_dashboard.py finds it
     assert running.terminate() == 0
     program.script.write_text(program.script.read_text(encoding="utf-8").replace('"stopped"', '"ended"'), "utf-8")
     os.utime(str(compiled), (1, 1))
-    running = start(program, port, env={"PYTHONDONTWRITEBYTECODE": None})
-    assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled anew
+    running = serve(env=COMPILED)
+    assert running.terminate() == 0 and running.lines[-1] == "ended"  # a new version is compiled again
 
 
-def test_program_takes_no_module_from_the_folder_it_is_started_in(serve, program):
+@pytest.mark.parametrize("keeps_compiled", [True, False])
+def test_program_takes_no_module_from_the_folder_it_is_started_in(serve, program, keeps_compiled):
     elsewhere = program.folder.parent / "elsewhere"
     elsewhere.mkdir()
     for name in ("argparse", "sqlite3", "http"):
         (elsewhere / f"{name}.py").write_text("raise SystemExit('taken from the wrong place')")
-    serve(env={"PYTHONDONTWRITEBYTECODE": None}, cwd=elsewhere)
-
-
-def test_program_in_a_folder_that_keeps_no_compiled_form_runs_all_the_same(serve, program):
-    (program.folder / "__pycache__").write_text("in the way")
-    serve(env={"PYTHONDONTWRITEBYTECODE": None})
+    if not keeps_compiled:
+        (program.folder / "__pycache__").write_text("in the way")
+    serve(env=COMPILED, cwd=elsewhere)
 
 
 @pytest.mark.parametrize("left", [slice(0), slice(9), slice(3000), slice(-1)], ids=["nothing", "head", "part", "most"])
@@ -163,19 +162,9 @@ def test_program_starts_from_a_compiled_form_that_a_power_cut_has_damaged(serve,
     compiled = Path(py_compile.compile(str(program.script), quiet=2, doraise=True))
     whole = compiled.read_bytes()
     compiled.write_bytes(whole[left].ljust(len(whole), b"\0") if zeroed else whole[left])
-    running = serve(env={"PYTHONDONTWRITEBYTECODE": None})
+    running = serve(env=COMPILED)
     assert b"-c" in Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
     assert running.terminate() == 0 and marshal.loads(compiled.read_bytes()[16:])
-
-
-def test_kill_and_restart_stores_everything_once(serve, program, proxy):
-    proxy.push(*shifted())
-    running = serve()
-    wait_for_events(running, STORED)
-    running.kill()
-    proxy.push(*shifted())
-    wait_for_events(serve(), 2 * STORED)
-    assert len(stored_numbers(program)) == 2 * STORED
 
 
 def write_accounts(program, count=3):
@@ -192,14 +181,11 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(serve, pro
     running = serve(env=chatgpt.environment)
     answer = get(running.port, "/api/quota?force=1")
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [77, 77, 77]
+    assert "tok-" not in json.dumps(answer) and "acc-" not in json.dumps(answer)
     printed = "\n".join(running.lines)
-    for line in (
-        "refresh_quota: found 3 auth files",
-        "refresh_quota: fetching quota for user0***@example.com...",
-        "refresh_quota: saved quota for user2***@example.com",
-        "refresh_quota: codex-broken.json is skipped",
-    ):
-        assert line in printed
+    for line in ("found 3 auth files", "fetching quota for user0***@example.com...",
+                 "saved quota for user2***@example.com", "codex-broken.json is skipped"):  # fmt: skip
+        assert f"refresh_quota: {line}" in printed
     for secret in ("tok-secret", "acc-", "user0@", "secret-key", "sample@"):
         assert secret not in printed
     stored = b"".join(path.read_bytes() for path in program.folder.glob("usage.db*"))
@@ -259,32 +245,22 @@ def test_forced_quota_without_account_files_says_so(serve, program):
 
 
 def test_quota_table_calls_a_reset_that_has_passed_due(program):
-    store = app.Store(program.folder / "usage.db")
     window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
     reading = app.parse_quota({"plan_type": "plus", "rate_limit": {"primary_window": window}}, time.time() - 120)
-    store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "{}"))
-    store.close()
+    with opened(program) as store:
+        store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "{}"))
     assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due", program.run("quota").stdout)
 
 
 def test_report_prints_the_totals_of_a_range(program):
-    store = app.Store(program.folder / "usage.db")
-    store.store_batch(app.parse_events(shifted()), 1, 0.0)
-    store.close()
+    with opened(program) as store:
+        store.store_batch(app.parse_events(shifted()), 1, 0.0)
     table = program.run("report", "24h")
     assert table.returncode == 0 and re.search(r"total\s+7\s+1\s.*\s355,035", table.stdout)
     assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
-    as_json = json.loads(program.run("report", "7d", "--json").stdout)
-    assert as_json["summary"] == EXPECTED
+    assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
     wrong = program.run("report", "yesterday")
     assert wrong.returncode == 2 and "today" in wrong.stderr
-
-
-@contextmanager
-def opened(program):
-    store = app.Store(program.folder / "usage.db")
-    yield store
-    store.close()
 
 
 def lose(store, hours_ago, hours, reason="unreachable"):
@@ -315,8 +291,7 @@ def test_command_on_a_terminal_that_takes_ascii_only_ends_well(program, command)
 @pytest.mark.parametrize("command", ["report", "--help"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_command_whose_output_nobody_reads_ends_well(program, command, unbuffered):
-    with opened(program):
-        pass
+    opened(program).thing.close()
     words = [sys.executable, str(program.script), command]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -337,10 +312,9 @@ def test_wrong_configuration_ends_with_2_and_names_every_fault(program):
     assert checked.returncode == 1 and 'did you mean "dashboard_port"?' in checked.stdout
     assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["warni", "fault", "fault", "fault"]
     done = program.run("start", "--no-browser")
-    assert done.returncode == 2
-    assert all(key in done.stderr for key in ("cliproxy_port", "collect_mode", "management_password"))
-    assert 'did you mean "dashboard_port"?' in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for text in ("cliproxy_port", "collect_mode", "management_password", 'did you mean "dashboard_port"?'):
+        assert text in done.stderr
 
 
 def test_port_that_is_taken_ends_with_1_before_anything_is_popped(program, proxy):
@@ -348,7 +322,8 @@ def test_port_that_is_taken_ends_with_1_before_anything_is_popped(program, proxy
         port = other.getsockname()[1]
         configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_port=port)
         done = program.run("start", "--no-browser")
-    assert done.returncode == 1 and f"port {port} is in use" in done.stderr and "dashboard_port" in done.stderr
+    assert done.returncode == 1 and f"port {port} is in use" in done.stderr
+    assert f'"dashboard_port": {port + 1}' in done.stderr
     assert proxy.connections == 0 and "Traceback" not in done.stderr
 
 
@@ -358,9 +333,11 @@ def test_folder_that_cannot_be_written_ends_with_1_and_says_so(program):
     assert done.returncode == 1 and "/proc/usage.db cannot be opened" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_open_dashboard_says_so_on_the_console(serve):
-    running = serve(dashboard_host="0.0.0.0")
-    running.wait_for_line('"dashboard_password"')
+def test_who_can_open_the_page_is_said_on_the_console(serve, program):
+    serve(dashboard_host="0.0.0.0").wait_for_line('"dashboard_password"')
+    demo = program.start("demo", "--no-browser", "--port", str(free_port()))
+    assert "--host 127.0.0.1" in demo.wait_for_line("Everyone who reaches this machine can open it")
+    assert demo.terminate() == 0
 
 
 def test_closed_terminal_ends_the_program_unless_it_was_started_with_nohup(serve, proxy):
@@ -375,22 +352,19 @@ def test_closed_terminal_ends_the_program_unless_it_was_started_with_nohup(serve
     wait_for_events(running, STORED)
 
 
-def test_wrong_key_is_sent_once_over_restarts_and_check(program, proxy):
+@pytest.mark.parametrize("commands", [("start", "start", "check"), ("check", "check", "start")])
+def test_wrong_key_is_sent_once_whatever_is_called(program, proxy, commands):
     port = configure(program, cliproxy_port=proxy.port, management_password="wrong")
-    for _ in range(2):
-        running = start(program, port)
-        running.wait_for_line("state=wrong_password")
-        assert running.terminate() == 0
-    checked = program.run("check")
-    assert checked.returncode == 1 and "management_password" in checked.stdout
-    assert proxy.auth_attempts == 1
-
-
-def test_check_before_the_first_start_sends_a_wrong_key_once(program, proxy):
-    configure(program, cliproxy_port=proxy.port, management_password="wrong-key")
-    for _ in range(3):
-        assert "wrong_password" in program.run("check").stdout
-    assert proxy.failures == 1
+    for command in commands:
+        if command == "check":
+            checked = program.run("check")
+            assert checked.returncode == 1 and "wrong_password" in checked.stdout
+            assert "management_password" in checked.stdout
+        else:
+            running = start(program, port)
+            running.wait_for_line("state=wrong_password")
+            assert running.terminate() == 0
+    assert (proxy.auth_attempts, proxy.failures) == (1, 1)
 
 
 def test_logins_of_all_commands_together_are_limited_and_check_counts_them(program, tmp_path):
@@ -418,35 +392,16 @@ def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_se
 
 @pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish"])
 def test_check_without_a_key_names_a_strange_server(program, answer):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        configure(program, cliproxy_port=server.getsockname()[1])
+    class Strange(support.SocketServer):
+        def serve(self, stream):
+            stream.fill()
+            stream.send(answer)
 
-        def serve() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(100)
-                connection.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with Strange() as server:
+        configure(program, cliproxy_port=server.port)
         done = program.run("check")
-        thread.join(10)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^fault", done.stdout, re.M)
-
-
-def test_forced_quota_of_many_accounts_waits_for_the_end_of_the_round(serve, program, chatgpt):
-    write_accounts(program, 2)
-    chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
-    chatgpt.answer("tok-secret-1", body=QUOTA_BY_NAME["plus_5h_7d"]["body"], hold=True)
-    running = serve(env=chatgpt.environment)
-    forcing = threading.Thread(target=lambda: get(running.port, "/api/quota?force=1"), daemon=True)
-    forcing.start()
-    chatgpt.wait_for(lambda: len(chatgpt.requests) == 2)
-    refused = program.run("quota", "--force")
-    assert refused.returncode == 1 and "already running" in refused.stderr
-    chatgpt.release()
-    forcing.join(10)
 
 
 def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
@@ -528,13 +483,15 @@ def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program,
     assert stored_numbers(program) == [f"r{number}" for number in range(200)]
 
 
-def test_stop_while_quota_is_refreshed_stores_what_was_popped(serve, program, proxy, chatgpt):
+def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(serve, program, proxy, chatgpt):
     write_accounts(program, 1)
     chatgpt.answer("tok-secret-0", hold=True)
     running = serve(env=chatgpt.environment)
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as asking:
         asking.sendall(b"GET /api/quota?force=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         chatgpt.wait_for(lambda: chatgpt.requests)
+        refused = program.run("quota", "--force")
+        assert refused.returncode == 1 and "already running" in refused.stderr
         proxy.push(*numbered(100))
         proxy.wait_for(lambda: proxy.handed_over)
         assert running.terminate(timeout=3) == 0
@@ -542,52 +499,29 @@ def test_stop_while_quota_is_refreshed_stores_what_was_popped(serve, program, pr
     assert stored_numbers(program) == handed and proxy.lost == []
 
 
-class SlowClients(threading.Thread):
-    """Connections that send their request a byte at a time, that send nothing, and that never read."""
+def test_slow_clients_keep_neither_the_page_nor_the_collector(serve, proxy):
+    running = serve()
+    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with ExitStack() as stack:
 
-    def __init__(self, port, dribbling, idle, deaf):
-        super().__init__(daemon=True)
-        self.ended = threading.Event()
-        self._port = port
-        self._idle = [self._connect() for _ in range(idle)]
-        self._deaf = [self._connect(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100) for _ in range(deaf)]
-        self._dribbling = [self._connect() for _ in range(dribbling)]
+        def connect(first):
+            connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            stack.enter_context(connection).sendall(first)
+            return connection
 
-    def _connect(self, first=b""):
-        connection = socket.create_connection(("127.0.0.1", self._port), timeout=10)
-        connection.sendall(first)
-        return connection
-
-    def run(self):
-        while not self.ended.wait(0.2):
-            for number, connection in enumerate(self._dribbling):
+        for first in [b""] * 200 + [page * 100] * 20:  # they send nothing, or never read
+            connect(first)
+        slow = [connect(b"G") for _ in range(60)]
+        for count in range(100, 1001, 100):
+            for number, connection in enumerate(slow):
                 try:
                     connection.sendall(b"G")
                 except OSError:  # ended by the dashboard
-                    connection.close()
-                    self._dribbling[number] = self._connect()
-
-    def close(self):
-        self.ended.set()
-        self.join()
-        for connection in (*self._idle, *self._deaf, *self._dribbling):
-            connection.close()
-
-
-def test_slow_clients_keep_neither_the_page_nor_the_collector(serve, proxy):
-    running = serve()
-    slow = SlowClients(running.port, dribbling=60, idle=200, deaf=20)
-    slow.start()
-    try:
-        for count in range(100, 1001, 100):
+                    slow[number] = connect(b"G")
             proxy.push(*numbered(100))
             wait_for_events(running, count)
             assert get(running.port, "/api/summary?range=24h")["summary"]["requests"] >= count
-            with closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)) as page:
-                page.request("GET", "/")
-                assert page.getresponse().status == 200
-    finally:
-        slow.close()
+            assert connect(page).recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, program, proxy):
@@ -616,13 +550,8 @@ def test_check_is_well_with_a_good_set_up(program, proxy):
     proxy.push(*shifted())
     done = program.run("check")
     assert done.returncode == 0, done.stdout
-    for text in (
-        "account files: 3",
-        "proxy v7.2.140",
-        "publishes its usage",
-        "remembers for 60 s and is asked every 0.1 s",
-        "the proxy's clock and this machine's agree",
-    ):
+    for text in ("account files: 3", "proxy v7.2.140", "the proxy's clock and this machine's agree",
+                 "publishes its usage", "remembers for 60 s and is asked every 0.1 s"):  # fmt: skip
         assert text in done.stdout
     assert proxy.queued == len(SAMPLES)  # nothing was popped
 
@@ -649,12 +578,10 @@ def test_check_names_accounts_that_need_a_person(program, chatgpt):
     program.run("quota", "--force", env=chatgpt.environment)
     done = program.run("check")
     assert done.returncode == 1
-    for name, state, remedy in (
-        ("user1@example.com", "relogin", "sign in again in the proxy"),
-        ("user2@example.com", "deactivated", "deactivated"),
-        ("user3@example.com", "no token", "sign in again in the proxy"),
-    ):
-        assert re.search(f"^warning {name}.*: {state}\n +→ .*{remedy}", done.stdout, re.M), done.stdout
+    again = "sign in again in the proxy"
+    for number, state, remedy in ((1, "relogin", again), (2, "deactivated", "deactivated"), (3, "no token", again)):
+        told = f"^warning user{number}@example.com.*: {state}\n +→ .*{remedy}"
+        assert re.search(told, done.stdout, re.M), done.stdout
     assert re.search("^ok      user4@example.com.* is disabled", done.stdout, re.M)
     assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
 
@@ -685,13 +612,11 @@ def test_check_before_the_first_start_says_how_many_events_are_taken_in(program)
     assert re.search("^ok      database: 3 events", program.run("check").stdout, re.M)
 
 
-def test_start_on_a_database_of_the_original_says_what_is_being_done(program, proxy):
-    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key")
+def test_start_on_a_database_of_the_original_says_what_is_being_done(serve, program):
     make_original(program.folder / "usage.db", ORIGINAL_ROWS)
-    running = start(program, port)
+    running = serve()
     assert any("adopting 3 rows" in line for line in running.lines)
-    assert get(port, "/api/summary?range=all")["summary"]["requests"] == 3
-    assert running.terminate() == 0
+    assert get(running.port, "/api/summary?range=all")["summary"]["requests"] == 3
 
 
 def test_check_shows_no_control_letters_of_file_names(program):
@@ -704,13 +629,11 @@ def test_check_shows_no_control_letters_of_file_names(program):
     assert all(letter.isprintable() for letter in done.stdout.replace("\n", ""))
 
 
-def test_check_names_a_dashboard_that_refuses_or_is_another_program(program, proxy):
-    port = configure(program, cliproxy_port=proxy.port, management_password="secret-key", dashboard_password="a")
-    running = start(program, port)
+def test_check_names_a_dashboard_that_refuses_or_is_another_program(serve, program, proxy):
+    port = serve(dashboard_password="a").port
     configure(program, cliproxy_port=proxy.port, dashboard_port=port, dashboard_password="b")
     done = program.run("check")
     assert done.returncode == 1 and re.search(f"port {port} answers: .*\n +→ correct dashboard_password", done.stdout)
-    assert running.terminate() == 0
 
 
 def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
@@ -723,18 +646,10 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     quotas = get(port, "/api/quota")["quotas"]
     assert health["demo"] is True and summary["summary"]["requests"] > 3000 and summary["summary"]["failed"] > 20
     assert len({row["account"] for row in summary["accounts"]}) >= 8 and summary["outages"]
-    left = [row["primary_remaining_percent"] for row in quotas if row["primary_remaining_percent"] is not None]
-    assert {"good" if value > 30 else "low" if value >= 10 else "bad" for value in left} == {"good", "low", "bad"}
     assert {"limited", "relogin", "ok"} <= {row["state"] for row in quotas}
     assert running.terminate() == 0
     left = {path.name for path in program.folder.iterdir() if not path.name.startswith("__")}
     assert left == {"config.example.json", "config.json", "usage-dashboard.html", "usage_dashboard.py"}
-
-
-def test_demo_says_who_can_open_it(program):
-    running = program.start("demo", "--no-browser", "--port", str(free_port()))
-    assert "--host 127.0.0.1" in running.wait_for_line("Everyone who reaches this machine can open it")
-    assert running.terminate() == 0
 
 
 def test_bare_command_and_help_name_every_command(program):

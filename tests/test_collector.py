@@ -354,7 +354,7 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
 
 
 def wait_for_turns(run):
-    """Give a subscriber that waits without the stop event some turns."""
+    """Wait for some turns of a subscriber, which waits without the stop event."""
     seen = time.monotonic() + 0.3
     run.wait_for(lambda: time.monotonic() > seen)
 

@@ -299,7 +299,7 @@ def test_collector_whose_database_is_damaged_leaves_it_so_and_goes_on_once_it_is
 
 
 def replace_content(path, content) -> None:
-    """Write a file anew without giving it another inode, as cp does."""
+    """Overwrite a file in place, without another inode, as cp does."""
     with path.open("r+b") as file:
         file.truncate()
         file.write(content)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from support import free_port
@@ -60,10 +61,6 @@ def coded_rows(text, columns):
 # ---- configuration, commands, states ---------------------------------------------------------------------
 
 
-def test_readme_is_short():
-    assert len(README.encode()) <= 20 * 1024
-
-
 @FOR_USERS
 def test_config_table_holds_every_key_with_its_default(name):
     documented = {key: json.loads(default.strip("`")) for key, (default, meaning) in coded_rows(FILES[name], 3).items()
@@ -112,9 +109,8 @@ def flags(program):
 def test_commands_and_flags_are_told(name, flags):
     assert {"start", "check"} <= set(flags)
     told = coded_rows(FILES[name], 2)
-    assert {command for command in told if "usage_dashboard.py" in command} == {
-        f"python3 usage_dashboard.py {command}" for command in flags
-    }
+    commands = {f"python3 usage_dashboard.py {command}" for command in flags}
+    assert {command for command in told if "usage_dashboard.py" in command} == commands
     ranges = told["python3 usage_dashboard.py report"][0]
     assert [word for word in quoted(ranges) if word in app.RANGE_NAMES] == list(app.RANGE_NAMES)
     of = {}
@@ -135,18 +131,14 @@ def test_every_command_line_shown_is_understood(flags):
             assert not rest, words
 
 
-def test_states_of_the_collector_say_what_the_program_says():
+def test_states_say_what_the_program_says():
     told = coded_rows(section(README, "Troubleshooting"), 2)
     assert {state: text for state, (text,) in told.items()} == app.STATE_REMEDIES
-
-
-def test_states_of_an_account_say_what_the_program_says():
-    told = coded_rows(section(API, "States of an account"), 2)
-    texts = {state: told.pop(state)[0] for state in app.QUOTA_MESSAGES}
-    assert texts == app.QUOTA_MESSAGES
-    assert {word for row in table(section(API, "States of an account")) for word in quoted(row[0])} - set(texts) == {
-        "ok", "limited", "reset_due", "no_windows"
-    }  # fmt: skip
+    of_accounts = section(API, "States of an account")
+    told = coded_rows(of_accounts, 2)
+    assert {state: told[state][0] for state in app.QUOTA_MESSAGES} == app.QUOTA_MESSAGES
+    states = {word for row in table(of_accounts) for word in quoted(row[0])}
+    assert states - set(app.QUOTA_MESSAGES) == {"ok", "limited", "reset_due", "no_windows"}
 
 
 def test_vietnamese_page_tells_every_state_of_the_collector():
@@ -164,26 +156,21 @@ def test_proxy_is_switched_on_before_the_first_command(name):
 
 
 @FOR_USERS
-def test_users_of_the_original_are_told_what_becomes_of_the_old_script(name):
-    text = section(FILES[name], "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
+def test_users_of_the_original_and_of_a_minimal_system_are_told_what_they_need(name):
+    text = FILES[name]
+    for tool in ("sqlite3 usage.db", "lsof -i"):
+        assert tool in text and f"apt install {tool.split()[0]}" in text
+    text = section(text, "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
     for words in ("rm usage-dashboard.py", "pkill -f usage-dashboard.py", "pkill -f usage_dashboard.py", "queue_key"):
         assert words in text
 
 
-@FOR_USERS
-def test_what_a_minimal_system_lacks_comes_with_its_package(name):
-    text = FILES[name]
-    for tool in ("sqlite3 usage.db", "lsof -i"):
-        assert tool in text and f"apt install {tool.split()[0]}" in text
-
-
-def test_version_and_licence_are_told():
+def test_readme_is_short_and_tells_version_and_licence():
+    assert len(README.encode()) <= 20 * 1024
     assert f"**{app.__version__.rsplit('.', 1)[0]}**" in section(README, "Changelog")
-    for words in (
-        "Developed by TTAI Solutions Software, <https://ttaisolutions.com>.",
-        "Copyright 2025 CLIProxyAPI Usage Dashboard. Proprietary software. All rights reserved.",
-    ):
-        assert words in section(README, "Support and licence")
+    licence = section(README, "Support and licence")
+    assert "Developed by TTAI Solutions Software, <https://ttaisolutions.com>." in licence
+    assert "Copyright 2025 CLIProxyAPI Usage Dashboard. Proprietary software. All rights reserved." in licence
 
 
 # ---- links and files -------------------------------------------------------------------------------------
@@ -205,10 +192,8 @@ def test_links_lead_somewhere(name):
 
 
 def test_files_named_in_the_docs_exist():
-    named = re.compile(
-        r"\b(usage_dashboard\.py|usage-dashboard\.html|config\.example\.json|tests/[\w./]+\w|[\w-]+\.service)\b"
-    )
-    names = {name for text in FILES.values() for name in named.findall(text)}
+    named = r"\b(usage_dashboard\.py|usage-dashboard\.html|config\.example\.json|tests/[\w./]+\w|[\w-]+\.service)\b"
+    names = {name for text in FILES.values() for name in re.findall(named, text)}
     assert len(names) > 6
     assert not [name for name in names if not (ROOT / name).exists()]
 
@@ -226,13 +211,10 @@ class Served:
         running.wait_for_line(f":{self.port}", timeout=30)
 
     def ask(self, path):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             connection.request("GET", path)
             reply = connection.getresponse()
             return reply.status, json.loads(reply.read())
-        finally:
-            connection.close()
 
 
 def test_routes_are_told():
@@ -241,42 +223,20 @@ def test_routes_are_told():
     assert all(re.search(rf"^## `{re.escape(path)}`$", API, re.M) for path in app.ROUTES)
 
 
-def merged(one, other):
-    """Return the shape that two shapes have together; an unknown one gives way."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
-    if isinstance(one, list) and isinstance(other, list):
-        return [merged((one or [None])[0], (other or [None])[0])]
-    return other if one is None else one
+def keys_in(value, path=()):
+    """Return the path of every key in an answer, all the way down."""
+    items = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = [("[]", item) for item in value]
+    return {path}.union(*(keys_in(item, (*path, key)) for key, item in items))
 
 
-def shape(value):
-    """Return the keys of an answer all the way down; a list has the shape of all its items together."""
-    if isinstance(value, dict):
-        return {key: shape(item) for key, item in value.items()}
-    if not isinstance(value, list):
-        return None
-    whole = None
-    for item in value:
-        whole = merged(whole, shape(item))
-    return [whole]
-
-
-def differences(shown, real, path=""):
-    """Return where an example differs from the answer; one with "…" may leave keys out, a null tells no more."""
-    if real is None:
-        return []
-    if type(shown) is not type(real):
-        return [path]
-    if isinstance(shown, list):
-        return differences(shown[0], real[0], path + "[]")
-    if not isinstance(shown, dict):
-        return []
-    left_out = set() if "…" in shown else set(real) - set(shown)
-    wrong = [f"{path}.{key}" for key in (set(shown) - {"…"} - set(real)) | left_out]
-    for key in set(shown) & set(real):
-        wrong += differences(shown[key], real[key], f"{path}.{key}")
-    return wrong
+def differences(shown, real):
+    """Return the keys that one of two answers lacks; "…" stands for more keys, and a null that came tells no more."""
+    shown, real = keys_in(shown), keys_in(real)
+    known = {path[:-1] for path in real}
+    too_many = [path for path in shown - real if path[-1] != "…" and path[:-1] in known]
+    return too_many + [path for path in real - shown if path[:-1] in shown and (*path[:-1], "…") not in shown]
 
 
 def example(path):
@@ -287,13 +247,13 @@ def test_examples_of_answers_have_the_real_keys(program):
     demo = Served(program, "demo")
     for path in ("/api/summary", "/api/quota", "/api/requests"):
         status, real = demo.ask(path + "?range=7d")
-        assert status == 200 and differences(shape(example(path)), shape(real)) == [], path
+        assert status == 200 and differences(example(path), real) == [], path
 
 
 def test_example_of_health_has_the_real_keys(program, proxy):
     (program.folder / "config.json").write_text(json.dumps({"cliproxy_port": proxy.port, "management_password": "no"}))
     status, real = Served(program, "start").ask("/api/health")
-    assert status == 200 and differences(shape(example("/api/health")), shape(real)) == []
+    assert status == 200 and differences(example("/api/health"), real) == []
 
 
 def test_parameters_and_errors_are_told(program):
@@ -301,11 +261,8 @@ def test_parameters_and_errors_are_told(program):
     told = {word for row in table(API) for word in quoted(row[0]) if re.fullmatch(r"[a-z_]+", word)}
     read = set(re.findall(r"""(?:query|self)\.(?:get|choice|whole|moment)\(["'](\w+)["']""", SCRIPT))
     assert {"range", "limit", "account"} <= read <= told | {"bucket", "force"}
-    for route, name in (
-        ("summary", "range"), ("summary", "start"), ("requests", "end"), ("summary", "tz_offset"),
-        ("summary", "status"), ("summary", "bucket"), ("requests", "limit"), ("requests", "before"),
-    ):  # fmt: skip
-        status, answer = demo.ask(f"/api/{route}?{name}=%2E")
+    for name in "range start end tz_offset status bucket limit before".split():
+        status, answer = demo.ask(f"/api/{'requests' if name in ('end', 'limit', 'before') else 'summary'}?{name}=%2E")
         assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
     assert demo.ask("/api/requests?limit=0")[1] == json.loads(blocks(section(API, "Errors"), "json")[0])
     codes = {code for row in table(section(API, "Errors")) for cell in row for code in quoted(cell)}
@@ -336,12 +293,9 @@ def example_site(program):
     (place,), (word,) = blocks(steps, "html"), blocks(steps, "text")
     (source,) = blocks(steps, "js")
     put_in(program.script, (r"^ROUTES\b", "before", function + "\n\n"), (r"^ROUTES\b.*\n", "behind", entry))
-    put_in(
-        program.folder / "usage-dashboard.html",
-        (r'<span id="version">', "before", place.strip()),
-        (r'<script type="text/plain" id="i18n">\n', "behind", word),
-        (r"^ *const SOURCES = \{\n", "behind", source),
-    )
+    put_in(program.folder / "usage-dashboard.html", (r'<span id="version">', "before", place.strip()),
+           (r'<script type="text/plain" id="i18n">\n', "behind", word),
+           (r"^ *const SOURCES = \{\n", "behind", source))  # fmt: skip
     return Served(program, "demo")
 
 
@@ -365,41 +319,22 @@ def test_worked_example_shows_on_the_page(example_site, browser):
 # ---- the unit file ---------------------------------------------------------------------------------------
 
 
-def unit_values():
+def test_unit_has_its_values_and_leaves_the_program_time_to_stop():
     lines = UNIT.read_text(encoding="utf-8").splitlines()
-    return [line.partition("=")[::2] for line in lines if "=" in line and not line.startswith("#")]
-
-
-def test_unit_has_its_values():
+    pairs = [line.partition("=")[::2] for line in lines if "=" in line and not line.startswith("#")]
     expected = {
-        "Description": "CLIProxyAPI Usage Dashboard",
-        "After": "network.target",
-        "Type": "simple",
-        "User": "admin",
-        "WorkingDirectory": FOLDER,
-        "ExecStart": f"/usr/bin/python3 {FOLDER}/usage_dashboard.py start --no-browser",
-        "Restart": "always",
-        "RestartSec": "10",
-        "RestartPreventExitStatus": str(app.ConfigError.exit_code),
-        "SyslogIdentifier": "usage-dashboard",
-        "NoNewPrivileges": "yes",
-        "ProtectSystem": "strict",
-        "ReadWritePaths": FOLDER,
-        "PrivateTmp": "yes",
-        "MemoryMax": "256M",
-        "MemoryDenyWriteExecute": "yes",
-        "ProtectProc": "invisible",
-        "RemoveIPC": "yes",
+        "Description": "CLIProxyAPI Usage Dashboard", "After": "network.target", "Type": "simple", "User": "admin",
+        "WorkingDirectory": FOLDER, "ExecStart": f"/usr/bin/python3 {FOLDER}/usage_dashboard.py start --no-browser",
+        "Restart": "always", "RestartSec": "10", "RestartPreventExitStatus": str(app.ConfigError.exit_code),
+        "SyslogIdentifier": "usage-dashboard", "NoNewPrivileges": "yes", "ProtectSystem": "strict",
+        "ReadWritePaths": FOLDER, "PrivateTmp": "yes", "MemoryMax": "256M",
+        "MemoryDenyWriteExecute": "yes", "ProtectProc": "invisible", "RemoveIPC": "yes",
         "WantedBy": "multi-user.target",
-    }
-    values = dict(unit_values())
+    }  # fmt: skip
+    values = dict(pairs)
     assert {name: values.get(name) for name in expected} == expected
-    assert len([name for name, _ in unit_values() if name != "SystemCallFilter"]) == len(values) - 1
-    assert values.get("ProtectHome", "no") in ("no", "read-only")
-
-
-def test_unit_leaves_the_program_time_to_stop():
-    assert 3 < int(dict(unit_values())["TimeoutStopSec"]) <= 30
+    assert len([name for name, _ in pairs if name != "SystemCallFilter"]) == len(values) - 1
+    assert values.get("ProtectHome", "no") in ("no", "read-only") and 3 < int(values["TimeoutStopSec"]) <= 30
 
 
 @FOR_USERS
@@ -416,10 +351,8 @@ def test_systemd_accepts_the_unit(tmp_path):
     copy, python = tmp_path / UNIT.name, tmp_path / "python3"
     python.symlink_to(sys.executable)  # a path without a space in it
     copy.write_text(UNIT.read_text(encoding="utf-8").replace("/usr/bin/python3", str(python)), encoding="utf-8")
-    done = subprocess.run(
-        ["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", errors="replace", timeout=60, check=False,
-    )  # fmt: skip
+    done = subprocess.run(["systemd-analyze", "verify", str(copy)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          encoding="utf-8", errors="replace", timeout=60, check=False)  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if UNIT.name in line]
     assert (done.returncode, lines) == (0, []), done.stdout
 

@@ -38,8 +38,7 @@ def test_samples_of_several_releases_become_the_expected_events():
 def test_failed_sample_keeps_its_status_and_a_short_reason():
     failed = app.parse_events(SAMPLES).events[3]
     assert (failed.failed, failed.status_code, failed.ttft_ms, failed.latency_ms) == (1, 401, None, 388)
-    said = "401 token_expired: Provided authentication token is expired. Please try signing in again."
-    assert failed.error == said
+    assert failed.error == "401 token_expired: Provided authentication token is expired. Please try signing in again."
 
 
 def test_nothing_secret_of_the_samples_is_kept():
@@ -120,8 +119,7 @@ def test_value_that_is_no_event_is_parked_with_its_reason_and_its_neighbours_kep
 
 def test_pieces_that_only_fit_together_are_not_taken_for_events():
     whole = SAMPLES[0]
-    pieces = [whole + b"," + whole, whole[:40], whole[40:], SAMPLES[2]]
-    parsed = app.parse_events(pieces)
+    parsed = app.parse_events([whole + b"," + whole, whole[:40], whole[40:], SAMPLES[2]])
     assert [event.model for event in parsed.events] == ["gpt-5.4"]
     assert len(parsed.rejects) == 3
 
@@ -142,17 +140,10 @@ def test_objects_that_were_json_already_are_taken_too():
     assert app.parse_events([json.loads(SAMPLES[0])]).events == app.parse_events([SAMPLES[0]]).events
 
 
-@pytest.mark.parametrize(
-    ("source", "kept"),
-    [
-        ("an.nguyen@gmail.com", "an.nguyen@gmail.com"),
-        ("", ""),
-        ("short", "… #f9b0078b"[:8]),
-        ("sk-proj-0123456789abcdef", "sk-…cdef #"),
-        ("not@mail", "… #"),
-        ("a b@c.de", "… #"),
-    ],
-)
+@pytest.mark.parametrize(("source", "kept"), [
+    ("an.nguyen@gmail.com", "an.nguyen@gmail.com"), ("", ""), ("short", "… #f9b007"), ("not@mail", "… #"),
+    ("sk-proj-0123456789abcdef", "sk-…cdef #"), ("a b@c.de", "… #"),
+])  # fmt: skip
 def test_source_that_may_be_a_key_is_masked(source, kept):
     masked = parse_one(source=source).context.source
     assert masked.startswith(kept) and (source == "" or "@" in kept or source not in masked)
@@ -163,35 +154,23 @@ def test_mask_is_stable_and_tells_keys_apart():
     assert app.mask_key("sk-aaaaaaaaaaaaaaaa-0001") != app.mask_key("sk-bbbbbbbbbbbbbbbb-0001")
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "said"),
-    [
-        (429, '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","resets_at":1}}',
-         "429 usage_limit_reached: The usage limit has been reached"),
-        (529, '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}',
-         "529 overloaded_error: Overloaded"),
-        (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]',
-         "429 RESOURCE_EXHAUSTED: Quota"),
-        (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
-        (401, '{"detail":"Unauthorized"}', "401 Unauthorized"),
-        (502, "<html>secret prompt</html>", "502 Bad Gateway"),
-        (500, "context canceled: my prompt", "500 Internal Server Error"),
-        (499, "", "499 Client Closed Request"),
-        (200, "", "200 stream broken off"),
-        (999, None, "999"),
-        (None, "x", None),
-        (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}',
-         "400 key … of … at … is bad"),
-        (400, '{"error":{"message":"organization limit of skilled users"}}', "400 organization limit of skilled users"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("status", "body", "said"), [
+    (429, '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","resets_at":1}}',
+     "429 usage_limit_reached: The usage limit has been reached"),
+    (529, '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}',
+     "529 overloaded_error: Overloaded"),
+    (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]', "429 RESOURCE_EXHAUSTED: Quota"),
+    (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
+    (401, '{"detail":"Unauthorized"}', "401 Unauthorized"), (502, "<html>secret prompt</html>", "502 Bad Gateway"),
+    (500, "context canceled: my prompt", "500 Internal Server Error"), (499, "", "499 Client Closed Request"),
+    (200, "", "200 stream broken off"), (999, None, "999"), (None, "x", None),
+    (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}',
+     "400 key … of … at … is bad"),
+    (400, '{"error":{"message":"organization limit of skilled users"}}', "400 organization limit of skilled users"),
+    (400, json.dumps({"error": {"code": "bad", "message": "word " * 500}}), ("400 bad: " + "word " * 31)[:159] + "…"),
+])  # fmt: skip
 def test_reason_of_a_failure_is_short_and_without_secrets(status, body, said):
     assert app.failure_reason(status, body) == said
-
-
-def test_reason_of_a_failure_is_at_most_160_characters():
-    body = json.dumps({"error": {"code": "bad", "message": "word " * 500}})
-    assert len(app.failure_reason(400, body)) == 160
 
 
 def test_failed_without_fail_and_fail_without_failed_are_understood():
@@ -227,17 +206,11 @@ def test_quota_headers_of_a_codex_reply_are_kept_and_no_other_header():
     assert (event.quota_headers, event.plan) == (kept, "plus")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"provider": "claude", "response_headers": QUOTA_HEADERS},
-        {"response_headers": {"Set-Cookie": ["__cf_bm=secret"]}},
-        {"response_headers": {f"X-Codex-{number}": ["1"] for number in range(81)}},
-        {"response_headers": {"X-Codex-Plan-Type": [7]}},
-        {"response_headers": ["X-Codex-Plan-Type"]},
-        {},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {"provider": "claude", "response_headers": QUOTA_HEADERS}, {"response_headers": {"Set-Cookie": ["__cf_bm=secret"]}},
+    {"response_headers": {f"X-Codex-{number}": ["1"] for number in range(81)}}, {},
+    {"response_headers": {"X-Codex-Plan-Type": [7]}}, {"response_headers": ["X-Codex-Plan-Type"]},
+])  # fmt: skip
 def test_reply_without_sound_quota_headers_of_codex_has_none(changes):
     event = parse_one(**changes)
     assert (event.quota_headers, event.plan) == (None, "")
@@ -264,20 +237,16 @@ def test_account_is_the_last_mail_seen_with_an_index():
 
 
 def test_account_without_a_mail_is_the_source_else_the_index():
-    assert names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", "")) == {
-        "AIz…0001 #8d9271": [1],
-        "index bb": [2],
-    }
+    nameless = names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", ""))
+    assert nameless == {"AIz…0001 #8d9271": [1], "index bb": [2]}
 
 
 def test_two_live_indexes_of_one_mail_are_two_accounts_told_apart_by_plan_or_tag():
-    twins = names(
-        identity(1, "aa", "a@x.com", plan="plus", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999)
-    )
-    assert twins == {"a@x.com (plus)": [1], "a@x.com (team)": [2]}
-    same_plan = names(
-        identity(1, "aa", "a@x.com", plan="team", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999)
-    )
+    def twin(number, index, plan):
+        return identity(number, index, "a@x.com", plan=plan, last=9999)
+
+    assert names(twin(1, "aa", "plus"), twin(2, "bb", "team")) == {"a@x.com (plus)": [1], "a@x.com (team)": [2]}
+    same_plan = names(twin(1, "aa", "team"), twin(2, "bb", "team"))
     assert sorted(same_plan.values()) == [[1], [2]] and all(name.startswith("a@x.com (#") for name in same_plan)
 
 
@@ -289,7 +258,5 @@ def test_index_that_changed_with_a_new_login_joins_the_old_one():
 
 
 def test_one_mail_at_two_providers_is_two_accounts():
-    assert names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude")) == {
-        "a@x.com (codex)": [1],
-        "a@x.com (claude)": [2],
-    }
+    both = names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude"))
+    assert both == {"a@x.com (codex)": [1], "a@x.com (claude)": [2]}

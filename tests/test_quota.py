@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from pathlib import Path
 
@@ -38,6 +37,10 @@ def test_sample_reply_gives_the_expected_windows(sample):
         assert other in [{"seconds": one.seconds, "used_percent": one.used_percent} for one in reading.windows]
 
 
+def window(used_percent, seconds=18000):
+    return {"used_percent": used_percent, "limit_window_seconds": seconds}
+
+
 def body(primary=None, secondary=None, **limits):
     return {"rate_limit": {"primary_window": primary, "secondary_window": secondary, **limits}}
 
@@ -48,19 +51,19 @@ def test_window_is_named_by_its_length():
     assert {seconds: app.window_label(seconds) for seconds in labels} == labels
 
 
-def test_slot_decides_only_where_no_length_is_given():
-    reading = app.parse_quota(body({"used_percent": 10}, {"used_percent": 20, "limit_window_seconds": 0}), NOW)
-    assert (reading.five_hour.used_percent, reading.weekly.used_percent) == (10, 20)
-    swapped = body(
-        {"used_percent": 1, "limit_window_seconds": 604800}, {"used_percent": 2, "limit_window_seconds": 18000}
-    )
-    assert app.parse_quota(swapped, NOW).five_hour.used_percent == 2
-
-
-def test_of_two_windows_of_one_length_the_fuller_counts_and_both_are_listed():
-    twice = body({"used_percent": 1, "limit_window_seconds": 18000}, {"used_percent": 9, "limit_window_seconds": 18000})
-    reading = app.parse_quota(twice, NOW)
-    assert (reading.five_hour.used_percent, reading.weekly, len(reading.windows)) == (9, None, 2)
+@pytest.mark.parametrize(
+    ("sent", "five_hour", "weekly", "state"),
+    [
+        (body({"used_percent": 10}, window(20, 0)), 10, 20, "ok"),  # the slot decides only where no length is given
+        (body(window(1, 604800), window(2)), 2, 1, "ok"),
+        (body(window(1), window(9)), 9, None, "ok"),  # of two windows of one length the fuller counts
+        (body(window(0), window(100, 604800), allowed=True, limit_reached=False), 0, 100, "limited"),
+    ],
+)
+def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, five_hour, weekly, state):
+    reading = app.parse_quota(sent, NOW)
+    used = [window and window.used_percent for window in (reading.five_hour, reading.weekly)]
+    assert (used, reading.state, len(reading.windows)) == ([five_hour, weekly], state, 2)
 
 
 NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400", 10**400]
@@ -71,34 +74,25 @@ NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400"
     [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
-    window = app.parse_quota(body({"used_percent": sent, "limit_window_seconds": 18000}), NOW).five_hour
-    assert window.used_percent == used
-    assert window.remaining_percent == (None if used is None else 100 - used)
+    five_hour = app.parse_quota(body(window(sent)), NOW).five_hour
+    assert five_hour.used_percent == used
+    assert five_hour.remaining_percent == (None if used is None else 100 - used)
 
 
 @pytest.mark.parametrize(
-    ("window", "reset_at"),
-    [
-        ({"reset_at": 1800000100}, 1800000100),
-        ({"reset_at": 1800000100000}, 1800000100),
-        ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60),
-        ({"reset_at": "soon"}, None),
-        ({"reset_after_seconds": -1}, None),
-        ({"reset_at": 10**30}, None),
-        ({"reset_at": 1500000000}, None),  # before there was any such window
-        ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60),
-        ({"reset_after_seconds": 1e300}, None),
-        ({}, None),
-    ],
-)
-def test_reset_time_is_taken_in_every_form_or_unknown(window, reset_at):
-    assert app.parse_quota(body({"limit_window_seconds": 18000, **window}), NOW).five_hour.reset_at == reset_at
+    ("sent", "reset_at"),
+    [({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
+     ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None),
+     ({"reset_after_seconds": -1}, None), ({"reset_at": 10**30}, None), ({}, None),
+     ({"reset_at": 1500000000}, None),  # before there was any such window
+     ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60), ({"reset_after_seconds": 1e300}, None)],
+)  # fmt: skip
+def test_reset_time_is_taken_in_every_form_or_unknown(sent, reset_at):
+    assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).five_hour.reset_at == reset_at
 
 
-FIELDS = [
-    "plan_type", "rate_limit", "credits", "additional_rate_limits", "code_review_rate_limit", "primary_window",
-    "secondary_window", "allowed", "limit_reached",
-]  # fmt: skip
+FIELDS = """plan_type rate_limit credits additional_rate_limits code_review_rate_limit primary_window secondary_window
+    allowed limit_reached""".split()
 
 
 @pytest.mark.parametrize("wrong", [None, True, 7, "x", [], {}, [1, {"a": 2}]])
@@ -109,30 +103,10 @@ def test_wrong_type_in_any_field_never_fails(field, wrong):
     app.snapshot_of(account_file(), payload, NOW)
 
 
-def test_weekly_at_zero_is_limited_whatever_the_five_hours_say():
-    spent = body(
-        {"used_percent": 0, "limit_window_seconds": 18000},
-        {"used_percent": 100, "limit_window_seconds": 604800},
-        allowed=True,
-        limit_reached=False,
-    )
-    assert app.parse_quota(spent, NOW).state == "limited"
-
-
 def account_file(**changes) -> app.AccountFile:
     base = dict(name="codex-a.json", email="an@example.com", account_id="acc-1", plan="plus",
                 access_token="tok-secret-1", disabled=False, proxy_url="", freshness="")  # fmt: skip
     return app.AccountFile(**{**base, **changes})
-
-
-def test_snapshot_row_has_no_identity_of_the_reply():
-    row = app.snapshot_of(account_file(), QUOTA_BY_NAME["plus_5h_7d"]["body"], NOW)
-    text = json.dumps(row)
-    for secret in ("user-SAMPLE", "sample@example.invalid", "tok-secret", "acc-1"):
-        assert secret not in text
-    assert json.loads(row["raw_json"])["plan_type"] == "plus"
-    assert (row["primary_remaining_percent"], row["secondary_remaining_percent"]) == (77, 59)
-    assert row["primary_reset_at"] == "2027-01-15T10:31:40Z"
 
 
 def jwt(claims) -> str:
@@ -159,43 +133,37 @@ def test_account_file_is_known_by_its_content_not_its_name(tmp_path):
     assert ([file.name for file in files], problems, folder) == (["whatever.JSON"], [], tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"type": "codex"', "[]", "null", "\x00\x01", "[" * 5000])
+BAD_TOKEN = json.dumps({**CODEX, "access_token": "a\nHost: evil"})
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"type": "codex"', "[]", "null", "\x00\x01", "[" * 5000, BAD_TOKEN])
 def test_half_written_or_strange_file_is_named_and_skipped(tmp_path, content):
     write(tmp_path, "codex-a.json", CODEX)
     write(tmp_path, "codex-b.json", content)
-    _, files, problems = app.find_account_files([tmp_path])
+    _, files, (problem,) = app.find_account_files([tmp_path])
     assert [file.name for file in files] == ["codex-a.json"]
-    assert len(problems) == 1 and problems[0].startswith("codex-b.json is skipped")
+    assert problem.startswith("codex-b.json is skipped") and "evil" not in problem
+    assert ("cannot be sent" in problem) == (content == BAD_TOKEN)
 
 
-def test_token_that_cannot_be_a_header_is_refused(tmp_path):
-    write(tmp_path, "codex-a.json", {**CODEX, "access_token": "a\nHost: evil"})
-    _, files, problems = app.find_account_files([tmp_path])
-    assert files == [] and "cannot be sent" in problems[0] and "evil" not in problems[0]
-
-
-def test_old_and_new_file_of_one_login_are_one_account_with_the_newer_token(tmp_path):
-    write(tmp_path, "codex-a.json", {**CODEX, "last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"})
-    write(tmp_path, "codex-b.json", {**CODEX, "last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"})
-    write(tmp_path, "codex-c.json", {**CODEX, "account_id": "acc-2"})
-    files = app.find_account_files([tmp_path])[1]
-    assert sorted(file.access_token for file in files) == ["new", "tok-1"]
-    assert len({file.tag for file in files}) == 2
-
-
-def test_old_file_without_the_account_id_is_of_the_login_that_has_its_mail(tmp_path):
-    write(tmp_path, "codex-new.json", {**CODEX, "access_token": "new", "last_refresh": "2026-05-02T00:00:00Z"})
-    old = {**CODEX, "access_token": "old", "account_id": "", "last_refresh": "2026-05-01T00:00:00Z"}
-    write(tmp_path, "codex-a.json", old)
-    (file,) = app.find_account_files([tmp_path])[1]
-    assert (file.access_token, file.account_id) == ("new", "acc-1")
-
-
-def test_file_without_the_account_id_of_a_mail_with_two_logins_stays_apart(tmp_path):
-    for number in (1, 2):
-        write(tmp_path, f"codex-{number}.json", {**CODEX, "account_id": f"acc-{number}"})
-    write(tmp_path, "codex-old.json", {**CODEX, "account_id": ""})
-    assert len(app.find_account_files([tmp_path])[1]) == 3
+@pytest.mark.parametrize(
+    ("files", "accounts"),
+    [
+        ([{"last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"},
+          {"last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"}, {"account_id": "acc-2"}],
+         [("acc-1", "new"), ("acc-2", "tok-1")]),
+        ([{"last_refresh": "2026-05-01T00:00:00Z", "access_token": "old", "account_id": ""},
+          {"last_refresh": "2026-05-02T00:00:00Z", "access_token": "new"}], [("acc-1", "new")]),
+        ([{}, {"account_id": "acc-2"}, {"account_id": ""}], [("", "tok-1"), ("acc-1", "tok-1"), ("acc-2", "tok-1")]),
+    ],
+    ids=["two-files-of-a-login", "old-without-the-id", "id-less-beside-two-logins"],
+)  # fmt: skip
+def test_files_of_one_login_are_one_account_with_the_newest_token(tmp_path, files, accounts):
+    for number, changes in enumerate(files):
+        write(tmp_path, f"codex-{number}.json", {**CODEX, **changes})
+    found = app.find_account_files([tmp_path])[1]
+    assert sorted((file.account_id, file.access_token) for file in found) == accounts
+    assert len({file.tag for file in found}) == len(accounts)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +178,8 @@ def test_end_of_the_subscription_is_read_in_any_form(tmp_path, sent, shown):
 
 
 def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
-    claims = {
-        "email": "b@example.com",
-        "https://api.openai.com/auth": {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"},
-    }
+    auth = {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"}
+    claims = {"email": "b@example.com", "https://api.openai.com/auth": auth}
     write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": jwt(claims)})
     file = app.find_account_files([tmp_path])[1][0]
     assert (file.email, file.account_id, file.plan) == ("b@example.com", "acc-9", "team")
@@ -227,6 +193,7 @@ def test_malformed_id_token_is_no_fault(tmp_path, token):
 
 def test_second_folder_is_used_only_while_the_first_has_no_account(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
+    assert app.find_account_files([first]) == (first, [], [])  # no folder at all is no fault
     second.mkdir()
     write(second, "x.json", CODEX)
     assert app.find_account_files([first, second])[0] == second
@@ -236,21 +203,13 @@ def test_second_folder_is_used_only_while_the_first_has_no_account(tmp_path):
     assert (folder, files[0].email) == (first, "c@example.com")
 
 
-def test_no_folder_at_all_is_no_fault(tmp_path):
-    assert app.find_account_files([tmp_path / "none"]) == (tmp_path / "none", [], [])
-
-
-def test_account_file_keeps_its_token_out_of_the_printed_form():
-    assert "tok-secret" not in repr(account_file())
-
-
 def test_fetch_sends_the_token_the_account_id_and_a_plain_agent(chatgpt_here):
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"})
     assert app.fetch_usage(account_file()) == {"plan_type": "plus"}
     request = chatgpt_here.requests[0]
     assert (request["token"], request["path"]) == ("tok-secret-1", "/backend-api/wham/usage")
     assert request["headers"]["chatgpt-account-id"] == "acc-1" and request["headers"]["user-agent"] == "codex-cli"
-    assert "tok-secret-1" not in json.dumps(request["proxy_headers"])
+    assert "tok-secret-1" not in json.dumps(request["proxy_headers"]) + repr(account_file())
 
 
 @pytest.mark.parametrize("sample", BAD, ids=lambda sample: sample["name"])
@@ -265,63 +224,49 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(chatgpt_here, sam
 
 @pytest.mark.parametrize(
     ("status", "reply", "state"),
-    [
-        (401, {"error": {"code": "token_invalidated"}}, "relogin"),
-        (403, {"error": {"code": "account_deactivated"}}, "deactivated"),
-        (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
-        (500, "oops", "server_error"),
-        (503, {}, "server_error"),
-        (404, {}, "bad_response"),
-        (402, {"detail": "payment_required"}, "deactivated"),
-    ],
-)
+    [(401, {"error": {"code": "token_invalidated"}}, "relogin"), (404, {}, "bad_response"),
+     (403, {"error": {"code": "account_deactivated"}}, "deactivated"), (500, "oops", "server_error"),
+     (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
+     (503, {}, "server_error"), (402, {"detail": "payment_required"}, "deactivated")],
+)  # fmt: skip
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
     assert app.classify_failure(status, raw.encode()) == state
 
 
+def fault_of(file=None, **options) -> str:
+    """Return the state that a call which fails ends with."""
+    with pytest.raises(app.QuotaFault) as raised:
+        app.fetch_usage(file or account_file(), **options)
+    return raised.value.state
+
+
 @pytest.mark.parametrize("status", [200, 429])
-@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}],
-                         ids=["head", "body", "chunks", "silence"])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}]
+)
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     began_at = time.monotonic()
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(), deadline_s=0.4)
-    assert raised.value.state == "timeout" and time.monotonic() - began_at < 2
+    assert fault_of(deadline_s=0.4) == "timeout" and time.monotonic() - began_at < 2
 
 
 def test_reply_that_is_too_large_or_cut_is_no_reading(chatgpt_here):
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, size=1024 * 1024 + 1)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "bad_response"
+    assert fault_of() == "bad_response"
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, cut_after=5)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state in ("network", "bad_response")
-
-
-def test_file_without_a_token_is_not_asked(chatgpt_here):
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file(access_token=""))
-    assert raised.value.state == "no_token" and chatgpt_here.requests == []
+    assert fault_of() in ("network", "bad_response")
 
 
 def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "network" and chatgpt.requests == []
+    assert fault_of() == "network" and chatgpt.requests == []
     monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
-    with pytest.raises(app.QuotaFault) as raised:
-        app.fetch_usage(account_file())
-    assert raised.value.state == "proxy_unsupported"
+    assert fault_of() == "proxy_unsupported"
 
 
 @pytest.mark.parametrize(
-    ("proxy_url", "used"),
-    [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)],
+    ("proxy_url", "used"), [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)]
 )
 def test_way_to_chatgpt_is_the_accounts_own_then_the_environments(monkeypatch, proxy_url, used):
     monkeypatch.setenv("https_proxy", "http://env:1")
@@ -333,15 +278,3 @@ def test_own_proxy_of_the_account_is_used(chatgpt, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
     chatgpt.answer("tok-secret-1", body={"plan_type": "plus"})
     assert app.fetch_usage(account_file(proxy_url=chatgpt.proxy_url)) == {"plan_type": "plus"}
-
-
-def test_nothing_in_the_account_folder_is_changed(tmp_path):
-    path = write(tmp_path, "codex-a.json", CODEX)
-    os.chmod(str(path), 0o400)
-    before = path.stat()
-    app.find_account_files([tmp_path])
-    assert (path.stat().st_mtime_ns, path.stat().st_mode, os.listdir(str(tmp_path))) == (
-        before.st_mtime_ns,
-        before.st_mode,
-        ["codex-a.json"],
-    )

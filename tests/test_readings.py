@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,10 @@ import usage_dashboard as app
 
 NOW = 1800000000.0
 HEADERS = {
-    "x-codex-plan-type": "plus",
-    "x-codex-primary-used-percent": "42",
-    "x-codex-primary-window-minutes": "300",
-    "x-codex-primary-reset-at": str(int(NOW) + 7200),
-    "x-codex-secondary-used-percent": "17",
-    "x-codex-secondary-window-minutes": "10080",
-    "x-codex-secondary-reset-at": str(int(NOW) + 86400),
-}
+    "x-codex-plan-type": "plus", "x-codex-primary-used-percent": "42", "x-codex-primary-window-minutes": "300",
+    "x-codex-primary-reset-at": str(int(NOW) + 7200), "x-codex-secondary-used-percent": "17",
+    "x-codex-secondary-window-minutes": "10080", "x-codex-secondary-reset-at": str(int(NOW) + 86400),
+}  # fmt: skip
 
 
 # ---- what headers say ------------------------------------------------------------------------------------
@@ -46,23 +43,13 @@ def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"x_codex_primary_window_minutes": "0"},
-        {"x_codex_primary_window_minutes": None},
-        {"x_codex_primary_used_percent": None},
-        {"x_codex_primary_used_percent": "nan"},
-        {"x_codex_primary_used_percent": ""},
-        {"x_codex_primary_reset_at": ""},
-        {"x_codex_primary_reset_at": "1234567890"},  # 2009
-        {"x_codex_primary_reset_at": "-1"},
-        {"x_codex_primary_reset_at": "9e99"},
-        {"x_codex_primary_window_minutes": "1e17"},
-        {"x_codex_primary_window_minutes": "-300"},
-    ],
-)
-def test_header_window_without_a_sound_length_percentage_or_reset_is_absent(changes):
-    reading = read(**changes)
+    ("name", "text"),
+    [("window_minutes", "0"), ("window_minutes", None), ("window_minutes", "1e17"), ("window_minutes", "-300"),
+     ("used_percent", None), ("used_percent", "nan"), ("used_percent", ""), ("reset_at", ""), ("reset_at", "-1"),
+     ("reset_at", "1234567890"), ("reset_at", "9e99")],  # the first of these two was in 2009
+)  # fmt: skip
+def test_header_window_without_a_sound_length_percentage_or_reset_is_absent(name, text):
+    reading = read(**{f"x_codex_primary_{name}": text})
     assert (reading.five_hour, reading.weekly.used_percent) == (None, 17)
 
 
@@ -80,19 +67,18 @@ def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
     assert [(window.meter, window.used_percent) for window in extra] == [("GPT-5.3-Codex-Spark", 99)]
 
 
-def test_plan_with_a_monthly_window_alone_is_limited_when_that_is_used_up():
-    monthly = {"x_codex_primary_used_percent": "100", "x_codex_primary_window_minutes": "43200",
-               "x_codex_secondary_window_minutes": "0"}  # fmt: skip
-    assert read(**monthly).state == "limited"
+@pytest.mark.parametrize("changes", [
+    {"primary_used_percent": "100"}, {"secondary_used_percent": "100"},
+    {"primary_used_percent": "100", "primary_window_minutes": "43200", "secondary_window_minutes": "0"},
+])  # fmt: skip
+def test_headers_of_a_used_up_window_are_limited(changes):
+    assert read(**{f"x_codex_{name}": text for name, text in changes.items()}).state == "limited"
 
 
-@pytest.mark.parametrize("slot", ["primary", "secondary"])
-def test_headers_of_a_used_up_window_are_limited(slot):
-    assert read(**{f"x_codex_{slot}_used_percent": "100"}).state == "limited"
-
-
-@pytest.mark.parametrize(("sent", "shown"), [({"unlimited": "True", "balance": "1"}, "unlimited"),
-                                             ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None), ({}, None)])  # fmt: skip
+@pytest.mark.parametrize(("sent", "shown"), [
+    ({"unlimited": "True", "balance": "1"}, "unlimited"), ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None),
+    ({}, None),
+])  # fmt: skip
 def test_headers_tell_the_credits(sent, shown):
     assert read(**{f"x_codex_credits_{name}": text for name, text in sent.items()}).credits_balance == shown
 
@@ -133,6 +119,11 @@ class World:
         self.traffic.note(events)
         self.traffic.save_due()
 
+    def ask(self, percent: float, later_s: float = 0.0, *, at: float | None = None, **changes) -> None:
+        """Take one request so many seconds after NOW, whose headers say so many percent."""
+        self.later_s = later_s
+        self.take(self.event(used(percent), at=later_s if at is None else at, **changes))
+
     def shown(self) -> list[tuple]:
         return [(row["email"], row["plan"], row["primary_used_percent"]) for row in self.store.quotas()]
 
@@ -153,7 +144,7 @@ def used(percent: float) -> dict[str, str]:
 
 def test_reading_of_a_request_is_its_accounts_without_any_call(world):
     world.file("an@example.com")
-    world.take(world.event(used(42)))
+    world.ask(42)
     (row,) = world.store.quotas()
     assert (row["source"], row["state"], row["raw_json"], row["ts_epoch"]) == ("traffic", "ok", None, NOW)
     (file,) = app.find_account_files([world.accounts])[1]
@@ -163,86 +154,70 @@ def test_reading_of_a_request_is_its_accounts_without_any_call(world):
 
 def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
     world.file("an@example.com")
-    world.take(world.event(at=-100, ttft_ms=30_000))
+    world.ask(42, at=-100, ttft_ms=30_000)
     assert world.store.quotas()[0]["ts_epoch"] == NOW - 70
-    world.later_s = 60
-    world.take(world.event(used(43), at=3000))
+    world.ask(43, 60, at=3000)
     assert world.store.quotas()[0]["ts_epoch"] == NOW + 60
 
 
-def test_reading_of_a_mail_with_two_plans_goes_to_the_plan_that_it_names(world):
-    world.file("an@example.com", 1, "plus")
-    world.file("an@example.com", 2, "team")
-    world.take(world.event({**used(10), "x-codex-plan-type": "team"}))
-    assert [row[1:] for row in world.shown()] == [("team", 10)]
-
-
-def test_reading_that_could_be_of_two_accounts_is_nobodys(world):
-    world.file("an@example.com", 1, "plus")
-    world.file("an@example.com", 2, "plus")
-    world.take(world.event())
-    assert world.shown() == []
+@pytest.mark.parametrize(("plans", "told", "shown"), [(("plus", "team"), "team", [("team", 10)]),
+                                                      (("plus", "plus"), "plus", [])])  # fmt: skip
+def test_reading_of_a_mail_with_two_files_goes_to_the_plan_that_it_names_or_to_nobody(world, plans, told, shown):
+    for number, plan in enumerate(plans):
+        world.file("an@example.com", number, plan)
+    world.take(world.event({**used(10), "x-codex-plan-type": told}))
+    assert [row[1:] for row in world.shown()] == shown
 
 
 def test_reading_is_told_by_the_index_of_the_account_file_before_all_else(world):
     world.file("an@example.com", 1, "plus")
     path = world.file("an@example.com", 2, "plus")
+    example = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
+    assert app.auth_index_of(example) == "4fe05f631e37a3c5"
     index = app.hashlib.sha256(f"codex:{path.absolute()}".encode()).hexdigest()[:16]
     world.take(world.event(auth_index=index))
     by_index = {file.auth_index: file.tag for file in app.find_account_files([world.accounts])[1]}
     assert [row["account_id_tag"] for row in world.store.quotas()] == [by_index[index]]
 
 
-def test_index_of_an_account_file_is_the_one_that_the_proxy_gives_it():
-    path = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
-    assert app.auth_index_of(path) == "4fe05f631e37a3c5"
-
-
-def test_reading_of_an_account_whose_file_lies_elsewhere_has_a_row_of_its_own(world):
-    world.file("an@example.com")
-    world.take(world.event(source="else@example.com", auth_index="bb"))
-    assert world.shown() == [("else@example.com", "plus", 42)]
+@pytest.mark.parametrize(
+    ("disabled", "source", "shown"),
+    [(True, "an@example.com", []), (False, "b@example.com", [("b@example.com", "plus", 42)])],
+)
+def test_reading_of_an_account_without_a_file_has_a_row_and_of_a_disabled_one_none(world, disabled, source, shown):
+    world.file("an@example.com", disabled=disabled)
+    world.take(world.event(source=source, auth_index="bb"))
+    assert world.shown() == shown
 
 
 def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the_index(world):
-    world.take(world.event())
-    world.later_s = 61
-    world.take(world.event(used(50), at=61, source="sk-client-secret-0001"))
+    world.ask(42)
+    world.ask(50, 61, source="sk-client-secret-0001")
     assert world.shown() == [("an@example.com", "plus", 50)]
-    world.later_s = 200
-    world.take(world.event(used(60), at=200, source="sk-client-secret-0001", auth_index="zz"))
+    world.ask(60, 200, source="sk-client-secret-0001", auth_index="zz")
     assert world.shown() == [("an@example.com", "plus", 50)]
 
 
-def test_reading_of_a_disabled_account_changes_nothing(world):
-    world.file("an@example.com", disabled=True)
-    world.take(world.event())
-    assert world.shown() == []
+USED_UP = {"failed": True, "fail": {"status_code": 429, "body": ""}}
 
 
-def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world):
+@pytest.mark.parametrize(
+    ("request_id", "attempts", "shown"),
+    [("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
+     ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100))],
+)  # fmt: skip
+def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world, request_id, attempts, shown):
     """The second attempt, by another account, ends before any reply and shows the first one's headers."""
-    world.take(
-        world.event(used(91), auth_index="aa", source="a@example.com", request_id="r1", failed=True),
-        world.event(used(91), auth_index="bb", source="b@example.com", request_id="r1"),
-        world.event(used(12), auth_index="cc", source="c@example.com", request_id="r1"),
-    )
-    assert world.shown() == [("c@example.com", "plus", 12)]
-
-
-def test_headers_of_another_accounts_attempt_are_told_without_a_request_id_too(world):
-    fail = {"status_code": 429, "body": ""}
-    world.take(
-        world.event(used(100), auth_index="aa", source="a@example.com", failed=True, fail=fail),
-        world.event(used(100), auth_index="bb", source="b@example.com", failed=True, fail=fail),
-    )
-    assert world.shown() == [("a@example.com", "plus", 100)]
+    world.take(*(
+        world.event(used(percent), auth_index=2 * name, source=f"{name}@example.com", request_id=request_id, **more)
+        for name, percent, more in attempts
+    ))  # fmt: skip
+    assert world.shown() == [shown]
 
 
 def test_account_without_a_file_stays_one_row_over_a_new_login(world):
-    world.take(world.event())
-    world.later_s = 3600
-    world.take(world.event(used(50), at=3600, auth_index="new"))
+    world.ask(42)
+    world.ask(50, 3600, auth_index="new")
     assert world.shown() == [("an@example.com", "plus", 50)]
 
 
@@ -251,7 +226,7 @@ def test_account_without_a_file_stays_one_row_over_a_new_login(world):
 )
 def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, status, percent, booked):
     fail = {"status_code": status, "body": ""}
-    world.take(world.event(used(percent), failed=True, fail=fail, request_id="r1"))
+    world.ask(percent, failed=True, fail=fail, request_id="r1")
     assert [row["state"] for row in world.store.quotas()] == (["limited"] if booked else [])
 
 
@@ -259,10 +234,9 @@ def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, st
 
 
 def test_readings_are_saved_once_a_minute_at_most_and_the_newest_of_it(world):
-    world.take(world.event(used(1)))
+    world.ask(1)
     for second in range(1, 60):
-        world.later_s = second
-        world.take(world.event(used(second), at=second))
+        world.ask(second, second)
     assert world.shown()[0][2] == 1
     world.later_s = 60
     world.traffic.save_due()
@@ -272,30 +246,27 @@ def test_readings_are_saved_once_a_minute_at_most_and_the_newest_of_it(world):
 def test_readings_of_five_minutes_are_one_row_and_it_is_the_newest(world):
     assert NOW % 300 == 0
     for minute in range(11):
-        world.later_s = 60 * minute
-        world.take(world.event(used(minute), at=60 * minute))
+        world.ask(minute, 60 * minute)
     kept = rows(world.store.path, "SELECT ts_epoch, timestamp, primary_used_percent, raw_json FROM quota_snapshots")
     assert kept == [(NOW + at, app.utc_text(NOW + at), at / 60, None) for at in (240, 540, 600)]
     assert world.store.quotas()[0]["ts_epoch"] == NOW + 600
 
 
 def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
-    world.take(world.event())
-    db = sqlite3.connect(str(world.store.path))
-    with db:
+    world.ask(42)
+    with closing(sqlite3.connect(str(world.store.path))) as db, db:
         db.execute("UPDATE quota_snapshots SET ts_epoch = ?", (NOW + 864000,))
-    db.close()
-    world.later_s = 61
-    world.take(world.event(used(90), at=61))
+    world.ask(90, 61)
     assert (world.shown()[0][2], world.store.quotas()[0]["ts_epoch"]) == (90, NOW + 61)
 
 
 def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
     world.file("an@example.com")
     (file,) = app.find_account_files([world.accounts])[1]
-    windows = {"primary_window": {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200},
-               "secondary_window": {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}}  # fmt: skip
-    reply = {"plan_type": "plus", "rate_limit": {"allowed": False, "limit_reached": True, **windows}}
+    five_hour = {"used_percent": 42, "limit_window_seconds": 18000, "reset_at": int(NOW) + 7200}
+    weekly = {"used_percent": 17, "limit_window_seconds": 604800, "reset_at": int(NOW) + 86400}
+    limit = {"allowed": False, "limit_reached": True, "primary_window": five_hour, "secondary_window": weekly}
+    reply = {"plan_type": "plus", "rate_limit": limit}
     world.store.save_reading(app.snapshot_of(file, reply, NOW))
     world.take(world.event())
     (row,) = world.store.quotas()
@@ -304,9 +275,8 @@ def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
 
 
 def test_older_reading_never_replaces_a_newer_one(world):
-    world.take(world.event(used(50)))
-    world.later_s = 61
-    world.take(world.event(used(40), at=-30))
+    world.ask(50)
+    world.ask(40, 61, at=-30)
     assert (world.count(), world.shown()[0][2]) == (1, 50)
 
 
@@ -317,29 +287,12 @@ def test_reading_from_traffic_keeps_the_extra_meters_and_credits_of_the_last_ref
         "used_percent": 5, "limit_window_seconds": 18000, "reset_at": NOW + 60}}}  # fmt: skip
     reply = {"plan_type": "plus", "additional_rate_limits": [spark], "credits": {"balance": "9.5"}}
     world.store.save_reading(app.snapshot_of(file, reply, NOW - 60))
-    for world.later_s in (0, 60):  # a new row, and one in the same five minutes
-        world.take(world.event(at=world.later_s))
+    for later_s in (0, 60):  # a new row, and one in the same five minutes
+        world.ask(42, later_s)
         (row,) = world.store.quotas()
         windows = [(window.label, window.used_percent) for window in app.windows_of(row)]
         assert windows == [("5h", 42), ("7d", 17), ("Spark 5h", 5)] and row["credits_balance"] == "9.5"
     assert world.count() == 2
-
-
-def test_reading_is_merged_with_the_newest_while_nobody_else_can_write(world):
-    world.take(world.event())
-    other = app.Store(world.store.path, 0.05)
-    (row,) = world.store.quotas()
-
-    def merge(before):
-        with pytest.raises(app.StoreError, match="locked"):
-            other.save_reading(row)
-        return {**row, "id": before["id"], "primary_used_percent": before["primary_used_percent"] + 1}
-
-    try:
-        world.store.save_reading(row, merge)
-    finally:
-        other.close()
-    assert (world.count(), world.shown()[0][2]) == (1, 43)
 
 
 def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
@@ -371,14 +324,9 @@ def test_windows_of_a_row_of_the_original_are_in_its_columns():
 
 @pytest.mark.parametrize(
     ("state", "five_hour_reset", "weekly_used", "shown"),
-    [
-        ("limited", NOW - 1, 20, "reset_due"),
-        ("limited", NOW + 1, 20, "limited"),
-        ("limited", NOW - 1, 100, "limited"),
-        ("ok", NOW - 1, 20, "ok"),
-        ("expired", NOW - 1, 20, "expired"),
-    ],
-)
+    [("limited", NOW - 1, 20, "reset_due"), ("limited", NOW + 1, 20, "limited"), ("limited", NOW - 1, 100, "limited"),
+     ("ok", NOW - 1, 20, "ok"), ("expired", NOW - 1, 20, "expired")],
+)  # fmt: skip
 def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_hour_reset, weekly_used, shown):
     five_hour = app.QuotaWindow("5h", 18000, 100, five_hour_reset, None)
     weekly = app.QuotaWindow("7d", 604800, weekly_used, NOW + 999, None)
@@ -391,55 +339,36 @@ def line(*used_percents: float, every_s: float = 300.0, until: float = NOW, rese
     return [app.UsagePoint(at, used, reset_at) for at, used in zip(times, used_percents)]
 
 
-def test_forecast_at_the_pace_of_the_last_hour_says_when_it_runs_out():
+WEEK = {"reset_at": NOW + 6 * 86400}
+
+
+@pytest.mark.parametrize(
+    ("points", "used_per_hour", "runs_out_in_s"),
     # 10 % in 20 minutes are 30 an hour; the 40 % that are left take 80 minutes, and the reset is in two hours.
-    told = app.forecast(line(50, 52, 55, 58, 60), NOW)
-    assert told == {"used_per_hour": 30, "runs_out_at": app.utc_text(NOW + 4800)}
-
-
-def test_forecast_that_lasts_until_the_reset_says_so():
-    assert app.forecast(line(20, 21, 22), NOW) == {"used_per_hour": 12, "runs_out_at": None}
-    assert app.forecast(line(20, 20, 20), NOW) == {"used_per_hour": 0, "runs_out_at": None}
+    [(line(50, 52, 55, 58, 60), 30, 4800), (line(20, 21, 22), 12, None), (line(20, 20, 20), 0, None),
+     (line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), 7.2, None),  # one hour back and no more
+     (line(10, 30, 60, **WEEK), 300, 480)],
+)  # fmt: skip
+def test_forecast_says_at_the_pace_of_the_last_hour_when_it_runs_out(points, used_per_hour, runs_out_in_s):
+    told = app.forecast(points, NOW)
+    assert told["used_per_hour"] == pytest.approx(used_per_hour, abs=0.01)
+    assert told["runs_out_at"] == (runs_out_in_s and app.utc_text(NOW + runs_out_in_s))
 
 
 @pytest.mark.parametrize(
     "points",
     [
-        [],
-        line(10, 20),
-        line(10, 15, 20, every_s=299),
-        line(10, 15, 20, until=NOW - 901),
-        line(80, 90, 100),
+        [], line(10, 20), line(10, 15, 20, every_s=299), line(10, 15, 20, until=NOW - 901), line(80, 90, 100),
         line(10, 15, 20, reset_at=NOW - 1),
         line(70, 80, 5, 6),  # it was reset in between
         line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
         line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
+        # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
+        line(10, 10, 11, **WEEK),
     ],
-    ids=[
-        "none",
-        "two",
-        "under ten minutes",
-        "old",
-        "used up",
-        "due",
-        "after a reset",
-        "another window",
-        "too long ago",
-    ],
-)
+)  # fmt: skip
 def test_forecast_says_nothing_where_it_cannot_know(points):
     assert app.forecast(points, NOW) is None
-
-
-def test_forecast_reaches_back_one_hour_only():
-    told = app.forecast(line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), NOW)
-    assert told["used_per_hour"] == pytest.approx((52 - 50) / 1000 * 3600, abs=0.01)
-
-
-def test_forecast_says_nothing_where_one_percent_more_or_less_would_turn_it():
-    # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
-    assert app.forecast(line(10, 10, 11, reset_at=NOW + 6 * 86400), NOW) is None
-    assert app.forecast(line(10, 30, 60, reset_at=NOW + 6 * 86400), NOW)["runs_out_at"] is not None
 
 
 def member(left: float, pace: float | None, *, plan: str = "plus", state: str = "ok", reset_in: float = 7200) -> dict:
@@ -449,42 +378,34 @@ def member(left: float, pace: float | None, *, plan: str = "plus", state: str = 
     return {"plan": plan, "state": state, "windows": [window]}
 
 
-def test_pool_sums_what_is_left_and_when_the_first_window_comes_back():
-    (pool,) = app.pool_of([member(80, None), member(40, None, reset_in=600)], NOW)
-    assert (pool["label"], pool["accounts"], pool["remaining_percent"]) == ("5h", 2, 60)
-    assert (pool["next_reset_at"], pool["forecast"]) == (app.utc_text(NOW + 600), None)
+def until(reset_in_s: float, runs_out_in_s: float | None) -> dict:
+    return {"runs_out_at": runs_out_in_s and app.utc_text(NOW + runs_out_in_s), "until": app.utc_text(NOW + reset_in_s)}
 
 
-def test_pool_forecast_says_whether_it_lasts_until_a_window_comes_back():
-    # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
-    (short,) = app.pool_of([member(30, 20), member(30, 40)], NOW)
-    assert short["forecast"] == {"runs_out_at": app.utc_text(NOW + 3600), "until": app.utc_text(NOW + 7200)}
-    (long,) = app.pool_of([member(30, 20), member(30, 40, reset_in=3599)], NOW)
-    assert long["forecast"] == {"runs_out_at": None, "until": app.utc_text(NOW + 3599)}
-
-
-def test_pool_counts_a_limited_account_as_empty_whatever_its_bar_says():
-    (pool,) = app.pool_of([member(30, 60), member(90, None, state="limited")], NOW)
-    assert pool["remaining_percent"] == 15
-    assert pool["forecast"]["runs_out_at"] == app.utc_text(NOW + 1800)
-
-
-def test_pool_leaves_out_accounts_that_are_of_no_use():
-    dead = [member(100, None, state=state) for state in ("disabled", "deactivated", "relogin", "no_token")]
-    (pool,) = app.pool_of([member(10, 30), *dead], NOW)
-    assert (pool["accounts"], pool["remaining_percent"]) == (1, 10)
-
-
-def test_pool_with_a_window_that_came_back_says_nothing_of_the_time_to_come():
-    (pool,) = app.pool_of([member(10, 30), member(None, None)], NOW)
-    assert (pool["accounts"], pool["remaining_percent"], pool["forecast"]) == (1, 10, None)
+DEAD = [member(100, None, state=state) for state in ("disabled", "deactivated", "relogin", "no_token")]
 
 
 @pytest.mark.parametrize(
-    "members", [[member(30, 20), member(50, None)], [member(30, 20), member(30, 20, plan="pro")], [member(0, None)]]
+    ("members", "accounts", "remaining_percent", "reset_in_s", "forecast"),
+    [
+        ([member(80, None), member(40, None, reset_in=600)], 2, 60, 600, None),
+        # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
+        ([member(30, 20), member(30, 40)], 2, 30, 7200, until(7200, 3600)),
+        ([member(30, 20), member(30, 40, reset_in=3599)], 2, 30, 3599, until(3599, None)),
+        # A limited account is empty whatever its bar says, and some accounts are of no use.
+        ([member(30, 60), member(90, None, state="limited")], 2, 15, 7200, until(7200, 1800)),
+        ([member(10, 30), *DEAD], 1, 10, 7200, until(7200, 1200)),
+        # A window that came back, a pace that is unknown, plans that differ, nothing left.
+        ([member(10, 30), member(None, None)], 1, 10, 7200, None),
+        ([member(30, 20), member(50, None)], 2, 40, 7200, None),
+        ([member(30, 20), member(30, 20, plan="pro")], 2, 30, 7200, None),
+        ([member(0, None)], 1, 0, 7200, None),
+    ],
 )
-def test_pool_forecast_says_nothing_where_a_pace_is_unknown_or_plans_differ(members):
-    assert app.pool_of(members, NOW)[0]["forecast"] is None
+def test_pool_sums_what_is_left_and_whether_it_lasts(members, accounts, remaining_percent, reset_in_s, forecast):
+    (pool,) = app.pool_of(members, NOW)
+    assert (pool["label"], pool["accounts"], pool["remaining_percent"]) == ("5h", accounts, remaining_percent)
+    assert (pool["next_reset_at"], pool["forecast"]) == (app.utc_text(NOW + reset_in_s), forecast)
 
 
 def test_pool_leaves_out_extra_meters_and_unknown_windows():

@@ -7,11 +7,12 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support import QUOTA_BY_NAME, Watched, rows, write_account
+from support import QUOTA_BY_NAME, Watched, lock, rows, write_account
 
 import usage_dashboard as app
 
@@ -25,6 +26,8 @@ HOUR, DAY = 3600.0, 86400.0
 
 @pytest.fixture
 def world(chatgpt_here):
+    """ChatGPT, which answers every token well until it is told otherwise."""
+    chatgpt_here.answer(None, body=GOOD_BODY)
     return chatgpt_here
 
 
@@ -57,12 +60,14 @@ class Bench(Watched):
     def describe(self) -> str:
         return f"state {self.refresher.state()}, log {self.lines}"
 
-    def round(self) -> list[str]:
-        """Run one round to its end and give its lines."""
+    def round(self, *later_s: float) -> list[str]:
+        """Return the lines of one round run to its end, or of one at each of these seconds after NOW."""
         before = len(self.lines)
-        thread = self.refresher.start()
-        thread.join(10)
-        assert not thread.is_alive() and not self.refresher.refreshing
+        for seconds in later_s or [self.now - NOW]:
+            self.now = NOW + seconds
+            thread = self.refresher.start()
+            thread.join(10)
+            assert not thread.is_alive() and not self.refresher.refreshing
         return self.lines[before:]
 
 
@@ -75,6 +80,27 @@ def bench(folder, store, world):
     made.wait_for(lambda: not made.refresher.refreshing)
 
 
+@contextmanager
+def held_round(bench, world, status=200):
+    """Run one round to its end; its first answer is held back during the block."""
+    world.answer("tok-secret-1", status, body=GOOD_BODY, hold=True)
+    thread = bench.refresher.start()
+    world.wait_for(lambda: world.requests)
+    yield
+    world.release()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def write_accounts(folder, count, **changes) -> list[Path]:
+    return [write_account(folder, number, **changes) for number in range(1, count + 1)]
+
+
+def save_reading(store, email, tag="", **changes):
+    """Store a good reading of NOW."""
+    store.save_reading({**app.reading_row(app.parse_quota(GOOD_BODY, NOW), (email, tag), "", NOW), **changes})
+
+
 def by_mail(store) -> dict[str, dict]:
     return {row["email"]: row for row in store.quotas()}
 
@@ -83,37 +109,28 @@ def states(store) -> list[str]:
     return [row["state"] for row in store.quotas()]
 
 
-def everything(store, bench) -> str:
-    """All that a person could see: rows, log and state."""
-    with closing(sqlite3.connect(str(store.path))) as db:
-        return "\n".join(db.iterdump()) + "\n".join(bench.lines) + json.dumps(bench.refresher.state())
+def tokens(world) -> list[str]:
+    return [request["token"] for request in world.requests]
 
 
 # ---- a round ---------------------------------------------------------------------------------------------
 
 
 def test_round_of_eight_accounts_asks_one_after_the_other(bench, folder, store, world):
-    for number in range(1, 9):
-        write_account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY)
+    write_accounts(folder, 8)
     bench.round()
-    assert [request["token"] for request in world.requests] == [f"tok-secret-{number}" for number in range(1, 9)]
+    assert tokens(world) == [f"tok-secret-{number}" for number in range(1, 9)]
     assert (world.most_at_once, world.foreign_targets) == (1, [])
     assert states(store) == ["ok"] * 8
     assert bench.refresher.state()["progress"] == {"done": 8, "total": 8}
 
 
-def test_round_prints_the_original_lines_with_masked_mails(bench, folder, world):
-    write_account(folder, 1)
-    write_account(folder, 2)
-    world.answer(None, body=GOOD_BODY)
-    assert bench.round() == [
-        "refresh_quota: found 2 auth files",
-        "refresh_quota: fetching quota for user1***@example.com...",
-        "refresh_quota: saved quota for user1***@example.com",
-        "refresh_quota: fetching quota for user2***@example.com...",
-        "refresh_quota: saved quota for user2***@example.com",
-    ]
+def test_round_prints_the_original_lines_with_masked_mails(bench, folder):
+    write_accounts(folder, 2)
+    lines = ["found 2 auth files"]
+    for name in ("user1***@example.com", "user2***@example.com"):
+        lines += [f"fetching quota for {name}...", f"saved quota for {name}"]
+    assert bench.round() == [f"refresh_quota: {line}" for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +174,12 @@ def test_link_into_a_folder_that_is_closed_is_named(bench, folder, tmp_path, wor
     assert any("codex-2.json is skipped" in line for line in lines)
 
 
-def test_round_stores_the_reading_of_the_reply(bench, folder, store, world):
+def test_round_stores_the_reading_of_the_reply(bench, folder, store):
     write_account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY)
     bench.round()
     (row,) = store.quotas()
     assert (row["email"], row["plan"], row["state"]) == ("user1@example.com", "plus", "ok")
-    assert row["source"] == "refresh"
+    assert row["source"] == "refresh" and json.loads(row["raw_json"])["plan_type"] == "plus"
     # 23 % and 41 % used, as the sample says
     assert (row["primary_used_percent"], row["primary_remaining_percent"]) == (23, 77)
     assert (row["secondary_used_percent"], row["secondary_remaining_percent"]) == (41, 59)
@@ -178,7 +194,8 @@ def test_round_leaves_no_token_or_id_anywhere(bench, folder, store, world, statu
     echo = {"error": {"message": "tok-secret-1 refresh-secret-1"}}
     world.answer(None, status=status, body=GOOD_BODY if status == 200 else echo)
     bench.round()
-    said = everything(store, bench)
+    with closing(sqlite3.connect(str(store.path))) as db:
+        said = "\n".join([*db.iterdump(), *bench.lines, json.dumps(bench.refresher.state())])
     for secret in ("tok-secret", "refresh-secret", "sig-secret", "acc-1", "user-SAMPLE", "sample@example.invalid"):
         assert secret not in said
     assert "user1@" not in "\n".join(bench.lines) and "user2@" not in "\n".join(bench.lines)
@@ -186,84 +203,63 @@ def test_round_leaves_no_token_or_id_anywhere(bench, folder, store, world, statu
 
 def test_round_never_changes_an_account_file(bench, folder, world):
     path = write_account(folder)
+    path.chmod(0o400)
     world.answer(None, status=401, body={"error": {"code": "token_expired"}})
-    before = (path.read_bytes(), path.stat().st_mtime_ns)
+    before = (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_mode)
     bench.round()
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before and os.listdir(str(folder)) == ["codex-1.json"]
+    assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_mode) == before
+    assert os.listdir(str(folder)) == ["codex-1.json"]
 
 
-def test_round_reads_the_token_anew_each_time(bench, folder, store, world):
+def test_round_reads_the_token_again_each_time(bench, folder, store, world):
+    world.answer("tok-old", 401)
     write_account(folder, access_token="tok-old")
-    world.answer("tok-new", body=GOOD_BODY)
     bench.round()
     assert states(store) == ["expired"]
     write_account(folder, access_token="tok-new")
-    bench.now += 301
-    bench.round()
-    assert [request["token"] for request in world.requests] == ["tok-old", "tok-new"] and states(store) == ["ok"]
+    bench.round(301)
+    assert tokens(world) == ["tok-old", "tok-new"] and states(store) == ["ok"]
 
 
-FAILURES = {
-    "expired": dict(status=401, body={"detail": "Unauthorized"}),
-    "rate_limited": dict(status=429),
-    "server_error": dict(status=500, body="oops"),
-    "blocked": dict(status=403, body="<html>challenge</html>"),
-    "bad_response": dict(body="not json"),
-}
-ODD_BODIES = [
-    [], "null", "7", "{}", '{"plan_type": "\\ud800"}', '{"rate_limit": {"primary_window": {"used_percent": NaN}}}',
-    '{"rate_limit": ' * 400 + "1" + "}" * 400, '{"additional_rate_limits": [{"limit_name": "\\ud800"}]}',
-    '{"x\\udfff": "\\udfff"}', '{"rate_limit": {"primary_window": {"used_percent": 1' + "0" * 400 + "}}}",
+ODD_ANSWERS = [
+    ("expired", 401, '{"detail": "Unauthorized"}'), ("rate_limited", 429, ""), ("server_error", 500, "oops"),
+    ("blocked", 403, "<html>challenge</html>"), ("bad_response", 200, "not json"), ("bad_response", 200, "[]"),
+    ("bad_response", 200, "null"), ("bad_response", 200, "7"), ("no_windows", 200, "{}"),
+    ("no_windows", 200, '{"plan_type": "\\ud800"}'), ("no_windows", 200, '{"x\\udfff": "\\udfff"}'),
+    ("no_windows", 200, '{"additional_rate_limits": [{"limit_name": "\\ud800"}]}'),
+    ("no_windows", 200, '{"rate_limit": ' * 400 + "1" + "}" * 400),
+    ("ok", 200, '{"rate_limit": {"primary_window": {"used_percent": NaN}}}'),
+    ("ok", 200, '{"rate_limit": {"primary_window": {"used_percent": 1' + "0" * 400 + "}}}"),
 ]  # fmt: skip
+ODD_FILES = [
+    ("ok", {"email": "u2\ud800@example.com"}), ("ok", {"email": "x" * 5000}), ("ok", {"email": "no mail at all"}),
+    ("network", {"proxy_url": "http://[::1"}), ("network", {"proxy_url": "ftp://x"}),
+    ("network", {"proxy_url": "http://127.0.0.1:99999"}), ("network", {"proxy_url": "http://127.0.0.1:9"}),
+    ("proxy_unsupported", {"proxy_url": "socks5://127.0.0.1:1"}),
+]  # fmt: skip
+ODD_ACCOUNTS = [(state, {}, status, body) for state, status, body in ODD_ANSWERS]
+ODD_ACCOUNTS += [(state, changes, 200, GOOD_BODY) for state, changes in ODD_FILES]
 
 
-@pytest.mark.parametrize("state", sorted(FAILURES))
-def test_round_with_one_failing_account_reads_the_others(bench, folder, store, world, state):
-    for number in (1, 2, 3):
-        write_account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY)
-    world.answer("tok-secret-2", **FAILURES[state])
-    lines = bench.round()
-    assert states(store) == ["ok", state, "ok"]
-    assert lines[4] == f"refresh_quota: no quota for user2***@example.com: {app.QUOTA_MESSAGES[state]}"
-
-
-@pytest.mark.parametrize("body", ODD_BODIES, ids=range(len(ODD_BODIES)))
-def test_round_with_one_odd_body_reads_the_others(bench, folder, store, world, body):
-    for number in (1, 2, 3):
-        write_account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY)
-    world.answer("tok-secret-2", body=body)
-    bench.round()
-    known = by_mail(store)
-    assert [known[f"user{number}@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"]
-    assert len(known) == 3 and bench.refresher.state()["progress"] == {"done": 3, "total": 3}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"email": "u2\ud800@example.com"}, {"email": "x" * 5000}, {"email": "no mail at all"}, {"proxy_url": "http://[::1"},
-     {"proxy_url": "ftp://x"}, {"proxy_url": "http://127.0.0.1:99999"}, {"proxy_url": "socks5://127.0.0.1:1"},
-     {"proxy_url": "http://127.0.0.1:9"}],
-    ids=["surrogate", "long", "no-mail", "bad-url", "ftp", "bad-port", "socks", "nobody-there"],
-)  # fmt: skip
-def test_round_with_one_odd_account_file_reads_the_others(bench, folder, store, world, changes):
-    write_account(folder, 1)
+@pytest.mark.parametrize(("state", "changes", "status", "body"), ODD_ACCOUNTS, ids=range(len(ODD_ACCOUNTS)))
+def test_round_with_one_odd_account_reads_the_others(bench, folder, store, world, state, changes, status, body):
+    write_accounts(folder, 3)
     write_account(folder, 2, **changes)
-    write_account(folder, 3)
-    world.answer(None, body=GOOD_BODY)
-    bench.round()
+    world.answer("tok-secret-2", status, body=body)
+    lines = bench.round()
     known = by_mail(store)
-    assert [known[f"user{number}@example.com"]["state"] for number in (1, 3)] == ["ok", "ok"] and len(known) == 3
+    assert [known.pop(f"user{number}@example.com")["state"] for number in (1, 3)] == ["ok", "ok"]
+    assert [row["state"] for row in known.values()] == [state]
+    assert bench.refresher.state()["progress"] == {"done": 3, "total": 3}
+    told = f"refresh_quota: no quota for user2***@example.com: {app.QUOTA_MESSAGES.get(state)}"
+    assert lines.count(told) == (state in app.QUOTA_MESSAGES)
 
 
 def test_round_with_a_failure_keeps_the_last_good_reading_beside_it(bench, folder, store, world):
     write_account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY)
     bench.round()
-    bench.now += 301
     world.answer("tok-secret-1", status=500)
-    bench.round()
+    bench.round(301)
     (row,) = store.quotas()
     assert (row["state"], row["state_at"], row["ts_epoch"]) == ("server_error", NOW + 301, NOW)
     assert row["primary_remaining_percent"] == 77
@@ -273,13 +269,12 @@ def test_round_does_not_ask_for_disabled_or_token_less_accounts(bench, folder, s
     write_account(folder, 1, disabled=True)
     write_account(folder, 2, access_token="")
     write_account(folder, 3)
-    world.answer("tok-secret-3", body=GOOD_BODY)
     bench.round()
     assert states(store) == ["disabled", "no_token", "ok"]
-    assert [request["token"] for request in world.requests] == ["tok-secret-3"]
+    assert tokens(world) == ["tok-secret-3"]
 
 
-def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder, world):
+def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder):
     (folder / "codex-an.nguyen@example.com-plus.json").write_text("{", encoding="utf-8")
     lines = bench.round()
     assert "refresh_quota: found 0 auth files" in lines
@@ -293,72 +288,51 @@ def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder,
 def test_start_from_many_threads_at_once_begins_one_round(bench, folder, world):
     write_account(folder)
     world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
-    outcomes = []
 
-    def begin():
+    def begin(_):
         try:
-            outcomes.append(bench.refresher.start())
+            return bench.refresher.start()
         except app.RefreshRefused as refused:
-            outcomes.append(refused.http_status)
+            return refused.http_status
 
-    threads = [threading.Thread(target=begin) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(begin, range(8)))
     world.release()
-    assert sum(outcome == 409 for outcome in outcomes) == 7
+    assert outcomes.count(409) == 7
 
 
 @pytest.mark.parametrize(("later", "left"), [(0, 300), (0.5, 300), (1, 299), (299.5, 1)])
-def test_start_inside_the_cool_down_is_refused_with_429_and_the_seconds(bench, folder, world, later, left):
+def test_start_inside_the_cool_down_is_refused_also_after_a_restart(bench, folder, store, world, later, left):
     write_account(folder)
     bench.round()
-    bench.now = NOW + later
-    with pytest.raises(app.RefreshRefused) as refused:
-        bench.refresher.start()
-    assert (refused.value.http_status, refused.value.code, refused.value.retry_after_s) == (429, "cooldown", left)
-    assert bench.refresher.state()["cooldown_seconds"] == left and not bench.refresher.refreshing
+    again = Bench(folder, store)
+    bench.now = again.now = NOW + later
+    for refresher in (bench.refresher, again.refresher):
+        with pytest.raises(app.RefreshRefused) as refused:
+            refresher.start()
+        assert (refused.value.http_status, refused.value.code, refused.value.retry_after_s) == (429, "cooldown", left)
+        assert refresher.state()["cooldown_seconds"] == left and not refresher.refreshing
     assert len(world.requests) == 1
 
 
 @pytest.mark.parametrize("back_s", [1, 1000, 10 * DAY])
 def test_round_that_a_wrong_clock_put_into_the_future_refuses_nothing(bench, folder, world, back_s):
-    world.answer(None, body=GOOD_BODY)
     write_account(folder)
-    rounds(bench, 0, -back_s)
+    bench.round(0, -back_s)
     assert len(world.requests) == 2 and bench.refresher.state()["last_refresh"] == NOW - back_s
 
 
 def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder, world):
     write_account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY, hold=True)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: world.requests)
-    bench.now += 100
-    world.release()
-    thread.join(10)
+    with held_round(bench, world):
+        bench.now += 100
     assert bench.refresher.cooldown_s() == 200
 
 
-def test_cool_down_is_kept_over_a_restart(bench, folder, store, world):
-    write_account(folder)
-    bench.round()
-    again = Bench(folder, store)
-    again.now = NOW + 60
-    with pytest.raises(app.RefreshRefused) as refused:
-        again.refresher.start()
-    assert (refused.value.http_status, refused.value.retry_after_s) == (429, 240)
-
-
-@pytest.mark.parametrize("files", ["none", "disabled", "token-less", "claude"])
-def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, world, files):
-    if files == "disabled":
-        write_account(folder, disabled=True)
-    elif files == "token-less":
-        write_account(folder, access_token="")
-    elif files == "claude":
-        write_account(folder, type="claude")
+@pytest.mark.parametrize("changes", [None, {"disabled": True}, {"access_token": ""}, {"type": "claude"}])
+def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, world, changes):
+    if changes:
+        write_account(folder, **changes)
     bench.round()
     assert bench.refresher.cooldown_s() == 0
     bench.round()  # is not refused
@@ -366,98 +340,62 @@ def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, worl
 
 
 def test_cool_down_of_zero_seconds_never_refuses(folder, store, world):
-    world.answer(None, body=GOOD_BODY)
-    bench = Bench(folder, store, seconds=0)
     write_account(folder)
-    bench.round()
-    bench.round()
+    Bench(folder, store, seconds=0).round(0, 0)
     assert len(world.requests) == 2
 
 
 def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store, world):
     write_account(folder)
-    db = sqlite3.connect(str(store.path), isolation_level=None)
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with closing(lock(store)):
         bench.round()
-    finally:
-        db.close()
     assert "locked" in bench.lines[-1] and not bench.refresher.refreshing
-    bench.now += 301
-    bench.round()
+    bench.round(301)
     assert len(world.requests) == 1
 
 
 # ---- who is asked ----------------------------------------------------------------------------------------
 
 
-def rounds(bench, *later_s: float) -> None:
-    """Run a round at each of these seconds after NOW."""
-    for seconds in later_s:
-        bench.now = NOW + seconds
-        bench.round()
-
-
 def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder, store, world):
     write_account(folder)
-    world.answer("tok-secret-1", 401, hold=True)
-    world.answer("tok-secret-new", body=GOOD_BODY)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: world.requests)
-    write_account(folder, access_token="tok-secret-new")
-    world.release()
-    thread.join(10)
-    assert [request["token"] for request in world.requests] == ["tok-secret-1", "tok-secret-new"]
+    with held_round(bench, world, status=401):
+        write_account(folder, access_token="tok-secret-new")
+    assert tokens(world) == ["tok-secret-1", "tok-secret-new"]
     assert states(store) == ["ok"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "state"),
-    [
-        (dict(status=429, headers={"Retry-After": "3600"}), "rate_limited"),
-        (dict(status=403, body="<html>"), "blocked"),
-        (dict(status=401), "expired"),
-        (dict(status=402), "deactivated"),
-        (dict(status=500), "server_error"),
-    ],
-)
-def test_every_round_asks_every_account_whatever_it_was_told_before(bench, folder, store, world, answer, state):
-    for number in range(1, 7):
-        write_account(folder, number)
+    ("state", "answer", "changes", "asked"),
+    [("rate_limited", dict(status=429, headers={"Retry-After": "3600"}), {}, "123456"),
+     ("blocked", dict(status=403, body="<html>"), {}, "123456"), ("expired", dict(status=401), {}, "123456"),
+     ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
+     ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6")],
+)  # fmt: skip
+def test_every_round_asks_every_account_again(bench, folder, store, world, state, answer, changes, asked):
+    write_accounts(folder, 5, **changes)
+    write_account(folder, 6)
     world.answer(None, **answer)
     world.answer("tok-secret-6", body=GOOD_BODY)
-    rounds(bench, 0, 300, 600)
-    assert [request["token"][-1] for request in world.requests] == list("123456") * 3
+    bench.round(0, 300, 600)
+    assert [token[-1] for token in tokens(world)] == list(asked) * 3
     assert states(store) == [state] * 5 + ["ok"]
 
 
-def test_dead_proxies_of_some_accounts_keep_none_of_the_others_from_being_asked(bench, folder, store, world):
-    for number in range(1, 6):
-        write_account(folder, number, **({"proxy_url": "http://127.0.0.1:9"} if number < 5 else {}))
-    world.answer(None, body=GOOD_BODY)
-    bench.round()
-    assert states(store) == ["network"] * 4 + ["ok"]
+def test_account_is_listed_before_it_was_ever_asked_also_when_switched_off_and_on_again(bench, folder, store, world):
+    for disabled, state in ((False, "never"), (True, "disabled"), (False, "never")):
+        write_account(folder, disabled=disabled)
+        bench.refresher.register_accounts()
+        assert (states(store), bench.refresher.known_files) == ([state], 1)
+    assert world.requests == [] and bench.refresher.cooldown_s() == 0
 
 
-def test_account_that_is_switched_off_and_on_again_says_so(bench, folder, store, world):
+def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store):
     write_account(folder)
-    bench.refresher.register_accounts()
-    write_account(folder, disabled=True)
-    bench.refresher.register_accounts()
-    assert states(store) == ["disabled"]
-    write_account(folder)
-    bench.refresher.register_accounts()
-    assert states(store) == ["never"] and world.requests == []
-
-
-def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store, world):
-    write_account(folder)
-    world.answer(None, body=GOOD_BODY)
-    elsewhere = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("else@example.com", "#abc"), "", NOW)
-    store.save_reading(elsewhere)
-    rounds(bench, 300, 6 * DAY)
+    save_reading(store, "else@example.com", "#abc")
+    bench.round(300, 6 * DAY)
     assert set(by_mail(store)) == {"user1@example.com", "else@example.com"}
-    rounds(bench, 7 * DAY + 1)
+    bench.round(7 * DAY + 1)
     assert set(by_mail(store)) == {"user1@example.com"}
 
 
@@ -471,87 +409,50 @@ def test_end_of_a_subscription_is_shown_as_the_id_token_has_it(bench, folder, st
 
 
 def test_each_account_is_stored_as_it_arrives(bench, folder, store, world):
-    for number in (1, 2):
-        write_account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=number == 2)
+    write_accounts(folder, 2)
+    world.answer("tok-secret-2", body=GOOD_BODY, hold=True)
     bench.refresher.start()
     world.wait_for(lambda: len(world.requests) == 2)
     assert states(store) == ["ok", "never"]
 
 
 def test_stop_abandons_the_round(bench, folder, world):
-    for number in (1, 2, 3):
-        write_account(folder, number)
-        world.answer(f"tok-secret-{number}", body=GOOD_BODY, hold=True)
-    thread = bench.refresher.start()
-    world.wait_for(lambda: world.requests)
-    bench.stop.set()
-    world.release()
-    thread.join(10)
-    assert not thread.is_alive() and len(world.requests) == 1
+    write_accounts(folder, 3)
+    with held_round(bench, world):
+        bench.stop.set()
+    assert len(world.requests) == 1
 
 
-def test_account_whose_file_is_gone_is_forgotten_and_its_readings_stay(bench, folder, store, world):
-    world.answer(None, body=GOOD_BODY)
-    write_account(folder, 1)
-    gone = write_account(folder, 2)
+@pytest.mark.parametrize(("fault", "kept"), [("gone", 1), ("half-written", 2), ("folder-gone", 2)])
+def test_account_whose_file_is_gone_is_forgotten_but_for_its_readings(bench, folder, store, fault, kept):
+    _, second = write_accounts(folder, 2)
     bench.round()
-    gone.unlink()
-    bench.now += 301
-    bench.round()
-    assert list(by_mail(store)) == ["user1@example.com"]
-    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
-
-
-@pytest.mark.parametrize("fault", ["half-written", "folder-gone"])
-def test_account_whose_file_cannot_be_read_now_is_kept(bench, folder, store, world, fault):
-    world.answer(None, body=GOOD_BODY)
-    write_account(folder, 1)
-    second = write_account(folder, 2)
-    bench.round()
-    if fault == "half-written":
+    if fault == "gone":
+        second.unlink()
+    elif fault == "half-written":
         second.write_text("", encoding="utf-8")
     else:
         folder.rename(folder.parent / "elsewhere")
-    bench.now += 301
-    bench.round()
-    assert len(by_mail(store)) == 2
+    bench.round(301)
+    assert list(by_mail(store)) == ["user1@example.com", "user2@example.com"][:kept]
+    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
 
 
-def test_registered_accounts_are_listed_before_they_were_ever_asked(bench, folder, store, world):
-    write_account(folder, 1)
-    write_account(folder, 2, disabled=True)
-    bench.refresher.register_accounts()
-    assert states(store) == ["never", "disabled"] and world.requests == []
-    assert bench.refresher.cooldown_s() == 0 and bench.refresher.known_files == 2
-
-
-def test_registering_never_overwrites_what_was_stored_meanwhile(bench, folder, store):
+@pytest.mark.parametrize("adopted", [False, True])
+def test_first_listing_of_a_file_overwrites_nothing_that_is_known(bench, folder, store, adopted):
     write_account(folder)
     (file,) = app.find_account_files([folder])[1]
-    reading = app.reading_row(app.parse_quota(GOOD_BODY, NOW), (file.email, file.tag), "", NOW)
-    store.save_reading(reading)
+    save_reading(store, file.email, "" if adopted else file.tag, state="limited")
     bench.now += 60
     bench.refresher.register_accounts()
     (row,) = store.quotas()
-    assert (row["state"], row["state_at"], row["primary_used_percent"]) == ("ok", NOW, 23)
-
-
-def test_account_adopted_by_its_mail_keeps_its_reading_when_its_file_is_first_listed(bench, folder, store):
-    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("user1@example.com", ""), "", NOW)
-    store.save_reading({**adopted, "state": "limited"})
-    write_account(folder)
-    bench.refresher.register_accounts()
-    (file,) = app.find_account_files([folder])[1]
-    (row,) = store.quotas()
-    assert (row["account_id_tag"], row["state"], row["primary_used_percent"]) == (file.tag, "limited", 23)
+    assert (row["account_id_tag"], row["state"], row["state_at"]) == (file.tag, "limited", NOW)
+    assert row["primary_used_percent"] == 23
 
 
 def test_account_adopted_by_a_mail_of_two_files_is_given_to_neither(bench, folder, store):
-    adopted = app.reading_row(app.parse_quota(GOOD_BODY, NOW), ("same@example.com", ""), "", NOW)
-    store.save_reading(adopted)
-    write_account(folder, 1, email="same@example.com")
-    write_account(folder, 2, email="same@example.com")
+    save_reading(store, "same@example.com")
+    write_accounts(folder, 2, email="same@example.com")
     bench.refresher.register_accounts()
     assert sorted((row["account_id_tag"] == "", row["state"]) for row in store.quotas()) == [
         (False, "never"), (False, "never"), (True, "ok")]  # fmt: skip
@@ -561,7 +462,7 @@ def test_account_adopted_by_a_mail_of_two_files_is_given_to_neither(bench, folde
 
 
 class OneTurn(threading.Event):
-    """A stop event that notes the waits; the n-th long one ends the work, none takes time."""
+    """A stop event that records the waits; the n-th long one ends the work, none takes time."""
 
     def __init__(self, turns: int = 1) -> None:
         super().__init__()
@@ -594,15 +495,13 @@ def store_events(store, *times):
     store.store_batch(parsed, store.counts["sequence"] + 1, NOW)
 
 
-def total_of(store) -> int:
-    return rows(store.path, "SELECT SUM(total_tokens) FROM usage_by_day")[0][0]
-
-
-def test_housekeeper_deletes_events_past_their_days_and_keeps_the_totals(bench, store):
+@pytest.mark.parametrize(("days", "left"), [(30, 2), (0, 2503)])
+def test_housekeeper_deletes_events_past_their_days_and_keeps_the_totals(bench, store, days, left):
     old = [NOW - 31 * DAY - number for number in range(2500)]  # more than one step deletes
-    store_events(store, *old, NOW - 29 * DAY, NOW)
-    keep_house(bench, store, retention_days=30)
-    assert (store.event_count, total_of(store), store.find_faults()) == (2, 2502 * 11, [])
+    store_events(store, *old, NOW - 2000 * DAY, NOW - 29 * DAY, NOW)
+    keep_house(bench, store, retention_days=days)
+    assert (store.event_count, store.find_faults()) == (left, [])
+    assert rows(store.path, "SELECT SUM(total_tokens) FROM usage_by_day") == [(2503 * 11,)]
 
 
 @pytest.mark.parametrize("ahead_s", [1.1 * DAY, 365 * DAY, -DAY, -365 * DAY])
@@ -621,20 +520,11 @@ def test_housekeeper_whose_clock_is_wrong_deletes_nothing(bench, store, ahead_s)
     assert store.event_count == 3 and store.find_faults() == []
 
 
-def test_housekeeper_without_retention_deletes_nothing(bench, store):
-    store_events(store, NOW - 2000 * DAY, NOW)
-    keep_house(bench, store)
-    assert store.event_count == 2
-
-
-def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(bench, folder, store, world):
+def test_housekeeper_downsamples_readings_older_than_two_weeks_to_one_an_hour(bench, folder, store):
     write_account(folder)
-    world.answer("tok-secret-1", body=GOOD_BODY)
     hour = NOW - 15 * DAY - (NOW - 15 * DAY) % HOUR
     times = [hour, hour + 400, hour + 800, hour + HOUR, NOW - 13 * DAY, NOW - 13 * DAY + 400, NOW]
-    for at in times:
-        bench.now = at
-        bench.round()
+    bench.round(*(at - NOW for at in times))
     keep_house(bench, store)
     assert rows(store.path, "SELECT ts_epoch FROM quota_snapshots ORDER BY id") == [(at,) for at in times[2:]]
 
@@ -649,8 +539,7 @@ def test_housekeeper_stopped_in_the_middle_goes_on_the_next_time(bench, store):
 
 def test_housekeeper_with_a_locked_database_says_so_and_works_the_next_hour(bench, store):
     store_events(store, NOW - 31 * DAY, NOW)
-    db = sqlite3.connect(str(store.path), isolation_level=None)
-    db.execute("BEGIN IMMEDIATE")
+    db = lock(store)
 
     class Unlocking(OneTurn):
         def wait(self, timeout=None):
@@ -661,17 +550,3 @@ def test_housekeeper_with_a_locked_database_says_so_and_works_the_next_hour(benc
     lines = keep_house(bench, store, stop=stop, retention_days=30)
     assert [line for line in lines if "housekeeping" in line and "locked" in line] != []
     assert store.event_count == 1 and stop.waits.count(3600) == 2
-
-
-@pytest.mark.parametrize("email", ["u2\ud800@example.com", "x" * 5000])
-def test_housekeeper_with_an_odd_account_file_does_its_other_chores(bench, folder, store, email):
-    write_account(folder, 2, email=email)
-    store_events(store, NOW - 31 * DAY, NOW)
-    keep_house(bench, store, retention_days=30)
-    assert store.event_count == 1
-
-
-def test_housekeeper_names_a_half_written_file_once_a_round_without_its_mail(bench, folder, store):
-    (folder / "codex-an.nguyen@example.com-plus.json").write_text("{", encoding="utf-8")
-    lines = keep_house(bench, store)
-    assert "an.nguyen@example.com" not in "\n".join(lines)

@@ -5,6 +5,7 @@ import itertools
 import random
 import socket
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -63,7 +64,7 @@ def random_reply(dice: random.Random, depth: int = 0):
 
 
 def with_types(value):
-    """Tell an error from a text of the same letters, and 1 from True, when values are compared."""
+    """Return a value with its types, so that an error differs from a text, and 1 from True."""
     return [with_types(item) for item in value] if isinstance(value, list) else (type(value), value)
 
 
@@ -155,5 +156,5 @@ def test_connector_to_a_closed_port_says_where():
 def test_silent_server_times_out_in_words():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connect = app.tcp_connector("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
-        with app.RespClient(connect) as client, pytest.raises(app.QueueFault, match="does not answer in time"):
+        with closing(app.RespClient(connect)) as client, pytest.raises(app.QueueFault, match="does not answer in time"):
             client.call("AUTH", "x")

@@ -6,34 +6,28 @@ import re
 import sqlite3
 import stat
 import threading
-from pathlib import Path
+from contextlib import closing
 
 import pytest
-from support import ALWAYS, NOON, ORIGINAL_ROWS, Site, event, make_original, put, reading, rows
+from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, lock, make_original, put, reading, room, rows
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
 
-DATA = Path(__file__).parent / "data"
 TOTALS_OF_300 = json.loads((DATA / "totals-3.0.0.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def store_of_300(tmp_path):
+def store_of_300(tmp_path, open_store):
     """A file of 3.0.0 whose older events its retention has deleted, opened by this version."""
-    db = sqlite3.connect(str(tmp_path / "usage.db"))
-    db.executescript((DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
-    db.close()
-    opened = app.Store(tmp_path / "usage.db")
-    yield opened
-    opened.close()
+    run_sql(tmp_path / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
+    return open_store()
 
 
-@pytest.fixture
-def store(tmp_path):
-    opened = app.Store(tmp_path / "usage.db")
-    yield opened
-    opened.close()
+def run_sql(path, script):
+    """Change a database as another program would."""
+    with closing(sqlite3.connect(str(path))) as db:
+        db.executescript(script)
 
 
 def test_new_file_has_the_original_columns_first_and_is_private(store):
@@ -53,9 +47,9 @@ def test_new_file_has_the_original_columns_first_and_is_private(store):
 
 
 def test_stored_event_is_read_back_as_it_was(store):
-    put(store, event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640))
-    row = store.requests(10)[0]
-    expected = event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640)._asdict()
+    made = event(error="429 usage_limit_reached", failed=1, status_code=429, ttft_ms=640)
+    put(store, made)
+    row, expected = store.requests(10)[0], made._asdict()
     expected.update(expected.pop("context")._asdict())
     for name in ("plan", "quota_headers"):  # they belong to the account, not to the event
         expected.pop(name)
@@ -85,14 +79,11 @@ def test_batch_that_was_stored_before_is_left_out(store):
     assert store.event_count == 1 and store.counts["stored"] == 1
 
 
-def test_counts_of_stored_rejected_and_ignored_survive_reopening(tmp_path):
-    first = app.Store(tmp_path / "usage.db")
-    put(first, event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
-    first.close()
-    second = app.Store(tmp_path / "usage.db")
+def test_counts_of_stored_rejected_and_ignored_survive_reopening(open_store):
+    put(open_store(), event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
+    second = open_store()
     assert [second.counts[name] for name in ("stored", "rejected", "ignored")] == [2, 1, 4]
     assert second.event_count == 2
-    second.close()
 
 
 def test_only_the_newest_thousand_rejects_are_kept(store):
@@ -102,10 +93,10 @@ def test_only_the_newest_thousand_rejects_are_kept(store):
     assert store.counts["rejected"] == 1500
 
 
-def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
-    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path, open_store):
+    make_original(tmp_path / "usage.db")
     lines = []
-    store = app.Store(tmp_path / "usage.db", announce=lines.append)
+    store = open_store(announce=lines.append)
     buckets, models, accounts = store.usage(ALWAYS, 3600, 0)
     assert dict(models) == {
         "gpt-5.4": (1, 0, 100, 20, 5, 0, 125),
@@ -120,15 +111,12 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path):
     quota = store.quotas()[0]
     assert (quota["email"], quota["state"], quota["primary_remaining_percent"]) == ("an@example.com", "ok", 60)
     assert len(lines) == 2 and lines[0].startswith("adopting 3 rows of usage.db, once")
-    store.close()
 
 
-def test_new_and_current_files_open_without_a_word(tmp_path):
+def test_new_and_current_files_open_without_a_word(open_store):
     lines = []
     for _ in range(2):
-        store = app.Store(tmp_path / "usage.db", announce=lines.append)
-        put(store, event())
-        store.close()
+        put(open_store(announce=lines.append), event())
     assert lines == []
 
 
@@ -141,6 +129,20 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
     assert [[at, list(sums)] for at, sums in sorted(buckets.items())] == told["buckets"]
     assert sorted([model, list(sums)] for model, sums in models) == told["models"]
     assert sorted([account.name, list(sums)] for account, sums in accounts) == told["accounts"]
+
+
+@pytest.mark.parametrize(
+    "filters", [{"status": "failed"}, {"status": "ok"}, {"account": "user1@example.com", "model": "gpt-5.5"}]
+)
+@pytest.mark.parametrize("offset_s", [0, 19800, 20700])
+def test_database_of_3_0_0_says_the_same_in_every_zone(store_of_300, filters, offset_s):
+    window = app.Window(NOON - NOON % 3600 - 5 * 86400, NOON)  # whole hours below the floor
+    usage = store_of_300.usage(window, 3600, offset_s, app.Filters(**filters))
+    totals = [
+        app.add_sums(part) for part in (usage.buckets.values(), *([row[1] for row in rows] for rows in usage[1:]))
+    ]
+    assert totals[0] == totals[1] == totals[2] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
+    assert totals[0] == app.add_sums(store_of_300.usage(window, 3600, 0, app.Filters(**filters)).buckets.values())
 
 
 def test_database_of_3_0_0_keeps_its_readings_outages_rejects_and_counts(store_of_300):
@@ -189,46 +191,37 @@ def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, b
 
 def test_counts_of_two_threads_that_write_are_all_kept(store):
     put_days(store, days=1, each=20)
-    done = threading.Event()
 
     def delete() -> None:
         while store.delete_some(DAY + 86400, rows=7):
             pass
-        done.set()
 
     thread = threading.Thread(target=delete)
-    thread.start()
     stored = store.counts["stored"]
-    while not done.is_set():
+    thread.start()
+    while thread.is_alive():
         put(store, event(at=DAY + 90000))
         stored += 1
-    thread.join()
-    db = sqlite3.connect(str(store.path))
-    assert store.event_count == db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
-    assert store.counts["stored"] == stored == db.execute("SELECT value FROM meta WHERE key = 'stored'").fetchone()[0]
-    db.close()
+    ((counted, kept),) = rows(store.path, "SELECT COUNT(*), (SELECT value FROM meta WHERE key = 'stored') FROM events")
+    assert (store.event_count, store.counts["stored"], stored) == (counted, kept, kept)
 
 
-def test_new_events_beside_adopted_rows_are_counted_once(tmp_path):
-    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
-    store = app.Store(tmp_path / "usage.db")
+def test_new_events_beside_adopted_rows_are_counted_once(tmp_path, open_store):
+    make_original(tmp_path / "usage.db")
+    store = open_store()
     put(store, event(auth_index="3"))
     put(store, event(auth_index="3"))
     assert {account.name: sums[0] for account, sums in store.usage(ALWAYS, 3600, 0)[2]}["an@example.com"] == 3
     assert (store.event_count, store.find_faults()) == (5, [])
-    store.close()
 
 
-def test_original_database_that_lacks_a_column_gets_it(tmp_path):
-    db = sqlite3.connect(str(tmp_path / "usage.db"))
-    db.execute("CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, model TEXT)")
-    db.execute("INSERT INTO events VALUES (1, 't', ?, 'gpt-5.4')", (NOON,))
-    db.commit()
-    db.close()
-    store = app.Store(tmp_path / "usage.db")
+def test_original_database_that_lacks_a_column_gets_it(tmp_path, open_store):
+    run_sql(tmp_path / "usage.db", f"""
+        CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, model TEXT);
+        INSERT INTO events VALUES (1, 't', {NOON}, 'gpt-5.4')""")  # fmt: skip
+    store = open_store()
     assert store.requests(5)[0]["model"] == "gpt-5.4"
     assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0)[1]) == 1
-    store.close()
 
 
 def test_write_ahead_log_stays_small_while_answers_are_given(store):
@@ -240,13 +233,11 @@ def test_write_ahead_log_stays_small_while_answers_are_given(store):
     assert (store.path.parent / "usage.db-wal").stat().st_size < 6_000_000
 
 
-def test_file_of_a_newer_version_is_not_touched(tmp_path):
-    app.Store(tmp_path / "usage.db").close()
-    db = sqlite3.connect(str(tmp_path / "usage.db"))
-    db.execute("PRAGMA user_version = 99")
-    db.close()
+def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
+    open_store().close()
+    run_sql(tmp_path / "usage.db", "PRAGMA user_version = 99")
     with pytest.raises(app.StoreError, match="newer version"):
-        app.Store(tmp_path / "usage.db")
+        open_store()
 
 
 def test_file_that_is_no_database_is_named_and_not_overwritten(tmp_path):
@@ -262,25 +253,21 @@ def test_folder_that_is_missing_is_named(tmp_path):
         app.Store(tmp_path / "none" / "usage.db")
 
 
-def test_locked_database_says_so_and_loses_nothing(tmp_path):
-    store = app.Store(tmp_path / "usage.db", busy_timeout_s=0.01)
-    other = sqlite3.connect(str(store.path), isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+def test_locked_database_says_so_and_loses_nothing(store):
+    other = lock(store)
     with pytest.raises(app.StoreError, match="locked by another program"):
         put(store, event(), sequence=1)
-    other.execute("ROLLBACK")
     other.close()
     assert put(store, event(), sequence=1) is True
     assert (store.event_count, store.find_faults()) == (1, [])
-    store.close()
 
 
 def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
-    store._writer.execute("PRAGMA max_page_count = 40")
+    room(store, 40)
     batch = [event(at=NOON + number, error="x" * 150) for number in range(2000)]
     with pytest.raises(app.StoreError, match="no room on the disk"):
         put(store, *batch, sequence=1)
-    store._writer.execute("PRAGMA max_page_count = 100000")
+    room(store, 100_000)
     assert put(store, *batch, sequence=1) is True
     assert (store.event_count, store.counts["stored"], store.find_faults()) == (2000, 2000, [])
 
@@ -296,10 +283,7 @@ def random_events(dice, count):
 
 
 def sums_of(events):
-    def total(name):
-        return sum(getattr(one, name) or 0 for one in events)
-
-    return (len(events), *(total(name) for name in app.SUM_NAMES[1:]))
+    return (len(events), *(sum(getattr(one, name) or 0 for one in events) for name in app.SUM_NAMES[1:]))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -315,9 +299,8 @@ def test_totals_of_random_windows_equal_a_plain_sum_in_python(store, seed):
         inside = [one for one in events if start <= one.ts_epoch < end]
         window = app.Window(start, end)
         buckets, models, accounts = store.usage(window, bucket_s, offset_s)
-        assert {name: sums for name, sums in models} == {
-            name: sums_of([one for one in inside if one.model == name]) for name in {one.model for one in inside}
-        }
+        models_inside = {one.model for one in inside}
+        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
@@ -336,23 +319,23 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
     owner = {identity: account.name for account in store.accounts() for identity in account.identity_ids}
     names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(500)}
     account = dice.choice(sorted(set(owner.values())))
+
+    def is_of(one) -> bool:
+        return names[(one.context.auth_index, one.context.source)] == account
+
     for filters, belongs in [
-        (app.Filters(account=account), lambda one: names[(one.context.auth_index, one.context.source)] == account),
+        (app.Filters(account=account), is_of),
         (app.Filters(model="m2"), lambda one: one.model == "m2"),
         (app.Filters(status="failed"), lambda one: one.failed),
         (app.Filters(status="ok", model="m1"), lambda one: not one.failed and one.model == "m1"),
-        (
-            app.Filters(account=account, model="m3"),
-            lambda one: one.model == "m3" and names[(one.context.auth_index, one.context.source)] == account,
-        ),
+        (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and is_of(one)),
         (app.Filters(account="nobody"), lambda one: False),
     ]:
         expected = sums_of([one for one in inside if belongs(one)])
         for part in store.usage(window, 3600, 0, filters):
             sums = [item[1] for item in (part.items() if isinstance(part, dict) else part)]
             assert tuple(map(sum, zip(*sums))) == (expected if expected[0] else ())
-        listed = store.requests(500, window, filters)
-        assert len(listed) == expected[0]
+        assert len(store.requests(500, window, filters)) == expected[0]
 
 
 def put_days(store, days, each):
@@ -397,11 +380,11 @@ def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):
         assert [row["ts_epoch"] for row in whole] == sorted((row["ts_epoch"] for row in whole), reverse=True)
 
 
-def test_event_takes_few_bytes_with_its_index_and_sums(tmp_path):
+def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
     sizes = []
     batches = list(in_batches(payloads(20_000, NOON, 20_000 * PACE_S), 500))
     for half in (batches[:20], batches[20:]):  # accounts, models and contexts are known in the second
-        store = app.Store(tmp_path / "usage.db")
+        store = open_store()
         for batch in half:
             assert store.store_batch(app.parse_events(batch), store.counts["sequence"] + 1, NOON)
         store.close()
@@ -414,19 +397,15 @@ def test_deleted_events_leave_their_sums_at_quarter_hour_marks(store):
     put(store, *events)
     whole = store.usage(ALWAYS, 3600, 0)
     cutoff = NOON + 60 * 100
-    deleted = 0
-    while True:
-        done = store.delete_some(cutoff, rows=7)
-        deleted += done
-        if not done:
-            break
+    deleted = sum(iter(lambda: store.delete_some(cutoff, rows=7), 0))
     floor = cutoff // 900 * 900
     assert deleted == sum(1 for one in events if one.ts_epoch < floor) and store.event_count == 240 - deleted
     assert store.usage(ALWAYS, 3600, 0) == whole
     assert store.find_faults() == []
     edge = app.Window(floor - 450, floor + 900)
-    counted = sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1])
-    assert counted == 15 + 15  # a cut bucket counts whole below the floor
+    assert (
+        sum(sums[0] for _, sums in store.usage(edge, 900, 0)[1]) == 15 + 15
+    )  # a cut bucket counts whole below the floor
 
 
 def test_find_faults_notices_a_roll_up_that_is_off_by_one(store):
@@ -464,17 +443,13 @@ def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(sto
     assert [outage["lost"] for outage in store.outages(ALWAYS, now)] == [lost]
 
 
-def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store):
+@pytest.mark.parametrize(("ended_at", "began_at"), [(2010, 2000.0), (1000, 1000.0)], ids=["short", "clock set back"])
+def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_at, began_at):
     store.put_meta("retention_s", 3600)
     store.begin_outage(2000, "publishing_off")
-    store.end_outage(2010)
-    assert [(outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, 2010)] == [(2010.0, True)]
-
-
-def test_outage_over_a_clock_that_was_set_back_has_no_negative_length(store):
-    store.begin_outage(2000, "publishing_off")
-    store.end_outage(1000)
-    assert [(outage["from"], outage["to"]) for outage in store.outages(ALWAYS, 1000)] == [(1000.0, 1000.0)]
+    store.end_outage(ended_at)
+    (outage,) = store.outages(ALWAYS, ended_at)
+    assert (outage["from"], outage["to"], outage["lost"]) == (began_at, ended_at, True)
 
 
 def test_failure_keeps_the_last_good_reading_beside_it(store):
@@ -497,9 +472,7 @@ def test_old_snapshots_are_downsampled_to_one_an_hour(store):
     for minute in range(0, 180, 10):
         store.save_reading(reading(ts_epoch=3600 * 400000 + 60 * minute))
     store.downsample_snapshots(3600 * 400002)
-    db = sqlite3.connect(str(store.path))
-    assert db.execute("SELECT COUNT(*) FROM quota_snapshots").fetchone()[0] == 2 + 6
-    db.close()
+    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots") == [(2 + 6,)]
     assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
 
 

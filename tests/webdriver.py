@@ -7,7 +7,6 @@ with Browser() as browser:
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -17,10 +16,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any, Iterator
 
-from support import free_port
+from support import comes_up, free_port
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 FLAGS = [
@@ -28,13 +26,11 @@ FLAGS = [
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-proxy-server",
 ]  # fmt: skip
-# What press() takes for keys that are no character.
 KEYS = {
-    "Backspace": "\ue003", "Tab": "\ue004", "Enter": "\ue007", "Shift": "\ue008", "Control": "\ue009",
-    "Escape": "\ue00c", "Space": " ", "PageUp": "\ue00e", "PageDown": "\ue00f", "End": "\ue010",
-    "Home": "\ue011", "ArrowLeft": "\ue012", "ArrowUp": "\ue013", "ArrowRight": "\ue014",
-    "ArrowDown": "\ue015", "Delete": "\ue017",
+    "Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c", "Space": " ", "End": "\ue010", "Home": "\ue011",
+    "ArrowLeft": "\ue012", "ArrowRight": "\ue014",
 }  # fmt: skip
+PRESS = ({"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0})
 
 # Asks again at every frame, so that nothing that shows up on the screen is missed.
 WAIT_UNTIL = """
@@ -62,11 +58,8 @@ class WebDriverError(Exception):
 
 def find_browser() -> str | None:
     """Return the path of a Chromium, or None."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
-        path = shutil.which(name)
-        if path:
-            return path
-    return None
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Browser:
@@ -78,19 +71,12 @@ class Browser:
     START_S = 30
     COMMAND_S = 60
 
-    def __init__(
-        self,
-        width: int = 1440,
-        height: int = 900,
-        accept_lang: str = "en-US",
-        dark: bool = False,
-        scale: float = 1,
-    ) -> None:
+    def __init__(self, width: int = 1440, height: int = 900, accept_lang: str = "en-US", dark: bool = False) -> None:
         self.width = width
         self.height = height
         self.accept_lang = accept_lang
         self.dark = dark
-        self.scale = scale
+        self.scale = 1.0
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._profile = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,11 +103,9 @@ class Browser:
         if self._session:
             with contextlib.suppress(OSError, WebDriverError):
                 self._call("DELETE", "")
-            self._session = ""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-            self._process = None
         shutil.rmtree(self._profile, ignore_errors=True)
 
     # -- pages
@@ -131,7 +115,6 @@ class Browser:
         self._call("POST", "/url", {"url": url})
 
     def reload(self) -> None:
-        """Load the page again."""
         self._call("POST", "/refresh", {})
 
     def new_document_script(self, source: str) -> str:
@@ -139,7 +122,6 @@ class Browser:
         return self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
 
     def remove_document_script(self, identifier: str) -> None:
-        """Remove a new_document_script()."""
         self.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=identifier)
 
     def script(self, source: str, *args: Any) -> Any:
@@ -156,8 +138,7 @@ class Browser:
         while True:
             left_s = max(0.0, deadline - time.monotonic())
             try:
-                args = {"script": WAIT_UNTIL, "args": [expression, left_s * 1000]}
-                answer = self._call("POST", "/execute/async", args)
+                answer = self.run_async(WAIT_UNTIL, expression, left_s * 1000)
             except WebDriverError as fault:
                 # The page was left meanwhile: ask the next one.
                 if fault.code not in ("javascript error", "unknown error", "stale element reference"):
@@ -200,53 +181,42 @@ class Browser:
         self.click(f'{css} option[value="{value}"]')
 
     def press(self, *keys: str) -> None:
-        """Press keys one after another: names such as "Tab" (see KEYS), "Shift+Tab", or text to type."""
-        actions: list[dict[str, str]] = []
-        for key in keys:
-            chord = key.split("+") if "+" in key and len(key) > 1 else [key]
-            known = all(part in KEYS or len(part) == 1 for part in chord)
-            for stroke in [chord] if known else [[letter] for letter in key]:
-                codes = [KEYS.get(part, part) for part in stroke]
-                actions += [{"type": "keyDown", "value": code} for code in codes]
-                actions += [{"type": "keyUp", "value": code} for code in reversed(codes)]
-        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+        """Press keys one after another: names of KEYS, or text to type."""
+        codes = [code for key in keys for code in KEYS.get(key, key)]
+        actions = [{"type": kind, "value": code} for code in codes for kind in ("keyDown", "keyUp")]
+        self._act({"type": "key", "id": "keyboard", "actions": actions})
 
     def move_to(self, css: str, x: float, y: float) -> None:
         """Move the mouse to an offset in CSS pixels from the top left corner of an element."""
-        left, top = self.script(
-            "const e = arguments[0]; e.scrollIntoView({block: 'nearest', behavior: 'instant'});"
-            "const box = e.getBoundingClientRect(); return [box.left, box.top];",
-            self.find(css),
-        )
-        move = {"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)}
-        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
-        self._call("POST", "/actions", {"actions": [mouse]})
+        self.script("arguments[0].scrollIntoView({block: 'nearest', behavior: 'instant'});", self.find(css))
+        self._point("mouse", self._move(css, x, y))
 
     def press_mouse(self) -> None:
         """Press and release the left button where the mouse is."""
-        actions = [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
-        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": actions}
-        self._call("POST", "/actions", {"actions": [mouse]})
+        self._point("mouse", *PRESS)
 
     def tap(self, css: str, x: float, y: float) -> None:
         """Touch an element with a finger, at an offset in CSS pixels from its top left corner."""
-        left, top = self.script(
-            "const box = arguments[0].getBoundingClientRect(); return [box.left, box.top];", self.find(css)
-        )
-        actions = [{"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)},
-                   {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]  # fmt: skip
-        finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}, "actions": actions}
-        self._call("POST", "/actions", {"actions": [finger]})
+        self._point("touch", self._move(css, x, y), *PRESS)
+
+    def _move(self, css: str, x: float, y: float) -> dict[str, Any]:
+        look = "const box = arguments[0].getBoundingClientRect(); return [box.left, box.top];"
+        left, top = self.script(look, self.find(css))
+        return {"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)}
+
+    def _point(self, kind: str, *actions: dict[str, Any]) -> None:
+        self._act({"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions})
+
+    def _act(self, source: dict[str, Any]) -> None:
+        self._call("POST", "/actions", {"actions": [source]})
 
     # -- the window
 
     def resize(self, width: int, height: int, scale: float | None = None) -> None:
         """Set the size of the page in CSS pixels; a real window cannot be as narrow as a phone."""
         self.scale = self.scale if scale is None else scale
-        self.cdp(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=self.scale, mobile=False,
-        )  # fmt: skip
+        size = {"width": width, "height": height, "deviceScaleFactor": self.scale, "mobile": False}
+        self.cdp("Emulation.setDeviceMetricsOverride", **size)
 
     def emulate(self, dark: bool | None = None, reduced_motion: bool | None = None, print: bool | None = None) -> None:
         """Set what the user prefers and the medium; None leaves it as it is."""
@@ -258,10 +228,6 @@ class Browser:
             self._print = print
         features = [{"name": name, "value": value} for name, value in self._media.items()]
         self.cdp("Emulation.setEmulatedMedia", media="print" if self._print else "", features=features)
-
-    def screenshot(self, path: str | Path) -> None:
-        """Write what is on the screen to a PNG file."""
-        Path(path).write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
 
     def cdp(self, method: str, **params: Any) -> Any:
         """Send a command of the Chrome DevTools Protocol."""
@@ -276,12 +242,10 @@ class Browser:
 
     def requested_urls(self) -> list[str]:
         """Return the URLs asked for since the last look, the pages' own included."""
-        urls = []
-        for entry in self._call("POST", "/se/log", {"type": "performance"}):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                urls.append(message["params"]["request"]["url"])
-        return urls
+        entries = self._call("POST", "/se/log", {"type": "performance"})
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent]
 
     # -- chromedriver
 
@@ -293,17 +257,8 @@ class Browser:
             ["chromedriver", f"--port={port}"], env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + self.START_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if self._send("GET", "/status")["ready"]:
-                    return
-            try:
-                self._process.wait(0.02)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        raise AssertionError("chromedriver does not start")
+        if not comes_up(self._process, lambda: self._send("GET", "/status")["ready"], self.START_S):
+            raise AssertionError("chromedriver does not start")
 
     def _open_session(self) -> None:
         flags = [*FLAGS, f"--user-data-dir={self._profile}", f"--accept-lang={self.accept_lang}",
@@ -314,8 +269,7 @@ class Browser:
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
             "timeouts": {"script": self.COMMAND_S * 1000, "pageLoad": 30_000},
         }
-        answer = self._send("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
-        self._session = answer["sessionId"]
+        self._session = self._send("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._send(method, f"/session/{self._session}{path}", body)

@@ -8,10 +8,11 @@ a demo is started. It prints each violation, and ends with 1 where there is one.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
@@ -30,11 +31,6 @@ window.axe.run(document, {resultTypes: ['violations', 'incomplete']}).then(
   ({violations}) => done(violations.map((v) => ({id: v.id, help: v.help, nodes: v.nodes.map((n) => `${n.target.join(' ')}: ${n.failureSummary}`)}))),
   (fault) => done([{id: 'axe', help: String(fault), nodes: []}]));
 """
-
-
-def views() -> Iterator[tuple[int, str, bool]]:
-    """Give every width, language and theme."""
-    return ((width, lang, dark) for width in WIDTHS for lang in ("en", "vi") for dark in (False, True))
 
 
 def violations(browser: Browser, address: str, axe: str, width: int, lang: str, dark: bool) -> list[dict[str, Any]]:
@@ -64,7 +60,7 @@ def main(arguments: list[str]) -> int:
     found = 0
     try:
         with Browser() as browser:
-            for view in views():
+            for view in itertools.product(WIDTHS, ("en", "vi"), (False, True)):
                 faults = violations(browser, address, axe, *view)
                 found += len(faults)
                 print(*view, "no violation" if not faults else "")

@@ -2,7 +2,7 @@
 
     python3 tests/tools/bench.py [--events N] [--idle SECONDS] [--against SCRIPT]
 
-`--against` compares with another version of the script, such as one that `git show TAG:usage_dashboard.py` wrote.
+`--against` compares with another version of the script, which lies beside its own page, as in a worktree of its tag.
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -64,8 +64,8 @@ SENDERS = CODEX + OTHERS
 CLIENT_KEYS = [f"sk-client-{number:04d}-aaaa-bbbb-{number:04d}" for number in range(12)]
 MODELS = [model for _, _, models, _ in SENDERS for model in models]
 NO_LIMIT_LEFT = (
-    r"{\"error\":{\"type\":\"usage_limit_reached\",\"message\":\"The usage limit has been reached\","
-    r"\"plan_type\":\"plus\",\"resets_in_seconds\":7404}}"
+    '{"error":{"type":"usage_limit_reached","message":"The usage limit has been reached","plan_type":"plus",'
+    '"resets_in_seconds":7404}}'
 )
 
 
@@ -89,29 +89,29 @@ def payload(dice: random.Random, at: float) -> bytes:
         model = dice.choice(MODELS)
     provider, source, _, endpoint = dice.choice(senders_of(model))
     failed = dice.random() < 0.03
-    fresh, cached, output = (0, 0, 0) if failed else (dice.randrange(9000), dice.randrange(200_000), dice.randrange(4000))
-    reasoning = output // 3
-    total = fresh + cached + output
-    head = (
-        f'{{"timestamp":"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z","latency_ms":{dice.randrange(300, 60000)},'
-        f'"ttft_ms":{dice.randrange(200, 4000)},"source":"{source}","auth_index":"{app.short_tag(source)}0123456789",'
-        f'"tokens":{{"input_tokens":{fresh + cached},"output_tokens":{output},"reasoning_tokens":{reasoning},'
-        f'"cached_tokens":{cached},"total_tokens":{total}}},"failed":{"true" if failed else "false"},'
-    )
+    fresh, cached, output = (0 if failed else dice.randrange(most) for most in (9000, 200_000, 4000))
+    reasoning, total = output // 3, fresh + cached + output
+    event = {
+        "timestamp": f"{app.utc_text(at)[:-1]}.{dice.randrange(10**9):09d}Z", "latency_ms": dice.randrange(300, 60000),
+        "ttft_ms": dice.randrange(200, 4000), "source": source, "auth_index": f"{app.short_tag(source)}0123456789",
+        "tokens": {"input_tokens": fresh + cached, "output_tokens": output, "reasoning_tokens": reasoning,
+                   "cached_tokens": cached, "total_tokens": total}, "failed": failed,
+    }  # fmt: skip
     if dice.random() < 0.6:  # newer proxies say more
-        status, body = (429, NO_LIMIT_LEFT) if failed else (200, "")
-        head += (
-            f'"client_ip":"172.18.0.1","user_agent":"codex_cli_rs/0.130.0","generate":true,'
-            f'"fail":{{"status_code":{status},"body":"{body}"}},"accounting_version":2,"token_breakdown":'
-            f'{{"schema_version":2,"quality":"complete","total_tokens":{total},"input":{{"total_tokens":{fresh + cached},'
-            f'"uncached_tokens":{fresh},"cache_read_tokens":{cached},"cache_write_tokens":0}},"output":{{"total_tokens":'
-            f'{output},"non_reasoning_tokens":{output - reasoning},"reasoning_tokens":{reasoning}}},"unclassified_tokens":0}},'
-            f'"alias":"{model}","reasoning_effort":"{dice.choice(("low", "high", ""))}","service_tier":"auto",'
-        )
-    return (
-        f'{head}"provider":"{provider}","model":"{model}","endpoint":"{endpoint}","auth_type":"oauth",'
-        f'"api_key":"{key}","request_id":"{dice.getrandbits(32):08x}"}}'
-    ).encode()
+        event.update({
+            "client_ip": "172.18.0.1", "user_agent": "codex_cli_rs/0.130.0", "generate": True,
+            "fail": {"status_code": 429 if failed else 200, "body": NO_LIMIT_LEFT if failed else ""},
+            "accounting_version": 2, "token_breakdown": {
+                "schema_version": 2, "quality": "complete", "total_tokens": total,
+                "input": {"total_tokens": fresh + cached, "uncached_tokens": fresh, "cache_read_tokens": cached,
+                          "cache_write_tokens": 0},
+                "output": {"total_tokens": output, "non_reasoning_tokens": output - reasoning,
+                           "reasoning_tokens": reasoning}, "unclassified_tokens": 0,
+            }, "alias": model, "reasoning_effort": dice.choice(("low", "high", "")), "service_tier": "auto",
+        })  # fmt: skip
+    event.update(provider=provider, model=model, endpoint=endpoint, auth_type="oauth", api_key=key)
+    event["request_id"] = f"{dice.getrandbits(32):08x}"
+    return json.dumps(event, separators=(",", ":")).encode()
 
 
 def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[bytes]:
@@ -122,15 +122,8 @@ def payloads(count: int, end: float, span_s: float = HISTORY_S) -> Iterator[byte
 
 
 def in_batches(items: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    """Cut a stream of events into lists."""
-    batch: list[bytes] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    """Return a stream of events cut into lists."""
+    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -168,18 +161,18 @@ def cost_of(work: Callable[[], Any], events: int) -> Cost:
     return Cost(events / seconds, (time.process_time() - processor_s) / events * 1e6)
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Return the seconds that some work takes."""
+def timed(work: Callable[..., Any], *args: Any) -> float:
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
-    work()
+    work(*args)
     return time.perf_counter() - started
 
 
-def median_ms(work: Callable[[], Any], runs: int = 7, patience_s: float = 2.0) -> float:
-    """Return the median of several runs in milliseconds; slow work is run less often, but once at least."""
+def median_ms(work: Callable[..., Any], *args: Any, runs: int = 7) -> float:
+    """Return the median of several calls in milliseconds; slow ones are made less often, but once at least."""
     times: list[float] = []
-    while len(times) < runs and sum(times) < patience_s:
-        times.append(timed(work))
+    while len(times) < runs and sum(times) < 2.0:
+        times.append(timed(work, *args))
     return median(times) * 1000
 
 
@@ -193,14 +186,8 @@ class Dashboard:
         self.script = script
         self.database = folder / "usage.db"
         self.port = free_port()
-        config = {
-            "cliproxy_port": redis.port,
-            "dashboard_host": "127.0.0.1",
-            "dashboard_port": self.port,
-            "database": str(self.database),
-            "auth_dir": str(folder / "no-accounts"),
-            **settings,
-        }
+        config = {"cliproxy_port": redis.port, "dashboard_host": "127.0.0.1", "dashboard_port": self.port,
+                  "database": str(self.database), "auth_dir": str(folder / "no-accounts"), **settings}  # fmt: skip
         self._config = folder / "config.json"
         self._config.write_text(json.dumps(config))
         self._log = folder / "log"
@@ -262,8 +249,16 @@ def ask(connection: http.client.HTTPConnection, path: str, etag: str = "") -> st
     return reply.headers.get("ETag") or ""
 
 
+def first_answer(database: Path, redis: RedisServer) -> tuple[float, float]:
+    """Start the program on a database; return the seconds to its first answer, and the memory that took at most."""
+    started = time.perf_counter()
+    with Dashboard(database.parent, redis) as dashboard:
+        dashboard.connect().close()
+        return time.perf_counter() - started, dashboard.memory_mb("VmHWM")
+
+
 class Drain(NamedTuple):
-    """What watching the program empty a queue showed."""
+    """How fast the program emptied a queue, and its longest time without a commit."""
 
     rate: float
     longest_gap_ms: float
@@ -297,7 +292,6 @@ def _stored(db: sqlite3.Connection) -> int:
 def load_script(path: Path) -> Any:
     """Load another version of the script as a module."""
     spec = importlib.util.spec_from_file_location("other_dashboard", str(path))
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -332,15 +326,12 @@ def bare_cost(events: list[bytes], folder: Path) -> Cost:
     db.execute("CREATE INDEX events_by_time ON events(timestamp)")
     insert = f"INSERT INTO events({', '.join(STORED_COLUMNS)}) VALUES ({', '.join('?' * len(STORED_COLUMNS))})"
 
-    def row(event: dict[str, Any]) -> tuple[Any, ...]:
-        values = {**event, **event["tokens"]}
-        return tuple(map(values.get, STORED_COLUMNS))
-
     def store_all() -> None:
         for first in range(0, len(events), 1000):
-            decoded = [json.loads(event) for event in events[first : first + 1000]]
+            decoded = map(json.loads, events[first : first + 1000])
+            rows = [tuple(map({**event, **event["tokens"]}.get, STORED_COLUMNS)) for event in decoded]
             db.execute("BEGIN")
-            db.executemany(insert, [row(event) for event in decoded])
+            db.executemany(insert, rows)
             db.execute("COMMIT")
 
     with contextlib.closing(db):
@@ -375,16 +366,16 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
     store, spool = app.Store(folder / "usage.db"), app.Spool(folder / "usage.db.spool")
     spent = {"parse and mask": 0.0, "spool": 0.0, "store with roll-ups, commit": 0.0}
 
-    def add(step: str, work: Callable[[], Any]) -> Any:
+    def add(step: str, work: Callable[..., Any], *args: Any) -> Any:
         started = time.process_time()
-        result = work()
+        result = work(*args)
         spent[step] += time.process_time() - started
         return result
 
     for number, batch in enumerate(in_batches(iter(events), BATCH), start=1):
-        parsed = add("parse and mask", lambda batch=batch: app.parse_events(batch))
-        add("spool", lambda number=number, parsed=parsed: spool.append(number, parsed))
-        add("store with roll-ups, commit", lambda number=number, parsed=parsed: store.store_batch(parsed, number, time.time()))
+        parsed = add("parse and mask", app.parse_events, batch)
+        add("spool", spool.append, number, parsed)
+        add("store with roll-ups, commit", store.store_batch, parsed, number, time.time())
         add("spool", spool.clear)
     store.close()
     return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
@@ -393,20 +384,19 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
-    runs = range(3)
-    pairs, others = [], []
-    for _ in runs:
-        pairs.append((bare_cost(events, new_folder(scratch)), ingest_rate(redis, events, new_folder(scratch))))
+    bares, drains, others = [], [], []
+    for _ in range(3):
+        bares.append(bare_cost(events, new_folder(scratch)))
+        drains.append(ingest_rate(redis, events, new_folder(scratch)))
         if against is not None:
             others.append(ingest_rate(redis, events, new_folder(scratch), against)[0].rate)
-    bares, drains = [bare for bare, _ in pairs], [drain for _, drain in pairs]
-    pops = [pop_cost(redis, events) for _ in runs]
+    pops = [pop_cost(redis, events) for _ in range(3)]
     steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
-    bare_us = median(bare.processor_us for bare in bares)
-    table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
     rate = median(drain.rate for drain, _ in drains)
+    table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
     table.row("end to end: redis-server → program → SQLite", rate, "events/s", median(bare.rate for bare in bares))
     table.row("pops alone", median(pop.rate for pop in pops), "events/s")
+    bare_us = median(bare.processor_us for bare in bares)
     table.row("processor time of an event", sum(steps.values()), "µs", bare_us)
     for step, cost in steps.items():
         table.row(f"of it: {step}", cost, "µs")
@@ -418,19 +408,15 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, 
 
 # ---- queries ---------------------------------------------------------------------------------------------
 
-PLAIN_SUMS = (
-    "COUNT(*), SUM(failed), SUM(input_tokens), SUM(output_tokens), SUM(reasoning_tokens), SUM(cached_tokens), "
-    "SUM(total_tokens)"
-)
+PLAIN_SUMS = "COUNT(*), " + ", ".join(f"SUM({name})" for name in app.SUM_NAMES[1:])
 FILTERS = {
     "account": ({"account": "dev.1@example.com"}, "source = 'dev.1@example.com'"),
     "model": ({"model": "gpt-5.4"}, "model = 'gpt-5.4'"),
-    "account and model": (
-        {"account": "dev.1@example.com", "model": "gpt-5.4"},
-        "source = 'dev.1@example.com' AND model = 'gpt-5.4'",
-    ),
+    "account and model": ({"account": "dev.1@example.com", "model": "gpt-5.4"},
+                          "source = 'dev.1@example.com' AND model = 'gpt-5.4'"),
     "status": ({"status": "failed"}, "failed = 1"),
-}
+}  # fmt: skip
+ACCOUNT_MODEL_FAILED = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
 
 
 def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: str = "1") -> None:
@@ -445,25 +431,21 @@ def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: s
 def summary_ms(store: app.Store, span_s: float, end: float, **filters: str) -> float:
     """Ask for a fresh summary as the page does, past every cache."""
     bucket_s = 3600 if span_s <= 2 * DAY_S else 3 * 3600 if span_s <= 8 * DAY_S else DAY_S
-    return median_ms(lambda: store.usage(app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters)))
+    return median_ms(store.usage, app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters))
 
 
 def measure_queries(table: Table, small: Path, large: Path, count: int, end: float) -> None:
     """Compare fresh summaries with the plain index on the same data, and with a tenth of the data."""
-    tenth, store = app.Store(small), app.Store(large)
-    db = sqlite3.connect(str(large))
+    tenth, store, db = app.Store(small), app.Store(large), sqlite3.connect(str(large))
     table.section(f"fresh summary, {count:,} events in {HISTORY_S // DAY_S} days", "plain time index")
-    for name, span_s in RANGES_S.items():
-        plain = median_ms(lambda span_s=span_s: plain_summary(db, end - span_s, end))
-        table.row(name, summary_ms(store, span_s, end), "ms", plain)
+    asked = [(period, period, {}, "1") for period in RANGES_S]
     for name, (filters, condition) in FILTERS.items():
-        for period in ("24h", "7d", "30d"):
-            start = end - RANGES_S[period]
-            plain = median_ms(lambda start=start, condition=condition: plain_summary(db, start, end, condition))
-            table.row(f"{period} by {name}", summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
-    table.row("newest 100 requests", median_ms(lambda: store.requests(101)), "ms")
-    filters = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
-    table.row("newest 100 requests by three filters", median_ms(lambda: store.requests(101, None, filters)), "ms")
+        asked += [(f"{period} by {name}", period, filters, condition) for period in ("24h", "7d", "30d")]
+    for name, period, filters, condition in asked:
+        plain = median_ms(plain_summary, db, end - RANGES_S[period], end, condition)
+        table.row(name, summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
+    table.row("newest 100 requests", median_ms(store.requests, 101), "ms")
+    table.row("newest 100 requests by three filters", median_ms(store.requests, 101, None, ACCOUNT_MODEL_FAILED), "ms")
     table.section(f"flat? fresh summary, {count:,} events", f"{count // 10:,} events")
     for name, span_s in RANGES_S.items():
         table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
@@ -471,31 +453,23 @@ def measure_queries(table: Table, small: Path, large: Path, count: int, end: flo
         part.close()
 
 
-def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> tuple[Path, Path | None]:
-    """Ask for hourly summaries of a month's events in zones off the hour; returns the databases."""
-    here = fill(new_folder(scratch), count, end, app, 30 * DAY_S)
-    versions = [(app, app.Store(here))]
-    there = None
-    if against is not None:
-        other = load_script(against)
-        there = fill(new_folder(scratch), count, end, other, 30 * DAY_S)
-        versions.append((other, other.Store(there)))
+def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> list[Path]:
+    """Ask for hourly summaries of a month's events in zones off the hour; returns the versions' databases."""
+    versions = [app] if against is None else [app, load_script(against)]
+    databases = [fill(new_folder(scratch), count, end, version, 30 * DAY_S) for version in versions]
+    stores = [version.Store(database) for version, database in zip(versions, databases)]
     table.section(f"hourly summary, {count:,} events in 30 days", "the other version")
-    for zone, offset_s in (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)):
-        for period in ("24h", "7d", "30d"):
-            for name, (filters, _) in {"": ({}, ""), **FILTERS}.items():
-                times = [
-                    median_ms(
-                        lambda version=version, store=store, period=period, offset_s=offset_s, filters=filters: store.usage(
-                            version.Window(end - RANGES_S[period] + 77, end - 33.5), 3600, offset_s, version.Filters(**filters)
-                        )
-                    )
-                    for version, store in versions
-                ]
-                table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", times[1] if times[1:] else None)
-    for _, store in versions:
+    zones, periods = (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)), ("24h", "7d", "30d")
+    for (zone, offset_s), period, name in itertools.product(zones, periods, ("", *FILTERS)):
+        filters = FILTERS[name][0] if name else {}
+        times = []
+        for version, store in zip(versions, stores):
+            window = version.Window(end - RANGES_S[period] + 77, end - 33.5)
+            times.append(median_ms(store.usage, window, 3600, offset_s, version.Filters(**filters)))
+        table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", *times[1:])
+    for store in stores:
         store.close()
-    return here, there
+    return databases
 
 
 # ---- serving ---------------------------------------------------------------------------------------------
@@ -505,34 +479,31 @@ PAGE_LOAD = ("/api/summary?range=7d&tz_offset=420", "/api/requests?limit=100", "
 
 def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float) -> None:
     """Start the program on the large database and load its page, idle and under load."""
-    starts = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with Dashboard(large.parent, redis) as dashboard:
-            dashboard.connect().close()
-            starts.append((time.perf_counter() - started) * 1000)
+    starts = [first_answer(large, redis)[0] * 1000 for _ in range(3)]
     table.section("serving the same database")
     table.row("start to the first answer", median(starts), "ms")
     with Dashboard(large.parent, redis) as dashboard:
         connection = dashboard.connect()
         before, started = dashboard.cpu_s(), time.perf_counter()
         time.sleep(idle_s)
-        table.row(f"processor while idle, {idle_s:g} s", (dashboard.cpu_s() - before) / (time.perf_counter() - started) * 100, "%")
-        tags = {path: ask(connection, path) for path in ("/", *PAGE_LOAD)}
-        table.row("page itself", median_ms(lambda: ask(connection, "/"), 200), "ms")
-        table.row("summary", median_ms(lambda: ask(connection, PAGE_LOAD[0]), 200), "ms")
-        table.row("summary, unchanged (304)", median_ms(lambda: ask(connection, PAGE_LOAD[0], tags[PAGE_LOAD[0]]), 200), "ms")
+        busy = (dashboard.cpu_s() - before) / (time.perf_counter() - started)
+        table.row(f"processor while idle, {idle_s:g} s", busy * 100, "%")
+        tag = [ask(connection, path) for path in ("/", *PAGE_LOAD)][1]
+        asked = {"page itself": ["/"], "summary": PAGE_LOAD[:1], "summary, unchanged (304)": [PAGE_LOAD[0], tag]}
+        for name, question in asked.items():
+            table.row(name, median_ms(ask, connection, *question, runs=200), "ms")
         connection.close()
-        table.row("eight clients flat out, the page's questions", len(eight_clients(dashboard, seconds=3)) / 3, "answers/s")
+        answers = eight_clients(dashboard, seconds=3)
+        table.row("eight clients flat out, the page's questions", len(answers) / 3, "answers/s")
         ends = itertools.count(int(time.time()) - 100_000)
-        summaries = eight_clients(dashboard, 3, paths=lambda: [f"/api/summary?range=24h&end={next(ends)}"])
-        table.row("eight clients flat out, 24h with another end each time", len(summaries) / 3, "answers/s")
+        answers = eight_clients(dashboard, 3, paths=lambda: [f"/api/summary?range=24h&end={next(ends)}"])
+        table.row("eight clients flat out, 24h with another end each time", len(answers) / 3, "answers/s")
 
 
 def eight_clients(
     dashboard: Dashboard, seconds: float, pause_s: float = 0.0, paths: Callable[[], Any] = lambda: PAGE_LOAD
 ) -> list[float]:
-    """Let eight kept connections load the page's data again and again; give each answer's milliseconds."""
+    """Load the page's data over and over on eight kept connections, and return each answer's milliseconds."""
     times: list[float] = []
     ended = time.monotonic() + seconds
 
@@ -540,7 +511,7 @@ def eight_clients(
         connection = dashboard.connect()
         while time.monotonic() < ended:
             for path in paths():
-                times.append(timed(lambda path=path: ask(connection, path)) * 1000)
+                times.append(timed(ask, connection, path) * 1000)
             time.sleep(pause_s)
         connection.close()
 
@@ -554,15 +525,12 @@ def eight_clients(
 
 def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: Path) -> None:
     """Let eight clients poll twice a second while the program empties a full queue into the large database."""
-    redis.push("usage", *events)
-    with Dashboard(large.parent, redis) as dashboard:
-        alone = watch_drain(dashboard, len(events))
+    alone, _ = ingest_rate(redis, events, large.parent)
     redis.push("usage", *events)
     with Dashboard(large.parent, redis) as dashboard:
         answers: list[float] = []
-        clients = threading.Thread(
-            target=lambda: answers.extend(eight_clients(dashboard, len(events) / alone.rate, pause_s=0.5))
-        )
+        seconds = len(events) / alone.rate
+        clients = threading.Thread(target=lambda: answers.extend(eight_clients(dashboard, seconds, pause_s=0.5)))
         clients.start()
         together = watch_drain(dashboard, len(events))
         clients.join()
@@ -585,7 +553,7 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
         started = time.monotonic()
         drain = watch_drain(dashboard, len(events))
         with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
-            oldest = time.time() - 10 * DAY_S - 900
+            oldest = time.time() - 10 * DAY_S - 7200
             while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
                 time.sleep(0.05)
             rows = db.execute("SELECT value FROM meta WHERE key = 'deleted'").fetchone()[0]
@@ -598,8 +566,10 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
 
 def copy_as_original(large: Path, folder: Path) -> Path:
     """Write the events as the original dashboard kept them: without an index, and without sums."""
-    columns = "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
-    columns += "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
+    columns = (
+        "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
+        "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
+    )
     names = ", ".join(column.split()[0] for column in columns.split(", "))
     with contextlib.closing(sqlite3.connect(str(folder / "usage.db"))) as db:
         db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {columns})")
@@ -609,15 +579,13 @@ def copy_as_original(large: Path, folder: Path) -> Path:
     return folder / "usage.db"
 
 
-def measure_adoption(table: Table, redis: RedisServer, databases: dict[str, Path]) -> None:
-    """Start the program on databases of other versions with as many events."""
+def measure_adoption(table: Table, redis: RedisServer, databases: list[Path]) -> None:
+    """Start the program on databases of the original and of the other version with as many events."""
     table.section("adopting as many events")
-    for name, database in databases.items():
-        started = time.perf_counter()
-        with Dashboard(database.parent, redis) as dashboard:
-            dashboard.connect().close()
-            table.row(f"{name}: start to the first summary", time.perf_counter() - started, "s")
-            table.row(f"{name}: memory, highest", dashboard.memory_mb("VmHWM"), "MB")
+    for name, database in zip(("the original", "the other version"), databases):
+        seconds, memory_mb = first_answer(database, redis)
+        table.row(f"{name}: start to the first summary", seconds, "s")
+        table.row(f"{name}: memory, highest", memory_mb, "MB")
 
 
 # ---- all of it -------------------------------------------------------------------------------------------
@@ -641,7 +609,7 @@ def main() -> None:
     """Measure everything and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=200_000, help="size of the large database (%(default)s)")
-    parser.add_argument("--against", type=Path, help="another version of the script to compare with")
+    parser.add_argument("--against", type=Path, help="another version of the script, beside its page")
     parser.add_argument("--idle", type=float, default=5.0, help="seconds to watch the idle program (%(default)s)")
     options = parser.parse_args()
     ingested = min(options.events, MOST_INGESTED)
@@ -653,10 +621,9 @@ def main() -> None:
         small = fill(new_folder(scratch), options.events // 10, end)
         large = fill(new_folder(scratch), options.events, end)
         measure_queries(table, small, large, options.events, end)
-        month, before = measure_zones(table, options.events, end, scratch, options.against)
+        month, *other = measure_zones(table, options.events, end, scratch, options.against)
         measure_serving(table, redis, large, options.idle)
-        old = {"the original": copy_as_original(month, new_folder(scratch))}
-        measure_adoption(table, redis, {**old, "the other version": before} if before else old)
+        measure_adoption(table, redis, [copy_as_original(month, new_folder(scratch)), *other])
         events = list(payloads(ingested, time.time(), ingested * PACE_S))
         measure_retention(table, redis, events, large, scratch)
         measure_both(table, redis, events, large)

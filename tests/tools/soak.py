@@ -28,25 +28,21 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from fake_proxy import FakeProxy  # noqa: E402
-from support import free_port  # noqa: E402
+from support import KEY, free_port, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
-KEY = "secret-key"
 OVER_THE_CAP = 8 * 1024 * 1024 + 1
 MOST_REJECTS = 900  # the program keeps the newest 1,000
 IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
 PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
-
-
-# ---- events ----------------------------------------------------------------------------------------------
 
 
 class Feeder(threading.Thread):
@@ -96,8 +92,9 @@ class Feeder(threading.Thread):
         account = dice.randrange(8)
         return json.dumps({
             "request_id": name, "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "provider": "codex",
-            "source": f"user{account}@example.com", "auth_index": f"{account:016x}", "model": f"gpt-5.{dice.randrange(4)}",
-            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
+            "source": f"user{account}@example.com", "auth_index": f"{account:016x}",
+            "model": f"gpt-5.{dice.randrange(4)}", **more,
+            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)},
         }).encode()  # fmt: skip
 
     def _reject(self, start: bytes, length: int = 100) -> bytes:
@@ -108,16 +105,13 @@ class Feeder(threading.Thread):
 
 
 def identity(payload: bytes) -> tuple[str, Any]:
-    """Tell what is to become of a payload, and how it is found again."""
+    """Return what is to become of a payload, and how it is found again."""
     if payload.startswith(b'{"request_id"'):
         name = payload[16 : payload.index(b'"', 16)].decode()
         return ("stored" if name.startswith("e") else "ignored"), name
     if payload.startswith(b'{"refresh"'):
         return "ignored", payload
     return "rejected", len(payload) // 3
-
-
-# ---- the program and its clients -------------------------------------------------------------------------
 
 
 class Clients:
@@ -145,19 +139,18 @@ class Clients:
         for path in itertools.cycle(PATHS):
             if self._ended.wait(0.02):
                 return
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
-            try:
-                connection.request("GET", path)
-                reply = connection.getresponse()
-                said = reply.read()
-                with self._lock:
-                    self.statuses[reply.status] += 1
-                    if reply.status != 200 and not self.ending:
-                        self.faults.append(f"{path} was answered with {reply.status} {said[:300]!r}")
-            except (OSError, http.client.HTTPException):
-                pass  # the program is being restarted
-            finally:
-                connection.close()
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)) as connection:
+                # a failure: the program is being restarted
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    connection.request("GET", path)
+                    reply = connection.getresponse()
+                    self._count(path, reply.status, reply.read())
+
+    def _count(self, path: str, status: int, said: bytes) -> None:
+        with self._lock:
+            self.statuses[status] += 1
+            if status != 200 and not self.ending:
+                self.faults.append(f"{path} was answered with {status} {said[:300]!r}")
 
     def _dribble(self) -> None:
         request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -175,16 +168,12 @@ class Clients:
                     if place:
                         place[0].close()
                     places[index] = None
-        for place in places:
-            if place:
-                place[0].close()
-
-
-# ---- the account -----------------------------------------------------------------------------------------
+        for sock, _ in filter(None, places):
+            sock.close()
 
 
 class Book:
-    """Follow what was handed over: at each end of the program, tell what it had and what it had not yet."""
+    """Follow what was handed over, and compare at each end of the program what it had of that."""
 
     def __init__(self, proxy: FakeProxy, database: Path) -> None:
         self._proxy, self._database = proxy, database
@@ -214,7 +203,7 @@ class Book:
 
     def _kept(self) -> int:
         """Count what the database has, and what waits in the spool for the next start."""
-        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
         kept = sum(meta.get(name, 0) for name in ("stored", "rejected", "ignored"))
         for sequence, batch in app.Spool(Path(f"{self._database}.spool")).read():
             if sequence > meta.get("sequence", 0):
@@ -230,14 +219,14 @@ class Book:
             if payload not in lost and payload not in self.gone:
                 kind, name = identity(payload)
                 wanted[kind].append(name)
-        stored = [name for (name,) in query(self._database, "SELECT request_id FROM events")]
-        rejected = [length // 3 for (length,) in query(self._database, "SELECT length FROM rejected_events")]
-        meta = dict(query(self._database, "SELECT key, value FROM meta"))
+        stored = [name for (name,) in rows(self._database, "SELECT request_id FROM events")]
+        rejected = [length // 3 for (length,) in rows(self._database, "SELECT length FROM rejected_events")]
+        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
         accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
         self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
         found = list(self.faults)
-        for name, got in (("stored", stored), ("rejected", rejected)):
-            more, less = Counter(got) - Counter(wanted[name]), Counter(wanted[name]) - Counter(got)
+        for name, got in (("stored", Counter(stored)), ("rejected", Counter(rejected))):
+            more, less = got - Counter(wanted[name]), Counter(wanted[name]) - got
             if more or less:
                 found.append(f"{name}: {sum(more.values())} too many {list(more)[:5]}, "
                              f"{sum(less.values())} missing {list(less)[:5]}")  # fmt: skip
@@ -245,39 +234,23 @@ class Book:
             found.append(f"ignored: {meta.get('ignored', 0)}, where {len(wanted['ignored'])} were handed over")
         if pushed != len(handed) + len(proxy.forgotten) + proxy.queued:
             found.append("the proxy's own account does not balance")
-        store = app.Store(self._database)
-        found += store.find_faults()
-        store.close()
-        return found
+        with contextlib.closing(app.Store(self._database)) as store:
+            return found + store.find_faults()
 
     def _print(self, pushed: int, stored: list, rejected: list, meta: dict, lost: int, unexplained: int) -> None:
         lines = {
-            "pushed": pushed,
-            "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
-            "handed over": len(self._proxy.handed_over),
-            "  stored": len(stored),
-            "  rejected": len(rejected),
-            "  ignored": meta.get("ignored", 0),
-            "  lost in replies that were cut": lost,
+            "pushed": pushed, "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
+            "handed over": len(self._proxy.handed_over), "  stored": len(stored), "  rejected": len(rejected),
+            "  ignored": meta.get("ignored", 0), "  lost in replies that were cut": lost,
             f"  lost on their way at {len(self.losses)} kills, at most {max(self.losses, default=0)}": len(self.gone),
-            "  unexplained": unexplained,
-            "stored twice": len(stored) - len(set(stored)),
-        }
+            "  unexplained": unexplained, "stored twice": len(stored) - len(set(stored)),
+        }  # fmt: skip
         for name, count in lines.items():
             print(f"{name:60}{count:>10}")
 
 
-def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
-    """Read the database as another program would."""
-    with contextlib.closing(sqlite3.connect(str(database), timeout=20)) as db:
-        return db.execute(sql).fetchall()
-
-
-# ---- the soak --------------------------------------------------------------------------------------------
-
-
 class Soak:
-    """Run the program in a folder of its own, with one fault after the other; run() gives what does not fit."""
+    """Run the program in a folder of its own, with one fault after the other."""
 
     def __init__(self, folder: Path, seconds: float, seed: int, rate: int) -> None:
         self.dice = random.Random(seed)
@@ -299,9 +272,10 @@ class Soak:
         self._idle = threading.Event()
 
     def run(self) -> list[str]:
-        """Soak, settle, and balance the account."""
+        """Soak, settle, balance the account, and return what does not fit."""
         ends_at = time.monotonic() + self.seconds
-        lasting = self._deck([self.locked, self.stalling, self.dribbling, contextlib.nullcontext, contextlib.nullcontext])
+        nothing = contextlib.nullcontext
+        lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
         sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
         with self.proxy, self.clients:
             self.start()
@@ -309,9 +283,9 @@ class Soak:
             self.feeder.start()
             try:
                 while time.monotonic() < ends_at:
-                    with next(lasting)():
+                    with self._counted(next(lasting)):
                         self.rest(0.1, 1.0)
-                        next(sudden)()
+                        self._counted(next(sudden))
                         self.rest(0.1, 1.0)
                     self.check_alive()
                 self.settle()
@@ -329,18 +303,23 @@ class Soak:
         while True:
             yield from self.dice.sample(cards, len(cards))
 
+    def _counted(self, fault: Callable[[], Any]) -> Any:
+        self.counts[fault.__name__] += 1
+        return fault()
+
     def rest(self, low: float, high: float) -> None:
         """Let some time go by."""
         self._idle.wait(self.dice.uniform(low, high) * self.pace)
 
     def _look_back(self) -> None:
         log = self.log.read_text(encoding="utf-8", errors="replace")
-        print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())))
+        counts = [f"{name} {count}" for name, count in sorted(self.counts.items()) if name != "nullcontext"]
+        print("faults:", ", ".join(counts))
         print(f"longest stop {self.longest_stop_s:.1f} s; HTTP answers: {dict(self.clients.statuses)}")
         self.found += self.clients.faults
         for words in ("Traceback", "a fault of its own", "http fault="):
             if words in log:
-                self.found.append(f"the program printed {words!r}: {log[log.index(words) - 200:][:600]}")
+                self.found.append(f"the program printed {words!r}: {log[log.index(words) - 200 :][:600]}")
 
     # The program
 
@@ -374,7 +353,6 @@ class Soak:
 
     def kill(self) -> None:
         """End the program under load as a power cut would, and start it again."""
-        self.counts["kill"] += 1
         self.feeder.burst(self.dice.choice([0, 3000]))
         self.rest(0, 0.2)
         self.process.kill()
@@ -383,11 +361,10 @@ class Soak:
 
     def stop(self) -> None:
         """Stop the program as systemd does, and start it again."""
-        self.counts["stop"] += 1
         self.wait_until_up()
         self._terminate()
         # while the proxy stalls, what is on its way is given up after a while, as at a kill
-        self._again("stop", IN_FLIGHT[self.mode] if self.proxy.dribbles else 0)
+        self._again("stop", IN_FLIGHT[self.mode] if self.proxy.seconds_per_byte else 0)
 
     def _terminate(self) -> None:
         self.clients.ending = True
@@ -417,42 +394,33 @@ class Soak:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the database as another program would."""
-        self.counts["locked"] += 1
         with contextlib.closing(sqlite3.connect(str(self.database), timeout=20, isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
             yield
             self.rest(0, 3.0)
 
     @contextlib.contextmanager
-    def stalling(self) -> Iterator[None]:
+    def stalling(self, seconds_per_byte: float = 60) -> Iterator[None]:
         """Let the proxy say nothing for a while."""
-        self.counts["stall"] += 1
-        self.proxy.dribble(60)
+        self.proxy.dribble(seconds_per_byte)
         yield
         self.proxy.dribble(0)
 
-    @contextlib.contextmanager
-    def dribbling(self) -> Iterator[None]:
+    def dribbling(self) -> contextlib.AbstractContextManager[None]:
         """Let the proxy speak slowly for a while."""
-        self.counts["dribble"] += 1
-        self.proxy.dribble(0.0005)
-        yield
-        self.proxy.dribble(0)
+        return self.stalling(0.0005)
 
     def cut(self) -> None:
         """Break a connection somewhere within the replies that come."""
-        self.counts["cut"] += 1
         self.proxy.cut_replies_after(self.dice.randrange(1, 30_000))
         self.feeder.burst(300)
 
     def disconnect(self) -> None:
         """Break every connection now."""
-        self.counts["disconnect"] += 1
         self.proxy.disconnect_all()
 
     def restart(self) -> None:
         """Restart the proxy, which forgets its queue."""
-        self.counts["proxy restart"] += 1
         self.proxy.stop_listening()
         self.proxy.disconnect_all()
         self.proxy.forget()
@@ -460,9 +428,8 @@ class Soak:
         self.proxy.listen_again()
 
     def oversized(self) -> None:
-        """Publish an event over the cap."""
-        if self.counts["oversized"] < 20:
-            self.counts["oversized"] += 1
+        """Publish an event over the cap, now and then."""
+        if self.counts["oversized"] <= 20:
             self.feeder.oversized()
 
 
