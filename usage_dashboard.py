@@ -40,7 +40,6 @@ import re
 import signal
 import socket
 import sqlite3
-import stat
 import sys
 import threading
 import time
@@ -79,10 +78,8 @@ class Log:
     def line(self, text: str) -> None:
         """Write a line as it is; a broken or full stream is no reason to stop collecting."""
         with self._lock:
-            try:
+            with suppress(OSError, ValueError):
                 print(text, file=self._stream, flush=True)
-            except (OSError, ValueError):
-                pass
 
     def once(self, name: str, **values: Any) -> None:
         """Write an event unless the last one of its name had the same values."""
@@ -101,10 +98,7 @@ class Log:
 
 
 class ConsoleLog(Log):
-    """Write the lines from a thread of its own: a console that nobody reads (a full pipe) delays nobody else.
-
-    While ``most`` lines wait, further ones are dropped, and their number is written later.
-    """
+    """Write lines from a thread of its own, so that a console that nobody reads (a full pipe) delays nobody else."""
 
     def __init__(self, fd: int = 1, most: int = 1000):
         super().__init__()
@@ -114,7 +108,6 @@ class ConsoleLog(Log):
         atexit.register(self.close)
 
     def line(self, text: str) -> None:
-        """Queue a line."""
         try:
             self._waiting.put_nowait(text)
         except queue.Full:
@@ -157,11 +150,7 @@ def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> An
 
 
 def parse_time(text: str) -> tuple[float, str]:
-    """Parse RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
-
-    Accepts 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
-    anything else and for instants outside 2020 to 2100.
-    """
+    """Parse RFC 3339 text into (epoch seconds, UTC text to the microsecond). ValueError also outside 2020 to 2100."""
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
@@ -229,13 +218,11 @@ def make_private(path: Path) -> None:
     """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
     is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
-    try:
+    with suppress(PermissionError):  # check names a file that others can read
         os.chmod(str(path), 0o600)
         if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
             folder = path.parent.stat()
             os.chown(str(path), folder.st_uid, folder.st_gid)
-    except PermissionError:
-        pass  # check names a file that others can read
 
 
 def where_raised(error: BaseException) -> str:
@@ -450,11 +437,7 @@ def _fault_of_host(host: str) -> str | None:
 def load_config(
     path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
-    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
-
-    ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
-    Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
-    """
+    """Return settings and warnings; a named file must exist. Raises ConfigError with all faults in one message."""
     faults: list[str] = []
     warnings: list[str] = []
     values: dict[str, Any] = {}
@@ -566,12 +549,7 @@ def encode_command(*words: Any) -> bytes:
 
 
 class RespReader:
-    """Read RESP2 replies from a buffered binary stream, one at a time.
-
-    A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
-    Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
-    bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
-    """
+    """Read RESP2 replies, each one whole: bytes, str, int, list, None, ErrorReply or Oversized. Limits in bytes."""
 
     def __init__(self, stream, max_line=64 * 1024, max_bulk=8 << 20, max_skipped=512 << 20, max_items=100_000):
         self._stream, self._max_line, self._max_bulk = stream, max_line, max_bulk
@@ -593,10 +571,8 @@ class RespReader:
             count = _reply_number(rest)
             if count == -1:
                 return None
-            if not 0 <= count <= self._max_items:
-                raise NotResp(f"the queue announced a list of {count} items")
-            if depth >= 4:
-                return self._skip_list(count)
+            if not 0 <= count <= self._max_items or depth >= 4:
+                raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
         is_http = line.startswith(b"HTTP/")
         what = "an HTTP answer" if is_http else "bytes of another protocol"
@@ -632,17 +608,6 @@ class RespReader:
         if end != b"\r\n":
             raise NotResp("the queue sent a value whose length does not fit")
         return value
-
-    def _skip_list(self, count: int) -> Oversized:
-        """Read over a list that is nested too deeply for any record, without recursion."""
-        while count:
-            line = self._read_line(clean=False)
-            count -= 1
-            if line[:1] == b"$":
-                self._read_bulk(_reply_number(line[1:]))
-            elif line[:1] == b"*":
-                count += max(0, _reply_number(line[1:]))
-        return Oversized(0)
 
     def _skip(self, length: int) -> None:
         while length:
@@ -737,15 +702,11 @@ class RespClient:
 
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
-        try:
+        with suppress(OSError):  # the other side was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was quicker
         for thing in (self._stream, self._socket):
-            try:
+            with suppress(OSError):
                 thing.close()
-            except OSError:
-                pass
 
 
 # ------------------------------------------------------------------ events
@@ -770,11 +731,7 @@ class Context(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One upstream attempt as it will be stored; None is unknown, zero is measured.
-
-    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider. ``plan``
-    and ``quota_headers`` (the ``x-codex-…`` headers of the reply) go to the account's quota and are not stored here.
-    """
+    """One upstream attempt as stored, but for ``plan`` and ``quota_headers``; None is unknown, zero is measured."""
 
     timestamp: str
     ts_epoch: float
@@ -820,12 +777,10 @@ def check_event(event: Event) -> Event:
     texts = (event.timestamp, event.model, event.plan, *(value or "" for value in event.context))
     numbers = [getattr(event, name) for name in Event._fields if name.endswith(("_tokens", "_ms", "_code"))]
     texts += (event.error or "", event.request_id or "")
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise Rejected("one of its texts is none")
-    if event.failed not in (0, 1) or not all(number == _number(number, "a count") for number in numbers):
-        raise Rejected("one of its counts is none")
-    if type(event.ts_epoch) not in (int, float) or not _EARLIEST_AT <= event.ts_epoch < _LATEST_AT:
-        raise Rejected("its time is none")
+    are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
+    are_counts = event.failed in (0, 1) and all(number == _number(number, "a count") for number in numbers)
+    if not are_texts or not are_counts or not _EARLIEST_AT <= float(event.ts_epoch) < _LATEST_AT:
+        raise Rejected("one of its values is none of its kind")
     return event
 
 
@@ -834,10 +789,7 @@ def _mask_source(text: str) -> str:
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
-    """Parse values of the queue: JSON as bytes, objects decoded already, or Oversized.
-
-    One bad event never costs its neighbours: it becomes a Reject.
-    """
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -871,16 +823,11 @@ def _length_of(raw: Any) -> int:
 
 
 def _decode(raws: Sequence[Any]) -> list[Any]:
-    """Decode events in one call, as one array with a zero between every two.
-
-    The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
-    """
-    try:
+    """Decode events at once, as one array; zeros between them prove that each event was a single JSON value."""
+    with suppress(TypeError, ValueError, RecursionError):
         joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
-    except (TypeError, ValueError, RecursionError):
-        pass
     return [_decode_one(raw) for raw in raws]
 
 
@@ -900,22 +847,19 @@ def _decode_one(raw: Any) -> Any:
 
 
 def compact(raw: Any) -> Any:
-    """Return a value of the queue; a large one decoded and without what is not stored, so that many take little memory.
-
-    What is large and no object becomes Oversized.
-    """
+    """Return a value of the queue; a large one decoded and without what is not stored, or as Oversized."""
     if not isinstance(raw, bytes) or len(raw) < 16 * 1024:
         return raw
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
     names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
-    kept = {name: content[name] for name in names if name in content}
-    kept = {name: value[:1024] if isinstance(value, str) else value for name, value in kept.items()}
-    if isinstance(kept.get("fail"), dict):
-        body = kept["fail"].get("body")
-        body = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
-        kept["fail"] = {"status_code": kept["fail"].get("status_code"), "body": body}
+    texts = ((name, content[name]) for name in names if name in content)
+    kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
+    fail = kept.get("fail")
+    if isinstance(fail, dict):
+        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
+        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"]) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
@@ -946,10 +890,7 @@ def _loads(raw: bytes) -> Any:
 
 
 def parse_event(content: Any) -> Event | None:
-    """Parse one decoded record; None for control messages and warm-ups, which are no usage.
-
-    Raises Rejected. Key and client address are masked or dropped here, at the edge.
-    """
+    """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
     if set(content) in ({"refresh"}, {"support_refresh"}):
@@ -1087,10 +1028,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     """Return the token counts of an event. Raises Rejected."""
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
-        try:
+        with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
             return _breakdown_usage(breakdown)
-        except (Rejected, KeyError, TypeError):
-            pass  # an incomplete breakdown is no reason to lose the plain counts
     tokens = content.get("tokens")
     if tokens is None:
         return TokenCounts()
@@ -1173,10 +1112,7 @@ def _status_of(fail: Any) -> int | None:
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
-    """Return shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
-
-    Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
-    """
+    """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
     if code or message:
         reason = ": ".join(part for part in (code, message) if part)
@@ -1285,11 +1221,7 @@ class Account:
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts, named so that no two share a name.
-
-    An account is the last e-mail seen with an auth_index, else the source, else the index. An index that took
-    over from another of the same mail, provider and plan joins it; two that live at once are two accounts.
-    """
+    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
     by_index: dict[tuple[str, str], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
         key = (identity.auth_index, "" if identity.auth_index else identity.source)
@@ -1335,10 +1267,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 
 
 class AccountFile(NamedTuple):
-    """One account file; the token goes to chatgpt.com alone.
-
-    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
-    """
+    """One account file; ``auth_index`` is what the proxy gives it since v7.0.0, where it sees the same path."""
 
     name: str
     email: str
@@ -1361,11 +1290,7 @@ class AccountFile(NamedTuple):
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
-
-    A file is recognised by its content, not its name. Of two files of one login the fresher one counts. Files are
-    opened for reading only, and never followed into sub-folders.
-    """
+    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
     problems: list[str] = []
     for folder in folders:
         found, odd = _read_folder(folder)
@@ -1386,8 +1311,11 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
+    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
+        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and _may_be_file(path))
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
@@ -1398,13 +1326,6 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
             masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
             problems.append(f"{_printable(masked_name)} is skipped: {error}")
     return [file for file in found if file is not None], problems
-
-
-def _may_be_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError as error:  # as of a link into a folder that is closed to this user: it is named when read
-        return error.errno != errno.ENOENT
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -1503,10 +1424,7 @@ def _lock_path(database: Path) -> Path:
 
 
 class DatabaseLock:
-    """The right to record into a database, which one process has at a time and loses however it ends.
-
-    Its file stays, and names the holder. ``fault`` says why there is no lock to be had here.
-    """
+    """The right of one process to record into a database until it ends; ``fault`` says why there is no lock here."""
 
     def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
         self._path, self.fault = _lock_path(database), ""
@@ -1631,11 +1549,7 @@ _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 
 
 def _step_roll_ups(db) -> None:
-    """Sum up by client key and reason too, at all of a quarter hour, an hour and a day.
-
-    Fills the roll-ups from the rows. Below the retention floor, where those are deleted, the old sums are kept:
-    their key and reason are unknown.
-    """
+    """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _add_keys_and_reasons(db)
     db.execute(
@@ -2011,10 +1925,7 @@ class Store:
                 db.close()
 
     def follow_file(self) -> str | None:
-        """Open the file that is at the path now where it is another one, or none; return what happened to the old.
-
-        Raises StoreError where that cannot be opened; the next call tries again.
-        """
+        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
         if self._file_ids()[0] == self._opened_files[0] is not None:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
@@ -2048,11 +1959,12 @@ class Store:
                 db.execute(end)
             except BaseException as error:
                 self._forget_ids()
-                self._try(db, "ROLLBACK")
+                with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
+                    db.execute("ROLLBACK")
                 if not isinstance(error, sqlite3.Error):
                     raise
-                # SQLite would keep the pages of a damaged file after it was mended.
-                self._try(db, "PRAGMA shrink_memory")
+                with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
+                    db.execute("PRAGMA shrink_memory")
                 raise StoreError(_store_reason(self.path, error)) from error
 
     def _forget_ids(self) -> None:
@@ -2060,12 +1972,6 @@ class Store:
         self._models.clear()
         if self._reasons is not None:
             self._reasons.clear()
-
-    def _try(self, db, statement: str) -> None:
-        try:
-            db.execute(statement)
-        except sqlite3.Error:
-            pass  # not begun, rolled back already, as on a full disk, closed, or damaged beyond even that
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2083,11 +1989,7 @@ class Store:
     # Writing
 
     def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
-        """Store a batch with its roll-ups, counts and mark in one transaction.
-
-        ``sequence`` grows with each batch. One that is not above the stored mark was stored before and is left out:
-        then False is returned.
-        """
+        """Store a batch with roll-ups, counts and mark; False where it was before: ``sequence`` grows with each."""
         with self._write(changes=bool(parsed.events)) as db:
             if sequence <= _counts_in(db)["sequence"]:
                 return False
@@ -2104,11 +2006,7 @@ class Store:
         return True
 
     def _insert_or_park(self, db, events: Sequence[Event]) -> list[Reject]:
-        """Insert events; where one of them is the fault, halve them until it stands alone, and return it as a Reject.
-
-        Here and nowhere else a batch is taken apart: for a number or a text that SQLite does not take, a constraint or
-        a trigger of an adopted table, or whatever else is not the fault of the database as a whole.
-        """
+        """Insert events; where one of them is the fault, halve them until it stands alone, and return its Reject."""
         db.execute("SAVEPOINT part")
         try:
             self._insert_events(db, events)
@@ -2176,15 +2074,9 @@ class Store:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence.
-
-        As last known while the database cannot be read, when health is asked for most.
-        """
-        try:
-            with self._read() as db:
-                self._known_counts = _counts_in(db)
-        except StoreError:
-            pass
+        """How many events were ever stored, rejected and so on, as last known while the database cannot be read."""
+        with suppress(StoreError), self._read() as db:
+            self._known_counts = _counts_in(db)
         return dict(self._known_counts)
 
     @property
@@ -2220,10 +2112,7 @@ class Store:
     # Outages
 
     def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
-        """Record that recording stopped, not before the last event unless the length was measured.
-
-        One that is open already goes on, with its first reason.
-        """
+        """Open an outage unless one is open, not before the last event unless its length was measured."""
         with self._write() as db:
             last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
             db.execute(
@@ -2245,10 +2134,7 @@ class Store:
             )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """Record that recording goes on, and whether the queue had forgotten something by then.
-
-        One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
-        """
+        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
         self.mend_outages(at)
         with self._write() as db:
             db.execute(
@@ -2261,10 +2147,7 @@ class Store:
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
-        """List the spans in which nothing was recorded; ``to`` None is still going on.
-
-        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
-        """
+        """List the spans in which nothing was recorded, and whether requests were lost; ``to`` None goes on still."""
         with self._read() as db:
             rows = db.execute(
                 f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
@@ -2291,10 +2174,7 @@ class Store:
     def usage(
         self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
     ) -> Usage:
-        """Sum up a window; its buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC.
-
-        ``from_rows`` leaves the roll-ups out, to prove them.
-        """
+        """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
             accounts = self._accounts_in(db)
             plan = _UsagePlan(window, filters, accounts, 0 if from_rows else _floor_in(db), from_rows)
@@ -2352,16 +2232,8 @@ class Store:
 
     # Quota: rows as they are; what they mean is known in readings
 
-    def save_reading(
-        self,
-        row: Mapping[str, Any],
-        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
-    ) -> None:
-        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
-
-        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
-        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
-        """
+    def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
+        """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
@@ -2405,12 +2277,7 @@ class Store:
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
-
-        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
-        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
-        that of the only account of this mail.
-        """
+        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
             for email, tag, plan, state, message, paid_until in accounts:
@@ -2531,10 +2398,7 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
 
 
 def events_to_adopt(path: Path) -> int:
-    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
-
-    Raises StoreError where the file cannot be read.
-    """
+    """Return how many events a file of an earlier version has, without changing it; 0 for none. Raises StoreError."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
             return _rows_to_adopt(db)
@@ -2722,10 +2586,7 @@ class _UsagePlan:
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
-    """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows (None) at the ends.
-
-    A roll-up comes with its first and behind its last bucket, rows with epoch seconds.
-    """
+    """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
     if start >= end:
         return
     if not levels:
@@ -2745,10 +2606,7 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
 
 
 class QuotaWindow(NamedTuple):
-    """One quota window of an account; None is unknown.
-
-    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
-    """
+    """One quota window, ``seconds`` long, of an extra ``meter`` or of the account itself; None is unknown."""
 
     label: str
     seconds: int | None
@@ -2809,12 +2667,7 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Parse a reply of the usage endpoint; a window is identified by its length, or by its slot where it has none.
-
-    A length within 5 % of five hours or a week counts as that. Impossible numbers are unknown. Raises
-    QuotaFault("bad_response") where the reply is no JSON object. The endpoint is undocumented; its shape is that of
-    the official client's models.
-    """
+    """Parse a reply of the usage endpoint, which is undocumented; impossible numbers are unknown. Raises QuotaFault."""
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
@@ -2918,11 +2771,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
-
-    A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
-    with a limit name of its own is an extra meter.
-    """
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer."""
     extra = []
     for name in headers:
         group = name[len("x-codex-") : -len("-limit-name")]
@@ -3127,12 +2976,7 @@ def _epoch(text: str | None) -> float | None:
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
-    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
-
-    What the headers lack, extra meters and credits, is taken from ``before``. The row has the ``id`` of a reading from
-    traffic of the same five minutes, which it replaces. None where ``before`` is newer, unless it is of the future, by
-    a clock that was ahead.
-    """
+    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer."""
     if before is None:
         return row
     if row["ts_epoch"] < before["ts_epoch"] <= now:
@@ -3149,18 +2993,9 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
 
 
 class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+    """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    The newest of each account is saved once a minute at most. A reading whose account is uncertain is left out.
-    """
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = monotonic_s,
-    ):
+    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
         self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
         self._waiting: dict[tuple[str | None, str], Event] = {}
         self._next_s = float("-inf")
@@ -3175,12 +3010,7 @@ class TrafficReadings:
                     self._waiting[key] = event
 
     def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
-        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' headers are equal, resets included. Of failures only a used-up quota
-        counts, where the headers agree.
-        """
+        """Return whether the headers are this attempt's own: one without a reply shows those of one before."""
         reply = tuple(headers.items())
         index = self._replies.pop(reply, event.context.auth_index)
         self._replies[reply] = index
@@ -3264,11 +3094,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
 
 
 def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
-    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
-
-    ``points`` in order of time. At least three of this same window over ten minutes are needed, the newest at most
-    fifteen old. ``runs_out_at`` None means that it lasts.
-    """
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known."""
     same: list[UsagePoint] = []
     for point in points:
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
@@ -3289,10 +3115,7 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
-
-    A window whose reset has passed is ``due`` and its percentages unknown.
-    """
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
     windows = windows_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
@@ -3329,11 +3152,7 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
-
-    An account that is limited has nothing left in any window. Percentages of different plans are not the same
-    amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
-    """
+    """Sum up the main windows of all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         for window in row["windows"]:
@@ -3451,10 +3270,7 @@ def _log_in(client: RespClient, password: str) -> None:
 
 
 class Source:
-    """One way to take values off the queue; its connection lasts from open() to close().
-
-    ``api`` is set where a proxy may be asked over HTTP: after a login that worked.
-    """
+    """One way to take values off the queue, from open() to close(); ``api`` where a proxy may be asked over HTTP."""
 
     mode = ""
     largest_batch = 500
@@ -3539,12 +3355,10 @@ class PopSource(Source):
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        """Return the value that came before the first take()."""
         left, self._early = self._early, []
         return left
 
     def close(self) -> None:
-        """Close the connection."""
         if self._client is not None:
             self._client.close()
 
@@ -3612,10 +3426,8 @@ class ProxyApi:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         connection = getattr(self._connection, "sock", None)
         if connection is not None:
-            try:
+            with suppress(OSError):  # the other side was quicker
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side was quicker
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3656,16 +3468,11 @@ class HttpSource(Source):
 
 
 class SubscribeSource(Source):
-    """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
-
-    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves no gap.
-    """
+    """Subscribe to a channel, then pop what waited in the queue, which gets nothing new from then on."""
 
     mode = "subscribe"
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
-        import queue
-
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: PopSource | None = PopSource(connect, password, key)
         self._client: Any = None
@@ -3706,8 +3513,6 @@ class SubscribeSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
-        import queue
-
         if self._backlog is not None:
             result = self._backlog.take(min(count, self._backlog.largest_batch))
             if not result.full:
@@ -3715,39 +3520,30 @@ class SubscribeSource(Source):
                 self._backlog = None
             return result
         values: list[Any] = []
-        try:
+        with suppress(queue.Empty):
             value = self._inbox.get(timeout=self._wait_s)
-            while True:
-                if isinstance(value, QueueFault):
-                    return PopResult(values, False, value)
+            while not isinstance(value, QueueFault):
                 values.append(value)
                 if len(values) >= count:
-                    break
+                    return PopResult(values, self.unread > 0, None)
                 value = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+            return PopResult(values, False, value)
         return PopResult(values, self.unread > 0, None)
 
     def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken."""
         left = [] if self._backlog is None else self._backlog.drain()
         while self.unread:
             left.append(self._inbox.get_nowait())
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        """Close both connections."""
         for part in (self._client, self._backlog):
             if part is not None:
                 part.close()
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
-    """Connect and log in to the configured queue and return its source.
-
-    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
-    address before it is tried, the one in use last. ``logins`` limits the logins. Raises QueueFault.
-    """
+    """Return the source at the configured queue or, while both keys are at their defaults, at the proxy's own port."""
     found, first = None, None
     try:
         found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
@@ -3885,11 +3681,7 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 
 
 class Spool:
-    """Batches between the queue and the database, so that a crash in between loses and repeats nothing.
-
-    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
-    recording was last alive.
-    """
+    """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
     _LONGEST_LINE = 16 * 1024 * 1024
 
@@ -3920,10 +3712,7 @@ class Spool:
             os.close(handle)
 
     def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
-        """Yield the batches that a previous run left, in their order, and lines that are none as they are.
-
-        One line at a time, so that a file of any size takes little memory. Raises OSError.
-        """
+        """Yield the batches that a previous run left and, as they are, lines that are none. Raises OSError."""
         if not self._path.exists():
             return
         with open(str(self._path), "rb") as stream:
@@ -3989,10 +3778,7 @@ def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
 
 
 class Journal:
-    """What was popped and is not in the database yet: on the spool, and committed together after a while.
-
-    A reader in another thread has it committed first, so that nobody sees less than everything.
-    """
+    """What was popped and is not in the database yet: on the spool, and committed after a while, or for a reader."""
 
     most_rows, longest_s = 500, 30.0
 
@@ -4068,9 +3854,8 @@ class Journal:
         if not self._lock.acquire(timeout=patience_s):
             return
         try:
-            self.flush()
-        except StoreError:
-            pass  # the collector says so
+            with suppress(StoreError):  # the collector says so
+                self.flush()
         finally:
             self._lock.release()
 
@@ -4119,11 +3904,7 @@ class Journal:
 
 
 class ProxyFacts:
-    """What is known of the proxy on the present connection: whether it publishes, its memory, version and clock.
-
-    It is asked over HTTP, only with a key that just worked, and never again on this connection after a refusal,
-    which would count as a failed login.
-    """
+    """What is known of the proxy on this connection; asked with a key that just worked, never again after a refusal."""
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
@@ -4213,10 +3994,8 @@ class OutageLog:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
         self._turn_s = None
         self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
-        try:
+        with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
-        except StoreError:
-            pass  # written with the next chance; the state tells of the database
 
     def end(self) -> None:
         """Record that recording goes on. Raises StoreError."""
@@ -4355,10 +4134,7 @@ class CollectorStatus:
 
 
 class Collector:
-    """Take events off the queue and store them until stopped: the loop, its states and its waiting.
-
-    ``load`` returns the configuration read again after a refused key. ``stop`` is the only thing it sleeps on.
-    """
+    """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
 
     def __init__(
         self,
@@ -4485,10 +4261,7 @@ class Collector:
         return open_source(self._config, show, self._refused)
 
     def _collect(self, source: Source) -> None:
-        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
-
-        No reply is on its way while the database is written, so that a kill or a lock then costs none.
-        """
+        """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
         count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
             result = source.take(min(count, source.largest_batch))
@@ -4507,10 +4280,7 @@ class Collector:
                 self._stop.wait(self._config.poll_interval_seconds)
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
-        """Commit what is due; while that fails, nothing more is popped. At rest, look whether it would succeed.
-
-        What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
-        """
+        """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
         waits, fault = Backoff(0.5, 10.0), None
         while not self._stop.is_set():
             try:
@@ -4615,10 +4385,7 @@ class Collector:
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
-        """Wait, but only until address, key or the config file's time is another one; looked at every 3 s.
-
-        ``refused`` is the state to remember the present login with.
-        """
+        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
         before = self._login()
         while seconds > 0:
             if refused is not None:
@@ -4640,11 +4407,7 @@ class Collector:
 
 
 class QuotaRefresher:
-    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
-
-    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
-    account to ask and is kept in the database.
-    """
+    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself."""
 
     def __init__(
         self,
@@ -4679,10 +4442,7 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Return the whole seconds until the next round may start.
-
-        A round in the future, by a clock that was wrong then or is now, does not count.
-        """
+        """Return the whole seconds until the next round; one in the future, by a wrong clock, does not count."""
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4798,13 +4558,7 @@ class Housekeeper:
     """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        refresher: QuotaRefresher,
-        log: Log,
-        stop: threading.Event,
-        clock: Callable[[], float] = time.time,
+        self, config: Config, store: Store, refresher: QuotaRefresher, log: Log, stop: threading.Event, clock=time.time
     ):
         self._config, self._store, self._refresher = config, store, refresher
         self._log, self._stop, self._clock = log, stop, clock
@@ -4921,10 +4675,7 @@ class App:
 
 
 def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
-    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
-
-    The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
-    """
+    """Return the range's name and window; its end may be the newest event's, by a clock an hour ahead."""
     name = query.choice("range", RANGE_NAMES) or "today"
     start, end = query.moment("start"), query.moment("end")
     oldest, newest = app.store.span() or (now, now)
@@ -5146,11 +4897,7 @@ class Connections:
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
-
-    A request's head must be there within ``head_s`` seconds, however its bytes drip in. It is no HTTPServer, which
-    looks its own name up in the DNS.
-    """
+    """The HTTP server, a thread for each connection. No HTTPServer, which looks its own name up in the DNS."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
@@ -5959,10 +5706,7 @@ def _announce(log: Log, text: str, config: Config, port: int, closes: str, optio
 def _run_until_stopped(
     server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
 ) -> int:
-    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it.
-
-    The exit code is 1 where one of them ended by itself, so that systemd starts the program again.
-    """
+    """Run server and jobs until a signal, end within three seconds, and return 1 where one had ended by itself."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
     working = [*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)]
     for thread in working:
@@ -5993,10 +5737,8 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
-    try:
-        ask_dashboard(config, "/api/health", 2.0)  # so that it commits what it has popped
-    except DashboardError:
-        pass  # what is committed is readable all the same
+    with suppress(DashboardError):  # what is committed is readable all the same
+        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
         yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
 
@@ -6114,11 +5856,7 @@ def run_check(options: Any) -> int:
 
 
 def start_from_compiled() -> None:
-    """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
-
-    What Python needed to compile the script stays in memory for good, 15 MB, more than all the rest; a process that
-    loads the compiled module never needs it. The script's name stays in the command line, for ``pkill -f``.
-    """
+    """Start again from the compiled module, where it can be kept: what compiling takes, 15 MB, stays for good."""
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
 

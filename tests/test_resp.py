@@ -160,8 +160,6 @@ def test_silent_server_times_out_in_words():
             client.call("AUTH", "x")
 
 
-def test_list_that_is_nested_too_deeply_is_skipped_and_the_next_reply_read():
-    deep = b"*1\r\n" * 500 + b"*2\r\n$1\r\na\r\n:7\r\n"
-    replies = reader(b"*2\r\n+OK\r\n" + deep + b"$3\r\nabc\r\n")
-    assert replies.read_reply() == ["OK", [[[0]]]]
-    assert replies.read_reply() == b"abc"
+def test_list_that_is_nested_too_deeply_is_no_reply():
+    with pytest.raises(app.NotResp, match="at depth 4"):
+        reader(b"*1\r\n" * 500 + b":7\r\n").read_reply()
