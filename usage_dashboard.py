@@ -67,6 +67,14 @@ class DashboardError(Exception):
     code = "internal_error"
 
 
+class ApiError(DashboardError):
+    """Report what is not answered or done, with the status, the stable code and the headers of the answer."""
+
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
+        super().__init__(message)
+        self.http_status, self.code, self.headers = http_status, code, headers
+
+
 class Log:
     """Write one flushed line per event to a stream (stdout); values must be free of keys, tokens and mails."""
 
@@ -325,11 +333,9 @@ def _finite(value: Any) -> float | None:
     """Return a number, also from a text that is one; None for anything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e18 else None
+    with suppress(ValueError, OverflowError):
+        return float(value) if abs(float(value)) < 1e18 else None
+    return None
 
 
 def json_text(content: Any, **layout: Any) -> str:
@@ -506,9 +512,7 @@ class QueueFault(DashboardError):
 
     def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
         super().__init__(message)
-        self.says_remedy = says_remedy
-        if state is not None:
-            self.state = state
+        self.state, self.says_remedy = state or self.state, says_remedy
 
 
 class ConnectionClosed(QueueFault):
@@ -624,11 +628,7 @@ def _reply_number(text: bytes) -> int:
 
 
 def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Return a function that opens a connection; ``timeout_s`` limits each wait for the other side.
-
-    TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
-    connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
-    """
+    """Return a function that opens a connection; ``timeout_s`` limits each wait. Raises QueueFault with the remedy."""
 
     def connect() -> socket.socket:
         try:
@@ -646,6 +646,7 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
 def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
     import ssl
 
+    # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
@@ -799,12 +800,9 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
                 if isinstance(content, Rejected):
                     raise content
                 event = parse_event(content)
-            except Rejected as reason:
-                parsed.rejects.append(Reject(str(reason), _length_of(raw), masked_json(content)))
-                continue
             except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
-                reason = f"it cannot be read: {where_raised(error)}"
-                parsed.rejects.append(Reject(reason, _length_of(raw), None))
+                reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
+                parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
             if event is None:
                 ignored += 1
@@ -866,8 +864,10 @@ def compact(raw: Any) -> Any:
     return kept
 
 
-def split_array(data: bytes) -> list[bytes]:
-    """Return the elements of a JSON array undecoded, so that an odd one costs itself alone. Raises ValueError."""
+def json_or_elements(data: bytes) -> Any:
+    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(data)
     elements, depth, start = [], 0, 0
     for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[][{},]', data, re.S):
         token = match.group()
@@ -1726,10 +1726,6 @@ class _Reasons:
             reason["error"] = "other"
         return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
 
-    def clear(self) -> None:
-        """Forget all ids: a transaction that inserted some was rolled back."""
-        self._ids.clear()
-
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
@@ -1836,11 +1832,7 @@ class Usage(NamedTuple):
 
 
 class Store:
-    """Events, roll-ups and quota readings in one SQLite file; the only place with SQL.
-
-    ``changes`` counts the commits that can alter an answer. ``announce`` gets a line before a long schema step.
-    Raises StoreError with what to do about it. Times passed in are epoch seconds.
-    """
+    """Events, roll-ups and readings in one SQLite file, the only place with SQL; ``changes`` counts its commits."""
 
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
@@ -1848,7 +1840,6 @@ class Store:
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
-        self._reasons: Any = None
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -1863,7 +1854,6 @@ class Store:
             self._migrate(self._announce)
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
-            self._reasons = _Reasons(self._writer)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
             for db in (self._reader, self._searcher):
                 db.execute("PRAGMA query_only = ON")
@@ -1970,8 +1960,7 @@ class Store:
     def _forget_ids(self) -> None:
         self._context_ids.clear()
         self._models.clear()
-        if self._reasons is not None:
-            self._reasons.clear()
+        self._reasons = _Reasons(self._writer)
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2201,18 +2190,13 @@ class Store:
                 "(SELECT MAX(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)",
                 _SOUND_TIMES,
             ).fetchone()
-            buckets = [at / BUCKET_S for at in _SOUND_TIMES]
             sql = "SELECT MIN(bucket) FROM usage_by_time WHERE bucket >= ? AND bucket < ?"
-            oldest = db.execute(sql, buckets).fetchone()[0]
+            oldest = db.execute(sql, [at / BUCKET_S for at in _SOUND_TIMES]).fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
     def requests(
-        self,
-        limit: int,
-        window: Window | None = None,
-        filters: Filters = _NO_FILTERS,
-        before: tuple[float, int] | None = None,
+        self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
         window = window or _SOUND_TIMES
@@ -2438,7 +2422,6 @@ _SNAPSHOT_COLUMNS = (
     *_WINDOW_COLUMNS,
     *("credits_balance", "raw_json", "source"),
 )
-
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
 _REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
@@ -2823,11 +2806,7 @@ def classify_failure(status: int, body: bytes) -> str:
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
-
-    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
-    its own: a socket's timeout begins again with every byte, and looking up a name has none.
-    """
+    """Return ChatGPT's decoded reply for one account, within ``deadline_s`` altogether. Raises QuotaFault."""
     if not file.access_token:
         raise QuotaFault("no_token")
     proxies = proxies_of(file)
@@ -2841,6 +2820,7 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
         except Exception as error:  # raised below, in the caller's thread
             outcomes.append(error)
 
+    # A socket's timeout begins again with every byte, and looking up a name has none.
     thread = threading.Thread(target=call, name="chatgpt", daemon=True)
     thread.start()
     thread.join(deadline_s)
@@ -2896,10 +2876,9 @@ def _clock_ahead(date: str | None) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
-    try:
+    with suppress(TypeError, ValueError):
         return parsedate_to_datetime(date).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 # ------------------------------------------------------------------ readings
@@ -2969,10 +2948,9 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
 
 
 def _epoch(text: str | None) -> float | None:
-    try:
+    with suppress(ValueError):
         return parse_time(text or "")[0]
-    except ValueError:
-        return None
+    return None
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
@@ -3315,11 +3293,7 @@ class PopSource(Source):
         self._early: list[Any] = []
 
     def open(self) -> None:
-        """Log in with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
-
-        Every command before a login and every wrong key counts towards the proxy's ban. Without a key the first
-        command is a pop, and what it brings is the first value.
-        """
+        """Log in with AUTH as the very first bytes, since all else counts towards the ban; without a key, pop."""
         self._client = RespClient(self._connect)
         self.before_login()
         if not self._password:
@@ -3372,9 +3346,7 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(
-        self, path: str, decode: Callable[[bytes], Any] = json.loads, before_login: Callable[[], None] = lambda: None
-    ) -> Any:
+    def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
             status, content = self._exchange(path, before_login)
@@ -3387,8 +3359,8 @@ class ProxyApi:
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
-                return decode(content)
-            except (ValueError, RecursionError):
+                return json_or_elements(content)
+            except ValueError:
                 raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
@@ -3447,24 +3419,17 @@ class HttpSource(Source):
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled", before_login=self.before_login)
+        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}", self._decode)
+            values = self._api.get(f"/v0/management/usage-queue?count={count}")
         except QueueFault as fault:
             return PopResult([], False, fault)
         if not isinstance(values, list):
             return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
-
-    @staticmethod
-    def _decode(content: bytes) -> Any:
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError):
-            return split_array(content)
 
 
 class SubscribeSource(Source):
@@ -3605,7 +3570,7 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
         fault = _empty_command(connect) if set(states) == {"shut"} else used_up
         if fault is not None:
             raise fault if isinstance(fault, ConnectionClosed) else used_up
-        logins.clear()  # they met a proxy that was closed to everybody, and now it is open
+        logins.forget()  # they met a proxy that was closed to everybody, and now it is open
     source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
     try:
         source.open()
@@ -3616,7 +3581,7 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
         elif isinstance(fault, QueueFault):
             logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
-    logins.clear()
+    logins.forget()
 
 
 def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
@@ -3625,9 +3590,9 @@ def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
         with closing(RespClient(connect)) as client:
             client.send(b"*0\r\n")
             is_proxy = isinstance(client.receive(), ErrorReply)
+            return None if is_proxy else NotResp("the server there answers as neither a proxy nor a Redis does")
     except QueueFault as fault:
         return fault
-    return None if is_proxy else NotResp("the server there answers as neither a proxy nor a Redis does")
 
 
 # ------------------------------------------------------------------ collector
@@ -3657,7 +3622,6 @@ STATE_REMEDIES = {
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
-
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
@@ -3683,18 +3647,16 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 class Spool:
     """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
-    _LONGEST_LINE = 16 * 1024 * 1024
-
     def __init__(self, path: Path):
         self._path = path
         self._touched_at = 0.0
         self.odd_path = Path(f"{path}.unreadable")
 
     def append(self, sequence: int, parsed: Parsed) -> None:
-        """Write one batch with its sequence number. Raises OSError; what was written in part is cut off again."""
+        """Write one batch with its sequence number. Raises OSError."""
         content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a kill may have cut off before.
+        # The line feed in front ends a line that a kill or a full disk may have cut off before.
         line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
         handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -3705,18 +3667,15 @@ class Spool:
 
     def sync(self) -> None:
         """Bring what was appended onto the disk. Raises OSError."""
-        handle = os.open(str(self._path), os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with open(str(self._path), "rb") as stream:
+            os.fsync(stream.fileno())
 
     def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
         """Yield the batches that a previous run left and, as they are, lines that are none. Raises OSError."""
         if not self._path.exists():
             return
         with open(str(self._path), "rb") as stream:
-            for line in iter(lambda: stream.readline(self._LONGEST_LINE), b""):
+            for line in iter(lambda: stream.readline(16 << 20), b""):
                 checksum, _, text = line.rstrip(b"\n").partition(b" ")
                 if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
                     continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
@@ -3738,10 +3697,9 @@ class Spool:
 
     def alive_at(self) -> float | None:
         """Return when recording was last alive (epoch seconds); None where it never was."""
-        try:
+        with suppress(OSError):
             return self._path.stat().st_mtime
-        except OSError:
-            return None
+        return None
 
     def touch(self, now: float) -> None:
         """Record that recording is alive, at most every 15 seconds."""
@@ -4034,14 +3992,9 @@ class OutageLog:
 
 
 class RefusedLogins:
-    """Logins without a success, kept in the database as salted hashes over restarts and for ``check``.
+    """Logins without a success, as salted hashes: a refused one is not sent again, any other thrice in half an hour."""
 
-    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included. So a key that was
-    refused is not sent again; and of the same login (host, port, key) no more than three go out in 30 minutes unless
-    one succeeds, also where the answers never came. Each is written down before it goes out.
-    """
-
-    MOST, SPAN_S = 3, 1800.0
+    MOST, SPAN_S = 3, 1800.0  # five wrong keys ban this address for 30 minutes, its owner's panel included
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
         self._store, self.clock, self._monotonic = store, clock, monotonic
@@ -4059,11 +4012,6 @@ class RefusedLogins:
             *login, _ = tries.pop()
             self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
 
-    def clear(self) -> None:
-        """Forget the logins that were written down: one has succeeded. What it brought is worth more than this."""
-        with suppress(StoreError):  # done when the first pop has worked
-            self._store.put_meta("logins", None)
-
     def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
         """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
         salt, tries = self._recent()
@@ -4072,11 +4020,10 @@ class RefusedLogins:
         return len(tries), left_s[-self.MOST], [state for *_, state in tries]
 
     def _recent(self) -> tuple[str, list[list[Any]]]:
-        try:
+        with suppress(TypeError, ValueError):
             salt, tries = json.loads(self._store.get_meta("logins"))
-        except (TypeError, ValueError):
-            return os.urandom(16).hex(), []
-        return salt, [tried for tried in tries if self._left_s(tried) > 0]
+            return salt, [tried for tried in tries if self._left_s(tried) > 0]
+        return os.urandom(16).hex(), []
 
     def _left_s(self, tried: Sequence[Any]) -> float:
         """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
@@ -4090,9 +4037,10 @@ class RefusedLogins:
         self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
-        """Forget the refused login: one has worked."""
-        for name in ("refused", "logins"):
-            self._store.put_meta(name, None)
+        """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
+        with suppress(StoreError):
+            for name in ("refused", "logins"):
+                self._store.put_meta(name, None)
 
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
@@ -4246,9 +4194,7 @@ class Collector:
             self._source = None
             source.close()
             self._facts.disconnect()
-            left = source.drain()
-            if left:
-                self._hold(left)
+            self._hold(source.drain())
 
     def _open(self) -> Source:
         state = self._refused.state_of(self._login())
@@ -4410,14 +4356,7 @@ class QuotaRefresher:
     """Refresh the quota of all accounts, one after the other, one round at a time, never by itself."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        log: Log,
-        stop: threading.Event,
-        fetch: Callable[[AccountFile], Any] = fetch_usage,
-        clock: Callable[[], float] = time.time,
-        gap_s: tuple[float, float] = (0.5, 1.0),
+        self, config: Config, store: Store, log: Log, stop: Any, fetch=fetch_usage, clock=time.time, gap_s=(0.5, 1.0)
     ):
         self._config, self._store, self._log, self._stop = config, store, log, stop
         self._fetch, self._clock, self._gap_s = fetch, clock, gap_s
@@ -4450,14 +4389,15 @@ class QuotaRefresher:
         return int(left_s + 0.999) if 0 < left_s <= wait_s else 0
 
     def start(self) -> threading.Thread:
-        """Begin a round in the background and return its thread. Raises RefreshRefused."""
+        """Begin a round in the background and return its thread. Raises ApiError."""
         if not self._running.acquire(blocking=False):
             self._log.line("refresh_quota: already running")
-            raise RefreshRefused("refresh_running", 409, "refresh_quota: already running")
+            raise ApiError(409, "refresh_running", "refresh_quota: already running")
         wait_s = self.cooldown_s()
         if wait_s:
             self._running.release()
-            raise RefreshRefused("cooldown", 429, f"the quota was refreshed just now; try again in {wait_s} s", wait_s)
+            message = f"the quota was refreshed just now; try again in {wait_s} s"
+            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, name="quota", daemon=True)
         thread.start()
@@ -4546,14 +4486,6 @@ class QuotaRefresher:
         self._store.forget_quota_accounts(gone)
 
 
-class RefreshRefused(DashboardError):
-    """Report that no round was started, and for how many seconds none will be."""
-
-    def __init__(self, code: str, http_status: int, message: str, retry_after_s: int = 0):
-        super().__init__(message)
-        self.code, self.http_status, self.retry_after_s = code, http_status, retry_after_s
-
-
 class Housekeeper:
     """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
@@ -4587,14 +4519,6 @@ class Housekeeper:
 
 
 # ------------------------------------------------------------------ web
-
-
-class ApiError(DashboardError):
-    """Report a question that cannot be answered, with the status and the stable code of its answer."""
-
-    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
-        super().__init__(message)
-        self.http_status, self.code, self.headers = http_status, code, headers
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
@@ -4768,22 +4692,16 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
     }
 
 
-class Route(NamedTuple):
-    """A route's function, and what its answer depends on besides the query; None is never a 304."""
-
-    answer: Callable[[App, Query], dict[str, Any]]
-    version: Callable[[App], tuple[Any, ...]] | None
-
-
 def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
-ROUTES = {
-    "/api/summary": Route(api_summary, _data_version),
-    "/api/quota": Route(api_quota, lambda app: (*_data_version(app), app.refresher.state())),
-    "/api/requests": Route(api_requests, _data_version),
-    "/api/health": Route(api_health, None),
+# Each with what its answer depends on besides the query; None is never a 304.
+ROUTES: dict[str, tuple[Callable[[App, Query], dict[str, Any]], Any]] = {
+    "/api/summary": (api_summary, _data_version),
+    "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
+    "/api/requests": (api_requests, _data_version),
+    "/api/health": (api_health, None),
 }
 
 
@@ -4851,11 +4769,7 @@ class Connections:
             return has_place
 
     def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
-        """Record that the client has this long for its next step: to begin, to end its head, to take its answer.
-
-        None leaves the time as it is, where a part of the answer was taken. Beyond the limit for all answers together
-        those go that wait longest. Returns whether this connection is open still.
-        """
+        """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
         with self._lock:
             until, _ = self._open.pop(connection, (None, 0))
             while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
@@ -4864,10 +4778,6 @@ class Connections:
             if until is not None:
                 self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
             return until is not None
-
-    def busy(self, connection: Any) -> bool:
-        """Record that the client waits for us, and return whether it does still."""
-        return self.wait(connection, math.inf)
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
@@ -4907,7 +4817,6 @@ class Server(ThreadingMixIn, TCPServer):
     def __init__(self, host: str, port: int, head_s: float):
         self.connections, self.head_s = Connections(), head_s
         self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
-        self._pause = threading.Event()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.server_port = self.server_address[1]
@@ -4928,7 +4837,7 @@ class Server(ThreadingMixIn, TCPServer):
         except OSError as error:
             if error.errno != errno.ECONNABORTED:
                 self.connections.end_longest()
-                self._pause.wait(0.03)
+                time.sleep(0.03)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4991,7 +4900,7 @@ class Handler(BaseHTTPRequestHandler):
         if understood and self.request_version == "HTTP/0.9":
             self.send_error(400)
         elif understood:
-            self.server.connections.busy(self.connection)
+            self.server.connections.wait(self.connection, math.inf)
             self._answer()
 
     def _answer(self) -> None:
@@ -5075,7 +4984,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.connections.wait(self.connection, self.turn_s)
         with turn:  # one at a time: an answer takes up to 20 MB while it is made
-            if not self.server.connections.busy(self.connection):
+            if not self.server.connections.wait(self.connection, math.inf):
                 self.close_connection = True
                 return
             headers, body = self._packed(make())
@@ -5103,8 +5012,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_fault(self, error: DashboardError) -> None:
         message, more = str(error), getattr(error, "headers", {})
-        if isinstance(error, RefreshRefused) and error.retry_after_s:
-            more = {"Retry-After": str(error.retry_after_s)}
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
         self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
@@ -5355,8 +5262,7 @@ def _check_logins(config: Config) -> list[Finding]:
         return []  # told by the database's own line
     found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
     when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
-    remedy = f"{when}; five lock this machine out of the proxy for 30 minutes"
-    return [Finding("warning", found, remedy)] if used else []
+    return [Finding("warning", found, f"{when}; five lock this machine out for 30 minutes")] if used else []
 
 
 def _ports_of(config: Config) -> list[int]:
@@ -5641,8 +5547,7 @@ def run_start(options: Any) -> int:
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    jobs = (collector.run, chores.run)
-    exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
+    exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
     return exit_code
 
@@ -5806,7 +5711,7 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
-    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises ApiError."""
     with _reading_app(config, must_exist=not refresh) as app:
         if refresh:
             app.refresher.start().join()
@@ -5882,11 +5787,10 @@ def _is_fresh(compiled: Path, script: Path) -> bool:
     """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
     import marshal
 
-    try:
+    with suppress(OSError, EOFError, ValueError, TypeError):
         is_new = compiled.stat().st_mtime >= script.stat().st_mtime
         return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
-    except (OSError, EOFError, ValueError, TypeError):
-        return False
+    return False
 
 
 if __name__ == "__main__":

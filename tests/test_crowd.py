@@ -41,7 +41,7 @@ def test_answers_that_nobody_takes_are_given_up_beyond_the_limit_longest_without
     assert connections.wait(pairs[0][0], None, 30)  # has taken some
     assert connections.wait(pairs[3][0], 60, 60) and ended([there for _, there in pairs]) == [1]
     assert connections.wait(pairs[4][0], 60, 1000) and ended([there for _, there in pairs]) == [0, 1, 3]
-    assert not connections.busy(pairs[1][0]) and connections.busy(pairs[2][0])
+    assert not connections.wait(pairs[1][0], 60) and connections.wait(pairs[2][0], 60)
     for end in itertools.chain(*pairs):
         end.close()
 

@@ -266,7 +266,7 @@ def test_parameters_and_errors_are_told(program):
         assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
     assert demo.ask("/api/requests?limit=0")[1] == json.loads(blocks(section(API, "Errors"), "json")[0])
     codes = {code for row in table(section(API, "Errors")) for cell in row for code in quoted(cell)}
-    raised = set(re.findall(r"""(?:ApiError|RefreshRefused)\((?:\d+, )?["']([a-z_]+)["']""", SCRIPT))
+    raised = set(re.findall(r"""ApiError\(\d+, ["']([a-z_]+)["']""", SCRIPT))
     raised = {code for code in raised if not code.startswith("bad_")} | {app.StoreError.code}
     assert "not_found" in raised and raised <= codes
 

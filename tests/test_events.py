@@ -330,8 +330,9 @@ def test_large_value_that_is_no_object_is_parked_with_its_length(raw):
 
 def test_array_is_split_into_elements_that_stand_for_themselves():
     elements = [b"1", b'"a,]\\""', b'{"x":[1,{"y":"}"}]}', b"[" * 3000 + b"]" * 3000, b'"\xff"', payload(1)]
-    assert [part.strip() for part in app.split_array(b"[" + b" , ".join(elements) + b"]")] == elements
-    assert app.split_array(b"[]") == []
-    for broken in (b"", b"{}", b"[1", b"7"):
+    assert [part.strip() for part in app.json_or_elements(b"[" + b" , ".join(elements) + b"]")] == elements
+    assert app.json_or_elements(b"[]") == []
+    assert app.json_or_elements(b'{"a": [1]}') == {"a": [1]}
+    for broken in (b"", b"{", b"[1", b"seven"):
         with pytest.raises(ValueError):
-            app.split_array(broken)
+            app.json_or_elements(broken)
