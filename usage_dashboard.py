@@ -5776,6 +5776,7 @@ def start_from_compiled() -> None:
         return
     # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # large answers go back to the system, without holes
     code = (
         f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
         f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"

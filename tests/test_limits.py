@@ -27,6 +27,7 @@ class Dashboard(Watched):
         self.port = port
         command = [sys.executable, str(program.script), "start", "--no-browser"]
         env = {**os.environ, "HOME": str(program.home)}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # what it takes to compile itself would count
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, **options)
 
     @property
