@@ -313,7 +313,8 @@ def test_counts_are_limited_before_and_after_they_are_added():
 def test_large_event_is_kept_small_and_read_the_same():
     error = json.dumps({"error": {"code": "too_long", "message": "input"}})
     headers = {"X-Codex-Plan-Type": ["plus"], "Set-Cookie": ["x" * 10_000]}
-    changes = {"failed": True, "fail": {"status_code": 400, "body": error}, "response_headers": headers, "provider": "codex"}
+    changes = {"failed": True, "fail": {"status_code": 400, "body": error}, "response_headers": headers}
+    changes["provider"] = "codex"
     raw = payload(1, junk="x" * 7_000_000, **changes)
     small = app.compact(raw)
     assert len(json.dumps(small)) < 2000

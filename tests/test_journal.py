@@ -32,7 +32,8 @@ def picky(tmp_path):
     """A database of the original with a constraint that ours lacks."""
     make_original(tmp_path / "usage.db", [])
     db = sqlite3.connect(str(tmp_path / "usage.db"))
-    db.execute("CREATE TRIGGER picky BEFORE INSERT ON events WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END")
+    refuse = "WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END"
+    db.execute(f"CREATE TRIGGER picky BEFORE INSERT ON events {refuse}")
     db.close()
     store = app.Store(tmp_path / "usage.db")
     yield store
@@ -64,11 +65,12 @@ def batch_line(sequence, *events, **changes) -> bytes:
 
 @pytest.mark.parametrize("changes", [
     {"input_tokens": 2**62}, {"input_tokens": 10**30}, {"ts_epoch": "noon"}, {"ts_epoch": None}, {"ts_epoch": 1e300},
-    {"model": {"a": 1}}, {"model": None}, {"timestamp": "\ud800"}, {"context": None}, {"context": [1] * 9}, {"failed": 7},
-    {"latency_ms": -4}, {"error": ["x"]}, {"request_id": 5},
+    {"model": {"a": 1}}, {"model": None}, {"timestamp": "\ud800"}, {"context": None}, {"context": [1] * 9},
+    {"failed": 7}, {"latency_ms": -4}, {"error": ["x"]}, {"request_id": 5},
 ])  # fmt: skip
 def test_odd_event_in_the_spool_costs_itself_alone(collect, proxy, store, changes):
-    lines = [batch_line(1, event(request_id="bad"), event(request_id="good"), **changes), batch_line(2, event(request_id="next"))]
+    lines = [batch_line(1, event(request_id="bad"), event(request_id="good"), **changes)]
+    lines.append(batch_line(2, event(request_id="next")))
     spool_path(store).write_bytes(b"".join(lines))
     proxy.push(payload(1))
     run = collect(proxy)
