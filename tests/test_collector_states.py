@@ -15,6 +15,8 @@ from support import ALWAYS, KEY, WRONG, config_of, free_port, lock, payload, wai
 
 import usage_dashboard as app
 
+pytestmark = pytest.mark.slow
+
 # ---- nobody locked out -----------------------------------------------------------------------------------
 
 
