@@ -33,6 +33,8 @@ from support import (
 
 import usage_dashboard as app
 
+pytestmark = pytest.mark.slow
+
 # ---- connections that break ------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from support import ALWAYS, CUT, KEY, WRONG, Answering, config_of, free_port, lo
 
 import usage_dashboard as app
 
+pytestmark = pytest.mark.slow
+
 # ---- nobody locked out -----------------------------------------------------------------------------------
 
 

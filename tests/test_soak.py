@@ -4,7 +4,7 @@ import pytest
 from tools.soak import Soak
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_soak_of_a_few_seconds_balances_the_account_of_every_event(tmp_path):
     soak = Soak(tmp_path, seconds=8, seed=3, rate=1000)
     assert soak.run() == []

@@ -14,6 +14,8 @@ from support import MALFORMED, ODD_BUT_GOOD, SAMPLES, WRONG, Watched, ids_of, pa
 
 import usage_dashboard as app
 
+pytestmark = pytest.mark.slow
+
 # ---- the spool -------------------------------------------------------------------------------------------
 
 
