@@ -1786,9 +1786,10 @@ class Store:
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
         with self._write_lock:  # held until what the commit makes true is counted
+            rows_before = self._writer.total_changes
             with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
                 yield db
-            self.changes += changes
+            self.changes += changes and self._writer.total_changes > rows_before
 
     def _read(self) -> ContextManager[Any]:
         return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")

@@ -473,3 +473,14 @@ def test_old_snapshots_are_downsampled_to_one_an_hour(store):
     store.downsample_snapshots(3600 * 400002)
     assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots") == [(2 + 6,)]
     assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
+
+
+def test_commit_that_alters_no_row_changes_no_answer(store):
+    put(store, event(at=NOON))
+    store.begin_outage(NOON, "unreachable")
+    changes = store.changes
+    store.begin_outage(NOON + 60, "closed")  # one is open already
+    assert store.delete_some(NOON - 86400) == 0 and store.delete_some(NOON - 86400) == 0
+    assert store.changes <= changes + 1  # the first deletion raised the floor
+    store.end_outage(NOON + 900)
+    assert store.changes > changes
