@@ -3655,11 +3655,12 @@ class OutageLog:
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
         self._unwritten: tuple[float, str] | None = None
+        self._reason: str | None = None  # of the one that is open
         self._is_publishing_off = False
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
-        self._turn_s = None
+        self._turn_s, self._reason = None, self._reason or reason
         self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
         try:
             self._write_begin()
@@ -3670,11 +3671,11 @@ class OutageLog:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
         self._store.end_outage(self._clock())
-        self._is_publishing_off = False
+        self._reason, self._is_publishing_off = None, False
 
-    def end_unwritten(self) -> None:
-        """End an outage that could not be written until now, when the database takes writes again."""
-        if self._unwritten is not None:
+    def end_storage_error(self) -> None:
+        """End an outage that the database was the reason for: it takes writes again."""
+        if self._reason == "storage_error":
             self.end()
 
     def turn(self) -> None:
@@ -3949,7 +3950,7 @@ class Collector:
             self._spool.clear()
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        self._outages.end_unwritten()
+        self._outages.end_storage_error()
 
     def _replay(self) -> None:
         """Store what a previous run had popped but not committed, and record since when nobody recorded."""

@@ -7,12 +7,14 @@ import json
 import socket
 import struct
 import termios
+import time
 from collections import Counter, deque
 
 import pytest
 from fake_proxy import read_command
 from redis_server import OldRedis
 from support import (
+    ALWAYS,
     MALFORMED,
     ODD_BUT_GOOD,
     Hangup,
@@ -305,3 +307,16 @@ def replace_content(path, content) -> None:
     with path.open("r+b") as file:
         file.truncate()
         file.write(content)
+
+
+def test_full_disk_that_still_takes_an_outage_leaves_none_open_once_it_is_mended(collect, proxy, store):
+    run = collect(proxy)
+    run.wait_for_state("waiting")
+    room(store, rows(store.path, "PRAGMA page_count")[0][0] + 2)
+    proxy.push(*[payload(number, alias="x" * 150 + str(number)) for number in range(300)])
+    run.wait_for_state("storage_error")
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
+    room(store, 1_000_000)
+    run.wait_for_events(300)
+    run.wait_for_state("recording")
+    assert [outage for outage in store.outages(ALWAYS, time.time()) if outage["to"] is None] == []
