@@ -2415,6 +2415,7 @@ class QuotaWindow(NamedTuple):
 
     @property
     def remaining_percent(self) -> float | None:
+        """What is left, in percent; None is unknown."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
 
     def is_due(self, now: float) -> bool:
