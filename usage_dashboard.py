@@ -23,6 +23,7 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
+import atexit
 import base64
 import errno
 import gc
@@ -33,6 +34,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import signal
@@ -41,7 +43,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
@@ -65,6 +67,14 @@ class DashboardError(Exception):
     code = "internal_error"
 
 
+class ApiError(DashboardError):
+    """Report what is not answered or done, with the status, the stable code and the headers of the answer."""
+
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
+        super().__init__(message)
+        self.http_status, self.code, self.headers = http_status, code, headers
+
+
 class Log:
     """Write one flushed line per event to a stream (stdout); values must be free of keys, tokens and mails."""
 
@@ -76,10 +86,8 @@ class Log:
     def line(self, text: str) -> None:
         """Write a line as it is; a broken or full stream is no reason to stop collecting."""
         with self._lock:
-            try:
+            with suppress(OSError, ValueError):
                 print(text, file=self._stream, flush=True)
-            except (OSError, ValueError):
-                pass
 
     def once(self, name: str, **values: Any) -> None:
         """Write an event unless the last one of its name had the same values."""
@@ -97,6 +105,44 @@ class Log:
         self.line(" ".join(parts))
 
 
+class ConsoleLog(Log):
+    """Write lines from a thread of its own, so that a console that nobody reads (a full pipe) delays nobody else."""
+
+    def __init__(self, fd: int = 1, most: int = 1000):
+        super().__init__()
+        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def line(self, text: str) -> None:
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            with self._lock:
+                self._dropped += 1
+
+    def close(self, patience_s: float = 0.5) -> None:
+        """Write what is queued, as far as the console takes it in time."""
+        atexit.unregister(self.close)
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=patience_s)
+            self._thread.join(patience_s)
+
+    def _write_all(self) -> None:
+        text: str | None = ""
+        while text is not None:
+            text = self._waiting.get()
+            with self._lock:
+                dropped = self._dropped if self._waiting.empty() else 0
+                self._dropped -= dropped
+            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
+            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
+            with suppress(OSError):
+                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
+                    data = data[os.write(self._fd, data) :]
+
+
 _RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
@@ -112,11 +158,7 @@ def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> An
 
 
 def parse_time(text: str) -> tuple[float, str]:
-    """Parse RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
-
-    Accepts 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
-    anything else and for instants outside 2020 to 2100.
-    """
+    """Parse RFC 3339 text into (epoch seconds, UTC text to the microsecond). ValueError also outside 2020 to 2100."""
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
@@ -151,6 +193,11 @@ def utc_text(epoch_s: float | None) -> str | None:
     return None if epoch_s is None else _utc_second(epoch_s) + "Z"
 
 
+def local_minute(epoch_s: float) -> str:
+    """Format epoch seconds as this machine's local time, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
+
+
 def monotonic_s() -> float:
     """Return monotonic seconds, counting time asleep where the OS supports it (CLOCK_BOOTTIME)."""
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -176,12 +223,14 @@ class Backoff:
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is."""
+    """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
+    is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
-    try:
+    with suppress(PermissionError):  # check names a file that others can read
         os.chmod(str(path), 0o600)
-    except PermissionError:
-        pass  # check names a file that others can read
+        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+            folder = path.parent.stat()
+            os.chown(str(path), folder.st_uid, folder.st_gid)
 
 
 def where_raised(error: BaseException) -> str:
@@ -201,7 +250,7 @@ def os_reason(error: BaseException) -> str:
     """Return an operating system's error in its own short words, without addresses or paths."""
     if isinstance(error, socket.timeout):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, TypeError, UnicodeError)):  # two of them for what can be no name
         return "the name is unknown"
     return getattr(error, "strerror", None) or type(error).__name__
 
@@ -222,10 +271,12 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
+    """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
+    names = [other.partition("@")[0] for other in others if other != mail and other.partition("@")[2] == domain]
+    length = next((n for n in range(1, len(name)) if not any(one.startswith(name[:n]) for one in names)), len(name))
+    return f"{name[:length]}***@{domain}" if at else "***"
 
 
 def _printable(text: str) -> str:
@@ -233,23 +284,34 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-_SECRETS = re.compile(
-    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
-    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
-    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+# In this order. Each tries a run of letters once, from its beginning, so that no text takes more than linear time.
+_SECRETS = (
+    re.compile(r"(?<![^\s<>\"'])@*[^\s@<>\"']+@[^\s<>\"']*\.[A-Za-z]{2,}"),  # mails
+    re.compile(  # long runs with a digit
+        r"(?<![A-Za-z0-9_\-+/=.])(?=[A-Za-z0-9_\-+/=.]{20})[A-Za-z_\-+/=.]*\d[A-Za-z0-9_\-+/=.]*", re.ASCII
+    ),
+    re.compile(
+        r"\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys that begin so
+        r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+    ),
 )
 
 
 def without_secrets(text: str, limit: int = 160) -> str:
     """Return a sentence without mails, keys, long ids and addresses, at most ``limit`` characters long."""
-    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    text = text[:4096]
+    for pattern in _SECRETS:
+        text = pattern.sub("…", text)
+    short = " ".join(text.split())
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+
+
+_LONGEST_ERROR = 256 * 1024
 
 
 def _json_error(body: Any) -> tuple[str, str]:
     """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
+    if not isinstance(body, str) or len(body) > _LONGEST_ERROR or not body.lstrip().startswith(("{", "[")):
         return "", ""
     try:
         content = json.loads(body)
@@ -271,11 +333,18 @@ def _finite(value: Any) -> float | None:
     """Return a number, also from a text that is one; None for anything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
+    with suppress(ValueError, OverflowError):
+        return float(value) if abs(float(value)) < 1e18 else None
+    return None
+
+
+def json_text(content: Any, **layout: Any) -> str:
+    """Return JSON, also of what an adopted database may hold: bytes become text, infinite numbers null."""
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e18 else None
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, **layout)
+    except (TypeError, ValueError):
+        text = json.dumps(content, default=lambda raw: raw.decode("utf-8", "replace"))
+        return json_text(json.loads(text, parse_constant=lambda name: None), **layout)
 
 
 # ------------------------------------------------------------------ config
@@ -356,9 +425,9 @@ def _fault_of(key: str, value: Any) -> str | None:
         return None if value in COLLECT_MODES else f"must be one of {modes}"
     if not isinstance(value, str):
         return "must be a text in double quotes"
-    if key.endswith("_password"):
-        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
-    if not value.strip():
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
+        return "must not hold line breaks or other control characters"
+    if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
     return _fault_of_host(value.strip()) if key.endswith("_host") else None
 
@@ -374,11 +443,7 @@ def _fault_of_host(host: str) -> str | None:
 def load_config(
     path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
-    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
-
-    ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
-    Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
-    """
+    """Return settings and warnings; a named file must exist. Raises ConfigError with all faults in one message."""
     faults: list[str] = []
     warnings: list[str] = []
     values: dict[str, Any] = {}
@@ -405,7 +470,7 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
         fault = "cannot be read: it is not UTF-8 text"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
@@ -443,12 +508,11 @@ class QueueFault(DashboardError):
     http_status = 502
     code = "queue_fault"
     state = "unreachable"
+    is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
     def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
         super().__init__(message)
-        self.says_remedy = says_remedy
-        if state is not None:
-            self.state = state
+        self.state, self.says_remedy = state or self.state, says_remedy
 
 
 class ConnectionClosed(QueueFault):
@@ -489,12 +553,7 @@ def encode_command(*words: Any) -> bytes:
 
 
 class RespReader:
-    """Read RESP2 replies from a buffered binary stream, one at a time.
-
-    A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
-    Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
-    bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
-    """
+    """Read RESP2 replies, each one whole: bytes, str, int, list, None, ErrorReply or Oversized. Limits in bytes."""
 
     def __init__(self, stream, max_line=64 * 1024, max_bulk=8 << 20, max_skipped=512 << 20, max_items=100_000):
         self._stream, self._max_line, self._max_bulk = stream, max_line, max_bulk
@@ -519,8 +578,11 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 4:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply")
+        is_http = line.startswith(b"HTTP/")
+        what = "an HTTP answer" if is_http else "bytes of another protocol"
+        fault = NotResp(f"the queue sent {what} instead of a RESP reply")
+        fault.is_no_failed_login = is_http
+        raise fault
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
@@ -566,11 +628,7 @@ def _reply_number(text: bytes) -> int:
 
 
 def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Return a function that opens a connection; ``timeout_s`` limits each wait for the other side.
-
-    TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
-    connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
-    """
+    """Return a function that opens a connection; ``timeout_s`` limits each wait. Raises QueueFault with the remedy."""
 
     def connect() -> socket.socket:
         try:
@@ -588,6 +646,7 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
 def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
     import ssl
 
+    # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
@@ -644,15 +703,11 @@ class RespClient:
 
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
-        try:
+        with suppress(OSError):  # the other side was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was quicker
         for thing in (self._stream, self._socket):
-            try:
+            with suppress(OSError):
                 thing.close()
-            except OSError:
-                pass
 
 
 # ------------------------------------------------------------------ events
@@ -677,11 +732,7 @@ class Context(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One upstream attempt as it will be stored; None is unknown, zero is measured.
-
-    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider. ``plan``
-    and ``quota_headers`` (the ``x-codex-…`` headers of the reply) go to the account's quota and are not stored here.
-    """
+    """One upstream attempt as stored, but for ``plan`` and ``quota_headers``; None is unknown, zero is measured."""
 
     timestamp: str
     ts_epoch: float
@@ -719,7 +770,19 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
+_LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
+
+
+def check_event(event: Event) -> Event:
+    """Return an event that was read back from a file, if parse_event could have made it. Raises Rejected."""
+    texts = (event.timestamp, event.model, event.plan, *(value or "" for value in event.context))
+    numbers = [getattr(event, name) for name in Event._fields if name.endswith(("_tokens", "_ms", "_code"))]
+    texts += (event.error or "", event.request_id or "")
+    are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
+    are_counts = event.failed in (0, 1) and all(number == _number(number, "a count") for number in numbers)
+    if not are_texts or not are_counts or not _EARLIEST_AT <= float(event.ts_epoch) < _LATEST_AT:
+        raise Rejected("one of its values is none of its kind")
+    return event
 
 
 def _mask_source(text: str) -> str:
@@ -727,10 +790,7 @@ def _mask_source(text: str) -> str:
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
-    """Parse values of the queue: JSON as bytes, objects decoded already, or Oversized.
-
-    One bad event never costs its neighbours: it becomes a Reject.
-    """
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -740,9 +800,9 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
                 if isinstance(content, Rejected):
                     raise content
                 event = parse_event(content)
-            except Rejected as reason:
-                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
-                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+            except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
+                reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
+                parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
             if event is None:
                 ignored += 1
@@ -751,17 +811,21 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
     return parsed._replace(ignored=ignored)
 
 
-def _decode(raws: Sequence[Any]) -> list[Any]:
-    """Decode events in one call, as one array with a zero between every two.
-
-    The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
-    """
+def _length_of(raw: Any) -> int:
+    if isinstance(raw, Oversized):
+        return int(raw)
     try:
+        return len(raw if isinstance(raw, bytes) else json.dumps(raw, default=repr))
+    except (RecursionError, ValueError):
+        return 0  # nested too deeply to be written again
+
+
+def _decode(raws: Sequence[Any]) -> list[Any]:
+    """Decode events at once, as one array; zeros between them prove that each event was a single JSON value."""
+    with suppress(TypeError, ValueError, RecursionError):
         joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
-    except (TypeError, ValueError, RecursionError):
-        pass
     return [_decode_one(raw) for raw in raws]
 
 
@@ -780,6 +844,44 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
+def compact(raw: Any) -> Any:
+    """Return a value of the queue; a large one decoded and without what is not stored, or as Oversized."""
+    if not isinstance(raw, bytes) or len(raw) < 16 * 1024:
+        return raw
+    content = _decode_one(raw)
+    if not isinstance(content, dict):
+        return Oversized(len(raw))
+    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    texts = ((name, content[name]) for name in names if name in content)
+    kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
+    fail = kept.get("fail")
+    if isinstance(fail, dict):
+        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
+        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
+    if "response_headers" in kept:
+        headers = _quota_headers(kept["response_headers"]) or {}
+        kept["response_headers"] = {name: [text] for name, text in headers.items()}
+    return kept
+
+
+def json_or_elements(data: bytes) -> Any:
+    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(data)
+    elements, depth, start = [], 0, 0
+    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[][{},]', data, re.S):
+        token = match.group()
+        depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
+        if depth == 1 and token == b"[" and not start:
+            start = match.end()
+        elif start and ((depth == 1 and token == b",") or depth == 0):
+            elements.append(data[start : match.start()])
+            start = match.end()
+            if depth == 0:
+                return [element for element in elements if element.strip()]
+    raise ValueError("not an array")
+
+
 def _loads(raw: bytes) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -788,10 +890,7 @@ def _loads(raw: bytes) -> Any:
 
 
 def parse_event(content: Any) -> Event | None:
-    """Parse one decoded record; None for control messages and warm-ups, which are no usage.
-
-    Raises Rejected. Key and client address are masked or dropped here, at the edge.
-    """
+    """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
     if set(content) in ({"refresh"}, {"support_refresh"}):
@@ -882,7 +981,7 @@ def _number(value: Any, name: str) -> int | None:
     if type(value) is not int:
         raise Rejected(f"{name} is not a whole number")
     if value > _LARGEST_NUMBER:
-        raise Rejected(f"{name} is larger than 2^53")
+        raise Rejected(f"{name} is larger than 10^12")
     return None
 
 
@@ -929,10 +1028,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     """Return the token counts of an event. Raises Rejected."""
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
-        try:
+        with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
             return _breakdown_usage(breakdown)
-        except (Rejected, KeyError, TypeError):
-            pass  # an incomplete breakdown is no reason to lose the plain counts
     tokens = content.get("tokens")
     if tokens is None:
         return TokenCounts()
@@ -943,9 +1040,13 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
     if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        return _claude_usage(sent)
-    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-    return _inclusive_usage(sent, thoughts_apart)
+        counts = _claude_usage(sent)
+    else:
+        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+        counts = _inclusive_usage(sent, thoughts_apart)
+    for count in counts:
+        _number(count, "tokens, added up,")
+    return counts
 
 
 class _SentTokens(NamedTuple):
@@ -1011,10 +1112,7 @@ def _status_of(fail: Any) -> int | None:
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
-    """Return shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
-
-    Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
-    """
+    """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
     if code or message:
         reason = ": ".join(part for part in (code, message) if part)
@@ -1028,19 +1126,22 @@ def failure_reason(status: int | None, body: Any) -> str | None:
 def failure_kind(status: int | None, error: str | None) -> str:
     """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
     prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
-    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    words_with_a_digit = r"(?<![^\s:,;()\[\]\"'])[^\s:,;()\[\]\"'\d]*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
     return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
+
+
+_KEPT_OF_REJECT = (
+    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+)
 
 
 def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = (
-        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
-        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-    )
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
+    names = _KEPT_OF_REJECT.split()
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -1055,13 +1156,13 @@ def masked_json(content: Any) -> str | None:
 def _harmless(value: Any) -> Any:
     """Return a number or a short text without secrets; of anything else the name of its type."""
     if value is None or isinstance(value, (bool, int, float)):
-        return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
+        return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
     return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
 
 
 def _numbers_only(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict) and depth < 3:
-        return {str(key)[:40]: _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
+        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
     if isinstance(value, str):
         return value if value in ("complete", "inconsistent", "unclassified") else "str"
     return _harmless(value)
@@ -1120,11 +1221,7 @@ class Account:
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts, named so that no two share a name.
-
-    An account is the last e-mail seen with an auth_index, else the source, else the index. An index that took
-    over from another of the same mail, provider and plan joins it; two that live at once are two accounts.
-    """
+    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
     by_index: dict[tuple[str, str], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
         key = (identity.auth_index, "" if identity.auth_index else identity.source)
@@ -1170,10 +1267,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 
 
 class AccountFile(NamedTuple):
-    """One account file; the token goes to chatgpt.com alone.
-
-    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
-    """
+    """One account file; ``auth_index`` is what the proxy gives it since v7.0.0, where it sees the same path."""
 
     name: str
     email: str
@@ -1196,11 +1290,7 @@ class AccountFile(NamedTuple):
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
-
-    A file is recognised by its content, not its name. Of two files of one login the fresher one counts. Files are
-    opened for reading only, and never followed into sub-folders.
-    """
+    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
     problems: list[str] = []
     for folder in folders:
         found, odd = _read_folder(folder)
@@ -1221,8 +1311,11 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
+    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
+        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
@@ -1320,6 +1413,64 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
+def _flock(handle: int) -> None:
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_path(database: Path) -> Path:
+    return Path(f"{os.path.realpath(str(database))}.lock")
+
+
+class DatabaseLock:
+    """The right of one process to record into a database until it ends; ``fault`` says why there is no lock here."""
+
+    def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
+        self._path, self.fault = _lock_path(database), ""
+        try:
+            make_private(self._path)
+            self._handle = os.open(str(self._path), os.O_RDWR)
+        except OSError as error:
+            raise StoreError(_store_reason(database, error)) from error
+        deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
+        while not self._take(lock):
+            if time.monotonic() > deadline:
+                os.close(self._handle)
+                told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
+                holder = "process {pid}, port {port}".format(**told)
+                message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
+                raise StoreError(f'{message}, or name another file with "database"')
+            time.sleep(0.05)
+
+    def _take(self, lock: Callable[[int], None]) -> bool:
+        try:
+            lock(self._handle)
+        except BlockingIOError:
+            return False
+        except (OSError, ImportError) as error:  # as on some network file systems
+            self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+        return True
+
+    def name_holder(self, port: int) -> None:
+        """Write into the file who has the lock, for those that come later."""
+        self._path.write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
+
+
+def lock_holder(database: Path) -> dict[str, int]:
+    """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
+    with suppress(OSError, ImportError, ValueError, AttributeError):
+        import fcntl
+
+        with _lock_path(database).open("rb") as stream:
+            try:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = json.loads(stream.read(200))
+                return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
+    return {}
+
+
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
@@ -1398,11 +1549,7 @@ _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 
 
 def _step_roll_ups(db) -> None:
-    """Sum up by client key and reason too, at all of a quarter hour, an hour and a day.
-
-    Fills the roll-ups from the rows. Below the retention floor, where those are deleted, the old sums are kept:
-    their key and reason are unknown.
-    """
+    """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _add_keys_and_reasons(db)
     db.execute(
@@ -1579,10 +1726,6 @@ class _Reasons:
             reason["error"] = "other"
         return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
 
-    def clear(self) -> None:
-        """Forget all ids: a transaction that inserted some was rolled back."""
-        self._ids.clear()
-
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
@@ -1633,6 +1776,14 @@ _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
 SHORTEST_RETENTION_S = 60.0
+_DAY_S = 86400.0
+# The newest of the events stored last, unless by a clock that was in another year.
+_LAST_EVENT_AT = (
+    "(SELECT MAX(ts_epoch) FROM (SELECT ts_epoch FROM events ORDER BY id DESC LIMIT 100) "
+    f"WHERE ts_epoch < ?1 + {2 * _DAY_S})"
+)
+# Where an outage that ends in the future has ended: with the first event in it.
+_MENDED_END = "MAX(from_at, MIN(?1, IFNULL((SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at), ?1)))"
 
 
 def _retention_in(db) -> float:
@@ -1658,6 +1809,7 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
+_SOUND_TIMES = Window(_EARLIEST_AT, _LATEST_AT)  # what else an adopted file holds belongs to no time
 Sums = Tuple[int, ...]
 
 
@@ -1674,43 +1826,48 @@ class Usage(NamedTuple):
     accounts: list[tuple[Account, Sums]]
 
 
-# One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
+# One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
 # waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
 # held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
 
 
 class Store:
-    """Events, roll-ups and quota readings in one SQLite file; the only place with SQL.
-
-    ``changes`` counts the commits that can alter an answer. ``announce`` gets a line before a long schema step.
-    Raises StoreError with what to do about it. Times passed in are epoch seconds.
-    """
+    """Events, roll-ups and readings in one SQLite file, the only place with SQL; ``changes`` counts its commits."""
 
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
         self.changes = 0
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._busy_timeout_s, self._announce = busy_timeout_s, announce
+        self._open()
+
+    def _open(self) -> None:
         try:
-            make_private(path)
-            self._writer = self._connect(busy_timeout_s)
+            make_private(self.path)
+            self._writer = self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(_store_reason(path, error)) from error
+            raise StoreError(_store_reason(self.path, error)) from error
         try:
-            self._migrate(announce)
+            self._migrate(self._announce)
+            self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
-            self._reasons = _Reasons(self._writer)
-            self._reader = self._connect(busy_timeout_s)
-            self._reader.execute("PRAGMA query_only = ON")
+            self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
+            for db in (self._reader, self._searcher):
+                db.execute("PRAGMA query_only = ON")
+            self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
+            self._opened_files = self._file_ids()
         except (sqlite3.Error, StoreError) as error:
             self._writer.close()
-            raise error if isinstance(error, StoreError) else StoreError(_store_reason(path, error)) from error
+            raise error if isinstance(error, StoreError) else StoreError(_store_reason(self.path, error)) from error
 
-    def _connect(self, busy_timeout_s: float):
-        db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    def _connect(self):
+        timeout_s = self._busy_timeout_s
+        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # an adopted file may hold any bytes
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -1751,10 +1908,36 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close both connections; the write-ahead log is folded into the file."""
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
+        """Close the connections, also under a search; the write-ahead log is folded into the file."""
+        self._is_closing = True
+        with self._write_lock, self._read_lock, self._search_lock:
+            for db in (self._reader, self._searcher, self._writer):
+                db.close()
+
+    def follow_file(self) -> str | None:
+        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
+        if self._file_ids()[0] == self._opened_files[0] is not None:
+            return None
+        with self._write_lock, self._read_lock, self._search_lock:
+            self.close()
+            for path, opened, found in zip(self._paths, self._opened_files, self._file_ids()):
+                if found == opened is not None:  # the log of the file that is gone would be taken for the new one's
+                    path.unlink()
+            self._opened_files = [None] * 3
+            event = "was replaced or moved" if self.path.exists() else "was deleted"
+            self._open()
+            self.changes += 1
+        self.put_meta("file_changed_at", time.time())
+        return f"{self.path.name} {event}; what is at its path now is used"
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+    def _file_ids(self) -> list[tuple[int, int] | None]:
+        """Return (device, inode) of the file, its write-ahead log and its index; None where there is none."""
+        found = [path.stat() if path.exists() else None for path in self._paths]
+        return [None if status is None else (status.st_dev, status.st_ino) for status in found]
 
     @contextmanager
     def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
@@ -1765,22 +1948,19 @@ class Store:
                 yield db
                 db.execute(end)
             except BaseException as error:
-                self._context_ids.clear()
-                self._models.clear()
-                self._reasons.clear()
-                if db.in_transaction:
-                    self._try(db, "ROLLBACK")
+                self._forget_ids()
+                with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
+                    db.execute("ROLLBACK")
                 if not isinstance(error, sqlite3.Error):
                     raise
-                # SQLite would keep the pages of a damaged file after it was mended.
-                self._try(db, "PRAGMA shrink_memory")
+                with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
+                    db.execute("PRAGMA shrink_memory")
                 raise StoreError(_store_reason(self.path, error)) from error
 
-    def _try(self, db, statement: str) -> None:
-        try:
-            db.execute(statement)
-        except sqlite3.Error:
-            pass  # rolled back already, as on a full disk; closed; or damaged beyond even that
+    def _forget_ids(self) -> None:
+        self._context_ids.clear()
+        self._models.clear()
+        self._reasons = _Reasons(self._writer)
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -1791,31 +1971,50 @@ class Store:
                 yield db
             self.changes += changes and self._writer.total_changes > rows_before
 
-    def _read(self) -> ContextManager[Any]:
-        return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+    def _read(self, is_search: bool = False) -> ContextManager[Any]:
+        """Open a transaction that reads; a search may take seconds, in which nothing but another search waits."""
+        db, lock = (self._searcher, self._search_lock) if is_search else (self._reader, self._read_lock)
+        return self._transaction(db, lock, "BEGIN", "ROLLBACK")
 
     # Writing
 
     def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
-        """Store a batch with its roll-ups, counts and mark in one transaction.
-
-        ``sequence`` grows with each batch. One that is not above the stored mark was stored before and is left out:
-        then False is returned.
-        """
+        """Store a batch with roll-ups, counts and mark; False where it was before: ``sequence`` grows with each."""
         with self._write(changes=bool(parsed.events)) as db:
             if sequence <= _counts_in(db)["sequence"]:
                 return False
-            if parsed.events:
-                self._insert_events(db, parsed.events)
-            if parsed.rejects:
+            parked = self._insert_or_park(db, parsed.events) if parsed.events else []
+            rejects = [*parsed.rejects, *parked]
+            if rejects:
                 db.executemany(
                     "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
-                    [(utc_text(now), now, *reject) for reject in parsed.rejects],
+                    [(utc_text(now), now, *reject) for reject in rejects],
                 )
                 db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - 1000")
             _put_meta(db, "sequence", sequence)
-            _count(db, stored=len(parsed.events), rejected=len(parsed.rejects), ignored=parsed.ignored)
+            _count(db, stored=len(parsed.events) - len(parked), rejected=len(rejects), ignored=parsed.ignored)
         return True
+
+    def _insert_or_park(self, db, events: Sequence[Event]) -> list[Reject]:
+        """Insert events; where one of them is the fault, halve them until it stands alone, and return its Reject."""
+        db.execute("SAVEPOINT part")
+        try:
+            self._insert_events(db, events)
+        except Exception as error:
+            if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
+                raise  # full, locked, damaged: whichever the row
+            db.execute("ROLLBACK TO part")
+            self._forget_ids()
+            if len(events) > 1:
+                middle = len(events) // 2
+                return self._insert_or_park(db, events[:middle]) + self._insert_or_park(db, events[middle:])
+            kept = {name: _harmless(value) for name, value in events[0]._asdict().items() if name != "context"}
+            text = json.dumps(kept, default=repr)
+            return [Reject(f"the database does not take it: {where_raised(error)}", len(text), text)]
+        finally:
+            if db.in_transaction:
+                db.execute("RELEASE part")
+        return []
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
@@ -1849,6 +2048,7 @@ class Store:
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        before = min(before, (self.span() or (0.0, 0.0))[1])
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
             if floor > _floor_in(db):
@@ -1864,15 +2064,9 @@ class Store:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence.
-
-        As last known while the database cannot be read, when health is asked for most.
-        """
-        try:
-            with self._read() as db:
-                self._known_counts = _counts_in(db)
-        except StoreError:
-            pass
+        """How many events were ever stored, rejected and so on, as last known while the database cannot be read."""
+        with suppress(StoreError), self._read() as db:
+            self._known_counts = _counts_in(db)
         return dict(self._known_counts)
 
     @property
@@ -1884,8 +2078,7 @@ class Store:
     @property
     def byte_count(self) -> int:
         """The size of the database with its write-ahead log."""
-        paths = (Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+        return sum(path.stat().st_size for path in self._paths if path.exists())
 
     def check_writable(self) -> None:
         """Open and end a transaction that writes, so that nothing is popped that could not be stored."""
@@ -1908,20 +2101,31 @@ class Store:
 
     # Outages
 
-    def begin_outage(self, at: float, reason: str) -> None:
-        """Record that recording stopped; one that is open already goes on, with its first reason."""
+    def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
+        """Open an outage unless one is open, not before the last event unless its length was measured."""
         with self._write() as db:
+            last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
             db.execute(
                 "INSERT INTO outages(from_at, reason) SELECT ?, ? "
                 "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, reason),
+                (max(at, last or 0.0), reason),
+            )
+
+    def mend_outages(self, now: float) -> None:
+        """Correct outages that were recorded by a clock that has been set since: none begins or ends after now."""
+        with self._write() as db:
+            begin = f"MIN(?1, IFNULL({_LAST_EVENT_AT}, ?1))"
+            db.execute(f"UPDATE outages SET from_at = {begin} WHERE to_at IS NULL AND from_at > ?1", (now,))
+            db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
+            lost = f"reason = 'publishing_off' OR {_MENDED_END} - from_at > ?2"
+            db.execute(
+                f"UPDATE outages SET to_at = {_MENDED_END}, lost = {lost} WHERE to_at > ?1 + {SHORTEST_RETENTION_S}",
+                (now, _retention_in(db)),
             )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """Record that recording goes on, and whether the queue had forgotten something by then.
-
-        One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
-        """
+        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
+        self.mend_outages(at)
         with self._write() as db:
             db.execute(
                 "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
@@ -1933,10 +2137,7 @@ class Store:
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
-        """List the spans in which nothing was recorded; ``to`` None is still going on.
-
-        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
-        """
+        """List the spans in which nothing was recorded, and whether requests were lost; ``to`` None goes on still."""
         with self._read() as db:
             rows = db.execute(
                 f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
@@ -1955,17 +2156,15 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
+            columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
+            rows = db.execute(f"SELECT {columns} FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
     def usage(
         self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
     ) -> Usage:
-        """Sum up a window; its buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC.
-
-        ``from_rows`` leaves the roll-ups out, to prove them.
-        """
+        """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
             accounts = self._accounts_in(db)
             plan = _UsagePlan(window, filters, accounts, 0 if from_rows else _floor_in(db), from_rows)
@@ -1988,25 +2187,23 @@ class Store:
         """Return the times of the first and the last event ever counted; None where there is none."""
         with self._read() as db:
             low, high = db.execute(
-                "SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch LIMIT 1), "
-                "(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch DESC LIMIT 1)"
+                "SELECT (SELECT MIN(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2), "
+                "(SELECT MAX(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)",
+                _SOUND_TIMES,
             ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
+            sql = "SELECT MIN(bucket) FROM usage_by_time WHERE bucket >= ? AND bucket < ?"
+            oldest = db.execute(sql, [at / BUCKET_S for at in _SOUND_TIMES]).fetchone()[0]
         starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
         return (min(starts), high if high is not None else min(starts)) if starts else None
 
     def requests(
-        self,
-        limit: int,
-        window: Window | None = None,
-        filters: Filters = _NO_FILTERS,
-        before: tuple[float, int] | None = None,
+        self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or Window(float("-inf"), float("inf"))
+        window = window or _SOUND_TIMES
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
-        with self._read() as db:
+        with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
@@ -2020,16 +2217,8 @@ class Store:
 
     # Quota: rows as they are; what they mean is known in readings
 
-    def save_reading(
-        self,
-        row: Mapping[str, Any],
-        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
-    ) -> None:
-        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
-
-        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
-        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
-        """
+    def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
+        """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
@@ -2051,7 +2240,7 @@ class Store:
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
-        return dict(zip(columns, row)) if row else None
+        return _reading_of(columns, row) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2073,12 +2262,7 @@ class Store:
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
-
-        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
-        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
-        that of the only account of this mail.
-        """
+        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
             for email, tag, plan, state, message, paid_until in accounts:
@@ -2114,7 +2298,7 @@ class Store:
                 f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+        return [{**_reading_of(own + read, row), "plan": row[-1] or row[2]} for row in rows]
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
@@ -2122,12 +2306,12 @@ class Store:
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? AND ts_epoch < ? "
                 "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
+                (since, _LATEST_AT, most),
             ).fetchall()
         for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            readings.setdefault((row[0], row[1] or ""), []).append(_reading_of(names, row))
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2199,10 +2383,7 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
 
 
 def events_to_adopt(path: Path) -> int:
-    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
-
-    Raises StoreError where the file cannot be read.
-    """
+    """Return how many events a file of an earlier version has, without changing it; 0 for none. Raises StoreError."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
             return _rows_to_adopt(db)
@@ -2243,7 +2424,6 @@ _SNAPSHOT_COLUMNS = (
     *("credits_balance", "raw_json", "source"),
 )
 
-
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
 _REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
@@ -2279,6 +2459,17 @@ def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
     request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
     return request
+
+
+def _reading_of(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
+    """Return a reading by its columns; what an adopted file holds in place of a number or a text is unknown."""
+    reading = dict(zip(names, row))
+    for name, value in reading.items():
+        if name == "ts_epoch" or name.endswith("_percent"):
+            reading[name] = value if isinstance(value, (int, float)) and abs(value) < _LATEST_AT else None
+        elif isinstance(value, bytes):
+            reading[name] = None
+    return reading
 
 
 def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
@@ -2349,7 +2540,7 @@ class _UsagePlan:
         """Return sums by (identity, model)."""
         in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
         rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, name FROM models").fetchall())
+        names = dict(db.execute("SELECT id, CAST(name AS TEXT) FROM models").fetchall())
         return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
 
     def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
@@ -2379,10 +2570,7 @@ class _UsagePlan:
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
-    """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows (None) at the ends.
-
-    A roll-up comes with its first and behind its last bucket, rows with epoch seconds.
-    """
+    """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
     if start >= end:
         return
     if not levels:
@@ -2402,10 +2590,7 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
 
 
 class QuotaWindow(NamedTuple):
-    """One quota window of an account; None is unknown.
-
-    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
-    """
+    """One quota window, ``seconds`` long, of an extra ``meter`` or of the account itself; None is unknown."""
 
     label: str
     seconds: int | None
@@ -2467,12 +2652,7 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Parse a reply of the usage endpoint; a window is identified by its length, or by its slot where it has none.
-
-    A length within 5 % of five hours or a week counts as that. Impossible numbers are unknown. Raises
-    QuotaFault("bad_response") where the reply is no JSON object. The endpoint is undocumented; its shape is that of
-    the official client's models.
-    """
+    """Parse a reply of the usage endpoint, which is undocumented; impossible numbers are unknown. Raises QuotaFault."""
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
@@ -2576,11 +2756,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
-
-    A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
-    with a limit name of its own is an extra meter.
-    """
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer."""
     extra = []
     for name in headers:
         group = name[len("x-codex-") : -len("-limit-name")]
@@ -2632,11 +2808,7 @@ def classify_failure(status: int, body: bytes) -> str:
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
-
-    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
-    its own: a socket's timeout begins again with every byte, and looking up a name has none.
-    """
+    """Return ChatGPT's decoded reply for one account, within ``deadline_s`` altogether. Raises QuotaFault."""
     if not file.access_token:
         raise QuotaFault("no_token")
     proxies = proxies_of(file)
@@ -2650,6 +2822,7 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
         except Exception as error:  # raised below, in the caller's thread
             outcomes.append(error)
 
+    # A socket's timeout begins again with every byte, and looking up a name has none.
     thread = threading.Thread(target=call, name="chatgpt", daemon=True)
     thread.start()
     thread.join(deadline_s)
@@ -2705,10 +2878,9 @@ def _clock_ahead(date: str | None) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
-    try:
+    with suppress(TypeError, ValueError):
         return parsedate_to_datetime(date).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 # ------------------------------------------------------------------ readings
@@ -2752,7 +2924,7 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
-        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
+        return {without_secrets(str(key), 80): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
@@ -2778,19 +2950,13 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
 
 
 def _epoch(text: str | None) -> float | None:
-    try:
+    with suppress(ValueError):
         return parse_time(text or "")[0]
-    except ValueError:
-        return None
+    return None
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
-    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
-
-    What the headers lack, extra meters and credits, is taken from ``before``. The row has the ``id`` of a reading from
-    traffic of the same five minutes, which it replaces. None where ``before`` is newer, unless it is of the future, by
-    a clock that was ahead.
-    """
+    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer."""
     if before is None:
         return row
     if row["ts_epoch"] < before["ts_epoch"] <= now:
@@ -2807,18 +2973,9 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
 
 
 class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+    """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    The newest of each account is saved once a minute at most. A reading whose account is uncertain is left out.
-    """
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = monotonic_s,
-    ):
+    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
         self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
         self._waiting: dict[tuple[str | None, str], Event] = {}
         self._next_s = float("-inf")
@@ -2833,12 +2990,7 @@ class TrafficReadings:
                     self._waiting[key] = event
 
     def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
-        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' headers are equal, resets included. Of failures only a used-up quota
-        counts, where the headers agree.
-        """
+        """Return whether the headers are this attempt's own: one without a reply shows those of one before."""
         reply = tuple(headers.items())
         index = self._replies.pop(reply, event.context.auth_index)
         self._replies[reply] = index
@@ -2914,7 +3066,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in windows_of(row):
+        for window in windows_of(row) if row["ts_epoch"] else ():
             if window.meter is None and window.used_percent is not None and window.reset_at is not None:
                 point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
                 points.setdefault(window.label, {})[point.at] = point
@@ -2922,11 +3074,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
 
 
 def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
-    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
-
-    ``points`` in order of time. At least three of this same window over ten minutes are needed, the newest at most
-    fifteen old. ``runs_out_at`` None means that it lasts.
-    """
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known."""
     same: list[UsagePoint] = []
     for point in points:
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
@@ -2947,10 +3095,7 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
-
-    A window whose reset has passed is ``due`` and its percentages unknown.
-    """
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
     windows = windows_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
@@ -2987,11 +3132,7 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
-
-    An account that is limited has nothing left in any window. Percentages of different plans are not the same
-    amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
-    """
+    """Sum up the main windows of all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         for window in row["windows"]:
@@ -3029,6 +3170,7 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
 
 PROXY_PORT = 8317
 _NOT_THERE = ("refused", "unreachable")
+_REFUSALS = ("wrong_password", "no_password")
 
 
 class PopResult(NamedTuple):
@@ -3043,11 +3185,11 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
 
 
-class BannedFault(QueueFault):
-    """A ban after failed logins, with the seconds that it still lasts."""
+class WaitFault(QueueFault):
+    """A fault that lasts for a known number of seconds; nothing is sent before."""
 
-    def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
+    def __init__(self, message: str, state: str, seconds: float):
+        super().__init__(message, state)
         self.seconds = seconds
 
 
@@ -3075,11 +3217,18 @@ _WRONG_KEYS = {
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
+    fault = _meaning_of(reply, during_auth)
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
+
+
+def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     text = reply.lower()
-    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
-        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+    if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
-        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
+        left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
+        return WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
     for words, kind, message, state in _REPLIES:
         if words in text:
             return kind(message, state)
@@ -3096,13 +3245,12 @@ def _log_in(client: RespClient, password: str) -> None:
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
         raise _fault_of_reply(reply, during_auth=True)
+    if not isinstance(reply, str):
+        raise NotResp("the login was answered with something else than OK")
 
 
 class Source:
-    """One way to take values off the queue; its connection lasts from open() to close().
-
-    ``api`` is set where a proxy may be asked over HTTP: after a login that worked.
-    """
+    """One way to take values off the queue, from open() to close(); ``api`` where a proxy may be asked over HTTP."""
 
     mode = ""
     largest_batch = 500
@@ -3110,6 +3258,9 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+
+    def before_login(self) -> None:
+        """Called when connected, before the key goes out; what it raises keeps the key here."""
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3144,12 +3295,9 @@ class PopSource(Source):
         self._early: list[Any] = []
 
     def open(self) -> None:
-        """Log in with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
-
-        Every command before a login and every wrong key counts towards the proxy's ban. Without a key the first
-        command is a pop, and what it brings is the first value.
-        """
+        """Log in with AUTH as the very first bytes, since all else counts towards the ban; without a key, pop."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
@@ -3177,18 +3325,16 @@ class PopSource(Source):
                 elif reply is None:
                     empty = True
                 else:
-                    values.append(reply)
+                    values.append(compact(reply))
         except QueueFault as broken:
             fault = fault or broken
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        """Return the value that came before the first take()."""
         left, self._early = self._early, []
         return left
 
     def close(self) -> None:
-        """Close the connection."""
         if self._client is not None:
             self._client.close()
 
@@ -3202,10 +3348,10 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
-            status, content = self._exchange(path)
+            status, content = self._exchange(path, before_login)
         except (OSError, HTTPException) as error:
             self.close()
             if hasattr(error, "verify_message"):
@@ -3215,22 +3361,26 @@ class ProxyApi:
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         if status == 200:
             try:
-                return json.loads(content)
-            except (ValueError, RecursionError):
+                return json_or_elements(content)
+            except ValueError:
                 raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
+        fault = QueueFault(f"the management API answered with status {status}")
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        raise QueueFault(f"the management API answered with status {status}")
+            fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
+        fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
+        raise fault
 
-    def _exchange(self, path: str) -> tuple[int, bytes]:
+    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+            self._connection.connect()
+            before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
@@ -3250,10 +3400,8 @@ class ProxyApi:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         connection = getattr(self._connection, "sock", None)
         if connection is not None:
-            try:
+            with suppress(OSError):  # the other side was quicker
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side was quicker
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3273,7 +3421,7 @@ class HttpSource(Source):
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled")
+        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
@@ -3287,24 +3435,20 @@ class HttpSource(Source):
 
 
 class SubscribeSource(Source):
-    """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
-
-    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves no gap.
-    """
+    """Subscribe to a channel, then pop what waited in the queue, which gets nothing new from then on."""
 
     mode = "subscribe"
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
-        import queue
-
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: PopSource | None = PopSource(connect, password, key)
         self._client: Any = None
-        self._inbox: Any = queue.Queue(10_000)
+        self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
         """Log in, subscribe, and open the second connection, which takes the backlog."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
@@ -3327,7 +3471,7 @@ class SubscribeSource(Source):
                 self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
-                self._inbox.put(frame[2])
+                self._inbox.put(compact(frame[2]))
 
     @property
     def unread(self) -> int:  # type: ignore[override]
@@ -3336,8 +3480,6 @@ class SubscribeSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
-        import queue
-
         if self._backlog is not None:
             result = self._backlog.take(min(count, self._backlog.largest_batch))
             if not result.full:
@@ -3345,42 +3487,33 @@ class SubscribeSource(Source):
                 self._backlog = None
             return result
         values: list[Any] = []
-        try:
+        with suppress(queue.Empty):
             value = self._inbox.get(timeout=self._wait_s)
-            while True:
-                if isinstance(value, QueueFault):
-                    return PopResult(values, False, value)
+            while not isinstance(value, QueueFault):
                 values.append(value)
                 if len(values) >= count:
-                    break
+                    return PopResult(values, self.unread > 0, None)
                 value = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+            return PopResult(values, False, value)
         return PopResult(values, self.unread > 0, None)
 
     def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken."""
         left = [] if self._backlog is None else self._backlog.drain()
         while self.unread:
             left.append(self._inbox.get_nowait())
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        """Close both connections."""
         for part in (self._client, self._backlog):
             if part is not None:
                 part.close()
 
 
-def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
-    """Connect and log in to the configured queue and return its source.
-
-    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
-    address before it is tried, the one in use last. Raises QueueFault.
-    """
+def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
+    """Return the source at the configured queue or, while both keys are at their defaults, at the proxy's own port."""
     found, first = None, None
     try:
-        found = _open_at(config, config.cliproxy_port, on_endpoint)
+        found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
@@ -3388,7 +3521,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
         return found
     try:
-        better = _open_at(config, PROXY_PORT, on_endpoint)
+        better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
         if fault.state in _NOT_THERE and found is not None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
@@ -3403,7 +3536,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
     return better
 
 
-def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
@@ -3414,14 +3547,15 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
         source = HttpSource(api)
+    login = (host, port, password)
     try:
-        _open_or_close(source)
+        _open_or_close(source, login, logins, connect)
     except NotResp as no_resp:
         if config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
-            _open_or_close(source)
+            _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
             is_proxy = isinstance(no_resp, NoQueue) or api.version is not None
@@ -3430,12 +3564,37 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
     return source
 
 
-def _open_or_close(source: Source) -> None:
+def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Any) -> None:
+    used, wait_s, states = logins.used(login)
+    if wait_s:
+        said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
+        used_up = WaitFault(said, (states[-1] or "unreachable").replace("shut", "closed"), wait_s)
+        fault = _empty_command(connect) if set(states) == {"shut"} else used_up
+        if fault is not None:
+            raise fault if isinstance(fault, ConnectionClosed) else used_up
+        logins.forget()  # they met a proxy that was closed to everybody, and now it is open
+    source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
     try:
         source.open()
-    except BaseException:
+    except BaseException as fault:
         source.close()
+        if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
+            logins.settle("shut")
+        elif isinstance(fault, QueueFault):
+            logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
+    logins.forget()
+
+
+def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
+    """Return how an empty command fares, which counts as no failed login; None: it was answered as a proxy does."""
+    try:
+        with closing(RespClient(connect)) as client:
+            client.send(b"*0\r\n")
+            is_proxy = isinstance(client.receive(), ErrorReply)
+            return None if is_proxy else NotResp("the server there answers as neither a proxy nor a Redis does")
+    except QueueFault as fault:
+        return fault
 
 
 # ------------------------------------------------------------------ collector
@@ -3463,9 +3622,7 @@ STATE_REMEDIES = {
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
-_REFUSALS = ("wrong_password", "no_password")
 _CONNECTED = ("recording", "waiting", "publishing_off")
-
 
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
@@ -3480,31 +3637,28 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 
 # Spool and mark. The proxy forgets an event as it writes the reply, so from then on it exists only here:
 #
-#   pop → parse and mask → append to the spool (a numbered batch) → one transaction: rows, roll-ups and the number
-#   as the mark → empty the spool
+#   pop → parse and mask → append to the spool (a numbered batch), with fsync at each poll → later one transaction:
+#   rows, roll-ups and the number as the mark → empty the spool
 #
 # Killed before the append, what was in flight is gone: at most PopSource.largest_batch events. Killed after it, the
 # next start finds the batch in the spool. If its number is above the mark it was not committed and is stored now;
-# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
+# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice. A
+# commit costs an SD card some thirty pages and an append one, so commits wait for 500 rows, half a minute, or a reader.
 
 
 class Spool:
-    """Batches between the queue and the database, so that a crash in between loses and repeats nothing.
-
-    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
-    recording was last alive.
-    """
+    """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
     def __init__(self, path: Path):
         self._path = path
         self._touched_at = 0.0
-        self.set_aside: Path | None = None
+        self.odd_path = Path(f"{path}.unreadable")
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
         content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
         text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a full disk may have cut off before.
+        # The line feed in front ends a line that a kill or a full disk may have cut off before.
         line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
         handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -3513,29 +3667,30 @@ class Spool:
         finally:
             os.close(handle)
 
-    def read(self) -> list[tuple[int, Parsed]]:
-        """Return the batches that a previous run left, in their order. Raises OSError.
+    def sync(self) -> None:
+        """Bring what was appended onto the disk. Raises OSError."""
+        with open(str(self._path), "rb") as stream:
+            os.fsync(stream.fileno())
 
-        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
-        """
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        batches = []
-        for line in lines:
-            checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
-                continue
-            try:
-                sequence, names, events, rejects, ignored = json.loads(text)
-                parsed = [_event_of_row(names, row) for row in events], [Reject(*reject) for reject in rejects]
-                batches.append((int(sequence), Parsed(*parsed, int(ignored))))
-            except (TypeError, ValueError, AttributeError, LookupError):
-                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
-        if self.set_aside is not None:
-            os.replace(str(self._path), str(self.set_aside))
-        return batches
+    def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
+        """Yield the batches that a previous run left and, as they are, lines that are none. Raises OSError."""
+        if not self._path.exists():
+            return
+        with open(str(self._path), "rb") as stream:
+            for line in iter(lambda: stream.readline(16 << 20), b""):
+                checksum, _, text = line.rstrip(b"\n").partition(b" ")
+                if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                    continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
+                try:
+                    yield _batch_of_json(json.loads(text))
+                except Exception:  # a right check sum, and still none: of another version, or of somebody else
+                    yield line
+
+    def set_aside(self, line: bytes) -> None:
+        """Keep a line that is no batch of this version. Raises OSError."""
+        make_private(self.odd_path)
+        with open(str(self.odd_path), "ab") as stream:
+            stream.write(line)
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
@@ -3544,10 +3699,9 @@ class Spool:
 
     def alive_at(self) -> float | None:
         """Return when recording was last alive (epoch seconds); None where it never was."""
-        try:
+        with suppress(OSError):
             return self._path.stat().st_mtime
-        except OSError:
-            return None
+        return None
 
     def touch(self, now: float) -> None:
         """Record that recording is alive, at most every 15 seconds."""
@@ -3555,6 +3709,21 @@ class Spool:
             self._touched_at = now
             make_private(self._path)
             os.utime(str(self._path), (now, now))
+
+
+def _batch_of_json(content: Any) -> tuple[int, Parsed]:
+    """Return a batch of the spool; an event in it that is none becomes a Reject. Raises anything for no batch."""
+    sequence, names, rows, rejects, ignored = content
+    if not all(type(number) is int and 0 <= number < 2**53 for number in (sequence, ignored)):
+        raise ValueError("no numbers of a batch")
+    events, parked = [], [Reject(str(reason), int(length), event and str(event)) for reason, length, event in rejects]
+    for row in rows:
+        try:
+            events.append(check_event(_event_of_row(names, row)))
+        except Exception as error:
+            reason = f"in the spool: {error if isinstance(error, Rejected) else where_raised(error)}"
+            parked.append(Reject(reason, 0, None))
+    return sequence, Parsed(events, parked, ignored)
 
 
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
@@ -3568,12 +3737,134 @@ def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
 
 
-class ProxyFacts:
-    """What is known of the proxy on the present connection: whether it publishes, its memory, version and clock.
+class Journal:
+    """What was popped and is not in the database yet: on the spool, and committed after a while, or for a reader."""
 
-    It is asked over HTTP, only with a key that just worked, and never again on this connection after a refusal,
-    which would count as a failed login.
-    """
+    most_rows, longest_s = 500, 30.0
+
+    def __init__(self, store: Store, log: Log, clock: Callable[[], float], monotonic: Callable[[], float]):
+        self._store, self._log, self._clock, self._monotonic = store, log, clock, monotonic
+        self.spool = Spool(Path(f"{store.path}.spool"))
+        self._lock = threading.RLock()
+        self._batches: list[tuple[int, Parsed]] = []
+        self._unspooled = 0  # batches that are in memory alone, on a full disk
+        self._since_s = 0.0
+        self._sequence = store.counts["sequence"]
+
+    @property
+    def rows(self) -> int:
+        """The number of values that wait."""
+        return sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in list(self._batches))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to commit: many rows, a long wait, or a spool that takes no more."""
+        is_long = self._monotonic() - self._since_s >= self.longest_s
+        return bool(self._batches) and (is_long or self.rows >= self.most_rows or self._unspooled > 0)
+
+    def hold(self, parsed: Parsed) -> None:
+        """Append a batch to the spool; on a full disk it is kept in memory alone, and nothing more may be popped."""
+        with self._lock:
+            if not self._batches:
+                self._since_s = self._monotonic()
+            self._sequence += 1
+            self._batches.append((self._sequence, parsed))
+            try:
+                self.spool.append(self._sequence, parsed)
+            except OSError as error:
+                self._unspooled += 1
+                self._log.once("spool", fault=os_reason(error))
+
+    def sync(self) -> None:
+        """Bring the spool onto the disk, once a poll."""
+        with self._lock:
+            if self._batches and not self._unspooled:
+                try:
+                    self.spool.sync()
+                except OSError as error:
+                    self._log.once("spool", fault=os_reason(error))
+
+    def flush(self) -> None:
+        """Commit all that waits. Raises StoreError."""
+        with self._lock:
+            self._follow_file()
+            if not self._batches:
+                return
+            batches = [parsed for _, parsed in self._batches]
+            events = [event for parsed in batches for event in parsed.events]
+            rejects = [reject for parsed in batches for reject in parsed.rejects]
+            merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+            self._store.store_batch(merged, self._batches[-1][0], self._clock())
+            self._batches.clear()
+            self._unspooled = 0
+            try:
+                self.spool.clear()
+            except OSError as error:
+                self._log.once("spool", fault=os_reason(error))
+
+    def check(self) -> None:
+        """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
+        with self._lock:
+            self._follow_file()
+            if self._batches:
+                self._store.check_writable()
+
+    def flush_for_reader(self, patience_s: float = 0.2) -> None:
+        """Commit for somebody who reads, if that is possible soon; what cannot be stored waits on."""
+        if not self._lock.acquire(timeout=patience_s):
+            return
+        try:
+            with suppress(StoreError):  # the collector says so
+                self.flush()
+        finally:
+            self._lock.release()
+
+    def replay(self) -> None:
+        """Store what a previous run had popped but not committed. Raises StoreError; then it can be called again."""
+        replayed = odd = 0
+        try:
+            for item in self.spool.read():
+                if isinstance(item, bytes):
+                    self.spool.set_aside(item)
+                    odd += 1
+                elif item[0] > self._sequence:  # otherwise committed, or the same batch once more
+                    self._store.store_batch(item[1], item[0], self._clock())
+                    self._sequence = item[0]
+                    replayed += len(item[1].events)
+            self.spool.clear()
+        except OSError as error:
+            self._log.once("spool", fault=os_reason(error))
+        if odd:
+            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
+        if replayed:
+            self._log.event("spool", replayed=replayed)
+
+    def close(self) -> None:
+        """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
+        try:
+            self.flush()
+        except StoreError as error:
+            sizes = [len(parsed.events) for _, parsed in self._batches]
+            first_lost = len(sizes) - self._unspooled
+            lost = sum(sizes[first_lost:])
+            self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
+
+    def _follow_file(self) -> None:
+        """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
+        event = self._store.follow_file()
+        if event is None:
+            return
+        self._log.event("store", fault=event)
+        # Numbers count from this file's mark, so that what waits is above it.
+        batches, self._batches = self._batches, []
+        self._sequence = self._store.counts["sequence"]
+        self.spool.clear()
+        for _, parsed in batches:
+            self.hold(parsed)
+
+
+class ProxyFacts:
+    """What is known of the proxy on this connection; asked with a key that just worked, never again after a refusal."""
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
@@ -3655,6 +3946,7 @@ class OutageLog:
         self._store, self._clock, self._monotonic = store, clock, monotonic
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
+        self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
         self._is_publishing_off = False
@@ -3663,10 +3955,8 @@ class OutageLog:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
         self._turn_s, self._reason = None, self._reason or reason
         self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
-        try:
+        with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
-        except StoreError:
-            pass  # written with the next chance; the state tells of the database
 
     def end(self) -> None:
         """Record that recording goes on. Raises StoreError."""
@@ -3682,9 +3972,12 @@ class OutageLog:
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
         before, self._turn_s = self._turn_s, self._monotonic()
+        ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
+        if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
+            self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
         if gap_s > self._longest_turn_s:
-            self._store.begin_outage(self._clock() - gap_s, "stopped")
+            self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
 
     def note_publishing(self, publishing: bool | None) -> None:
@@ -3702,13 +3995,44 @@ class OutageLog:
 
 
 class RefusedLogins:
-    """The login that was refused, remembered in the database as a salted hash over restarts and for ``check``.
+    """Logins without a success, as salted hashes: a refused one is not sent again, any other thrice in half an hour."""
 
-    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included.
-    """
+    MOST, SPAN_S = 3, 1800.0  # five wrong keys ban this address for 30 minutes, its owner's panel included
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
+        self._store, self.clock, self._monotonic = store, clock, monotonic
+
+    def spend(self, login: Sequence[Any]) -> None:
+        """Write down a login that is about to go out. Raises StoreError."""
+        salt, tries = self._recent()
+        tries.append([self._hash(login, salt), self.clock(), self._monotonic(), ""])
+        self._store.put_meta("logins", json.dumps([salt, tries]))
+
+    def settle(self, state: str | None) -> None:
+        """Write down what became of a login that has just gone out; None is known to be no failed one."""
+        salt, tries = self._recent()
+        if tries and tries[-1][-1] == "":
+            *login, _ = tries.pop()
+            self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
+
+    def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
+        """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
+        salt, tries = self._recent()
+        tries = [tried for tried in tries if tried[0] == self._hash(login, salt)]
+        left_s = [0.0] * self.MOST + sorted(map(self._left_s, tries))
+        return len(tries), left_s[-self.MOST], [state for *_, state in tries]
+
+    def _recent(self) -> tuple[str, list[list[Any]]]:
+        with suppress(TypeError, ValueError):
+            salt, tries = json.loads(self._store.get_meta("logins"))
+            return salt, [tried for tried in tries if self._left_s(tried) > 0]
+        return os.urandom(16).hex(), []
+
+    def _left_s(self, tried: Sequence[Any]) -> float:
+        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
+        _, at, uptime_s, _ = tried
+        by_uptime = self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
@@ -3716,8 +4040,10 @@ class RefusedLogins:
         self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
-        """Forget the refused login: one has worked."""
-        self._store.put_meta("refused", None)
+        """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
+        with suppress(StoreError):
+            for name in ("refused", "logins"):
+                self._store.put_meta(name, None)
 
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
@@ -3759,10 +4085,7 @@ class CollectorStatus:
 
 
 class Collector:
-    """Take events off the queue and store them until stopped: the loop, its states and its waiting.
-
-    ``load`` returns the configuration read again after a refused key. ``stop`` is the only thing it sleeps on.
-    """
+    """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
 
     def __init__(
         self,
@@ -3777,14 +4100,14 @@ class Collector:
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
-        self._spool = Spool(Path(f"{store.path}.spool"))
-        self._pending: list[tuple[int, Parsed]] = []
-        self._sequence = store.counts["sequence"]
+        self.journal = Journal(store, log, clock, monotonic)
+        self._alive_at = self.journal.spool.alive_at()
+        self._is_replayed = False
         self._backoff = Backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
-        self._refused = RefusedLogins(store)
+        self._refused = RefusedLogins(store, clock, monotonic)
         self._source: Source | None = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
@@ -3811,24 +4134,33 @@ class Collector:
         return status.as_json(self._store.counts)
 
     def run(self) -> None:
-        """Collect until ``stop`` is set; what was popped by then is stored first."""
+        """Collect until ``stop`` is set, whatever is raised; what was popped by then is stored first."""
         try:
-            self._replay()
             while not self._stop.is_set():
                 try:
-                    self._session()
-                except QueueFault as fault:
-                    self._enter_fault(fault)
-                    self._outages.begin(fault.state)
-                    self._wait_after(fault)
-                except StoreError as error:
-                    self._enter_storage_error(error)
-                    self._stop.wait(self._backoff.next())
+                    self._turn()
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
                     self._stop.wait(self._backoff.next())
         finally:
-            self._flush_at_end()
+            self.journal.close()
+
+    def _turn(self) -> None:
+        """Run one session, and wait after the fault that ended it."""
+        try:
+            if not self._is_replayed:
+                self.journal.replay()
+                self._is_replayed = True
+                if self._alive_at is not None:
+                    self._outages.begin("stopped", min(self._alive_at, self._clock()))
+            self._session()
+        except QueueFault as fault:
+            self._enter_fault(fault)
+            self._outages.begin(fault.state)
+            self._wait_after(fault)
+        except StoreError as error:
+            self._enter_storage_error(error)
+            self._stop.wait(self._backoff.next())
 
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
@@ -3846,7 +4178,7 @@ class Collector:
             source.close()
             self._enter("publishing_off" if self._facts.publishing is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS:
+            if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
             self._enter_fault(fault)
         return self.status()
@@ -3854,7 +4186,7 @@ class Collector:
     # One connection
 
     def _session(self) -> None:
-        self._flush()
+        self.journal.flush()
         self._store.check_writable()
         source = self._source = self._open()
         try:
@@ -3865,9 +4197,7 @@ class Collector:
             self._source = None
             source.close()
             self._facts.disconnect()
-            left = source.drain()
-            if left:
-                self._hold(parse_events(left))
+            self._hold(source.drain())
 
     def _open(self) -> Source:
         state = self._refused.state_of(self._login())
@@ -3877,119 +4207,68 @@ class Collector:
         def show(endpoint: str) -> None:
             self._status.endpoint = endpoint
 
-        return open_source(self._config, show)
+        return open_source(self._config, show, self._refused)
 
     def _collect(self, source: Source) -> None:
-        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
-
-        No reply is on its way while the database is written, so that a kill or a lock then costs none.
-        """
-        first, largest = 16, 500  # small where little comes, so that it is seen at once
-        goal = first
+        """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
+        count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(goal, source.largest_batch))
-            more = result.full and result.fault is None and not self._stop.is_set()
-            parsed = parse_events(result.values)
-            if result.values:
-                self._hold(parsed)
-            held = sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in self._pending)
-            if not more or held >= goal:
-                goal = min(goal * 4, largest) if more else first
-                self._store_pending(source)
+            result = source.take(min(count, source.largest_batch))
+            more = result.full and not self._stop.is_set()
+            recorded = self._hold(result.values)
+            count = source.largest_batch if more else few
+            if not more:
+                self.journal.sync()
+            self._store_if_due(source, at_rest=not more)
             if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(result.fault), "unreachable") from result.fault
             if result.fault is not None:
                 raise result.fault
-            self._after_turn(bool(parsed.events or parsed.rejects))
+            self._after_turn(recorded)
             if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _store_pending(self, source: Any) -> None:
-        """Store what is pending before anything more is popped.
-
-        What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
-        """
+    def _store_if_due(self, source: Source, at_rest: bool) -> None:
+        """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
         waits, fault = Backoff(0.5, 10.0), None
-        while self._pending:
+        while not self._stop.is_set():
             try:
-                self._flush()
+                if self.journal.is_due:
+                    self.journal.flush()
+                elif at_rest:
+                    self.journal.check()
+                break
             except StoreError as error:
                 self._enter_storage_error(error)
-            if not self._pending or self._stop.wait(waits.next()):
-                break
+            self._stop.wait(waits.next())
             if source.unread:
                 result = source.take(source.largest_batch)
-                fault = result.fault
-                self._hold(parse_events(result.values))
+                fault = fault or result.fault
+                self._hold(result.values)
         if fault is not None:
             raise fault
 
-    def _hold(self, parsed: Parsed) -> None:
-        """Append a batch to the spool; on a full disk it is kept in memory alone."""
-        self._sequence += 1
-        self._pending.append((self._sequence, parsed))
-        try:
-            self._spool.append(self._sequence, parsed)
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-
-    def _flush(self) -> None:
-        """Store all that is pending in one transaction. Raises StoreError."""
-        if not self._pending:
-            return
-        batches = [parsed for _, parsed in self._pending]
-        events = [event for parsed in batches for event in parsed.events]
-        rejects = [reject for parsed in batches for reject in parsed.rejects]
-        merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
-        self._store.store_batch(merged, self._pending[-1][0], self._clock())
-        self._pending.clear()
-        self._readings.note(events)
-        if events:
-            newest = max(event.ts_epoch for event in events)
+    def _hold(self, values: Sequence[Any]) -> bool:
+        """Parse and spool what was popped, and return whether there was a record in it."""
+        if not values:
+            return False
+        parsed = parse_events(values)
+        self.journal.hold(parsed)
+        self._readings.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        try:
-            self._spool.clear()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-        self._outages.end_storage_error()
-
-    def _replay(self) -> None:
-        """Store what a previous run had popped but not committed, and record since when nobody recorded."""
-        try:
-            alive_at, left = self._spool.alive_at(), self._spool.read()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-            return
-        if self._spool.set_aside is not None:
-            self._log.event("spool", fault="batches of another version", kept_in=self._spool.set_aside.name)
-        fresh = [item for item in left if item[0] > self._sequence]
-        if fresh:
-            self._log.event("spool", replayed=sum(len(parsed.events) for _, parsed in fresh))
-        self._pending += fresh
-        self._sequence = max([self._sequence, *(sequence for sequence, _ in fresh)])
-        try:
-            self._flush()
-            if left and not fresh:
-                self._spool.clear()
-        except StoreError as error:
-            self._enter("storage_error", str(error))
-        if alive_at is not None:
-            self._outages.begin("stopped", min(alive_at, self._clock()))
-
-    def _flush_at_end(self) -> None:
-        try:
-            self._flush()
-        except StoreError:
-            self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
+        return bool(parsed.events or parsed.rejects)
 
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
+        if self._stop.is_set():
+            return
         try:
-            self._spool.touch(self._clock())
+            self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        if self._pending:
-            return
+        self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
@@ -4024,7 +4303,7 @@ class Collector:
             self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
 
     def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
+        until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
         self._enter(fault.state, str(fault), until, fault.says_remedy)
 
     def _enter_storage_error(self, error: StoreError) -> None:
@@ -4032,11 +4311,10 @@ class Collector:
         self._outages.begin("storage_error")
 
     def _wait_after(self, fault: QueueFault) -> None:
-        if fault.state in _REFUSALS:
-            self._wait_for_change(fault.state)
-        elif isinstance(fault, BannedFault):
-            self._stop.wait(fault.seconds + 1)
-            self._reload()  # the key may have been corrected meanwhile
+        if isinstance(fault, WaitFault):
+            self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else self._backoff.next())
+        elif fault.state in _REFUSALS:
+            self._wait_for_change(math.inf, fault.state)
         else:
             self._stop.wait(self._backoff.next())
 
@@ -4055,20 +4333,21 @@ class Collector:
             written_at = 0
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, state: str) -> None:
-        """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
-        refused, is_remembered = self._login(), False
-        while True:
-            if not is_remembered:
+    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
+        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
+        before = self._login()
+        while seconds > 0:
+            if refused is not None:
                 try:
-                    self._refused.remember(refused, state)
-                    is_remembered = True
+                    self._refused.remember(before, refused)
+                    refused = None
                 except StoreError as error:
                     self._log.once("store", fault=error)
-            if self._stop.wait(3.0):
+            if self._stop.wait(min(3.0, seconds)):
                 return
+            seconds -= 3.0
             self._reload()
-            if self._login() != refused:
+            if self._login() != before:
                 self._backoff.reset()
                 return
 
@@ -4077,21 +4356,10 @@ class Collector:
 
 
 class QuotaRefresher:
-    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
-
-    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
-    account to ask and is kept in the database.
-    """
+    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        log: Log,
-        stop: threading.Event,
-        fetch: Callable[[AccountFile], Any] = fetch_usage,
-        clock: Callable[[], float] = time.time,
-        gap_s: tuple[float, float] = (0.5, 1.0),
+        self, config: Config, store: Store, log: Log, stop: Any, fetch=fetch_usage, clock=time.time, gap_s=(0.5, 1.0)
     ):
         self._config, self._store, self._log, self._stop = config, store, log, stop
         self._fetch, self._clock, self._gap_s = fetch, clock, gap_s
@@ -4116,10 +4384,7 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Return the whole seconds until the next round may start.
-
-        A round in the future, by a clock that was wrong then or is now, does not count.
-        """
+        """Return the whole seconds until the next round; one in the future, by a wrong clock, does not count."""
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4127,14 +4392,15 @@ class QuotaRefresher:
         return int(left_s + 0.999) if 0 < left_s <= wait_s else 0
 
     def start(self) -> threading.Thread:
-        """Begin a round in the background and return its thread. Raises RefreshRefused."""
+        """Begin a round in the background and return its thread. Raises ApiError."""
         if not self._running.acquire(blocking=False):
             self._log.line("refresh_quota: already running")
-            raise RefreshRefused("refresh_running", 409, "refresh_quota: already running")
+            raise ApiError(409, "refresh_running", "refresh_quota: already running")
         wait_s = self.cooldown_s()
         if wait_s:
             self._running.release()
-            raise RefreshRefused("cooldown", 429, f"the quota was refreshed just now; try again in {wait_s} s", wait_s)
+            message = f"the quota was refreshed just now; try again in {wait_s} s"
+            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, name="quota", daemon=True)
         thread.start()
@@ -4179,15 +4445,14 @@ class QuotaRefresher:
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
             try:
-                self._refresh(file)
+                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
@@ -4224,25 +4489,11 @@ class QuotaRefresher:
         self._store.forget_quota_accounts(gone)
 
 
-class RefreshRefused(DashboardError):
-    """Report that no round was started, and for how many seconds none will be."""
-
-    def __init__(self, code: str, http_status: int, message: str, retry_after_s: int = 0):
-        super().__init__(message)
-        self.code, self.http_status, self.retry_after_s = code, http_status, retry_after_s
-
-
 class Housekeeper:
     """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        refresher: QuotaRefresher,
-        log: Log,
-        stop: threading.Event,
-        clock: Callable[[], float] = time.time,
+        self, config: Config, store: Store, refresher: QuotaRefresher, log: Log, stop: threading.Event, clock=time.time
     ):
         self._config, self._store, self._refresher = config, store, refresher
         self._log, self._stop, self._clock = log, stop, clock
@@ -4259,23 +4510,18 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.register_accounts()
-        self._store.downsample_snapshots(self._clock() - 14 * 86400)
+        now, span = self._clock(), self._store.span()
+        if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+            return
+        self._store.downsample_snapshots(now - 14 * _DAY_S)
         if self._config.retention_days:
-            before = self._clock() - self._config.retention_days * 86400
+            before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
                 if self._stop.wait(0.02):
                     return
 
 
 # ------------------------------------------------------------------ web
-
-
-class ApiError(DashboardError):
-    """Report a question that cannot be answered, with the status and the stable code of its answer."""
-
-    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
-        super().__init__(message)
-        self.http_status, self.code, self.headers = http_status, code, headers
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
@@ -4315,14 +4561,17 @@ class Query(dict):
             raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
         return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
 
-    def bucket_s(self, window: Window) -> int:
-        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
-        length, bucket_s = window.end - window.start, 3600
-        if self.choice("bucket", ("auto", "hour")) == "auto":
+    def bucket_s(self, window: Window, default: str) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window where it says ``auto``."""
+        length, most = window.end - window.start, 3000
+        if (self.choice("bucket", ("auto", "hour")) or default) == "auto":
             # Each range may be an hour longer, where the proxy's clock is ahead.
             sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
-            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
-        return bucket_s if length / bucket_s <= 10_000 else 86400
+            fitting = (seconds for longest, seconds in sizes if length <= longest)
+            return next(fitting, math.ceil(length / most / 86400) * 86400)
+        if length / 3600 > most:
+            raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
+        return 3600
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
@@ -4344,17 +4593,16 @@ class App:
     store: Store
     refresher: QuotaRefresher
     collector_status: Callable[[], dict[str, Any]]
+    log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
+    flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
 
 def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
-    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
-
-    The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
-    """
+    """Return the range's name and window; its end may be the newest event's, by a clock an hour ahead."""
     name = query.choice("range", RANGE_NAMES) or "today"
     start, end = query.moment("start"), query.moment("end")
     oldest, newest = app.store.span() or (now, now)
@@ -4373,7 +4621,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
-    bucket_s = query.bucket_s(window)
+    bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
@@ -4447,22 +4695,16 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
     }
 
 
-class Route(NamedTuple):
-    """A route's function, and what its answer depends on besides the query; None is never a 304."""
-
-    answer: Callable[[App, Query], dict[str, Any]]
-    version: Callable[[App], tuple[Any, ...]] | None
-
-
 def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
-ROUTES = {
-    "/api/summary": Route(api_summary, _data_version),
-    "/api/quota": Route(api_quota, lambda app: (*_data_version(app), app.refresher.state())),
-    "/api/requests": Route(api_requests, _data_version),
-    "/api/health": Route(api_health, None),
+# Each with what its answer depends on besides the query; None is never a 304.
+ROUTES: dict[str, tuple[Callable[[App, Query], dict[str, Any]], Any]] = {
+    "/api/summary": (api_summary, _data_version),
+    "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
+    "/api/requests": (api_requests, _data_version),
+    "/api/health": (api_health, None),
 }
 
 
@@ -4478,7 +4720,7 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
         """Return the answer that holds this content as JSON."""
-        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+        return cls(json_text(content, separators=(",", ":")).encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -4510,63 +4752,65 @@ def is_loopback(host: str) -> bool:
 
 
 class Connections:
-    """The open connections, and until when the server waits for each one's client.
+    """The open connections: until when the server waits for each one's client, and for how many bytes to be taken.
 
     A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self, most: int = 128) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+    def __init__(self, most: int = 128, most_bytes: int = 8 << 20) -> None:
+        self._most, self._most_bytes, self._lock = most, most_bytes, threading.RLock()
+        # (until, bytes) of each; those whose client has kept us waiting longest come first.
+        self._open: dict[Any, tuple[float, int]] = {}
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._until) >= self._most:
-                idle = next((one for one, until in self._until.items() if until < math.inf), None)
-                if idle is None:
-                    return False
-                self._end(idle)
-            self._until[connection] = math.inf
-            return True
+            has_place = len(self._open) < self._most or self.end_longest()
+            if has_place:
+                self._open[connection] = math.inf, 0
+            return has_place
 
-    def wait(self, connection: Any, seconds: float) -> None:
-        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
+    def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
+        """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
         with self._lock:
-            if self._until.pop(connection, None) is not None:
-                self._until[connection] = time.monotonic() + seconds
-
-    def busy(self, connection: Any) -> None:
-        """Record that the client waits for us."""
-        self.wait(connection, math.inf)
+            until, _ = self._open.pop(connection, (None, 0))
+            while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
+                if not self.end_longest(1):
+                    break
+            if until is not None:
+                self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
+            return until is not None
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._until.items() if until <= now]:
+            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
                 self._end(connection)
+
+    def end_longest(self, least: int = 0) -> bool:
+        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
+        with self._lock:
+            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
+            longest = next(idle, None)
+            if longest is not None:
+                self._end(longest)
+            return longest is not None
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._until.pop(connection, None)
+            self._open.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        del self._until[connection]
-        try:
+        del self._open[connection]
+        with suppress(OSError):  # the client was quicker
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client was quicker
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
-
-    A request's head must be there within ``head_s`` seconds, however its bytes drip in. It is no HTTPServer, which
-    looks its own name up in the DNS.
-    """
+    """The HTTP server, a thread for each connection. No HTTPServer, which looks its own name up in the DNS."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
@@ -4575,6 +4819,7 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, host: str, port: int, head_s: float):
         self.connections, self.head_s = Connections(), head_s
+        self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.server_port = self.server_address[1]
@@ -4587,6 +4832,16 @@ class Server(ThreadingMixIn, TCPServer):
     def service_actions(self) -> None:
         """End the connections of late clients; called at least once a poll interval."""
         self.connections.end_late()
+
+    def get_request(self) -> Any:
+        """Accept a connection; where there is no descriptor left, one that waits is ended and a moment passes."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self.connections.end_longest()
+                time.sleep(0.03)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.add(request):
@@ -4609,7 +4864,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     largest_head = 16 * 1024
-    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    idle_s, turn_s, send_s, drain_s = 75.0, 60.0, 20.0, 2.0
     server: Server
     common_headers = {
         "Cache-Control": "private, no-cache",
@@ -4648,7 +4903,7 @@ class Handler(BaseHTTPRequestHandler):
         if understood and self.request_version == "HTTP/0.9":
             self.send_error(400)
         elif understood:
-            self.server.connections.busy(self.connection)
+            self.server.connections.wait(self.connection, math.inf)
             self._answer()
 
     def _answer(self) -> None:
@@ -4662,7 +4917,7 @@ class Handler(BaseHTTPRequestHandler):
         except DashboardError as error:
             self._send_fault(error)
         except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-            Log(sys.stderr).event("http", fault=where_raised(error))
+            self.server.app.log.event("http", fault=where_raised(error))
             self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
         if may_have_body:
             self._drain()
@@ -4697,11 +4952,12 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(page.etag, lambda: page)
+            self._send_unless_known(page.etag, lambda: page, nullcontext())
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
+        app.flush()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
@@ -4711,25 +4967,39 @@ class Handler(BaseHTTPRequestHandler):
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
-        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag), self.server.turns["q" in query])
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        sent = list(filter(None, map(self.headers.get, ("Origin", "Referer"))))
         foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if not sent and self.headers.get("User-Agent", "").startswith("Mozilla/"):
+            # An image on another site's page can be asked for without a referrer, but with no header of ours.
+            foreign = self.headers.get("X-Requested-With") != "usage-dashboard"
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
-    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+            return
+        self.server.connections.wait(self.connection, self.turn_s)
+        with turn:  # one at a time: an answer takes up to 20 MB while it is made
+            if not self.server.connections.wait(self.connection, math.inf):
+                self.close_connection = True
+                return
+            headers, body = self._packed(make())
+        self._send_head(200, headers, body)
 
     def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+        headers, body = self._packed(answer)
+        self._send_head(status, {**headers, **more}, body)
+
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
+        """Return the headers that tell of an answer, and its body as this client takes it."""
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
         if answer.etag is not None:
             headers["ETag"] = answer.etag
@@ -4741,36 +5011,36 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+        return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
         message, more = str(error), getattr(error, "headers", {})
-        if isinstance(error, RefreshRefused) and error.retry_after_s:
-            more = {"Retry-After": str(error.retry_after_s)}
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
         self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, self.send_s)
+        head, size = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", 64 * 1024
+        self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
-            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+            self.connection.sendall(head + body[:size])
+            for sent in range(size, len(body), size):
+                self.server.connections.wait(self.connection, None, len(body) - sent)
+                self.connection.sendall(memoryview(body)[sent : sent + size])
         except OSError:
             self.close_connection = True
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
         self.server.connections.wait(self.connection, self.drain_s)
-        try:
+        with suppress(OSError):  # the client was quicker
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
                 pass
-        except OSError:
-            pass  # the client was quicker
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard parser refuses, in the API's own form."""
@@ -4788,9 +5058,9 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         return Server(host, port, head_s)
     except OverflowError as error:
         raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-        if error.errno == errno.EADDRINUSE:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             message = (
                 f"port {port} is in use, perhaps by a dashboard that runs already (its check command tells); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
@@ -4845,9 +5115,9 @@ class DemoWorld:
         self.auth_dir = folder / "accounts"
         self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._record()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
+        self._record()
         self._write_readings()
 
     def _write_account_files(self) -> None:
@@ -4979,7 +5249,27 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
+        *_check_logins(config),
     ]
+
+
+def _check_logins(config: Config) -> list[Finding]:
+    """Tell how many logins without a success there were lately, while there are any."""
+    path, host, key = config.database_path, config.cliproxy_host, config.management_password
+    try:
+        if not path.exists() or events_to_adopt(path):
+            return []
+        with closing(Store(path)) as store:
+            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
+    except StoreError:
+        return []  # told by the database's own line
+    found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
+    when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
+    return [Finding("warning", found, f"{when}; five lock this machine out for 30 minutes")] if used else []
+
+
+def _ports_of(config: Config) -> list[int]:
+    return [config.cliproxy_port, *([PROXY_PORT] if config.has_default_queue else [])]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5039,7 +5329,7 @@ def _check_losses(store: Store) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    start, end = (at and local_minute(at) for at in (outage["from"], outage["to"]))
     return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
@@ -5063,8 +5353,14 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
 
 
+def _where_it_runs(config: Config) -> Config:
+    """Return the configuration with the port of the dashboard that has the database, as its flags may have set it."""
+    return replace(config, dashboard_port=lock_holder(config.database_path).get("port", config.dashboard_port))
+
+
 def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    config = _where_it_runs(config)
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
     except DashboardError as error:
@@ -5149,24 +5445,19 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 
 
 def _check_without_key(config: Config) -> list[Finding]:
-    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+    """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
+    for port in _ports_of(config):
         address = f"{config.cliproxy_host}:{port}"
-        try:
-            connect = tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)
-            with closing(RespClient(connect)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    found = "no management key is set, and the proxy needs one"
-                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        except NoReply:  # a Redis passes over an empty command
+        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        if fault is None:
+            found = "no management key is set, and the proxy needs one"
+            return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        if isinstance(fault, NoReply):
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
-        except ConnectionClosed as fault:
+        if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            last = fault
-    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
+    remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
+    return [Finding("fault", str(fault), remedy)]
 
 
 # ------------------------------------------------------------------ cli
@@ -5238,12 +5529,16 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = Log()
+    log = ConsoleLog()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
+    lock = DatabaseLock(config.database_path)
+    if lock.fault:
+        log.line(f"warning: {lock.fault}")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
+        lock.name_holder(server.server_port)
         store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
@@ -5252,12 +5547,12 @@ def run_start(options: Any) -> int:
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
-    app = App(config, store, refresher, collector.status)
+    app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
-    log.line("stopped")
-    return 0
+    exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
+    log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    return exit_code
 
 
 def run_demo(options: Any) -> int:
@@ -5268,24 +5563,28 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = Log(), _stop_on_signal()
+    log, stop = ConsoleLog(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
-        app = App(config, world.store, refresher, world.status, demo=True)
+        app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
-    return 0
+        return _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
 
 
 def _stop_on_signal() -> threading.Event:
     """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    # Not in the handler: the signal may come while this very thread holds the event's lock.
-    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+
+    def end(*_: Any) -> None:
+        _handle_stop_signals(lambda *_: None)  # one is enough, and a hail of them would nest
+        # Not in the handler: the signal may come while this very thread holds the event's lock.
+        threading.Thread(target=stop.set, daemon=True).start()
+
+    _handle_stop_signals(end)
     return stop
 
 
@@ -5314,13 +5613,17 @@ def _announce(log: Log, text: str, config: Config, port: int, closes: str, optio
 
 def _run_until_stopped(
     server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
-) -> None:
-    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
+) -> int:
+    """Run server and jobs until a signal, end within three seconds, and return 1 where one had ended by itself."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
+    working = [*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)]
+    for thread in working:
         thread.start()
-    while not stop.wait(1.0):
-        pass  # on some systems a wait without an end is deaf to signals
+    # On some systems a wait without an end is deaf to signals.
+    while not stop.wait(1.0) and all(thread.is_alive() for thread in working):
+        pass
+    exit_code = 0 if stop.is_set() else 1
+    stop.set()
     patience_s = time.monotonic() + 0.8
     server.shutdown()
     server.server_close()
@@ -5333,6 +5636,7 @@ def _run_until_stopped(
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
     _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
+    return exit_code
 
 
 @contextmanager
@@ -5341,8 +5645,10 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    with suppress(DashboardError):  # what is committed is readable all the same
+        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
 
 
 def run_report(options: Any) -> int:
@@ -5350,9 +5656,9 @@ def run_report(options: Any) -> int:
     with _reading_app(_load(options)[0]) as app:
         summary = api_summary(app, Query(range=options.range))
     if options.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
+        print(json_text(summary, indent=2))
         return 0
-    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    start, end = map(local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
@@ -5385,7 +5691,7 @@ def run_quota(options: Any) -> int:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
-        print(json.dumps(answer, ensure_ascii=False, indent=2))
+        print(json_text(answer, indent=2))
     elif answer["quotas"]:
         heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
@@ -5399,6 +5705,7 @@ def run_quota(options: Any) -> int:
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
+    config = _where_it_runs(config)
     answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
@@ -5407,7 +5714,7 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
-    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises ApiError."""
     with _reading_app(config, must_exist=not refresh) as app:
         if refresh:
             app.refresher.start().join()
@@ -5457,11 +5764,7 @@ def run_check(options: Any) -> int:
 
 
 def start_from_compiled() -> None:
-    """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
-
-    What Python needed to compile the script stays in memory for good, 15 MB, more than all the rest; a process that
-    loads the compiled module never needs it. The script's name stays in the command line, for ``pkill -f``.
-    """
+    """Start again from the compiled module, where it can be kept: what compiling takes, 15 MB, stays for good."""
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
 
@@ -5476,6 +5779,7 @@ def start_from_compiled() -> None:
         return
     # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # large answers go back to the system, without holes
     code = (
         f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
         f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
@@ -5487,11 +5791,10 @@ def _is_fresh(compiled: Path, script: Path) -> bool:
     """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
     import marshal
 
-    try:
+    with suppress(OSError, EOFError, ValueError, TypeError):
         is_new = compiled.stat().st_mtime >= script.stat().st_mtime
         return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
-    except (OSError, EOFError, ValueError, TypeError):
-        return False
+    return False
 
 
 if __name__ == "__main__":

@@ -197,9 +197,10 @@ def collect(store):
     """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
     runs = []
 
-    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
+    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, commit_s=0.0, **keys):
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        runs.append(Run(config, on or store, stop or QuickStop(), ahead_s, load=load, config_path=config_path))
+        options = {"ahead_s": ahead_s, "commit_s": commit_s, "load": load, "config_path": config_path}
+        runs.append(Run(config, on or store, stop or QuickStop(), **options))
         return runs[-1]
 
     yield start

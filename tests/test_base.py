@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import io
+import os
 import re
 import stat
+import threading
 import types
 from datetime import datetime, timezone
 from pathlib import Path
@@ -74,6 +77,49 @@ def test_log_to_a_closed_stream_is_no_fault():
     app.Log(stream).line("anything")
 
 
+@pytest.fixture
+def full_pipe():
+    """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"-" * 1000)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"-")
+    os.set_blocking(writing, True)
+    yield reading, writing
+    os.close(reading)
+
+
+def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_were_dropped(full_pipe):
+    reading, writing = full_pipe
+    log = app.ConsoleLog(writing, most=50)
+    logging = threading.Thread(target=lambda: [log.line(f"line {number}") for number in range(5000)], daemon=True)
+    logging.start()
+    logging.join(10)
+    assert not logging.is_alive()
+    with open(reading, "rb", closefd=False) as stream:
+        closing = threading.Thread(target=lambda: (log.close(10), os.close(writing)))
+        closing.start()
+        said = stream.read().decode().lstrip("-").splitlines()
+        closing.join(10)
+    kept = [int(line[len("line ") :]) for line in said if line.startswith("line ")]
+    assert kept[:50] == list(range(50)) and kept == sorted(kept) and len(kept) <= 52
+    assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
+
+
+def test_console_that_nobody_reads_does_not_keep_the_program_from_its_end(full_pipe):
+    log = app.ConsoleLog(full_pipe[1], most=3)
+    for number in range(5):
+        log.line(f"line {number}")
+    closing = threading.Thread(target=log.close, args=(0.05,), daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 # ---- the script as a house -------------------------------------------------------------------------------
 
 
@@ -86,12 +132,6 @@ def _sections() -> list[tuple[str, int]]:
 def test_table_of_contents_names_the_sections_in_their_order():
     told = re.findall(r"^(\w+) +\S", (app.__doc__ or "").partition("above it:\n")[2], re.M)
     assert told == [name for name, _ in _sections()] and len(told) == 15
-
-
-def test_documented_sections_are_those_of_the_script():
-    guide = (Path(app.__file__).parent / "docs" / "development.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\w+) +(\S.*)$", (app.__doc__ or "").partition("above it:\n")[2], re.M)
-    assert [f"| {name} | {text} |" in guide for name, text in rows] == [True] * 15
 
 
 def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:

@@ -19,7 +19,18 @@ from pathlib import Path
 
 import pytest
 import support
-from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload, rows, write_account
+from support import (
+    KEY,
+    ORIGINAL_ROWS,
+    QUOTA_BY_NAME,
+    SAMPLES,
+    Answering,
+    free_port,
+    make_original,
+    payload,
+    rows,
+    write_account,
+)
 
 import usage_dashboard as app
 
@@ -172,8 +183,8 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(serve, pro
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [77, 77, 77]
     assert "tok-" not in json.dumps(answer) and "acc-" not in json.dumps(answer)
     printed = "\n".join(running.lines)
-    for line in ("found 3 auth files", "fetching quota for u***@example.com...",
-                 "saved quota for u***@example.com", "codex-broken.json is skipped"):  # fmt: skip
+    for line in ("found 3 auth files", "fetching quota for user0***@example.com...",
+                 "saved quota for user2***@example.com", "codex-broken.json is skipped"):  # fmt: skip
         assert f"refresh_quota: {line}" in printed
     for secret in ("tok-secret", "acc-", "user0@", "secret-key", "sample@"):
         assert secret not in printed
@@ -356,6 +367,21 @@ def test_wrong_key_is_sent_once_whatever_is_called(program, proxy, commands):
     assert (proxy.auth_attempts, proxy.failures) == (1, 1)
 
 
+def test_logins_of_all_commands_together_are_limited_and_check_counts_them(program, tmp_path):
+    with Answering(b"\x00rubbish\r\n") as server:
+        port = configure(program, cliproxy_port=server.port, management_password=KEY)
+        first = program.run("check").stdout
+        assert re.search("^warning [12] of 3 logins within 30 minutes are used", first, re.M)
+        for _ in range(2):
+            running = start(program, port)
+            running.wait_for_line("state=not_resp")
+            running.wait_for(lambda: len(program.run("check").stdout) > 0)
+            assert running.terminate() == 0
+        last = program.run("check").stdout
+        assert re.search("^warning 3 of 3 logins .*\n +→ the next goes out after 20", last, re.M)
+        assert server.logins == 3
+
+
 def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_server):
     configure(program, cliproxy_port=redis_server.port)
     assert f"127.0.0.1:{redis_server.port} is a Redis server, used without a password" in program.run("check").stdout
@@ -386,6 +412,45 @@ def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
     running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == STORED, timeout=15)
 
 
+PART_THAT_DIES = """
+import sys
+import usage_dashboard as app
+app.{part}.run = lambda self: None
+sys.exit(app.main(["start", "--no-browser"]))
+"""
+
+
+@pytest.mark.parametrize("part", ["Collector", "Housekeeper"])
+def test_part_that_ended_by_itself_ends_the_program_with_1(program, proxy, part):
+    configure(program, cliproxy_port=proxy.port, management_password=KEY)
+    (program.folder / "start.py").write_text(PART_THAT_DIES.format(part=part), encoding="utf-8")
+    program.script = program.folder / "start.py"
+    ended = program.run()
+    assert ended.returncode == 1 and "had ended by itself" in ended.stdout
+
+
+def test_signals_until_the_very_end_leave_the_exit_code_0(serve):
+    running = serve()
+    running.wait_for_line("state=waiting")
+    began = time.monotonic()
+    while running.process.poll() is None:
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGINT)
+        assert time.monotonic() - began < 5
+    assert running.wait() == 0, running.describe()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to make what is root's")
+def test_what_root_makes_belongs_to_the_owner_of_its_folder(program, proxy):
+    configure(program, cliproxy_port=proxy.port, management_password="wrong")
+    os.chown(str(program.folder), 12345, 12346)
+    assert program.run("check").returncode == 1
+    running = start(program, json.loads((program.folder / "config.json").read_text())["dashboard_port"])
+    assert running.terminate() == 0
+    owners = {path.name: (path.stat().st_uid, path.stat().st_gid) for path in program.folder.glob("usage.db*")}
+    assert {"usage.db", "usage.db.lock"} <= set(owners) and set(owners.values()) == {(12345, 12346)}
+
+
 def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(serve, proxy):
     running = serve()
     running.wait_for_line("state=waiting")
@@ -408,14 +473,14 @@ def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program,
     running.wait_for_line("state=waiting")
     with closing(sqlite3.connect(str(program.folder / "usage.db"), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        proxy.push(*numbered(200))
+        proxy.push(*numbered(2000))
         proxy.wait_for(lambda: len(proxy.handed_over) >= 16)
         if moment == "it has said so":
             running.wait_for_line("state=storage_error")
         assert running.terminate(timeout=3) == 0
-        assert len(proxy.handed_over) < 200
-    wait_for_events(serve(), 200)
-    assert stored_numbers(program) == [f"r{number}" for number in range(200)]
+        assert len(proxy.handed_over) < 2000  # a full batch at most
+    wait_for_events(serve(), 2000)
+    assert stored_numbers(program) == [f"r{number}" for number in range(2000)]
 
 
 def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(serve, program, proxy, chatgpt):

@@ -320,3 +320,10 @@ def test_full_disk_that_still_takes_an_outage_leaves_none_open_once_it_is_mended
     run.wait_for_events(300)
     run.wait_for_state("recording")
     assert [outage for outage in store.outages(ALWAYS, time.time()) if outage["to"] is None] == []
+
+
+def test_odd_element_of_an_http_answer_costs_itself_alone(collect, proxy, store):
+    proxy.push(payload(1), b"[" * 900 + b"]" * 900, b'"\xff"', b"7", payload(2))
+    run = collect(proxy, collect_mode="http")
+    run.wait_for(lambda: run.accounted == 5)
+    assert stored_ids(store) == ["r1", "r2"] and run.status["rejected"] == 3

@@ -51,6 +51,18 @@ def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
     assert "hunter2" not in message
 
 
+def test_file_that_is_nested_too_deeply_is_a_fault_like_any_other(tmp_path):
+    with pytest.raises(app.ConfigError, match="is not valid JSON"):
+        load(tmp_path, "[" * 100_000)
+
+
+@pytest.mark.parametrize("key", ["database", "auth_dir", "cliproxy_host", "dashboard_host", "queue_key"])
+@pytest.mark.parametrize("letter", ["\0", "\n", "\x1b", "\ud800"])
+def test_text_with_letters_that_no_system_takes_is_a_fault(tmp_path, key, letter):
+    with pytest.raises(app.ConfigError, match=f'"{key}" must not hold line breaks or other control characters'):
+        load(tmp_path, {key: f"a{letter}b"})
+
+
 def test_unknown_key_is_a_warning_with_the_nearest_name(tmp_path):
     config, warnings = load(tmp_path, {"dashbord_port": 1, "zzz": 2})
     assert config == app.Config()

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
 import pytest
-from support import MALFORMED, SAMPLES, record
+from support import MALFORMED, SAMPLES, payload, record
 
 import usage_dashboard as app
 
@@ -70,7 +71,7 @@ def counts(input, output, **more):
         ("claude", counts(10, 5, reasoning=0, cached=100, total=15), (110, 5, 0, 115, 100, None)),
         ("codex", counts(-1, 5, total=5), (None, 5, None, 5, None, None)),
         ("codex", {}, (None, None, None, None, None, None)),
-        ("codex", counts(2**53 - 1, None), (2**53 - 1, None, None, 2**53 - 1, None, None)),
+        ("codex", counts(10**12, None), (10**12, None, None, 10**12, None, None)),
     ],
 )  # fmt: skip
 def test_tokens_have_one_meaning_for_every_provider(provider, tokens, expected):
@@ -173,6 +174,14 @@ def test_reason_of_a_failure_is_short_and_without_secrets(status, body, said):
     assert app.failure_reason(status, body) == said
 
 
+def test_no_secret_shows_wherever_it_stands_in_a_message():
+    secrets = ["bob@mail.example.org", "sk-abcde", "AbCd-EfGh-IjKl-MnOp-1", "10.1.2.3", "2001:db8::7:8", "eyJhbGciOi"]
+    for first, second, third in itertools.permutations(secrets, 3):
+        for glue in (" ", ", ", "/", "=", '"', "'", "(", ")", "; ", "<", ">", "\n", "…"):
+            said = app.without_secrets(f"bad key{glue}{first}{glue}{second}{glue}{third}{glue}", 999)
+            assert not any(secret in said for secret in (first, second, third)), said
+
+
 def test_failed_without_fail_and_fail_without_failed_are_understood():
     assert parse_one(failed=True).failed == 1
     assert parse_one(failed=None, fail={"status_code": 503, "body": ""}).failed == 1
@@ -189,6 +198,14 @@ def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
     assert kept["fail"] == {"status_code": 400}
     for secret in ("upstream", "secret", "hidden", "prompt", "10.1.2.3"):
         assert secret not in reject.event
+
+
+def test_reject_is_json_that_any_program_reads_and_has_no_secret_in_a_name():
+    odd = b'{"timestamp": "never", "latency_ms": 1e400, "tokens": {"sk-hidden-secret-0003": -1e400, "a": 9}}'
+    for raw in (odd, {"timestamp": float("nan"), "tokens": {"bob@mail.example.org": 1, "n": float("inf")}}):
+        kept = app.parse_events([raw]).rejects[0].event
+        assert "number" in json.dumps(json.loads(kept, parse_constant=lambda name: pytest.fail(name)))
+        assert "hidden" not in kept and "bob" not in kept
 
 
 def test_odd_letters_cannot_break_the_store_or_a_terminal():
@@ -260,3 +277,63 @@ def test_index_that_changed_with_a_new_login_joins_the_old_one():
 def test_one_mail_at_two_providers_is_two_accounts():
     both = names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude"))
     assert both == {"a@x.com (codex)": [1], "a@x.com (claude)": [2]}
+
+
+JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]
+FIELDS = [*app.Context._fields, "timestamp", "model", "tokens", "token_breakdown", "latency_ms", "ttft_ms", "failed",
+          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_in_any_field_costs_its_own_event_at_most(name):
+    odd = [json.dumps({**record(), name: value}).encode() for value in JSON_VALUES]
+    odd += [json.dumps({**record(), "tokens": {name: value}, "fail": {name: value}}).encode() for value in JSON_VALUES]
+    parsed = app.parse_events([payload(1), *odd, payload(2)])
+    assert len(parsed.events) + len(parsed.rejects) + parsed.ignored == len(odd) + 2
+    assert [event.request_id for event in parsed.events if event.request_id in ("r1", "r2")] == ["r1", "r2"]
+
+
+NESTED = eval("[" * 90 + "]" * 90)
+
+
+@pytest.mark.parametrize("raw", [7, [1, 2], [b"a", [b"b"]], app.Oversized(9), None, 1.5, "text", NESTED])
+def test_value_that_is_no_event_is_parked_beside_its_neighbours(raw):
+    parsed = app.parse_events([payload(1), raw, payload(2)])
+    assert (len(parsed.events), len(parsed.rejects)) == (2, 1)
+
+
+def test_counts_are_limited_before_and_after_they_are_added():
+    most = {"input_tokens": 10**12, "output_tokens": 10**12}
+    assert "larger than 10^12" in app.parse_events([payload(tokens=most)]).rejects[0].reason
+    claude = {"input_tokens": 9 * 10**11, "output_tokens": 1, "cache_read_tokens": 9 * 10**11}
+    assert "larger than 10^12" in app.parse_events([payload(tokens=claude, provider="claude")]).rejects[0].reason
+    assert app.parse_events([payload(tokens={"input_tokens": 10**12})]).events[0].total_tokens == 10**12
+
+
+def test_large_event_is_kept_small_and_read_the_same():
+    error = json.dumps({"error": {"code": "too_long", "message": "input"}})
+    headers = {"X-Codex-Plan-Type": ["plus"], "Set-Cookie": ["x" * 10_000]}
+    changes = {"failed": True, "fail": {"status_code": 400, "body": error}, "response_headers": headers}
+    changes["provider"] = "codex"
+    raw = payload(1, junk="x" * 7_000_000, **changes)
+    small = app.compact(raw)
+    assert len(json.dumps(small)) < 2000
+    assert app.parse_events([small]).events == app.parse_events([raw]).events
+    huge_body = app.compact(payload(2, failed=True, fail={"status_code": 400, "body": "{" * 300_000}))
+    assert app.parse_events([huge_body]).events[0].error == "400 Bad Request" and len(json.dumps(huge_body)) < 2000
+
+
+@pytest.mark.parametrize("raw", [b"[" * 20_000, b"x" * 20_000, b"7" * 20_000, json.dumps(["x" * 20_000]).encode()])
+def test_large_value_that_is_no_object_is_parked_with_its_length(raw):
+    (reject,) = app.parse_events([app.compact(raw)]).rejects
+    assert reject.length == len(raw)
+
+
+def test_array_is_split_into_elements_that_stand_for_themselves():
+    elements = [b"1", b'"a,]\\""', b'{"x":[1,{"y":"}"}]}', b"[" * 3000 + b"]" * 3000, b'"\xff"', payload(1)]
+    assert [part.strip() for part in app.json_or_elements(b"[" + b" , ".join(elements) + b"]")] == elements
+    assert app.json_or_elements(b"[]") == []
+    assert app.json_or_elements(b'{"a": [1]}') == {"a": [1]}
+    for broken in (b"", b"{", b"[1", b"seven"):
+        with pytest.raises(ValueError):
+            app.json_or_elements(broken)

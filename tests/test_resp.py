@@ -124,7 +124,7 @@ def test_replies_cut_at_random_give_the_whole_ones_and_never_a_part(seed):
 
 FOREIGN = [
     b"HTTP/1.1 400 Bad Request\r\n", b"hello\r\n", b"\r\n", b"+OK\n", b"$x\r\n", b"$-2\r\n", b"$ 1\r\na\r\n",
-    b"$1_0\r\n", b"$3\r\nabcd\r\n", b"*-2\r\n", b"*1000001\r\n", b":\r\n", b"$99999999999999999999\r\n", b"*1\r\n" * 9,
+    b"$1_0\r\n", b"$3\r\nabcd\r\n", b"*-2\r\n", b"*1000001\r\n", b":\r\n", b"$99999999999999999999\r\n",
     b"+" + b"x" * 70000 + b"\r\n",
 ]  # fmt: skip
 
@@ -158,3 +158,8 @@ def test_silent_server_times_out_in_words():
         connect = app.tcp_connector("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
         with closing(app.RespClient(connect)) as client, pytest.raises(app.QueueFault, match="does not answer in time"):
             client.call("AUTH", "x")
+
+
+def test_list_that_is_nested_too_deeply_is_no_reply():
+    with pytest.raises(app.NotResp, match="at depth 4"):
+        reader(b"*1\r\n" * 500 + b":7\r\n").read_reply()

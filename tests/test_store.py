@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 import stat
 import threading
 from contextlib import closing
 
 import pytest
-from support import ALWAYS, DATA, NOON, event, lock, make_original, put, reading, room, rows
+from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, lock, make_original, put, reading, room, rows
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
@@ -442,13 +443,13 @@ def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(sto
     assert [outage["lost"] for outage in store.outages(ALWAYS, now)] == [lost]
 
 
-@pytest.mark.parametrize(("ended_at", "shown_to"), [(2010, 2010.0), (1000, 2000.0)], ids=["short", "clock set back"])
-def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_at, shown_to):
+@pytest.mark.parametrize(("ended_at", "shown"), [(2010, (2000.0, 2010.0)), (1000, (1000.0, 1000.0))])
+def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_at, shown):
     store.put_meta("retention_s", 3600)
     store.begin_outage(2000, "publishing_off")
     store.end_outage(ended_at)
     (outage,) = store.outages(ALWAYS, ended_at)
-    assert (outage["from"], outage["to"], outage["lost"]) == (2000.0, shown_to, True)
+    assert (outage["from"], outage["to"], outage["lost"]) == (*shown, True)
 
 
 def test_failure_keeps_the_last_good_reading_beside_it(store):
@@ -484,3 +485,76 @@ def test_commit_that_alters_no_row_changes_no_answer(store):
     assert store.changes <= changes + 1  # the first deletion raised the floor
     store.end_outage(NOON + 900)
     assert store.changes > changes
+
+
+# ---- a clock that is wrong, or is set ----------------------------------------------------------------------
+
+
+YEAR = 365 * 86400.0
+
+
+@pytest.mark.parametrize(("events", "begin", "end", "more", "mended_at", "spans"), [
+    ([0], -86000, 600, [], None, [(0, 600)]),  # a clock behind: it begins with the last event
+    ([0], YEAR, 600, [], None, [(0, 600)]),  # begun a year ahead: so does this one
+    ([0], 10, YEAR, [20, 900], 1000, [(10, 20)]),  # ended a year ahead: with the first event in it
+    ([], YEAR, YEAR + 600, [], 0, []),  # all in the future: forgotten
+    ([0, YEAR], 10, 600, [], None, [(10, 600)]),  # an event of another year moves none
+], ids=["behind", "begun ahead", "ended ahead", "all ahead", "odd event"])  # fmt: skip
+def test_outages_of_a_clock_that_was_wrong_are_mended(store, events, begin, end, more, mended_at, spans):
+    for number in events:
+        put(store, event(at=NOON + number))
+    store.begin_outage(NOON + begin, "unreachable")
+    store.end_outage(NOON + end)
+    for number in more:
+        put(store, event(at=NOON + number))
+    if mended_at is not None:
+        store.mend_outages(NOON + mended_at)
+    found = store.outages(app.Window(0, 9e9), NOON)
+    assert [(outage["from"] - NOON, outage["to"] - NOON) for outage in found] == spans
+    assert not any(outage["lost"] for outage in found if outage["to"] - outage["from"] < 60)
+
+
+def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
+    put(store, event(at=NOON - 7200), event(at=NOON))
+    while store.delete_some(NOON + YEAR):
+        pass
+    assert store.event_count == 1
+    assert store.get_meta("events_floor") * 900 <= NOON
+    assert store.find_faults() == []
+
+
+# ---- odd values in an adopted file: a question is answered all the same -----------------------------------
+
+
+ODD_VALUES = [b"\xff\x00", float("inf"), float("-inf"), NOON * 1000, -5, "text", "", 2**40, "1e999", "\ud83d", None]
+EVENT_COLUMNS = "timestamp ts_epoch auth_index source model latency_ms".split()
+QUOTA_COLUMNS = """timestamp ts_epoch email plan allowed limit_reached primary_used_percent primary_remaining_percent
+    primary_reset_at secondary_reset_at credits_balance raw_json""".split()
+QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
+             "quota", "health")  # fmt: skip
+
+
+@pytest.mark.parametrize("column", [*EVENT_COLUMNS, *(f"quota_snapshots.{name}" for name in QUOTA_COLUMNS)])
+def test_original_with_odd_values_is_answered_from(tmp_path, column):
+    table, _, column = column.rpartition(".")
+    table = table or "events"
+    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+    with closing(sqlite3.connect(str(tmp_path / "usage.db"))) as db:
+        columns = ", ".join(row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()[1:])
+        for value in ODD_VALUES:
+            if value == "\ud83d":  # text that is no UTF-8
+                db.execute(f"UPDATE {table} SET {column} = CAST(x'ff80' AS TEXT) WHERE id = 1")
+            else:
+                db.execute(f"UPDATE {table} SET {column} = ? WHERE id = 1", (value,))
+            db.execute(f"INSERT INTO {table} SELECT id + 10000000 + (SELECT MAX(id) FROM {table}), {columns} "
+                       f"FROM {table} WHERE id = 1")  # fmt: skip
+        db.commit()
+    site = Site(tmp_path)
+    try:
+        for question in QUESTIONS:
+            reply, body = site.ask(f"/api/{question}")
+            assert reply.status == 200, (question, body)
+            assert not re.search(rb"\b(NaN|Infinity)\b", body), question
+        assert "Traceback" not in site.log.read_text(encoding="utf-8")
+    finally:
+        site.close()

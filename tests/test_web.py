@@ -129,6 +129,27 @@ def test_bucket_auto_fits_the_length_of_the_window(site):
     assert sum(hour["requests"] for hour in five["hours"]) == 9 and len(five["hours"]) in (12, 13)
 
 
+def test_window_of_more_than_3000_hours_is_400_unless_its_buckets_are_longer(site):
+    put(site.store, at(1))
+    assert len(site.json(f"/api/summary?start={NOW - 3000 * 3600}")["hours"]) == 3000
+    wide = (f"start={NOW - 3000 * 3600 - 1}", "start=0&end=4102444800", f"range=all&start={NOW - 2e7}&bucket=hour")
+    for query in wide:
+        said = site.error(f"/api/summary?{query}", 400)
+        assert said["code"] == "bad_bucket" and "bucket=auto" in said["error"]
+    for query in (f"start={NOW - 3000 * 3600 - 1}", "start=0&end=4102444800", "start=0"):
+        answer = site.json(f"/api/summary?{query}&bucket=auto&tz_offset=-210")
+        assert 0 < len(answer["hours"]) <= 3001 and answer["bucket_seconds"] % 86400 == 0
+        assert sum(hour["requests"] for hour in answer["hours"]) == answer["summary"]["requests"] == 1
+
+
+def test_range_of_everything_has_an_answer_also_with_an_event_of_another_century(site):
+    put(site.store, at(1), event(at=app._EARLIEST_AT), event(at=app._LATEST_AT - 1))
+    answer = site.json("/api/summary?range=all")
+    assert answer["summary"]["requests"] == 3 and len(answer["hours"]) <= 3001
+    assert answer["bucket_seconds"] == 10 * 86400
+    assert site.error("/api/summary?range=all&bucket=hour", 400)["code"] == "bad_bucket"
+
+
 def test_filters_narrow_every_part_of_the_summary(site):
     other = at(1, source="b@example.com", auth_index="bb", model="gpt-5.5")
     put(site.store, at(1), at(1, model="gpt-5.5", failed=1), other)
@@ -454,8 +475,23 @@ def test_head_and_other_sites_never_refresh(pool, chatgpt):
     for headers in sites:
         assert pool.error("/api/quota?force=1", 403, **headers)["code"] == "foreign_site"
     assert chatgpt.requests == []
+    browser = {"User_Agent": "Mozilla/5.0 (X11; Linux x86_64)"}  # an image without a referrer, over plain HTTP
+    assert pool.error("/api/quota?force=1", 403, **browser)["code"] == "foreign_site"
+    assert chatgpt.requests == []
     own = {"Sec_Fetch_Site": "same-origin", "Origin": f"http://127.0.0.1:{pool.port}"}
     assert pool.ask("/api/quota?force=1", **own)[0].status == 200
+
+
+@pytest.mark.parametrize("headers", [{"User_Agent": "curl/8.5"}, {"User_Agent": "Mozilla/5.0",
+                                     "X_Requested_With": "usage-dashboard"}])  # fmt: skip
+def test_refresh_is_taken_from_curl_and_from_the_page_over_plain_http(pool, headers):
+    assert pool.ask("/api/quota?force=1", **headers)[0].status == 200
+
+
+@pytest.mark.parametrize("host", ["x" * 300, "\x07", "é" * 70])
+def test_host_that_cannot_be_bound_is_named(host):
+    with pytest.raises(app.DashboardError, match='cannot be bound.*set "dashboard_host"'):
+        app.make_server(host, 0)
 
 
 def test_page_that_is_missing_is_named(tmp_path):

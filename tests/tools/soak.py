@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -177,6 +179,7 @@ class Book:
 
     def __init__(self, proxy: FakeProxy, database: Path) -> None:
         self._proxy, self._database = proxy, database
+        self.moved: list[Path] = []  # databases that were taken away
         self._read_to = 0
         self._delivered: list[bytes] = []
         self.gone: set[bytes] = set()  # on their way, or just read, at a kill
@@ -202,13 +205,23 @@ class Book:
         self._delivered += [payload for payload in handed if payload not in lost]
 
     def _kept(self) -> int:
-        """Count what the database has, and what waits in the spool for the next start."""
+        """Count what the databases have, and what waits in the spool for the next start."""
         meta = dict(rows(self._database, "SELECT key, value FROM meta"))
-        kept = sum(meta.get(name, 0) for name in ("stored", "rejected", "ignored"))
-        for sequence, batch in app.Spool(Path(f"{self._database}.spool")).read():
-            if sequence > meta.get("sequence", 0):
-                kept += len(batch.events) + len(batch.rejects) + batch.ignored
+        kept = sum(self._counts().values())
+        for batch in app.Spool(Path(f"{self._database}.spool")).read():
+            if isinstance(batch, tuple) and batch[0] > meta.get("sequence", 0):
+                kept += len(batch[1].events) + len(batch[1].rejects) + batch[1].ignored
         return kept
+
+    def _counts(self) -> Counter[str]:
+        """Add up what all databases say that they stored, rejected and ignored."""
+        counts: Counter[str] = Counter()
+        for database in (*self.moved, self._database):
+            counts.update(dict(rows(database, "SELECT key, value FROM meta WHERE key IN ('stored', 'rejected', 'ignored')")))
+        return counts
+
+    def _column(self, sql: str) -> list[Any]:
+        return [value for database in (*self.moved, self._database) for (value,) in rows(database, sql)]
 
     def balance(self, pushed: int) -> list[str]:
         """Compare every event with what became of it; returns what does not fit, and prints the account."""
@@ -219,9 +232,9 @@ class Book:
             if payload not in lost and payload not in self.gone:
                 kind, name = identity(payload)
                 wanted[kind].append(name)
-        stored = [name for (name,) in rows(self._database, "SELECT request_id FROM events")]
-        rejected = [length // 3 for (length,) in rows(self._database, "SELECT length FROM rejected_events")]
-        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
+        stored = self._column("SELECT request_id FROM events")
+        rejected = [length // 3 for length in self._column("SELECT length FROM rejected_events")]
+        meta = self._counts()
         accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
         self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
         found = list(self.faults)
@@ -276,7 +289,10 @@ class Soak:
         ends_at = time.monotonic() + self.seconds
         nothing = contextlib.nullcontext
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
-        sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
+        sudden = self._deck(
+            [self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill,
+             self.damaged_spool, self.second_start, self.taken_away]
+        )  # fmt: skip
         with self.proxy, self.clients:
             self.start()
             self.wait_until_up()
@@ -358,6 +374,36 @@ class Soak:
         self.process.kill()
         self.process.wait()
         self._again("kill", IN_FLIGHT[self.mode])
+
+    def damaged_spool(self) -> None:
+        """Kill the program, and leave lines in its spool that are no batches."""
+        self.process.kill()
+        self.process.wait()
+        odd = self.dice.choice([b"[]", b'{"new": "layout"}', b"[1, [], [], [], 0]", b"[" * 5000, b"7"])
+        checked = hashlib.sha256(odd).hexdigest()[:16].encode() + b" " + odd
+        torn = b"0123456789abcdef [" + bytes(self.dice.randrange(256) for _ in range(300))
+        with open(f"{self.database}.spool", "ab") as spool:
+            spool.write(b"\n" + b"\n".join(self.dice.sample([odd, checked, torn, b"\x00" * 4096], 3)))
+        self._again("damaged_spool", IN_FLIGHT[self.mode])
+
+    def second_start(self) -> None:
+        """Start the program once more on the same database, which it must refuse."""
+        self.wait_until_up()
+        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--port", str(free_port()),
+                   "--config", str(self.folder / "config.json")]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
+        if done.returncode != 1 or str(self.process.pid).encode() not in done.stdout:
+            self.found.append(f"a second start ended with {done.returncode}: {done.stdout[-300:]!r}")
+
+    def taken_away(self) -> None:
+        """Take the database away under the running program, which makes a new one."""
+        self.wait_until_up()
+        moved = self.folder / f"taken-{len(self.book.moved)}.db"
+        for suffix in ("-shm", "-wal", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{self.database}{suffix}", f"{moved}{suffix}")
+        self.book.moved.append(moved)
+        self.proxy.wait_for(lambda: self.database.exists() and b"was deleted" in self.log.read_bytes()[self.log_from :], 30)
 
     def stop(self) -> None:
         """Stop the program as systemd does, and start it again."""
