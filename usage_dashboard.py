@@ -1919,6 +1919,8 @@ class Store:
         if self._file_ids()[0] == self._opened_files[0] is not None:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
+            with suppress(sqlite3.Error):  # or a file that was renamed would miss what is in its log
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self.close()
             for path, opened, found in zip(self._paths, self._opened_files, self._file_ids()):
                 if found == opened is not None:  # the log of the file that is gone would be taken for the new one's
@@ -1940,22 +1942,21 @@ class Store:
         return [None if status is None else (status.st_dev, status.st_ino) for status in found]
 
     @contextmanager
-    def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
-        """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
-        with lock:
-            try:
-                db.execute(begin)
-                yield db
-                db.execute(end)
-            except BaseException as error:
-                self._forget_ids()
-                with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
-                    db.execute("ROLLBACK")
-                if not isinstance(error, sqlite3.Error):
-                    raise
-                with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
-                    db.execute("PRAGMA shrink_memory")
-                raise StoreError(_store_reason(self.path, error)) from error
+    def _transaction(self, db, begin: str, end: str) -> Iterator[Any]:
+        """Run statements between BEGIN and its end; SQLite's errors become StoreError."""
+        try:
+            db.execute(begin)
+            yield db
+            db.execute(end)
+        except BaseException as error:
+            self._forget_ids()
+            with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
+                db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
+                db.execute("PRAGMA shrink_memory")
+            raise StoreError(_store_reason(self.path, error)) from error
 
     def _forget_ids(self) -> None:
         self._context_ids.clear()
@@ -1967,14 +1968,16 @@ class Store:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
         with self._write_lock:  # held until what the commit makes true is counted
             rows_before = self._writer.total_changes
-            with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
+            with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
                 yield db
             self.changes += changes and self._writer.total_changes > rows_before
 
-    def _read(self, is_search: bool = False) -> ContextManager[Any]:
+    @contextmanager
+    def _read(self, is_search: bool = False) -> Iterator[Any]:
         """Open a transaction that reads; a search may take seconds, in which nothing but another search waits."""
-        db, lock = (self._searcher, self._search_lock) if is_search else (self._reader, self._read_lock)
-        return self._transaction(db, lock, "BEGIN", "ROLLBACK")
+        with self._search_lock if is_search else self._read_lock:  # before the choice: follow_file opens others
+            with self._transaction(self._searcher if is_search else self._reader, "BEGIN", "ROLLBACK") as db:
+                yield db
 
     # Writing
 
