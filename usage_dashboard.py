@@ -1967,10 +1967,10 @@ class Store:
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
         with self._write_lock:  # held until what the commit makes true is counted
-            rows_before = self._writer.total_changes
             with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+                rows_before = db.total_changes
                 yield db
-            self.changes += changes and self._writer.total_changes > rows_before
+            self.changes += changes and db.total_changes > rows_before
 
     @contextmanager
     def _read(self, is_search: bool = False) -> Iterator[Any]:
@@ -3659,11 +3659,17 @@ class Spool:
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
-        text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a kill or a full disk may have cut off before.
-        line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
-        handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._write(self._path, os.O_APPEND, _line_of_batch(sequence, parsed))
+
+    def replace(self, batches: Iterable[tuple[int, Parsed]]) -> None:
+        """Write these batches in place of all others, in one step. Raises OSError."""
+        path = Path(f"{self._path}.new")
+        self._write(path, os.O_TRUNC, b"".join(itertools.starmap(_line_of_batch, batches)))
+        os.replace(str(path), str(self._path))
+
+    @staticmethod
+    def _write(path: Path, mode: int, line: bytes) -> None:
+        handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | mode, 0o600)
         try:
             while line:
                 line = line[os.write(handle, line) :]
@@ -3714,6 +3720,13 @@ class Spool:
             os.utime(str(self._path), (now, now))
 
 
+def _line_of_batch(sequence: int, parsed: Parsed) -> bytes:
+    content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
+    text = json.dumps(content, ensure_ascii=True)
+    # The line feed in front ends a line that a kill or a full disk may have cut off before.
+    return f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
+
+
 def _batch_of_json(content: Any) -> tuple[int, Parsed]:
     """Return a batch of the spool; an event in it that is none becomes a Reject. Raises anything for no batch."""
     sequence, names, rows, rejects, ignored = content
@@ -3753,6 +3766,7 @@ class Journal:
         self._unspooled = 0  # batches that are in memory alone, on a full disk
         self._since_s = 0.0
         self._sequence = store.counts["sequence"]
+        self._is_replayed = False
 
     @property
     def rows(self) -> int:
@@ -3782,15 +3796,14 @@ class Journal:
         """Bring the spool onto the disk, once a poll."""
         with self._lock:
             if self._batches and not self._unspooled:
-                try:
+                with self._logged_fault():
                     self.spool.sync()
-                except OSError as error:
-                    self._log.once("spool", fault=os_reason(error))
 
     def flush(self) -> None:
-        """Commit all that waits. Raises StoreError."""
+        """Commit all that waits, first what a previous run left. Raises StoreError."""
         with self._lock:
             self._follow_file()
+            self._replay()
             if not self._batches:
                 return
             batches = [parsed for _, parsed in self._batches]
@@ -3800,10 +3813,8 @@ class Journal:
             self._store.store_batch(merged, self._batches[-1][0], self._clock())
             self._batches.clear()
             self._unspooled = 0
-            try:
+            with self._logged_fault():
                 self.spool.clear()
-            except OSError as error:
-                self._log.once("spool", fault=os_reason(error))
 
     def check(self) -> None:
         """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
@@ -3822,26 +3833,6 @@ class Journal:
         finally:
             self._lock.release()
 
-    def replay(self) -> None:
-        """Store what a previous run had popped but not committed. Raises StoreError; then it can be called again."""
-        replayed = odd = 0
-        try:
-            for item in self.spool.read():
-                if isinstance(item, bytes):
-                    self.spool.set_aside(item)
-                    odd += 1
-                elif item[0] > self._sequence:  # otherwise committed, or the same batch once more
-                    self._store.store_batch(item[1], item[0], self._clock())
-                    self._sequence = item[0]
-                    replayed += len(item[1].events)
-            self.spool.clear()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-        if odd:
-            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
-        if replayed:
-            self._log.event("spool", replayed=replayed)
-
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
         try:
@@ -3852,18 +3843,55 @@ class Journal:
             lost = sum(sizes[first_lost:])
             self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
 
+    def _replay(self) -> None:
+        """Store what a previous run had popped but not committed, batch by batch. Raises StoreError."""
+        if self._is_replayed:
+            return
+        replayed = 0
+        with self._logged_fault():
+            for sequence, parsed in self._left_behind():
+                self._store.store_batch(parsed, sequence, self._clock())
+                self._sequence = sequence
+                replayed += len(parsed.events)
+            self.spool.clear()
+        self._is_replayed = True
+        if replayed:
+            self._log.event("spool", replayed=replayed)
+
+    def _left_behind(self) -> Iterator[tuple[int, Parsed]]:
+        """Yield the batches on the spool above the mark, each once; lines that are none are set aside."""
+        odd = 0
+        for item in self.spool.read():
+            if isinstance(item, bytes):
+                self.spool.set_aside(item)
+                odd += 1
+            elif item[0] > self._sequence:
+                yield item
+        if odd:
+            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
+
     def _follow_file(self) -> None:
         """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
         event = self._store.follow_file()
         if event is None:
             return
         self._log.event("store", fault=event)
+        with self._logged_fault():
+            if not self._is_replayed:
+                self._batches = [*dict(self._left_behind()).items()]
         # Numbers count from this file's mark, so that what waits is above it.
-        batches, self._batches = self._batches, []
-        self._sequence = self._store.counts["sequence"]
-        self.spool.clear()
-        for _, parsed in batches:
-            self.hold(parsed)
+        mark = self._store.counts["sequence"]
+        self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
+        self._sequence, self._is_replayed = mark + len(self._batches), True
+        with self._logged_fault():
+            self.spool.replace(self._batches)
+
+    @contextmanager
+    def _logged_fault(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._log.once("spool", fault=os_reason(error))
 
 
 class ProxyFacts:
@@ -4105,7 +4133,6 @@ class Collector:
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
         self._alive_at = self.journal.spool.alive_at()
-        self._is_replayed = False
         self._backoff = Backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
@@ -4151,11 +4178,6 @@ class Collector:
     def _turn(self) -> None:
         """Run one session, and wait after the fault that ended it."""
         try:
-            if not self._is_replayed:
-                self.journal.replay()
-                self._is_replayed = True
-                if self._alive_at is not None:
-                    self._outages.begin("stopped", min(self._alive_at, self._clock()))
             self._session()
         except QueueFault as fault:
             self._enter_fault(fault)
@@ -4189,6 +4211,9 @@ class Collector:
     # One connection
 
     def _session(self) -> None:
+        if self._alive_at is not None:
+            self._outages.begin("stopped", min(self._alive_at, self._clock()))
+            self._alive_at = None
         self.journal.flush()
         self._store.check_writable()
         source = self._source = self._open()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
+from contextlib import closing
 
 import pytest
 from support import (
@@ -106,6 +108,26 @@ def test_collector_goes_on_after_a_replay_that_failed_for_a_lock(collect, proxy,
     locker.close()
     run.wait_for_events(2)
     assert stored_ids(store) == ["left", "r1"]
+
+
+@pytest.mark.parametrize("mark", [0, 40])
+def test_what_a_previous_run_left_goes_to_the_file_that_is_at_the_path_by_then(tmp_path, collect, proxy, store, mark):
+    spool_path(store).write_bytes(batch_line(1, event(request_id="left")) + batch_line(2, event(request_id="behind")))
+    locker = sqlite3.connect(str(store.path), isolation_level=None)
+    locker.execute("BEGIN IMMEDIATE")
+    run = collect(proxy)
+    run.wait_for_state("storage_error")
+    if mark:  # of another database, which has seen more batches
+        with closing(app.Store(tmp_path / "other.db")) as other:
+            put(other, event(request_id="older"), sequence=mark)
+        os.replace(str(other.path), str(store.path))
+    else:
+        store.path.unlink()
+    run.collector.journal.flush_for_reader()
+    proxy.push(payload(1))
+    run.wait_for(lambda: "r1" in stored_ids(store))
+    locker.close()
+    assert stored_ids(store) == ["older"] * bool(mark) + ["left", "behind", "r1"]
 
 
 def test_events_wait_on_the_spool_until_somebody_reads(collect, proxy, store):

@@ -4,8 +4,8 @@
     python3 tests/tools/soak.py [--seconds 600] [--seed N] [--rate 1500]
 
 A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
-and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked, the program is killed and
-stopped, and HTTP clients, fast and slow, read the API. In the end what was handed over must be what is stored,
+and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked and taken away, the spool damaged,
+the clock set, the program killed, stopped and started twice, and HTTP clients, fast and slow, read the API. In the end what was handed over must be what is stored,
 rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event once. Exit code 1 if not.
 """
 
@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,20 @@ import usage_dashboard as app  # noqa: E402
 OVER_THE_CAP = 8 * 1024 * 1024 + 1
 MOST_REJECTS = 900  # the program keeps the newest 1,000
 IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
+DAY_S = 86400.0
+JUMPS_S = (365 * DAY_S, -DAY_S, 7200.0, -600.0, 0.0)
+# Runs the program with its clock ahead by what stands in a file.
+WITH_A_CLOCK = """
+import mmap, struct, sys, time
+folder, clock, *arguments = sys.argv[1:]
+with open(clock, "rb") as stream:
+    ahead = mmap.mmap(stream.fileno(), 8, access=mmap.ACCESS_READ)
+right = time.time
+time.time = lambda: right() + struct.unpack("d", ahead[:8])[0]
+sys.path.insert(0, folder)
+import usage_dashboard
+sys.exit(usage_dashboard.main(arguments))
+"""
 PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
 
 
@@ -245,6 +260,10 @@ class Book:
                              f"{sum(less.values())} missing {list(less)[:5]}")  # fmt: skip
         if meta.get("ignored", 0) != len(wanted["ignored"]):
             found.append(f"ignored: {meta.get('ignored', 0)}, where {len(wanted['ignored'])} were handed over")
+        spans = [to - start for database in (*self.moved, self._database)
+                 for start, to in rows(database, "SELECT from_at, to_at FROM outages WHERE to_at IS NOT NULL")]
+        if rows(self._database, "SELECT 1 FROM outages WHERE to_at IS NULL") or any(span > DAY_S / 24 for span in spans):
+            found.append(f"outages of the clock's making: {sorted(spans)[-5:]}")
         if pushed != len(handed) + len(proxy.forgotten) + proxy.queued:
             found.append("the proxy's own account does not balance")
         with contextlib.closing(app.Store(self._database)) as store:
@@ -275,6 +294,8 @@ class Soak:
         self.feeder = Feeder(self.proxy, random.Random(seed + 1), rate)
         self.book = Book(self.proxy, self.database)
         self.log, self.log_from = folder / "log", 0
+        self.clock = folder / "clock"
+        self.clock.write_bytes(struct.pack("d", 0.0))
         self.port = free_port()
         self.clients = Clients(self.port)
         self.mode = "pop"
@@ -291,7 +312,7 @@ class Soak:
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
         sudden = self._deck(
             [self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill,
-             self.damaged_spool, self.second_start, self.taken_away]
+             self.damaged_spool, self.second_start, self.taken_away, self.clock_jump]
         )  # fmt: skip
         with self.proxy, self.clients:
             self.start()
@@ -345,12 +366,13 @@ class Soak:
         config = {
             "cliproxy_port": self.proxy.port, "management_password": KEY, "collect_mode": self.mode,
             "poll_interval_seconds": 0.1, "dashboard_host": "127.0.0.1", "dashboard_port": self.port,
-            "database": str(self.database), "auth_dir": str(self.folder / "accounts"),
+            "database": str(self.database), "auth_dir": str(self.folder / "accounts"), "retention_days": 30,
         }  # fmt: skip
         path = self.folder / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         path.chmod(0o600)
-        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", str(path)]
+        command = [sys.executable, "-c", WITH_A_CLOCK, str(ROOT), str(self.clock), "start", "--no-browser",
+                   "--config", str(path)]  # fmt: skip
         with self.log.open("ab") as log:
             self.log_from = log.tell()
             self.clients.ending = False
@@ -405,6 +427,14 @@ class Soak:
         self.book.moved.append(moved)
         self.proxy.wait_for(lambda: self.database.exists() and b"was deleted" in self.log.read_bytes()[self.log_from :], 30)
 
+    def clock_jump(self) -> None:
+        """Set the program's clock; events keep the right time."""
+        self._set_clock(self.dice.choice(JUMPS_S))
+
+    def _set_clock(self, ahead_s: float) -> None:
+        with self.clock.open("r+b") as stream:
+            stream.write(struct.pack("d", ahead_s))
+
     def stop(self) -> None:
         """Stop the program as systemd does, and start it again."""
         self.wait_until_up()
@@ -428,6 +458,8 @@ class Soak:
 
     def settle(self) -> None:
         """End the stream, let the program take the rest, and stop it."""
+        self._set_clock(0.0)
+        self.rest(2, 3)  # a few polls by the right clock
         self.feeder.ended.set()
         self.feeder.join()
         self.proxy.wait_for(lambda: self.proxy.queued == 0, 60)
