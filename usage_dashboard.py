@@ -575,7 +575,7 @@ class RespReader:
             count = _reply_number(rest)
             if count == -1:
                 return None
-            if not 0 <= count <= self._max_items or depth >= 4:
+            if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
         is_http = line.startswith(b"HTTP/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import socket
 import struct
@@ -162,6 +163,18 @@ def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, posit
         run.wait_for_events(15)
         assert stored_ids(run.store) == [f"r{number}" for number in range(15)]
         run.wait_for(lambda: "LOADING" in run.log and "state=unreachable" in run.log)
+
+
+ODD_REPLIES = [b":7\r\n", b"+text\r\n", b"*0\r\n", b"*2\r\n:1\r\n$1\r\nx\r\n", b"*1\r\n" * 60 + b"$-1\r\n"]
+
+
+def test_reply_to_a_pop_that_is_no_value_costs_itself_alone(collect):
+    good = replies_of(payloads(len(ODD_REPLIES) + 1))
+    with Scripted([*itertools.chain.from_iterable(zip(good, ODD_REPLIES)), good[-1]]) as server:
+        run = collect(server, collect_mode="pop")
+        run.wait_for(lambda: run.accounted == len(good) + len(ODD_REPLIES))
+        assert stored_ids(run.store) == [f"r{number}" for number in range(len(good))]
+        assert run.status["rejected"] == len(ODD_REPLIES) and run.error is None
 
 
 # ---- odd events ------------------------------------------------------------------------------------------

@@ -238,6 +238,11 @@ class Dashboard:
         words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
+    def written_kb(self) -> float:
+        """Return how much it has had written to the disk so far; 0 in a file system that is in memory."""
+        lines = Path(f"/proc/{self.process.pid}/io").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes")) / 1000
+
 
 def ask(connection: http.client.HTTPConnection, path: str, etag: str = "") -> str:
     """Ask a question on a kept connection and return the answer's tag."""
@@ -500,6 +505,26 @@ def measure_serving(table: Table, redis: RedisServer, large: Path, idle_s: float
         table.row("eight clients flat out, 24h with another end each time", len(answers) / 3, "answers/s")
 
 
+def measure_writes(table: Table, redis: RedisServer, large: Path, watched_s: float) -> None:
+    """Let single events come, and nothing, while a page is open, and read what is written to the disk."""
+    table.section(f"written to the disk, {watched_s:g} s each, a page open")
+    for name, pause_s in (("1 event a second", 1.0), ("an event in 5 seconds", 5.0), ("nothing", 0.0)):
+        count = int(watched_s / pause_s) if pause_s else 0
+        coming = payloads(count, time.time(), watched_s)
+        with Dashboard(large.parent, redis) as dashboard:
+            connection = dashboard.connect()
+            before, loaded_at = dashboard.written_kb(), time.monotonic()
+            for _ in range(int(watched_s / (pause_s or 1.0))):
+                redis.push("usage", *itertools.islice(coming, 1))
+                time.sleep(pause_s or 1.0)
+                if time.monotonic() - loaded_at >= 30:
+                    loaded_at += 30
+                    for path in PAGE_LOAD:
+                        ask(connection, path)
+            kilobytes = dashboard.written_kb() - before
+        table.row(name, kilobytes / max(1, count), "KB an event" if count else "KB")
+
+
 def eight_clients(
     dashboard: Dashboard, seconds: float, pause_s: float = 0.0, paths: Callable[[], Any] = lambda: PAGE_LOAD
 ) -> list[float]:
@@ -611,6 +636,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200_000, help="size of the large database (%(default)s)")
     parser.add_argument("--against", type=Path, help="another version of the script, beside its page")
     parser.add_argument("--idle", type=float, default=5.0, help="seconds to watch the idle program (%(default)s)")
+    parser.add_argument("--writes", type=float, default=60.0, help="seconds to watch the disk, thrice (%(default)s)")
     options = parser.parse_args()
     ingested = min(options.events, MOST_INGESTED)
     table, end = Table(), time.time()
@@ -623,6 +649,7 @@ def main() -> None:
         measure_queries(table, small, large, options.events, end)
         month, *other = measure_zones(table, options.events, end, scratch, options.against)
         measure_serving(table, redis, large, options.idle)
+        measure_writes(table, redis, large, options.writes)
         measure_adoption(table, redis, [copy_as_original(month, new_folder(scratch)), *other])
         events = list(payloads(ingested, time.time(), ingested * PACE_S))
         measure_retention(table, redis, events, large, scratch)
