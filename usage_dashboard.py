@@ -3754,19 +3754,23 @@ def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
 
 
 class Journal:
-    """What was popped and is not in the database yet: on the spool, and committed after a while, or for a reader."""
+    """What was popped and is not in the database yet: on the spool, and committed after a while, or for a reader.
+
+    A commit can take seconds, where the database is locked. What is popped meanwhile does not wait for it: two locks.
+    """
 
     most_rows, longest_s = 500, 30.0
 
     def __init__(self, store: Store, log: Log, clock: Callable[[], float], monotonic: Callable[[], float]):
         self._store, self._log, self._clock, self._monotonic = store, log, clock, monotonic
         self.spool = Spool(Path(f"{store.path}.spool"))
-        self._lock = threading.RLock()
+        self._committing = threading.RLock()
+        self._lock = threading.Lock()  # of what follows
         self._batches: list[tuple[int, Parsed]] = []
         self._unspooled = 0  # batches that are in memory alone, on a full disk
         self._since_s = 0.0
         self._sequence = store.counts["sequence"]
-        self._is_replayed = False
+        self._is_replayed = self._is_stuck = False
 
     @property
     def rows(self) -> int:
@@ -3794,44 +3798,51 @@ class Journal:
 
     def sync(self) -> None:
         """Bring the spool onto the disk, once a poll."""
-        with self._lock:
-            if self._batches and not self._unspooled:
-                with self._logged_fault():
-                    self.spool.sync()
+        if self._batches and not self._unspooled:
+            with self._logged_fault():
+                self.spool.sync()
 
     def flush(self) -> None:
         """Commit all that waits, first what a previous run left. Raises StoreError."""
-        with self._lock:
+        with self._committing:
+            self._is_stuck = True
             self._follow_file()
             self._replay()
+            waiting = list(self._batches)
+            if waiting:
+                batches = [parsed for _, parsed in waiting]
+                events = [event for parsed in batches for event in parsed.events]
+                rejects = [reject for parsed in batches for reject in parsed.rejects]
+                merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+                self._store.store_batch(merged, waiting[-1][0], self._clock())
+                self._forget(len(waiting))
+            self._is_stuck = False
+
+    def _forget(self, count: int) -> None:
+        """Forget the first batches, which are committed; the spool is emptied when that is all of it."""
+        with self._lock, self._logged_fault():
+            del self._batches[:count]
             if not self._batches:
-                return
-            batches = [parsed for _, parsed in self._batches]
-            events = [event for parsed in batches for event in parsed.events]
-            rejects = [reject for parsed in batches for reject in parsed.rejects]
-            merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
-            self._store.store_batch(merged, self._batches[-1][0], self._clock())
-            self._batches.clear()
-            self._unspooled = 0
-            with self._logged_fault():
+                self._unspooled = 0
                 self.spool.clear()
 
     def check(self) -> None:
         """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
-        with self._lock:
+        with self._committing:
             self._follow_file()
             if self._batches:
                 self._store.check_writable()
 
     def flush_for_reader(self, patience_s: float = 0.2) -> None:
         """Commit for somebody who reads, if that is possible soon; what cannot be stored waits on."""
-        if not self._lock.acquire(timeout=patience_s):
+        if not self._committing.acquire(timeout=patience_s):
             return
         try:
-            with suppress(StoreError):  # the collector says so
-                self.flush()
+            if not self._is_stuck:  # otherwise the collector says so, and tries again
+                with suppress(StoreError):
+                    self.flush()
         finally:
-            self._lock.release()
+            self._committing.release()
 
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
@@ -3881,10 +3892,12 @@ class Journal:
                 self._batches = [*dict(self._left_behind()).items()]
         # Numbers count from this file's mark, so that what waits is above it.
         mark = self._store.counts["sequence"]
-        self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
-        self._sequence, self._is_replayed = mark + len(self._batches), True
-        with self._logged_fault():
+        with self._lock, self._logged_fault():
+            self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
+            self._sequence, self._is_replayed = mark + len(self._batches), True
+            self._unspooled = len(self._batches)
             self.spool.replace(self._batches)
+            self._unspooled = 0
 
     @contextmanager
     def _logged_fault(self) -> Iterator[None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
@@ -14,6 +16,7 @@ from support import (
     NOON,
     config_of,
     event,
+    lock,
     make_original,
     payload,
     payloads,
@@ -123,11 +126,28 @@ def test_what_a_previous_run_left_goes_to_the_file_that_is_at_the_path_by_then(t
         os.replace(str(other.path), str(store.path))
     else:
         store.path.unlink()
-    run.collector.journal.flush_for_reader()
+    run.wait_for(lambda: "what is at its path now is used" in run.log)
     proxy.push(payload(1))
     run.wait_for(lambda: "r1" in stored_ids(store))
     locker.close()
     assert stored_ids(store) == ["older"] * bool(mark) + ["left", "behind", "r1"]
+
+
+def test_what_is_popped_during_a_commit_that_waits_is_on_the_spool_at_once(tmp_path):
+    with closing(app.Store(tmp_path / "usage.db", busy_timeout_s=20)) as store:
+        journal = app.Journal(store, app.Log(io.StringIO()), lambda: NOON, app.monotonic_s)
+        journal.flush()
+        locker = lock(store)
+        journal.hold(app.Parsed([event(request_id="first")], [], 0))
+        commit = threading.Thread(target=journal.flush)
+        commit.start()
+        for number in range(200):
+            journal.hold(app.Parsed([event(request_id=f"r{number}")], [], 0))
+        assert commit.is_alive() and len(list(app.Spool(spool_path(store)).read())) == 201
+        locker.close()
+        commit.join(20)
+        journal.flush()
+        assert stored_ids(store) == ["first", *(f"r{number}" for number in range(200))]
 
 
 def test_events_wait_on_the_spool_until_somebody_reads(collect, proxy, store):

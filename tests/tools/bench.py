@@ -513,6 +513,7 @@ def measure_writes(table: Table, redis: RedisServer, large: Path, watched_s: flo
         coming = payloads(count, time.time(), watched_s)
         with Dashboard(large.parent, redis) as dashboard:
             connection = dashboard.connect()
+            time.sleep(5)  # a start writes when it last stood still, and what else it found
             before, loaded_at = dashboard.written_kb(), time.monotonic()
             for _ in range(int(watched_s / (pause_s or 1.0))):
                 redis.push("usage", *itertools.islice(coming, 1))
