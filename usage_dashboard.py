@@ -338,15 +338,6 @@ def _finite(value: Any) -> float | None:
     return None
 
 
-def json_text(content: Any, **layout: Any) -> str:
-    """Return JSON, also of what an adopted database may hold: bytes become text, infinite numbers null."""
-    try:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, **layout)
-    except (TypeError, ValueError):
-        text = json.dumps(content, default=lambda raw: raw.decode("utf-8", "replace"))
-        return json_text(json.loads(text, parse_constant=lambda name: None), **layout)
-
-
 # ------------------------------------------------------------------ config
 
 
@@ -1546,11 +1537,17 @@ def _step_tables(db) -> None:
 _STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
+_STEP_6_MENDED = {
+    **_STEP_5_COLUMNS,
+    "identities": "first_at REAL NOT NULL, last_at REAL NOT NULL",
+    "quota_accounts": "email TEXT, account_id_tag TEXT, plan TEXT, message TEXT, state_at REAL NOT NULL",
+}
 
 
 def _step_roll_ups(db) -> None:
     """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
+    _mend_odd_values(db)
     _add_keys_and_reasons(db)
     db.execute(
         "INSERT INTO identities(auth_index, source, first_at, last_at) SELECT IFNULL(CAST(auth_index AS TEXT), '') "
@@ -1562,11 +1559,7 @@ def _step_roll_ups(db) -> None:
         "INSERT INTO models(name) SELECT DISTINCT IFNULL(model, 'unknown') FROM events WHERE 1 "
         "ON CONFLICT(name) DO NOTHING"
     )
-    if not any(
-        db.execute(f'PRAGMA index_info("{row[1]}")').fetchone()[2] == "ts_epoch"
-        for row in db.execute("PRAGMA index_list(events)").fetchall()
-    ):
-        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
+    db.execute("CREATE INDEX IF NOT EXISTS events_by_time ON events(ts_epoch)")
     old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -1603,6 +1596,46 @@ def _step_roll_ups(db) -> None:
     )
 
 
+def _mend_odd_values(db) -> None:
+    """Make of what an adopted file holds in place of a count, a time or a text what it means, or NULL."""
+    encoding = db.execute("PRAGMA encoding").fetchone()[0]
+    db.create_function("as_text", 1, lambda raw: raw.decode(encoding, "backslashreplace"))
+    for table, columns in _STEP_6_MENDED.items():
+        names, kinds = zip(*(column.split(" ", 1) for column in columns.split(", ")))
+        old, new = ", ".join(names), ", ".join(map(_mended, names, kinds))
+        db.execute(f"UPDATE OR REPLACE {table} SET ({old}) = ({new}) WHERE ({old}) IS NOT ({new})")
+    for table, name in (("models", "name"), ("identities", "auth_index"), ("identities", "source")):
+        text = f"as_text(CAST({name} AS BLOB))"  # with the id, because another row may have this text
+        db.execute(f"UPDATE {table} SET {name} = {text} || ' #' || id WHERE {name} IS NOT {text}")
+    for table in _STEP_5_COLUMNS:  # behind the greatest id there is, SQLite gives new ones at random
+        last, limit = db.execute(f"SELECT IFNULL(MAX(id), 0), 1 << 50 FROM {table} WHERE id < 1 << 50").fetchone()
+        ids = db.execute(f"SELECT id FROM {table} WHERE id >= ? ORDER BY id", (limit,)).fetchall()
+        pairs = [(last + number, old) for number, (old,) in enumerate(ids, 1)]
+        db.executemany(f"UPDATE {table} SET id = ? WHERE id = ?", pairs)
+    db.execute(  # the newest reading with a time that is known
+        "UPDATE quota_accounts SET snapshot_id = (SELECT MAX(id) FROM quota_snapshots s WHERE ts_epoch IS NOT NULL "
+        "AND s.email = quota_accounts.email AND IFNULL(s.account_id_tag, '') = quota_accounts.account_id_tag) "
+        "WHERE snapshot_id NOT IN (SELECT id FROM quota_snapshots WHERE ts_epoch IS NOT NULL)"
+    )
+
+
+def _mended(name: str, kind: str) -> str:
+    """Return what a column's value means, as SQL, in which texts and BLOBs are greater than any number."""
+    if name == "failed":
+        return "IFNULL(failed <> 0 AND typeof(failed) IN ('integer', 'real') OR failed LIKE 'true', 0)"
+    if name == "context_id":
+        return "(SELECT id FROM contexts WHERE id = context_id)"
+    if kind == "TEXT" or name == "auth_index":
+        is_odd = f"typeof({name}) = 'blob' OR {name} GLOB '*[^\x01-~]*' OR instr({name}, char(0))"
+        return f"CASE WHEN {is_odd} THEN as_text(CAST({name} AS BLOB)) ELSE {name} END"
+    if kind.startswith("REAL"):
+        seconds = f"WHEN {name} >= 1577836800 AND {name} < 4102444800 THEN {name}"
+        milliseconds = f"{seconds.replace('00 ', '00000 ')} / 1000.0"
+        return f"CASE {seconds} {milliseconds} ELSE {'0' if 'NOT NULL' in kind else 'NULL'} END"
+    is_whole = "" if name.endswith("_percent") else f" AND {name} = CAST({name} AS INTEGER)"
+    return f"CASE WHEN {name} BETWEEN 0 AND 1000000000000{is_whole} THEN {name} END"
+
+
 def _add_keys_and_reasons(db) -> None:
     db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
     db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
@@ -1614,16 +1647,16 @@ def _add_keys_and_reasons(db) -> None:
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
-    reasons, last_id = _Reasons(db), -(1 << 63)
+    reasons, next_id = _Reasons(db), -(1 << 63)
     while True:
         rows = db.execute(
-            "SELECT id, status_code, error FROM events WHERE id > ? AND failed <> 0 ORDER BY id LIMIT 5000", (last_id,)
+            "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
         ).fetchall()
         if not rows:
             return
         updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
         db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
-        last_id = rows[-1][0]
+        next_id = rows[-1][0] + 1
 
 
 def _sum_up_rows(db, floor: int) -> None:
@@ -1647,6 +1680,8 @@ def _sum_up_rows(db, floor: int) -> None:
 
 def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
+    for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
+        db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
     db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
         f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
@@ -1689,6 +1724,11 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
 
 
 _SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+
+
+def _meta_in(db, key: str, unknown: Any = None) -> Any:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return row[0] if row else unknown
 
 
 def _put_meta(db, key: str, value: Any) -> None:
@@ -1734,7 +1774,7 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
@@ -1786,12 +1826,6 @@ _LAST_EVENT_AT = (
 _MENDED_END = "MAX(from_at, MIN(?1, IFNULL((SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at), ?1)))"
 
 
-def _retention_in(db) -> float:
-    """Return for how many seconds the queue keeps what nobody takes, as far as known; at least what any proxy does."""
-    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
-    return row[0] if row else SHORTEST_RETENTION_S
-
-
 class Window(NamedTuple):
     """A span of time, ``start <= t < end``, in epoch seconds."""
 
@@ -1809,13 +1843,21 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
-_SOUND_TIMES = Window(_EARLIEST_AT, _LATEST_AT)  # what else an adopted file holds belongs to no time
+_ALL_TIMES = Window(_EARLIEST_AT, _LATEST_AT)
 Sums = Tuple[int, ...]
 
 
 def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
     """Add rows of sums, as SUM_NAMES orders them; zeros where there are none."""
     return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
+
+
+def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
+    """Add up the sums of each key."""
+    parts: dict[Any, list[Sums]] = {}
+    for key, sums in rows:
+        parts.setdefault(key, []).append(sums)
+    return [(key, add_sums(members)) for key, members in parts.items()]
 
 
 class Usage(NamedTuple):
@@ -1867,7 +1909,6 @@ class Store:
     def _connect(self):
         timeout_s = self._busy_timeout_s
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
-        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # an adopted file may hold any bytes
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -2054,7 +2095,7 @@ class Store:
         before = min(before, (self.span() or (0.0, 0.0))[1])
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
-            if floor > _floor_in(db):
+            if floor > _meta_in(db, "events_floor", 0):
                 _put_meta(db, "events_floor", floor)
             done = db.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
@@ -2091,8 +2132,7 @@ class Store:
     def get_meta(self, key: str) -> Any:
         """Return a small value by its key; None where there is none."""
         with self._read() as db:
-            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+            return _meta_in(db, key)
 
     def put_meta(self, key: str, value: Any) -> None:
         """Write a small value; None removes it."""
@@ -2123,20 +2163,18 @@ class Store:
             lost = f"reason = 'publishing_off' OR {_MENDED_END} - from_at > ?2"
             db.execute(
                 f"UPDATE outages SET to_at = {_MENDED_END}, lost = {lost} WHERE to_at > ?1 + {SHORTEST_RETENTION_S}",
-                (now, _retention_in(db)),
+                (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
         """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
         self.mend_outages(at)
         with self._write() as db:
-            db.execute(
-                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
-                (at - shortest_s,),
-            )
+            too_short = "to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'"
+            db.execute(f"DELETE FROM outages WHERE {too_short}", (at - shortest_s,))
             db.execute(
                 f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _retention_in(db)),
+                (at, at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
@@ -2145,7 +2183,7 @@ class Store:
             rows = db.execute(
                 f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
                 "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
-                (now, _retention_in(db), window.end, window.start),
+                (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S), window.end, window.start),
             ).fetchall()
         return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
 
@@ -2159,7 +2197,7 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
+            columns = "id, auth_index, source, provider, plan, first_at, last_at"
             rows = db.execute(f"SELECT {columns} FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
@@ -2170,16 +2208,14 @@ class Store:
         """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
             accounts = self._accounts_in(db)
-            plan = _UsagePlan(window, filters, accounts, 0 if from_rows else _floor_in(db), from_rows)
+            floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
+            plan = _UsagePlan(window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
             by_pair = plan.by_pair(db)
-        models: dict[str, list[Sums]] = {}
-        identities: dict[Any, list[Sums]] = {}
-        for (identity_id, model), sums in by_pair.items():
-            models.setdefault(model, []).append(sums)
-            identities.setdefault(identity_id, []).append(sums)
-        by_model = [(model, add_sums(rows)) for model, rows in models.items()]
-        by_account = _sums_of_accounts({key: add_sums(rows) for key, rows in identities.items()}, accounts)
+        by_model = _folded((model, sums) for (_, model), sums in by_pair.items())
+        owners = {key: number for number, account in enumerate(accounts) for key in account.identity_ids}
+        by_owner = _folded((owners[key], sums) for (key, _), sums in by_pair.items())
+        by_account = [(accounts[number], sums) for number, sums in by_owner]
         return Usage(
             {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()},
             sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
@@ -2187,23 +2223,17 @@ class Store:
         )
 
     def span(self) -> tuple[float, float] | None:
-        """Return the times of the first and the last event ever counted; None where there is none."""
+        """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
         with self._read() as db:
-            low, high = db.execute(
-                "SELECT (SELECT MIN(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2), "
-                "(SELECT MAX(ts_epoch) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)",
-                _SOUND_TIMES,
-            ).fetchone()
-            sql = "SELECT MIN(bucket) FROM usage_by_time WHERE bucket >= ? AND bucket < ?"
-            oldest = db.execute(sql, [at / BUCKET_S for at in _SOUND_TIMES]).fetchone()[0]
-        starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
-        return (min(starts), high if high is not None else min(starts)) if starts else None
+            oldest = f"(SELECT MIN(bucket) * {BUCKET_S}.0 FROM usage_by_time)"
+            first, last = db.execute(f"SELECT {oldest}, IFNULL(MAX(ts_epoch), {oldest}) FROM events").fetchone()
+        return None if first is None else (first, last)
 
     def requests(
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or _SOUND_TIMES
+        window = window or _ALL_TIMES
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
         with self._read(is_search=bool(filters.text)) as db:
@@ -2243,7 +2273,7 @@ class Store:
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
         ).fetchone()
-        return _reading_of(columns, row) if row else None
+        return dict(zip(columns, row)) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2301,7 +2331,7 @@ class Store:
                 f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
                 "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
             ).fetchall()
-        return [{**_reading_of(own + read, row), "plan": row[-1] or row[2]} for row in rows]
+        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
@@ -2309,12 +2339,12 @@ class Store:
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
             rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? AND ts_epoch < ? "
+                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
                 "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, _LATEST_AT, most),
+                (since, most),
             ).fetchall()
         for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(_reading_of(names, row))
+            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2335,16 +2365,14 @@ class Store:
             found = [row[0] for row in db.execute("PRAGMA quick_check(5)").fetchall()]
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
-            floor = _floor_in(db)
+            floor = _meta_in(db, "events_floor", 0)
             rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
             of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
             if _sums_in(db, "usage_by_time", floor) != of_events:
                 faults.append("usage_by_time does not add up to the events")
             everything = _sums_in(db, "usage_by_time", 0)
-            for table in _ROLL_UPS:
-                if _sums_in(db, table, 0) != everything:
-                    faults.append(f"{table} does not add up to usage_by_time")
-        return faults
+            odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
+        return [*faults, *(f"{table} does not add up to usage_by_time" for table in odd)]
 
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
@@ -2362,12 +2390,6 @@ def _count(db, **added: int) -> None:
         "INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = value + excluded.value",
         [(name, number) for name, number in added.items() if number],
     )
-
-
-def _floor_in(db) -> int:
-    """Return the first bucket of BUCKET_S whose single events are all there still."""
-    row = db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone()
-    return row[0] if row else 0
 
 
 def _rows_to_adopt(db) -> int:
@@ -2458,32 +2480,9 @@ def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     request = dict(zip(_REQUEST_NAMES, values))
     for name in _CONTEXT_COLUMNS:
         request[name] = request[name] or None
-    request["failed"] = request["failed"] or 0
     request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
     request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
     return request
-
-
-def _reading_of(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
-    """Return a reading by its columns; what an adopted file holds in place of a number or a text is unknown."""
-    reading = dict(zip(names, row))
-    for name, value in reading.items():
-        if name == "ts_epoch" or name.endswith("_percent"):
-            reading[name] = value if isinstance(value, (int, float)) and abs(value) < _LATEST_AT else None
-        elif isinstance(value, bytes):
-            reading[name] = None
-    return reading
-
-
-def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
-    """Return the sums of accounts, folded from those of their identities."""
-    owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
-    nobody = Account("unknown", "", "", "", "", "", 0.0, 0.0, [])
-    folded: dict[int, tuple[Account, list[Sums]]] = {}
-    for identity_id, sums in by_identity.items():
-        account = owners.get(identity_id, nobody)
-        folded.setdefault(id(account), (account, []))[1].append(sums)
-    return [(account, add_sums(rows)) for account, rows in folded.values()]
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -2497,7 +2496,7 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        column = "IFNULL(e.failed, 0)" if on_rows else "r.reason_id"
+        column = "e.failed" if on_rows else "r.reason_id"
         parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
     if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
@@ -2543,7 +2542,7 @@ class _UsagePlan:
         """Return sums by (identity, model)."""
         in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
         rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, CAST(name AS TEXT) FROM models").fetchall())
+        names = dict(db.execute("SELECT id, name FROM models").fetchall())
         return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
 
     def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
@@ -4761,7 +4760,8 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
         """Return the answer that holds this content as JSON."""
-        return cls(json_text(content, separators=(",", ":")).encode("utf-8", "replace"), etag)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return cls(text.encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -5697,7 +5697,7 @@ def run_report(options: Any) -> int:
     with _reading_app(_load(options)[0]) as app:
         summary = api_summary(app, Query(range=options.range))
     if options.json:
-        print(json_text(summary, indent=2))
+        print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0
     start, end = map(local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
@@ -5732,7 +5732,7 @@ def run_quota(options: Any) -> int:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
     if options.json:
-        print(json_text(answer, indent=2))
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
     elif answer["quotas"]:
         heads = ["account", "plan", "5h remaining", "resets", "7d remaining", "resets", "status", "read"]
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
