@@ -855,22 +855,44 @@ def compact(raw: Any) -> Any:
     return kept
 
 
-def json_or_elements(data: bytes) -> Any:
-    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(data)
-    elements, depth, start = [], 0, 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[][{},]', data, re.S):
-        token = match.group()
-        depth += (token in (b"[", b"{")) - (token in (b"]", b"}"))
-        if depth == 1 and token == b"[" and not start:
-            start = match.end()
-        elif start and ((depth == 1 and token == b",") or depth == 0):
-            elements.append(data[start : match.start()])
-            start = match.end()
-            if depth == 0:
-                return [element for element in elements if element.strip()]
-    raise ValueError("not an array")
+_MARK = re.compile(rb'["[\]{},]')
+_REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.S)
+
+
+def elements_of(pieces: Iterable[bytes], largest: int = 8 << 20) -> Iterator[bytes | Oversized]:
+    """Split a JSON array that comes in pieces into its elements, not decoded. Raises ValueError for anything else.
+
+    An element of more than ``largest`` bytes is not kept, and comes as Oversized.
+    """
+    data, at, depth, dropped, in_string = b"", 0, 0, 0, False  # data: from the beginning of the element at hand
+    is_array = False
+    for piece in pieces:
+        data, start = data + piece, 0
+        while at < len(data):
+            if in_string:
+                at = _REST_OF_STRING.match(data, at).end()
+                in_string = data[at : at + 1] != b'"'
+                if in_string:  # goes on with the next piece, perhaps behind a backslash
+                    break
+                at += 1
+                continue
+            mark = _MARK.search(data, at)
+            kind, at = (mark.group(), mark.end()) if mark else (b"", len(data))
+            in_string = kind == b'"'
+            depth += (kind in (b"[", b"{")) - (kind in (b"]", b"}"))
+            if (kind, depth) in ((b",", 1), (b"]", 0)):
+                length = dropped + at - 1 - start
+                if length > largest:
+                    yield Oversized(length)
+                elif data[start : at - 1].strip():
+                    yield data[start : at - 1]
+            if (kind, depth) in ((b"[", 1), (b",", 1), (b"]", 0)):
+                start, dropped, is_array = at, 0, True
+        data, at = data[start:], at - start
+        if len(data) > largest:
+            dropped, data, at = dropped + at, data[at:], 0
+    if depth or not is_array:
+        raise ValueError("not an array")
 
 
 def _loads(raw: bytes) -> Any:
@@ -3341,6 +3363,24 @@ class PopSource(Source):
             self._client.close()
 
 
+def _pieces_of(reply: Any) -> Iterator[bytes]:
+    """Yield an answer in pieces: older Pythons would allocate the most that is allowed. Raises IncompleteRead."""
+    size = 0
+    for piece in iter(lambda: reply.read(256 * 1024), b""):
+        size += len(piece)
+        yield piece
+    if reply.length or (reply.length is None and not size):  # the latter where its headers were cut
+        raise IncompleteRead(b"")
+
+
+def _json_or_elements(content: bytes) -> Any:
+    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return list(elements_of([content]))
+
+
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
@@ -3361,11 +3401,10 @@ class ProxyApi:
             if isinstance(error, IncompleteRead):
                 raise QueueFault("the management API broke off in the middle of an answer") from error
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+        except ValueError:
+            raise NotResp("the management API answered with something that is not JSON") from None
         if status == 200:
-            try:
-                return json_or_elements(content)
-            except ValueError:
-                raise NotResp("the management API answered with something that is not JSON") from None
+            return content
         if status in (401, 403):
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
@@ -3377,7 +3416,8 @@ class ProxyApi:
         fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
         raise fault
 
-    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
+    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
+        """Return the status with the decoded JSON of a 200, else with the bytes of the answer."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
@@ -3386,17 +3426,15 @@ class ProxyApi:
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
-        # In pieces: older Pythons would allocate the most that is allowed at each poll.
-        pieces, room = [reply.read(256 * 1024)], 64 * 1024 * 1024
-        while pieces[-1] and room > 0:
-            room -= len(pieces[-1])
-            pieces.append(reply.read(min(room, 256 * 1024)))
-        content = b"".join(pieces)
-        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
-            raise IncompleteRead(content)
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
-        return reply.status, content
+        pieces, content = _pieces_of(reply), b""
+        for piece in pieces:
+            content += piece
+            if len(content) > 4 << 20:  # what is stored of each element is small
+                elements = map(compact, elements_of(itertools.chain([content], pieces)))
+                return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
+        return reply.status, _json_or_elements(content) if reply.status == 200 else content
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
@@ -3685,7 +3723,9 @@ class Spool:
         if not self._path.exists():
             return
         with open(str(self._path), "rb") as stream:
-            for line in iter(lambda: stream.readline(16 << 20), b""):
+            for line in iter(lambda: stream.readline(8 << 20), b""):
+                if len(line) == 8 << 20:  # no batch is as long; its copies would take the memory
+                    continue
                 checksum, _, text = line.rstrip(b"\n").partition(b" ")
                 if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
                     continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more

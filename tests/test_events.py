@@ -329,11 +329,17 @@ def test_large_value_that_is_no_object_is_parked_with_its_length(raw):
     assert reject.length == len(raw)
 
 
-def test_array_is_split_into_elements_that_stand_for_themselves():
-    elements = [b"1", b'"a,]\\""', b'{"x":[1,{"y":"}"}]}', b"[" * 3000 + b"]" * 3000, b'"\xff"', payload(1)]
-    assert [part.strip() for part in app.json_or_elements(b"[" + b" , ".join(elements) + b"]")] == elements
-    assert app.json_or_elements(b"[]") == []
-    assert app.json_or_elements(b'{"a": [1]}') == {"a": [1]}
-    for broken in (b"", b"{", b"[1", b"seven"):
-        with pytest.raises(ValueError):
-            app.json_or_elements(broken)
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 10**6])
+def test_array_is_split_into_elements_wherever_its_pieces_end(size):
+    elements = [b"1", b'"a,]\\\""', b'{"x":[1,{"y":"}\\\\"}]}', b"[" * 900 + b"]" * 900, b'"\xff"', payload(1)]
+    whole = b"[" + b" , ".join(elements) + b"]\n"
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+    assert [part.strip() for part in app.elements_of(pieces)] == elements
+    assert [type(part) for part in app.elements_of(pieces, 50)] == [bytes] * 3 + [app.Oversized, bytes, app.Oversized]
+    assert list(app.elements_of([b"[ ]"])) == []
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[1", b"seven", b'{"a": [1]}', b'["]', b"null"])
+def test_array_that_is_none_has_no_elements(broken):
+    with pytest.raises(ValueError):
+        list(app.elements_of([broken]))
