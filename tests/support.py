@@ -22,6 +22,16 @@ import usage_dashboard as app
 
 DATA = Path(__file__).resolve().parent / "data"
 SAMPLES = (DATA / "events.jsonl").read_bytes().splitlines()  # the eighth is a warm-up, which is ignored
+# Derived by hand from the token rules: (UTC time, source, model, input, output, reasoning, cached, written, total).
+EXPECTED_SAMPLES = [
+    ("2026-05-03T01:14:22.048103Z", "dev.three@example.net", "gpt-5.3-codex", 15230, 812, 384, 14080, None, 16042),
+    ("2026-08-22T13:07:45.902130Z", "writer@example.com", "claude-sonnet-4-6", 50266, 1840, 0, 48210, 2044, 52106),
+    ("2026-05-28T18:03:04.000000Z", "dev.one@example.com", "gpt-5.4", 90122, 3021, 1990, 88000, 0, 93143),
+    ("2026-07-25T07:10:00.120034Z", "dev.one@example.com", "gpt-5.4", 0, 0, 0, 0, 0, 0),
+    ("2026-07-25T07:10:00.509117Z", "dev.two@example.org", "gpt-5.4", 4210, 950, 512, 2048, 0, 5160),
+    ("2026-08-22T13:00:00.000000Z", "AIz…0001 #8d9271", "gemini-3-pro-preview", 1000, 420, 120, 400, 0, 1420),
+    ("2026-08-22T12:15:02.731000Z", "sk-…1111 #4bdca8", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
+]
 QUOTA = json.loads((DATA / "quota.json").read_text(encoding="utf-8"))
 QUOTA_BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
 ALWAYS = app.Window(0.0, 4e9)
@@ -273,7 +283,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def comes_up(process: subprocess.Popen, answers: Callable[[], Any], seconds: float) -> bool:
+def deaf_client(port: int, path: str) -> socket.socket:
+    """Ask a question and take nothing of the answer."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(10)
+    client.connect(("127.0.0.1", port))
+    with contextlib.suppress(OSError):  # it was ended meanwhile
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return client
+
+
+def ended(connections: list[socket.socket]) -> list[int]:
+    """Return which connections have something to read, or were ended by the other side."""
+    return [number for number, one in enumerate(connections) if select.select([one], [], [], 0)[0]]
+
+
+def comes_up(process: subprocess.Popen, answers: Callable[[], Any], seconds: float, every_s: float = 0.02) -> bool:
     """Return whether a process that was just started answers in time; `answers` may raise OSError until then."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
@@ -281,7 +307,7 @@ def comes_up(process: subprocess.Popen, answers: Callable[[], Any], seconds: flo
             if answers():
                 return True
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
+            process.wait(every_s)
     return False
 
 

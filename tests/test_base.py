@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dis
 import io
 import os
@@ -75,22 +74,6 @@ def test_log_to_a_closed_stream_is_no_fault():
     stream = io.StringIO()
     stream.close()
     app.Log(stream).line("anything")
-
-
-@pytest.fixture
-def full_pipe():
-    """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"-" * 1000)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"-")
-    os.set_blocking(writing, True)
-    yield reading, writing
-    os.close(reading)
 
 
 def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_were_dropped(full_pipe):

@@ -12,13 +12,12 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import ExitStack, closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-import support
+from program import COMPILED, configure, get, start
 from support import (
     KEY,
     ORIGINAL_ROWS,
@@ -34,7 +33,6 @@ from support import (
 
 import usage_dashboard as app
 
-COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
@@ -49,29 +47,8 @@ def shifted(minutes_ago: float = 10):
     return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
 
 
-def configure(program, **settings):
-    base = {"dashboard_host": "127.0.0.1", "dashboard_port": free_port(), "poll_interval_seconds": 0.1}
-    path = program.folder / "config.json"
-    path.write_text(json.dumps({**base, **settings}), encoding="utf-8")
-    path.chmod(0o600)
-    return base["dashboard_port"]
-
-
-def get(port, path):
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{port}{path}", timeout=30) as reply:
-        return json.loads(reply.read())
-
-
 def opened(program):
     return closing(app.Store(program.folder / "usage.db"))
-
-
-def start(program, port, *more, **where):
-    running = program.start("start", "--no-browser", *more, **where)
-    running.wait_for_line(f"http://localhost:{port}")
-    running.port = port
-    return running
 
 
 @pytest.fixture
@@ -80,8 +57,7 @@ def serve(program, proxy):
     started = []
 
     def start_one(env=None, cwd=None, **settings):
-        port = configure(program, **{"cliproxy_port": proxy.port, "management_password": KEY, **settings})
-        started.append(start(program, port, env=env, cwd=cwd))
+        started.append(start(program, configure(program, proxy, **settings), env=env, cwd=cwd))
         return started[-1]
 
     yield start_one
@@ -390,14 +366,9 @@ def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_se
     assert proxy.failures == 0
 
 
-@pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish"])
+@pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish\r\n"])
 def test_check_without_a_key_names_a_strange_server(program, answer):
-    class Strange(support.SocketServer):
-        def serve(self, stream):
-            stream.fill()
-            stream.send(answer)
-
-    with Strange() as server:
+    with Answering(answer) as server:
         configure(program, cliproxy_port=server.port)
         done = program.run("check")
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import re
-import select
 import socket
 import sqlite3
 import threading
@@ -14,22 +13,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
-from support import NOW, Site, at, event, put, reading, rows, write_account
+from support import NOW, at, ended, event, put, reading, rows, write_account
 
 import usage_dashboard as app
 
 DAY = "/api/summary?range=24h"
-
-
-@pytest.fixture
-def make_site(tmp_path):
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(closing(Site(tmp_path, **options)))
-
-
-@pytest.fixture
-def site(make_site):
-    return make_site()
 
 
 def test_summary_has_exactly_the_promised_shape(site):
@@ -300,10 +288,6 @@ def test_what_is_sent_on_is_never_taken_for_a_request_and_costs_nobody_the_answe
 
 def clients_of(site, count):
     return [socket.create_connection(("127.0.0.1", site.port), timeout=10) for _ in range(count)]
-
-
-def ended(connections):
-    return [number for number, one in enumerate(connections) if select.select([one], [], [], 0)[0]]
 
 
 def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_made(pool, chatgpt):
