@@ -6,12 +6,14 @@ import socket
 import ssl
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from fake_proxy import FakeProxy
 from redis_server import OldRedis, RedisServer
 from support import (
     DATA,
+    EXPECTED_SAMPLES,
     KEY,
     SAMPLES,
     WRONG,
@@ -27,68 +29,39 @@ from support import (
 
 import usage_dashboard as app
 
-# (model, input, output, total) of the samples, by hand from the token rules of design section 5; the eighth
-# line is a warm-up with "generate": false and no usage.
-EXPECTED_SAMPLES = [
-    ("gpt-5.3-codex", 15230, 812, 16042),
-    ("claude-sonnet-4-6", 50266, 1840, 52106),
-    ("gpt-5.4", 90122, 3021, 93143),
-    ("gpt-5.4", 0, 0, 0),
-    ("gpt-5.4", 4210, 950, 5160),
-    ("gemini-3-pro-preview", 1000, 420, 1420),
-    ("gpt-5.5", 182044, 5120, 187164),
-]
-
-
 # ---- every kind of queue ---------------------------------------------------------------------------------
 
 
-def assert_samples(run) -> None:
-    run.wait_for(lambda: run.accounted >= len(SAMPLES))
-    got = rows(run.store.path, "SELECT model, input_tokens, output_tokens, total_tokens FROM events ORDER BY id")
-    assert got == EXPECTED_SAMPLES
-    assert (run.status["events"], run.status["rejected"], run.status["ignored"]) == (7, 0, 1)
+def assert_samples(run, greetings=0) -> None:
+    """Wait until every sample is stored, but for a warm-up, which is ignored as a greeting of the queue is."""
+    run.wait_for(lambda: run.accounted >= len(SAMPLES) + greetings)
+    names = "timestamp, model, input_tokens, output_tokens, reasoning_tokens, total_tokens"
+    assert rows(run.store.path, f"SELECT {names} FROM events ORDER BY id") == [
+        (at, model, input, output, reasoning, total)
+        for at, _, model, input, output, reasoning, _, _, total in EXPECTED_SAMPLES
+    ]
+    assert [run.status[name] for name in ("events", "rejected", "ignored")] == [7, 0, 1 + greetings]
     assert run.store.find_faults() == []
 
 
-@pytest.mark.parametrize(
-    ("version", "mode", "used"),
-    [
-        ("v6.9.38", "auto", "pop"),
-        ("v6.10.8", "auto", "pop"),
-        ("v7.0.2", "auto", "pop"),
-        ("v7.1.17", "auto", "http"),
-        ("v7.1.43", "auto", "pop"),
-        ("v7.1.44", "auto", "pop"),
-        ("v7.2.140", "auto", "pop"),
-        ("v7.2.140", "pop", "pop"),
-        ("v7.1.18", "auto", "pop"),
-        ("v6.10.8", "http", "http"),
-        ("v7.1.17", "http", "http"),
-        ("v7.1.43", "http", "http"),
-        ("v7.2.140", "http", "http"),
-        ("v7.0.7", "subscribe", "subscribe"),
-        ("v7.1.16", "subscribe", "subscribe"),
-        ("v7.1.18", "subscribe", "subscribe"),
-        ("v7.1.38", "subscribe", "subscribe"),
-        ("v7.1.39", "subscribe", "subscribe"),
-        ("v7.1.43", "subscribe", "subscribe"),
-        ("v7.1.44", "subscribe", "subscribe"),
-        ("v7.2.140", "subscribe", "subscribe"),
-    ],
-)
-def test_collector_on_each_release_and_mode_stores_the_samples(collect, version, mode, used):
+RELEASES = {
+    "auto": "v6.9.38 v6.10.8 v7.0.2 v7.1.17 v7.1.18 v7.1.43 v7.1.44 v7.2.140",
+    "pop": "v7.2.140",
+    "http": "v6.10.8 v7.1.17 v7.1.43 v7.2.140",
+    "subscribe": "v7.0.7 v7.1.16 v7.1.18 v7.1.38 v7.1.39 v7.1.43 v7.1.44 v7.2.140",
+}
+
+
+@pytest.mark.parametrize(("mode", "version"), [(mode, tag) for mode, tags in RELEASES.items() for tag in tags.split()])
+def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, version):
+    used = mode if mode != "auto" else "http" if version == "v7.1.17" else "pop"
     with FakeProxy(version=version) as proxy:
         proxy.push(*SAMPLES)
         run = collect(proxy, collect_mode=mode)
-        run.wait_for(lambda: run.status["events"] == 7)
-        # a subscription to a newer proxy begins with a control message, which is ignored, too
-        greetings = int(mode == "subscribe" and proxy.dialect.control_messages)
-        run.wait_for(lambda: run.accounted == len(SAMPLES) + greetings)
-        got = rows(run.store.path, "SELECT model, input_tokens, output_tokens, total_tokens FROM events ORDER BY id")
-        assert got == EXPECTED_SAMPLES
-        assert (run.status["ignored"], run.status["rejected"], run.status["mode"]) == (1 + greetings, 0, used)
-        assert (proxy.failures, proxy.lost, proxy.queued, run.store.find_faults()) == (0, [], 0, [])
+        # a subscription to a newer proxy begins with a control message
+        assert_samples(run, greetings=int(mode == "subscribe" and proxy.dialect.control_messages))
+        assert run.status["mode"] == used
+        assert (proxy.failures, proxy.lost, proxy.queued) == (0, [], 0)
 
 
 @pytest.mark.parametrize(
@@ -170,22 +143,16 @@ def test_collector_on_a_long_queue_follows_full_batches_at_once(collect, proxy):
     assert run.store.find_faults() == []
 
 
-@pytest.mark.parametrize("key", ["", KEY])
-def test_collector_on_a_redis_without_a_password_stores_and_never_asks_http(collect, redis_server, key):
-    assert_stores_from_redis(collect, redis_server, key)
-
-
-def test_collector_on_a_redis_with_a_password_stores(collect, redis_with_password):
-    assert_stores_from_redis(collect, redis_with_password, KEY)
-
-
-def assert_stores_from_redis(collect, server, key) -> None:
-    server.push("usage", *SAMPLES)
-    run = collect(server, management_password=key)
-    assert_samples(run)
-    # one connection is the fixture's; a question over HTTP would be a third
-    assert "total_connections_received:2\r\n" in server.command("INFO", "stats").decode()
-    assert (run.status["mode"], run.status["publishing"], run.status["proxy_version"]) == ("pop", None, None)
+@pytest.mark.redis
+@pytest.mark.parametrize(("password", "key"), [(None, ""), (None, KEY), (KEY, KEY)])
+def test_collector_on_a_redis_stores_and_never_asks_http(collect, password, key):
+    with RedisServer(password) as server:
+        server.push("usage", *SAMPLES)
+        run = collect(server, management_password=key)
+        assert_samples(run)
+        # one connection is the fixture's; a question over HTTP would be a third
+        assert "total_connections_received:2\r\n" in server.command("INFO", "stats").decode()
+        assert (run.status["mode"], run.status["publishing"], run.status["proxy_version"]) == ("pop", None, None)
 
 
 def test_collector_on_a_redis_pops_only_its_own_list(collect, redis_server):
@@ -219,19 +186,14 @@ def test_collector_behind_a_reverse_proxy_turns_to_http(collect, proxy):
     assert run.status["mode"] == "http" and proxy.failures == 0
 
 
-@pytest.mark.parametrize("mode", ["pop", "subscribe"])
-def test_collector_behind_a_reverse_proxy_with_resp_only_is_not_resp(collect, proxy, mode):
+@pytest.mark.parametrize(("mode", "key"), [("pop", KEY), ("subscribe", KEY), ("auto", "")])
+def test_collector_behind_a_reverse_proxy_with_resp_only_or_without_a_key_asks_nothing_over_http(
+    collect, proxy, mode, key
+):
     proxy.answer_http_only = True
-    run = collect(proxy, collect_mode=mode)
+    run = collect(proxy, collect_mode=mode, management_password=key)
     run.wait_for_state("not_resp")
-    assert not any(method == "GET" for method, _ in proxy.http_requests)
-
-
-def test_collector_behind_a_reverse_proxy_without_a_key_asks_nothing_over_http(collect, proxy):
-    proxy.answer_http_only = True
-    run = collect(proxy, management_password="")
-    run.wait_for_state("not_resp")
-    assert (proxy.failures, proxy.http_requests) == (0, [])
+    assert proxy.failures == 0 and not any(method == "GET" for method, _ in proxy.http_requests)
 
 
 def test_collector_over_tls_stores_and_asks_the_api_over_tls(collect, monkeypatch):
@@ -290,32 +252,24 @@ def test_collector_that_subscribes_drains_the_queue_of_each_gap(collect, proxy):
 
 
 def test_collector_that_subscribes_leaves_other_subscribers_their_events(collect, proxy, tmp_path):
-    other = app.Store(tmp_path / "other.db")
-    try:
+    with closing(app.Store(tmp_path / "other.db")) as other:
         runs = [collect(proxy, collect_mode="subscribe", on=on) for on in (None, other)]
         proxy.wait_for(lambda: proxy.subscribers == 2)
         proxy.push(*payloads(50))
         for run in runs:
             run.wait_for_events(50)
             run.end()
-    finally:
-        other.close()
 
 
 @pytest.mark.parametrize("count", [50, 1200])
 def test_collector_that_subscribes_stores_all_it_heard_before_the_stop(collect, open_store, store, proxy, count):
     run = collect(proxy, collect_mode="subscribe")
     run.wait_for(lambda: proxy.subscribers == 1 and run.status["ignored"] == 1)
-    locker = lock(store)
-    try:
-        for number in range(count):
-            proxy.push(payload(number))
-            if number % 100 == 99:
-                proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
+    with closing(lock(store)):
+        for first in range(0, count, 50):
+            proxy.push(*payloads(50, first))
+            proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
         run.wait_for_state("storage_error")
-        proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
-    finally:
-        locker.close()
     run.end()
     after = collect(proxy, on=open_store())
     after.wait_for_state("waiting", "recording")
@@ -349,14 +303,9 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
     proxy.publishing = False
     run = collect(proxy, collect_mode="subscribe")
     run.wait_for(lambda: run.status["ignored"] == 1)  # the control message, which is no usage
-    wait_for_turns(run)
+    turned = time.monotonic() + 0.3  # a subscriber waits without the stop event
+    run.wait_for(lambda: time.monotonic() > turned)
     assert (run.state, run.status["publishing"]) == ("publishing_off", False)
-
-
-def wait_for_turns(run):
-    """Wait for some turns of a subscriber, which waits without the stop event."""
-    seen = time.monotonic() + 0.3
-    run.wait_for(lambda: time.monotonic() > seen)
 
 
 # ---- the default ports -----------------------------------------------------------------------------------
