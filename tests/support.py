@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import http.client
 import io
 import json
@@ -437,6 +438,12 @@ def room(store, pages) -> None:
 def spool_path(store) -> Path:
     """Return where the events lie that could not be stored yet."""
     return Path(f"{store.path}.spool")
+
+
+def spool_line(content: Any) -> bytes:
+    """Return a line of a spool as this version sums it, whatever it says: bytes, or what becomes JSON."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
 
 
 ORIGINAL_TABLES = """

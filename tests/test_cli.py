@@ -381,6 +381,7 @@ def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
     running.wait_for_line("state=wrong_password")
     configure(program, cliproxy_port=proxy.port, management_password=KEY, dashboard_port=running.port)
     running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == STORED, timeout=15)
+    assert (proxy.auth_attempts, proxy.failures) == (2, 1)
 
 
 PART_THAT_DIES = """

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from fake_proxy import FakeProxy
@@ -29,19 +28,8 @@ def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, pro
         wait_a_while(run)
         run.end()
     assert proxy.failures == 1 and "management_password" in run.status["message"]
-
-
-def test_collector_with_a_refused_key_takes_the_corrected_one_from_load(collect, proxy):
-    proxy.push(payload(1))
-    current = [WRONG]
-    run = collect(proxy, load=lambda: config_of(proxy, management_password=current[0]), management_password=WRONG)
-    run.wait_for_state("wrong_password")
-    wait_a_while(run)
-    current[0] = KEY
-    run.wait_for_events(1)
-    assert (proxy.auth_attempts, proxy.failures) == (2, 1)
-    # looked at within 15 s, as the page promises
-    assert max(wait for wait in run.stop.waits) <= 15
+    files = list(run.store.path.parent.glob("usage.db*"))
+    assert len(files) > 1 and not any(WRONG.encode() in file.read_bytes() for file in files)
 
 
 def test_collector_with_a_refused_key_tries_again_when_the_config_file_is_written(collect, proxy, tmp_path):
@@ -77,14 +65,6 @@ def test_collector_restarted_with_another_key_tries_it_once(collect, open_store,
         run.wait_for_state("wrong_password" if key != KEY else "waiting")
         run.end()
         assert proxy.auth_attempts == number + 1
-
-
-def test_collector_keeps_no_readable_key_in_the_database(collect, store, proxy):
-    run = collect(proxy, management_password=WRONG)
-    run.wait_for_state("wrong_password")
-    run.end()
-    files = [Path(f"{store.path}{suffix}") for suffix in ("", "-wal", ".spool")]
-    assert not any(WRONG.encode() in file.read_bytes() for file in files if file.exists())
 
 
 def test_collector_with_a_wrong_key_and_a_locked_database_lives_and_fails_once(collect, store, proxy):
@@ -187,23 +167,6 @@ def test_config_file_that_is_touched_often_sends_a_wrong_key_three_times(collect
     assert proxy.failures == 4
 
 
-def test_proxy_that_was_closed_to_everybody_is_logged_in_to_as_soon_as_it_opens(collect, proxy):
-    proxy.management = False
-    run = collect(proxy)
-    run.wait_for(lambda: len(run.stop.waits) > 20)
-    assert run.state == "closed"
-    proxy.management = True
-    run.wait_for_state("waiting")
-
-
-def test_proxy_that_is_away_for_long_uses_up_no_login(collect, proxy):
-    proxy.stop_listening()
-    run = collect(proxy)
-    run.wait_for(lambda: len(run.stop.waits) > 20)
-    proxy.listen_again()
-    run.wait_for_state("waiting")
-
-
 def test_logins_that_succeed_are_not_limited(collect, proxy):
     run = collect(proxy)
     for number in range(1, 8):
@@ -247,7 +210,7 @@ def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on
             setattr(proxy, name, value)
         run = collect(proxy, **{"management_password": proxy.key, **here})
         run.wait_for_state(state)
-        wait_a_while(run, 10)
+        wait_a_while(run, 20)
         said = json.dumps(run.status) + run.log
         assert "Key-Of-The-Owner-77" not in said and WRONG not in said
         assert app.STATE_REMEDIES[state] in run.status["message"] and run.log.count(f"state={state} ") == 1
@@ -271,17 +234,6 @@ def test_probe_logs_in_once_pops_nothing_and_notes_no_outage(store, proxy, key):
 # ---- says why --------------------------------------------------------------------------------------------
 
 
-def test_collector_on_a_proxy_that_publishes_nothing_says_so_and_records_as_soon_as_it_does(collect, proxy):
-    proxy.publishing = False
-    run = collect(proxy)
-    run.wait_for_state("publishing_off")
-    assert "usage-statistics-enabled: true" in run.status["message"] and run.status["publishing"] is False
-    proxy.publishing = True
-    proxy.push(payload(1))
-    run.wait_for_state("recording")
-    assert run.status["publishing"] is True
-
-
 @pytest.mark.parametrize("state", ["waiting", "recording"])
 def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(collect, proxy, state):
     run = collect(proxy)
@@ -300,22 +252,24 @@ def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(
     asked = len(proxy.http_requests)
     wait_a_while(run)
     assert len(proxy.http_requests) == asked
+    assert "usage-statistics-enabled: true" in run.status["message"] and run.status["publishing"] is False
     shown = [(outage["reason"], outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, time.time())]
     assert shown == [("publishing_off", None, True)]
     proxy.publishing = True
     run.ahead_s = 20.0
     run.wait_for_state("waiting")  # without any event
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30
+    assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30 and run.status["publishing"] is True
 
 
 @pytest.mark.parametrize(
     ("version", "setting", "learnt"),
     [("v7.2.140", 3600, 3600), ("v7.2.140", 90000, 3600), ("v7.2.140", 0, 60), ("v6.9.38", 900, 60)],
 )
-def test_collector_learns_how_long_the_proxy_remembers(collect, version, setting, learnt):
+def test_collector_learns_how_long_the_proxy_remembers(collect, store, version, setting, learnt):
     with FakeProxy(version=version) as proxy:
         proxy.retention_seconds = setting
+        store.put_meta("retention_s", 1e9)  # as after a Redis, which forgets nothing
         run = collect(proxy)
         run.wait_for_state("waiting")
         assert (run.status["retention_seconds"], run.status["warning"]) == (learnt, None)
@@ -388,13 +342,6 @@ def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing
     assert run.state == "publishing_off"
 
 
-def test_collector_that_leaves_a_redis_for_a_proxy_forgets_that_nothing_is_forgotten(collect, proxy, store):
-    store.put_meta("retention_s", 1e9)
-    run = collect(proxy)
-    run.wait_for_state("waiting")
-    assert store.get_meta("retention_s") == 60
-
-
 def test_collector_started_on_a_locked_database_notes_the_outage_afterwards(collect, open_store, proxy, store):
     ended = collect(proxy)
     ended.wait_for_state("waiting")
@@ -406,15 +353,6 @@ def test_collector_started_on_a_locked_database_notes_the_outage_afterwards(coll
     run.wait_for_state("waiting")
     (outage,) = store.outages(ALWAYS, time.time())
     assert outage["reason"] == "stopped" and 7190 <= outage["to"] - outage["from"] <= 7210
-
-
-def test_collector_shows_no_path_of_the_database_and_logs_it(collect, proxy, store):
-    locker = lock(store)
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
-    locker.close()
-    assert str(store.path) in run.log and str(store.path.parent) not in run.status["message"]
-    assert "usage.db is locked" in run.status["message"]
 
 
 def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
@@ -437,39 +375,35 @@ def test_collector_with_a_clock_that_jumps_back_has_no_negative_waits(collect, p
     assert min(run.stop.waits) > 0
 
 
+@pytest.mark.parametrize("was_connected", [False, True])
 @pytest.mark.parametrize("reason", ["refused", "banned", "closed"])
-def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason):
+def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason, was_connected):
+    run = None
+    if was_connected:
+        run = collect(proxy)
+        run.wait_for_state("waiting")
     if reason == "refused":
         proxy.stop_listening()
     elif reason == "banned":
         proxy.ban()
     else:
         proxy.management = False
-    run = collect(proxy)
+    proxy.disconnect_all()
+    run = run or collect(proxy)
     run.wait_for_state(reason)
-    run.wait_for(lambda: store.outages(ALWAYS, time.time()))
-    assert [(outage["reason"], outage["to"]) for outage in store.outages(ALWAYS, time.time())] == [(reason, None)]
+    wait_a_while(run, 20 if reason == "refused" else 1)  # being away for long uses up no login
+    told = {reason, "unreachable"} if was_connected else {reason}  # the first of them
+    (outage,) = store.outages(ALWAYS, time.time())
+    assert outage["reason"] in told and outage["to"] is None
     run.ahead_s = 600.0
     proxy.lift_ban()
     proxy.management = True
     if reason == "refused":
         proxy.listen_again()
-    run.wait_for_state("waiting")
+    proxy.push(payload(1))
+    run.wait_for_state("recording")
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["reason"] == reason and 590 <= outage["to"] - outage["from"] <= 610
-
-
-def test_collector_whose_proxy_went_away_notes_the_outage_from_then_on(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
-    proxy.stop_listening()
-    proxy.disconnect_all()
-    run.wait_for_state("unreachable", "refused")
-    run.ahead_s = 600.0
-    proxy.listen_again()
-    run.wait_for_state("waiting")
-    (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["reason"] in ("unreachable", "refused") and 590 <= outage["to"] - outage["from"] <= 610
+    assert outage["reason"] in told and 590 <= outage["to"] - outage["from"] <= 610
 
 
 def test_collector_that_reconnects_at_once_notes_no_outage(collect, proxy, store):

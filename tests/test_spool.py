@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from fake_proxy import FakeProxy
-from support import MALFORMED, ODD_BUT_GOOD, SAMPLES, WRONG, Watched, ids_of, payload, payloads, spool_path, stored_ids
+from support import (
+    MALFORMED,
+    ODD_BUT_GOOD,
+    SAMPLES,
+    WRONG,
+    Watched,
+    ids_of,
+    payload,
+    payloads,
+    spool_line,
+    spool_path,
+    stored_ids,
+)
 
 import usage_dashboard as app
 
@@ -79,38 +89,28 @@ def test_spool_with_a_torn_line_takes_the_next_batch_whole(tmp_path):
     assert list(app.Spool(path).read()) == [(2, parsed(2))]
 
 
-def test_spool_of_another_version_is_set_aside_and_its_sound_batches_stored(collect, proxy, store):
-    path = Path(f"{store.path}.spool")
-    spool = app.Spool(path)
-    for sequence in (1, 2, 3):
-        spool.append(sequence, app.parse_events([payload(sequence)]))
-    lines = path.read_bytes().splitlines()
-    for number in (1, 2):
-        lines.insert(number, checked(b'["odd"]').rstrip())
-    path.write_bytes(b"\n".join(lines))
-    run = collect(proxy)
-    run.wait_for_events(3)
-    aside = app.Spool(path).odd_path
-    assert b'["odd"]' in aside.read_bytes() and aside.name in run.log and aside.stat().st_mode & 0o777 == 0o600
-
-
-def checked(content: bytes) -> bytes:
-    """Return a line of a spool as this version sums it, whatever it says."""
-    return hashlib.sha256(content).hexdigest()[:16].encode() + b" " + content + b"\n"
-
-
 RUBBISH = [
     b"\n\n\n", b"\x00" * 500, b"garbage", b"0123456789abcdef []\n", b"\xff" * 99,
-    checked(b'[1, {"layout": "new"}]'), checked(b"[1, [], [], 0]"), checked(b"{}"), checked(b"7"),
+    *map(spool_line, (b'[1, {"layout": "new"}]', b"[1, [], [], 0]", b"{}", b"7", b'["odd"]')),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", RUBBISH)
-def test_spool_of_rubbish_or_another_version_does_not_keep_the_collector_from_recording(collect, proxy, store, content):
-    spool_path(store).write_bytes(content)
-    proxy.push(payload(1))
+def test_spool_lines_of_rubbish_or_another_version_are_set_aside_and_sound_batches_stored(
+    collect, proxy, store, content
+):
+    path = spool_path(store)
+    for number in (1, 2):
+        app.Spool(path).append(number, parsed(number))
+    path.write_bytes(b"\n".join(part for line in path.read_bytes().splitlines() for part in (content, line)))
+    proxy.push(payload(3))
     run = collect(proxy)
-    run.wait_for_events(1)
+    run.wait_for_events(3)
+    assert stored_ids(store) == ["r1", "r2", "r3"]
+    aside = app.Spool(path).odd_path
+    if content.strip():
+        assert content.strip() in aside.read_bytes() and aside.name in run.log
+        assert aside.stat().st_mode & 0o777 == 0o600
 
 
 def test_spool_is_private_and_dated_while_recording(collect, proxy, store):
