@@ -368,17 +368,6 @@ def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):
     assert (answer["cooldown_seconds"], answer["last_refresh"]) == (0, None)
 
 
-def test_sums_of_deleted_requests_are_in_the_bars_as_in_the_total(site):
-    put(site.store, *(at(100 + minute) for minute in range(60)))
-    while site.store.delete_some(NOW - 3600):
-        pass
-    for minutes_ago in (95, 101, 155):
-        start = NOW - 60 * minutes_ago
-        answer = site.json(f"/api/summary?start={start}&end={start + 600}&status=ok&bucket=auto")
-        bars = sum(hour["requests"] for hour in answer["hours"])
-        assert bars == answer["summary"]["requests"] == sum(row["requests"] for row in answer["models"])
-
-
 def write_readings(store, *used_percents, every_s=300, plan="plus", email="an@example.com", reset_in=7200, **changes):
     """Save readings of the five hours, the last one now."""
     for number, used in enumerate(used_percents):
