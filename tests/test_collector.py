@@ -6,7 +6,7 @@ import socket
 import ssl
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import pytest
 from fake_proxy import FakeProxy
@@ -106,10 +106,13 @@ def test_collector_on_a_redis_that_knows_no_count_stores(collect, key):
         assert server.connections == 1 and stored_ids(run.store)[7:] == [f"r{number}" for number in range(300)]
 
 
-def test_collector_on_a_proxy_sends_auth_first_and_reports_it_all(collect, proxy):
-    proxy.push(*SAMPLES)
+def test_collector_on_a_proxy_sends_auth_first_keeps_its_connection_and_reports_it_all(collect, proxy):
     run = collect(proxy)
+    for number, sample in enumerate(SAMPLES, start=1):
+        proxy.push(sample)
+        run.wait_for(lambda number=number: run.accounted == number)
     run.wait_for_state("recording")
+    run.wait_for(lambda: proxy.open_connections == 1)
     status = run.status
     assert proxy.commands[0] == "AUTH" and proxy.auth_attempts == 1
     assert not {"PING", "HELLO", "CLIENT", "SELECT"} & set(proxy.commands)
@@ -117,15 +120,6 @@ def test_collector_on_a_proxy_sends_auth_first_and_reports_it_all(collect, proxy
     assert status["endpoint"] == f"127.0.0.1:{proxy.port}"
     assert status["last_event"] == pytest.approx(1787404065.90213)  # 2026-08-22T21:07:45.90213+08:00
     run.end()
-
-
-def test_collector_on_one_connection_keeps_it_for_all_polls(collect, proxy):
-    run = collect(proxy)
-    for number in range(5):
-        proxy.push(payload(number))
-        run.wait_for_events(number + 1)
-    run.wait_for(lambda: proxy.open_connections == 1)
-    assert proxy.auth_attempts == 1
 
 
 def test_collector_on_an_idle_queue_waits_the_poll_interval(collect, proxy):
@@ -329,29 +323,23 @@ def redis_at_default(password=None) -> RedisServer:
     return server
 
 
-def test_default_ports_with_only_a_proxy_take_its_own_port(collect, default_ports):
-    with FakeProxy(port=8317) as proxy:
-        proxy.push(payload(1))
-        run = collect()
-        run.wait_for_events(1)
-        run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
-        assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
-
-
 def test_default_ports_with_nobody_there_name_both(collect, default_ports):
     run = collect()
     run.wait_for_state("refused")
     assert "6379" in run.status["message"] and "8317" in run.status["message"]
 
 
-@pytest.mark.redis
-@pytest.mark.parametrize("password", [None, "another-password"])
-def test_default_ports_with_a_foreign_redis_take_the_proxy(collect, default_ports, password):
-    with redis_at_default(password), FakeProxy(port=8317) as proxy:
+A_REDIS = pytest.mark.redis
+
+
+@pytest.mark.parametrize("there", [None, *(pytest.param(key, marks=A_REDIS) for key in ("", "another-password"))])
+def test_default_ports_with_no_redis_or_a_foreign_one_take_the_proxy(collect, default_ports, there):
+    with redis_at_default(there or None) if there is not None else nullcontext(), FakeProxy(port=8317) as proxy:
         proxy.push(payload(1))
         run = collect()
         run.wait_for_events(1)
-        assert run.status["endpoint"] == "127.0.0.1:8317" and proxy.failures == 0
+        run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
+        assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
 
 
 @pytest.mark.redis

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
-def test_collector_whose_connection_breaks_connects_again_without_loss(collect, proxy, mode):
+def test_collector_whose_connection_breaks_connects_again_without_loss_or_outage(collect, proxy, store, mode):
     run = collect(proxy, collect_mode=mode)
     for number in range(3):
         proxy.push(payload(number))
@@ -50,7 +50,8 @@ def test_collector_whose_connection_breaks_connects_again_without_loss(collect, 
         proxy.disconnect_all()
         run.wait_for(lambda before=before: proxy.connections > before)
         run.wait_for(lambda: mode != "subscribe" or proxy.subscribers == 1)
-    assert proxy.failures == 0 and stored_ids(run.store) == ["r0", "r1", "r2"]
+    assert proxy.failures == 0 and stored_ids(store) == ["r0", "r1", "r2"]
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()) == [])
 
 
 def small(number) -> bytes:
@@ -181,12 +182,14 @@ def test_collector_that_cannot_store_stops_popping_and_recovers_without_loss(col
     assert spooled and stored_ids(store) + spooled == ids_of(proxy.handed_over)
     assert said in run.status["message"] and run.log.count("state=storage_error") == 1
     assert str(store.path) in run.log and str(store.path.parent) not in run.status["message"]
+    run.ahead_s = 600.0
     if locker:
         locker.close()
     room(store, 1_000_000)
     run.wait_for_events(3000)
     run.wait_for_state("recording")
     assert stored_ids(store) == ids_of(proxy.handed_over) and store.find_faults() == []
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
 
 
 @pytest.mark.parametrize(("fault", "spooled"), [("locked", 0), ("locked", 1), ("full", 3000)])
@@ -257,7 +260,7 @@ def test_full_disk_that_still_takes_an_outage_leaves_none_open_once_it_is_mended
     room(store, rows(store.path, "PRAGMA page_count")[0][0] + 2)
     proxy.push(*[payload(number, alias="x" * 150 + str(number)) for number in range(300)])
     run.wait_for_state("storage_error")
-    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
+    run.wait_for(lambda: [one["reason"] for one in store.outages(ALWAYS, time.time())] == ["storage_error"])
     room(store, 1_000_000)
     run.wait_for_events(300)
     run.wait_for_state("recording")

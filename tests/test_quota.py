@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import base64
 import json
 import time
 from pathlib import Path
 
 import pytest
-from support import QUOTA, QUOTA_BY_NAME
+from support import QUOTA, QUOTA_BY_NAME, id_token
 
 import usage_dashboard as app
 
@@ -109,11 +108,6 @@ def account_file(**changes) -> app.AccountFile:
     return app.AccountFile(**{**base, **changes})
 
 
-def jwt(claims) -> str:
-    part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
-    return f"e30.{part}.sig"
-
-
 def write(folder: Path, name: str, content) -> Path:
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
@@ -173,19 +167,22 @@ def test_files_of_one_login_are_one_account_with_the_newest_token(tmp_path, file
 )  # fmt: skip
 def test_end_of_the_subscription_is_read_in_any_form(tmp_path, sent, shown):
     about = {"https://api.openai.com/auth": {"chatgpt_subscription_active_until": sent}}
-    write(tmp_path, "a.json", {**CODEX, "id_token": jwt(about)})
+    write(tmp_path, "a.json", {**CODEX, "id_token": id_token(about)})
     assert app.find_account_files([tmp_path])[1][0].subscription_until == shown
 
 
 def test_plan_account_id_and_mail_come_from_the_id_token_where_the_file_has_none(tmp_path):
     auth = {"chatgpt_account_id": "acc-9", "chatgpt_plan_type": "Team"}
     claims = {"email": "b@example.com", "https://api.openai.com/auth": auth}
-    write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": jwt(claims)})
+    write(tmp_path, "x.json", {"type": "codex", "access_token": "t", "id_token": id_token(claims)})
     file = app.find_account_files([tmp_path])[1][0]
     assert (file.email, file.account_id, file.plan) == ("b@example.com", "acc-9", "team")
 
 
-@pytest.mark.parametrize("token", ["a.b", "a.%%%.c", "a.e30", jwt([1]), jwt({"https://api.openai.com/auth": 5})])
+MALFORMED_TOKENS = ["a.b", "a.%%%.c", "a.e30", id_token([1]), id_token({"https://api.openai.com/auth": 5})]
+
+
+@pytest.mark.parametrize("token", MALFORMED_TOKENS)
 def test_malformed_id_token_is_no_fault(tmp_path, token):
     write(tmp_path, "x.json", {**CODEX, "id_token": token})
     assert app.find_account_files([tmp_path])[1][0].email == "an@example.com"

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import SAMPLES, record, rows, write_account
+from support import SAMPLES, id_token, record, rows, write_account
 
 import usage_dashboard as app
 
@@ -100,10 +100,8 @@ class World:
         self.sequence = 0
 
     def file(self, mail: str, number: int = 1, plan: str = "", **changes) -> Path:
-        claims = app.base64.urlsafe_b64encode(
-            json.dumps({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}}).encode()
-        ).decode()
-        return write_account(self.accounts, number, email=mail, id_token=f"h.{claims}.s", **changes)
+        token = id_token({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}})
+        return write_account(self.accounts, number, email=mail, id_token=token, **changes)
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
