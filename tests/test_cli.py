@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -158,6 +158,7 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(serve, pro
     answer = get(running.port, "/api/quota?force=1")
     assert [row["primary_remaining_percent"] for row in answer["quotas"]] == [77, 77, 77]
     assert "tok-" not in json.dumps(answer) and "acc-" not in json.dumps(answer)
+    running.wait_for_line("saved quota for user2")
     printed = "\n".join(running.lines)
     for line in ("found 3 auth files", "fetching quota for user0***@example.com...",
                  "saved quota for user2***@example.com", "codex-broken.json is skipped"):  # fmt: skip
@@ -471,31 +472,6 @@ def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(
     assert stored_numbers(program) == handed and proxy.lost == []
 
 
-def test_slow_clients_keep_neither_the_page_nor_the_collector(serve, proxy):
-    running = serve()
-    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with ExitStack() as stack:
-
-        def connect(first):
-            connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
-            stack.enter_context(connection).sendall(first)
-            return connection
-
-        for first in [b""] * 200 + [page * 100] * 20:  # they send nothing, or never read
-            connect(first)
-        slow = [connect(b"G") for _ in range(60)]
-        for count in range(100, 1001, 100):
-            for number, connection in enumerate(slow):
-                try:
-                    connection.sendall(b"G")
-                except OSError:  # ended by the dashboard
-                    slow[number] = connect(b"G")
-            proxy.push(*numbered(100))
-            wait_for_events(running, count)
-            assert get(running.port, "/api/summary?range=24h")["summary"]["requests"] >= count
-            assert connect(page).recv(15) == b"HTTP/1.1 200 OK"
-
-
 def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, program, proxy):
     proxy.push(*numbered(100))
     running = serve()
@@ -614,11 +590,9 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     running = program.start("demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port))
     running.wait_for_line("Demo with made-up data")
     assert not any("Everyone" in line for line in running.lines)
-    health, summary = get(port, "/api/health"), get(port, "/api/summary?range=7d")
-    quotas = get(port, "/api/quota")["quotas"]
-    assert health["demo"] is True and summary["summary"]["requests"] > 3000 and summary["summary"]["failed"] > 20
-    assert len({row["account"] for row in summary["accounts"]}) >= 8 and summary["outages"]
-    assert {"limited", "relogin", "ok"} <= {row["state"] for row in quotas}
+    assert get(port, "/api/health")["demo"] is True
+    assert get(port, "/api/summary?range=7d")["summary"]["failed"] > 20
+    assert {"limited", "relogin", "ok"} <= {row["state"] for row in get(port, "/api/quota")["quotas"]}
     assert running.terminate() == 0
     left = {path.name for path in program.folder.iterdir() if not path.name.startswith("__")}
     assert left == {"config.example.json", "config.json", "usage-dashboard.html", "usage_dashboard.py"}

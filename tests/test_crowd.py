@@ -8,9 +8,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
+import pytest
 from support import NOW, at, deaf_client, ended, put
 
 import usage_dashboard as app
+
+
+@pytest.fixture
+def site(make_site):
+    return make_site()
 
 
 def put_long(store, count):

@@ -34,12 +34,8 @@ def test_second_start_ends_with_1_names_the_first_and_pops_nothing(program, prox
 def test_two_starts_in_the_same_moment_leave_one(program, proxy):
     configure(program, proxy)
     both = [program.start("start", "--no-browser", "--port", str(free_port())) for _ in range(2)]
-    codes = {}
-    both[0].wait_for(lambda: any(one.process.poll() is not None for one in both))
-    for one in both:
-        codes[one.pid] = one.process.poll()
-    (winner,) = [one for one in both if codes[one.pid] is None]
-    (loser,) = [one for one in both if one is not winner]
+    loser = both[0].wait_for(lambda: next((one for one in both if one.process.poll() is not None), None))
+    (winner,) = [one for one in both if one is not loser]
     assert loser.wait() == 1
     assert SECOND.search("\n".join(loser.lines)).group(1) == str(winner.pid)
     winner.wait_for_line("state=waiting")

@@ -172,6 +172,11 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             forgets = WORDS["forgets"][n].replace("{t}", ("1m", "1 phút")[n])
             assert (forgets in told) is (state != "publishing_off")  # then it records none
             assert ("in English" in page.js("document.body.innerText")) is (lang == "en")
+    page.speak("en")
+    site.status.update(state="brand_new", message="Feed the hamster.")  # of a newer program
+    page.click("#refresh")
+    page.wait_for_text("#status-text", "State unknown")
+    page.wait_for_text("#remedy", "Feed the hamster.")
 
 
 def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, site):
@@ -182,13 +187,6 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     assert "fail" not in page.one("#remedy", "e.className")
     page.click("#lang-vi")
     page.wait_for_text("#remedy", "quên sau 10 giây")
-
-
-def test_state_of_a_newer_program_is_told_in_its_own_words(page, site):
-    site.status.update(state="brand_new", message="Feed the hamster.")
-    page.open()
-    page.wait_for_text("#status-text", "State unknown")
-    assert page.text("#remedy") == "Feed the hamster."
 
 
 # ---- filters ----------------------------------------------------------------------------------------------------

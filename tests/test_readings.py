@@ -305,12 +305,6 @@ def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
 # ---- as time goes by -------------------------------------------------------------------------------------
 
 
-def test_windows_are_due_from_their_reset_on():
-    window = app.QuotaWindow("5h", 18000, 80, NOW, None)
-    assert [window.is_due(NOW + after_s) for after_s in (-1, 0, 1)] == [False, True, True]
-    assert not window._replace(reset_at=None).is_due(NOW)
-
-
 def test_windows_of_a_row_of_the_original_are_in_its_columns():
     places = {"primary_used_percent": 10, "primary_reset_at": "2027-01-15T10:00:00Z",
               "secondary_used_percent": 20, "secondary_reset_at": "01/15 17:00"}  # fmt: skip

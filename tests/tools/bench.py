@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from program import COMPILED, Running, get  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
-from support import comes_up, free_port, rows  # noqa: E402
+from support import comes_up, free_port, make_original, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
@@ -506,16 +506,10 @@ def measure_retention(table: Table, redis: RedisServer, events: list[bytes], lar
 
 def copy_as_original(large: Path, folder: Path) -> Path:
     """Write the events as the original dashboard kept them: without an index, and without sums."""
-    columns = (
-        "timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT, model TEXT, input_tokens INTEGER, "
-        "output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, latency_ms INTEGER, failed INTEGER"
-    )
-    names = ", ".join(column.split()[0] for column in columns.split(", "))
-    with contextlib.closing(sqlite3.connect(str(folder / "usage.db"))) as db:
-        db.execute(f"CREATE TABLE events(id INTEGER PRIMARY KEY, {columns})")
-        db.execute("ATTACH ? AS large", (str(large),))
-        db.execute(f"INSERT INTO events SELECT id, {names} FROM large.events")
-        db.commit()
+    names = """id, timestamp, ts_epoch, auth_index, source, model, input_tokens, output_tokens, reasoning_tokens,
+        total_tokens, latency_ms, failed"""
+    with contextlib.closing(sqlite3.connect(str(large))) as db:
+        make_original(folder / "usage.db", db.execute(f"SELECT {names} FROM events"))
     return folder / "usage.db"
 
 
