@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from collecting import QuickStop, Run, config_of
 from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
 from program import Program
 from redis_server import RedisServer
-from support import KEY, QuickStop, Run, Site, config_of
+from support import KEY, Site
 from webdriver import Browser, find_browser
 
 import usage_dashboard as app

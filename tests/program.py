@@ -13,7 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from support import KEY, Watched, free_port
+from sockets import Watched
+from support import KEY, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILED: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None}  # so that it keeps its compiled form

@@ -17,19 +17,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from collecting import Answering
 from program import COMPILED, configure, get, start
-from support import (
-    KEY,
-    ORIGINAL_ROWS,
-    QUOTA_BY_NAME,
-    SAMPLES,
-    Answering,
-    free_port,
-    make_original,
-    payload,
-    rows,
-    write_account,
-)
+from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload, rows, write_account
 
 import usage_dashboard as app
 

@@ -9,23 +9,10 @@ from collections import Counter
 from contextlib import closing, nullcontext
 
 import pytest
+from collecting import config_of, wait_a_while
 from fake_proxy import FakeProxy
 from redis_server import OldRedis, RedisServer
-from support import (
-    DATA,
-    EXPECTED_SAMPLES,
-    KEY,
-    SAMPLES,
-    WRONG,
-    config_of,
-    ids_of,
-    lock,
-    payload,
-    payloads,
-    rows,
-    stored_ids,
-    wait_a_while,
-)
+from support import DATA, EXPECTED_SAMPLES, KEY, SAMPLES, WRONG, ids_of, lock, payload, payloads, rows, stored_ids
 
 import usage_dashboard as app
 

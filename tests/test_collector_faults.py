@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import socket
-import struct
-import termios
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import pytest
-from fake_proxy import read_command
-from redis_server import OldRedis
-from support import (
-    ALWAYS,
-    MALFORMED,
-    ODD_BUT_GOOD,
-    Hangup,
-    ProtocolError,
-    QuickStop,
-    SocketServer,
-    ids_of,
-    lock,
-    payload,
-    payloads,
-    replies_of,
-    room,
-    rows,
-    spool_path,
-    stored_ids,
-    wait_a_while,
-)
+from collecting import QuickStop, wait_a_while
+from redis_server import OldRedis, Scripted
+from support import ALWAYS, MALFORMED, ODD_BUT_GOOD, ids_of, lock, payload, payloads, room, rows, spool_path, stored_ids
 
 import usage_dashboard as app
 
@@ -91,39 +69,8 @@ def test_queue_that_dribbles_loses_nothing(collect, proxy):
     assert proxy.lost == []
 
 
-class Scripted(SocketServer):
-    """A proxy that answers each RPOP with the next reply of a script, and resets the connection at a None."""
-
-    def __init__(self, replies: list[bytes | None]) -> None:
-        super().__init__()
-        self.replies = deque(replies)
-
-    def serve(self, stream) -> None:
-        while stream.buffer or stream.fill():
-            try:
-                name = read_command(stream)[0]
-            except ProtocolError:
-                return  # a question over HTTP
-            if name == "AUTH":
-                stream.send(b"+OK\r\n")
-            elif name == "LLEN":
-                stream.send(b"-ERR unknown command 'llen'\r\n")
-            else:
-                self.answer_pop(stream)
-
-    def answer_pop(self, stream) -> None:
-        stream.send(self.replies.popleft() if self.replies else b"$-1\r\n")
-        if self.replies and self.replies[0] is None:
-            self.replies.popleft()
-            while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):
-                self.closing.wait(0.001)  # a reset throws away what the kernel has not sent yet
-            stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            stream.sock.close()
-            raise Hangup
-
-
 def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
-    script = [reply for first in range(0, 320, 16) for reply in [*replies_of(payloads(16, first)), None]]
+    script = [reply for first in range(0, 320, 16) for reply in [*payloads(16, first), None]]
     with Scripted(script) as server:
         run = collect(server, collect_mode="pop")
         run.wait_for_events(320)
@@ -132,7 +79,7 @@ def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
 
 @pytest.mark.parametrize("position", [0, 7, 15])
 def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, position):
-    script = replies_of(payloads(15))
+    script = payloads(15)
     script.insert(position, b"-LOADING Redis is loading the dataset in memory\r\n")
     with Scripted(script) as server:
         run = collect(server, collect_mode="pop")

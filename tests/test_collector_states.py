@@ -9,8 +9,9 @@ import threading
 import time
 
 import pytest
+from collecting import CUT, Answering, config_of, wait_a_while
 from fake_proxy import FakeProxy
-from support import ALWAYS, CUT, KEY, WRONG, Answering, config_of, free_port, lock, payload, wait_a_while
+from support import ALWAYS, KEY, WRONG, free_port, lock, payload
 
 import usage_dashboard as app
 

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from support import NOW, at, deaf_client, ended, put
+from sockets import deaf_client, ended
+from support import NOW, at, put
 
 import usage_dashboard as app
 

@@ -71,22 +71,6 @@ def test_proxy_of_an_old_version_is_frozen_by_an_idle_connection(version, freeze
             assert other.call("AUTH", KEY) == "OK"
 
 
-def test_proxy_diverts_events_while_somebody_subscribes(proxy):
-    proxy.push("before")
-    with connected(proxy, KEY) as popper:
-        with connected(proxy, KEY) as subscriber:
-            subscriber.call("SUBSCRIBE", "usage")
-            assert subscriber.receive() == [b"message", b"usage", b'{"support_refresh":true}']
-            assert popper.call("RPOP", "usage") == b"before"
-            proxy.push("during")
-            assert popper.call("RPOP", "usage") is None
-            assert subscriber.receive() == [b"message", b"usage", b"during"]
-        proxy.wait_for(lambda: proxy.subscribers == 0)
-        proxy.push("after")
-        assert popper.call("RPOP", "usage") == b"after"
-    assert proxy.handed_over == [b"before", b"during", b"after"]
-
-
 @pytest.mark.parametrize("n_bytes", [0, 9, 10, 19])
 def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_bytes):
     proxy.push("e000", "e001", "e002")

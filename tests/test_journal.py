@@ -6,20 +6,8 @@ import shutil
 import sqlite3
 
 import pytest
-from support import (
-    NOON,
-    config_of,
-    event,
-    make_original,
-    payload,
-    payloads,
-    put,
-    rows,
-    spool_line,
-    spool_path,
-    stored_ids,
-    wait_a_while,
-)
+from collecting import config_of, wait_a_while
+from support import NOON, event, make_original, payload, payloads, put, rows, spool_line, spool_path, stored_ids
 
 import usage_dashboard as app
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 from program import COMPILED, configure, get
-from support import comes_up, deaf_client, ended, event, payloads, put
+from sockets import comes_up, deaf_client, ended
+from support import event, payloads, put
 
 import usage_dashboard as app
 

@@ -10,7 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support import QUOTA_BY_NAME, Watched, event, id_token, lock, put, rows, write_account
+from sockets import Watched
+from support import QUOTA_BY_NAME, event, id_token, lock, put, rows, write_account
 
 import usage_dashboard as app
 

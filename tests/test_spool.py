@@ -8,19 +8,8 @@ from collections import Counter
 
 import pytest
 from fake_proxy import FakeProxy
-from support import (
-    MALFORMED,
-    ODD_BUT_GOOD,
-    SAMPLES,
-    WRONG,
-    Watched,
-    ids_of,
-    payload,
-    payloads,
-    spool_line,
-    spool_path,
-    stored_ids,
-)
+from sockets import Watched
+from support import MALFORMED, ODD_BUT_GOOD, SAMPLES, ids_of, payload, payloads, spool_line, spool_path, stored_ids
 
 import usage_dashboard as app
 
@@ -168,7 +157,7 @@ def test_stop_while_waiting_ends_at_once(collect, proxy, state):
         proxy.ban()
     if state == "refused":
         proxy.stop_listening()
-    run = collect(proxy, stop=threading.Event(), management_password=WRONG)
+    run = collect(proxy, stop=threading.Event(), management_password="wrong")
     run.wait_for_state(state)
     before = time.monotonic()
     run.end()

@@ -8,11 +8,12 @@ import json
 import re
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
-from support import NOW, at, ended, event, put, reading, rows, write_account
+from sockets import ended
+from support import NOW, at, event, put, reading, rows, write_account
 
 import usage_dashboard as app
 
@@ -285,44 +286,42 @@ def clients_of(site, count):
     return [socket.create_connection(("127.0.0.1", site.port), timeout=10) for _ in range(count)]
 
 
-def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_made(pool, chatgpt):
-    chatgpt.answer("tok-secret-0", body={"plan_type": "plus"}, hold=True)
-    clients = clients_of(pool, 1)
-    with ExitStack() as stack:
-        stack.callback(chatgpt.release)
-        clients[0].sendall(b"GET /api/quota?force=1 HTTP/1.0\r\n\r\n")
+@contextmanager
+def long_answer(site, chatgpt, folder):
+    """Let an answer be made meanwhile, which is given in the end; yields who waits for it."""
+    write_account(folder)
+    chatgpt.answer("tok-secret-1", body={"plan_type": "plus"}, hold=True)
+    (waiting,) = clients_of(site, 1)
+    with waiting:
+        waiting.sendall(b"GET /api/quota?force=1 HTTP/1.0\r\n\r\n")
         chatgpt.wait_for(lambda: chatgpt.requests)
-        clients += clients_of(pool, 127)
-        for client in clients:
-            stack.enter_context(client)
-        assert pool.json("/api/health")["ok"] is True and ended(clients) == [1]
-        chatgpt.release()
-        assert b"".join(iter(lambda: clients[0].recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+        try:
+            yield waiting
+        finally:
+            chatgpt.release()
+        assert b"".join(iter(lambda: waiting.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_made(site, tmp_path, chatgpt_here):
+    with ExitStack() as stack:
+        waiting = stack.enter_context(long_answer(site, chatgpt_here, tmp_path / "accounts"))
+        clients = [waiting, *map(stack.enter_context, clients_of(site, 127))]
+        assert site.json("/api/health")["ok"] is True and ended(clients) == [1]
 
 
 def test_head_that_drips_is_given_up_but_no_answer_that_is_being_made(make_site, tmp_path, chatgpt_here):
     site = make_site(head_s=0.3)
-    write_account(tmp_path / "accounts")
-    chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus"}, hold=True)
-    (forcing,) = clients_of(site, 1)
-    forcing.sendall(b"GET /api/quota?force=1 HTTP/1.0\r\n\r\n")
-    chatgpt_here.wait_for(lambda: chatgpt_here.requests)
-    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as slow:
-        slow.settimeout(0.02)
-        for _ in range(1000):  # never so many: 20 s go by without a deadline
-            try:
-                slow.sendall(b"G")
-                if slow.recv(1) == b"":
-                    break
-            except socket.timeout:
-                continue
-            except OSError:
-                break
-        else:
-            pytest.fail("it was never given up")
-    chatgpt_here.release()
-    with forcing:
-        assert b"".join(iter(lambda: forcing.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+    (slow,) = clients_of(site, 1)
+
+    def is_given_up() -> bool:
+        try:
+            slow.sendall(b"G")
+        except OSError:
+            return True
+        return ended([slow]) == [0]
+
+    with long_answer(site, chatgpt_here, tmp_path / "accounts"), slow:
+        chatgpt_here.wait_for(is_given_up)
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "127.0.0.2", "localhost", "::1", "0.0.0.0"])

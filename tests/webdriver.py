@@ -18,7 +18,8 @@ import urllib.error
 import urllib.request
 from typing import Any, Iterator
 
-from support import comes_up, free_port
+from sockets import comes_up
+from support import free_port
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 FLAGS = [

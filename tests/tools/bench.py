@@ -36,7 +36,8 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from program import COMPILED, Running, get  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
-from support import comes_up, free_port, make_original, rows  # noqa: E402
+from sockets import comes_up  # noqa: E402
+from support import free_port, make_original, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
