@@ -87,14 +87,17 @@ def store(open_store):
 
 @pytest.fixture
 def collect(store):
-    """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
+    """Run collectors, each until it is in a state; a proxy or a redis-server, a config or the keys of one say where."""
     runs = []
 
-    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, commit_s=0.0, **keys):
+    def start(where=None, stop=None, on=None, until=None, **keys):
+        options = {name: keys.pop(name) for name in ("ahead_s", "commit_s", "load", "config_path") if name in keys}
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        options = {"ahead_s": ahead_s, "commit_s": commit_s, "load": load, "config_path": config_path}
-        runs.append(Run(config, on or store, stop or QuickStop(), **options))
-        return runs[-1]
+        run = Run(config, on or store, stop or QuickStop(), **options)
+        runs.append(run)
+        if until is not None:
+            run.wait_for_state(until)
+        return run
 
     yield start
     for run in runs:

@@ -93,16 +93,6 @@ def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_
     assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
 
 
-def test_console_that_nobody_reads_does_not_keep_the_program_from_its_end(full_pipe):
-    log = app.ConsoleLog(full_pipe[1], most=3)
-    for number in range(5):
-        log.line(f"line {number}")
-    closing = threading.Thread(target=log.close, args=(0.05,), daemon=True)
-    closing.start()
-    closing.join(10)
-    assert not closing.is_alive()
-
-
 # ---- the script as a house -------------------------------------------------------------------------------
 
 

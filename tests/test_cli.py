@@ -492,6 +492,8 @@ def test_check_is_well_with_a_good_set_up(program, proxy):
                  "publishes its usage", "remembers for 60 s and is asked every 0.1 s"):  # fmt: skip
         assert text in done.stdout
     assert proxy.queued == len(SAMPLES)  # nothing was popped
+    with opened(program) as store:  # the dashboard that runs beside it may be recording
+        assert store.outages(app.Window(0.0, 4e9), time.time()) == []
 
 
 def test_check_names_what_is_wrong(program, proxy):

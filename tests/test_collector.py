@@ -76,8 +76,7 @@ def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(coll
 @pytest.mark.parametrize("version", ["v6.10.8", "v7.0.2"])
 def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(collect, version, mode):
     with FakeProxy(version=version) as proxy:
-        run = collect(proxy, collect_mode=mode)
-        run.wait_for_state("waiting")
+        run = collect(proxy, collect_mode=mode, until="waiting")
         for _ in range(3):  # others get in, and are answered
             with socket.create_connection((proxy.host, proxy.port), timeout=10) as other:
                 other.sendall(b"*0\r\n")
@@ -172,8 +171,7 @@ def test_collector_behind_a_reverse_proxy_with_resp_only_or_without_a_key_asks_n
     collect, proxy, mode, key
 ):
     proxy.answer_http_only = True
-    run = collect(proxy, collect_mode=mode, management_password=key)
-    run.wait_for_state("not_resp")
+    run = collect(proxy, collect_mode=mode, management_password=key, until="not_resp")
     assert proxy.failures == 0 and not any(method == "GET" for method, _ in proxy.http_requests)
 
 
@@ -199,8 +197,7 @@ def server_tls() -> ssl.SSLContext:
 def test_collector_with_the_wrong_tls_is_closed_and_told_what_to_set(collect, monkeypatch, tls_there, tls_here):
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)  # so the certificate is of nobody known
     with FakeProxy(tls=server_tls() if tls_there else None) as proxy:
-        run = collect(proxy, cliproxy_tls=tls_here)
-        run.wait_for_state("closed")
+        run = collect(proxy, cliproxy_tls=tls_here, until="closed")
         wanted = "SSL_CERT_FILE=" if tls_there and tls_here else "cliproxy_tls"
         assert wanted in run.status["message"]
 
@@ -311,8 +308,7 @@ def redis_at_default(password=None) -> RedisServer:
 
 
 def test_default_ports_with_nobody_there_name_both(collect, default_ports):
-    run = collect()
-    run.wait_for_state("refused")
+    run = collect(until="refused")
     assert "6379" in run.status["message"] and "8317" in run.status["message"]
 
 
@@ -353,7 +349,6 @@ def test_default_ports_with_a_wrong_key_at_the_proxy_behind_a_redis_fail_once(co
 
 def test_default_ports_left_alone_only_by_name_are_not_guessed(collect, default_ports):
     with FakeProxy(port=8317) as proxy:
-        run = collect(config_of(cliproxy_host="localhost"))
-        run.wait_for_state("refused")
+        run = collect(config_of(cliproxy_host="localhost"), until="refused")
         wait_a_while(run, 3)
         assert proxy.connections == 0

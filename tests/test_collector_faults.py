@@ -38,8 +38,7 @@ def small(number) -> bytes:
 
 @pytest.mark.parametrize(("mode", "step"), [("pop", 1), ("http", 5)])
 def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, proxy, mode, step):
-    run = collect(proxy, stop=QuickStop(0.002), collect_mode=mode)
-    run.wait_for_state("waiting")
+    run = collect(proxy, stop=QuickStop(0.002), collect_mode=mode, until="waiting")
     pair = 2 * len(b"$%d\r\n%s\r\n" % (len(small(0)), small(0)))
     head = 0 if mode == "pop" else 250
     number = 0
@@ -114,8 +113,7 @@ def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(
 
 @pytest.mark.parametrize(("fault", "said"), [("locked", "locked"), ("full", "no room on the disk")])
 def test_collector_that_cannot_store_stops_popping_and_recovers_without_loss(collect, proxy, store, fault, said):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     if fault == "full":
         room(store, 45)
     locker = lock(store) if fault == "locked" else None
@@ -148,8 +146,7 @@ def test_collector_does_not_pop_before_it_can_store(collect, proxy, store, fault
     if fault == "full":
         room(store, 45)
     proxy.push(*payloads(40, first=5000))
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
+    run = collect(proxy, until="storage_error")
     wait_a_while(run, 10)
     assert proxy.handed_over == []
     if locker:
@@ -167,8 +164,7 @@ def test_collector_without_a_key_keeps_what_it_popped_to_log_in_while_the_databa
             locks.append(lock(store))
 
     with OldRedis(payloads(20), before_a_pop=lock_once) as server:
-        run = collect(server, management_password="")
-        run.wait_for_state("storage_error")
+        run = collect(server, management_password="", until="storage_error")
         wait_a_while(run, 6)
         locks[0].close()
         run.wait_for_events(20)
@@ -202,8 +198,7 @@ def replace_content(path, content) -> None:
 
 
 def test_full_disk_that_still_takes_an_outage_leaves_none_open_once_it_is_mended(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     room(store, rows(store.path, "PRAGMA page_count")[0][0] + 2)
     proxy.push(*[payload(number, alias="x" * 150 + str(number)) for number in range(300)])
     run.wait_for_state("storage_error")

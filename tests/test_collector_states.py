@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import threading
 import time
 
 import pytest
@@ -36,8 +34,7 @@ def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, pro
 def test_collector_with_a_refused_key_tries_again_when_the_config_file_is_written(collect, proxy, tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}", encoding="utf-8")
-    run = collect(proxy, management_password=WRONG, config_path=path)
-    run.wait_for_state("wrong_password")
+    run = collect(proxy, management_password=WRONG, config_path=path, until="wrong_password")
     wait_a_while(run)
     assert proxy.auth_attempts == 1
     proxy.key = WRONG  # corrected on the other side
@@ -55,8 +52,7 @@ def test_collector_with_a_refused_key_survives_a_config_file_with_faults(collect
             raise answer
         return answer
 
-    run = collect(proxy, load=load, management_password=WRONG)
-    run.wait_for_state("waiting")
+    run = collect(proxy, load=load, management_password=WRONG, until="waiting")
     assert "a fault" in run.log
 
 
@@ -70,8 +66,7 @@ def test_collector_restarted_with_another_key_tries_it_once(collect, open_store,
 
 def test_collector_with_a_wrong_key_and_a_locked_database_lives_and_fails_once(collect, store, proxy):
     locker = lock(store)
-    run = collect(proxy, management_password=WRONG)
-    run.wait_for_state("storage_error")
+    run = collect(proxy, management_password=WRONG, until="storage_error")
     assert proxy.connections == 0  # a refusal could not be remembered now
     locker.close()
     run.wait_for_state("wrong_password")
@@ -84,8 +79,7 @@ def test_collector_that_is_banned_waits_as_long_as_the_proxy_says(collect, proxy
     proxy.ban_seconds = seconds
     proxy.ban()
     started_at = time.time()
-    run = collect(proxy, collect_mode=mode)
-    run.wait_for_state("banned")
+    run = collect(proxy, collect_mode=mode, until="banned")
     assert seconds - 5 <= run.status["until"] - started_at <= seconds + 6
     run.wait_for(lambda: proxy.connections > 1)
     run.end()
@@ -97,8 +91,7 @@ def test_collector_that_is_banned_takes_a_corrected_config_meanwhile(collect, pr
     with FakeProxy() as other:
         other.ban()
         current = [other]
-        run = collect(other, load=lambda: config_of(current[0]))
-        run.wait_for_state("banned")
+        run = collect(other, load=lambda: config_of(current[0]), until="banned")
         current[0] = proxy
         run.wait_for_state("waiting")
 
@@ -221,17 +214,6 @@ def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on
         run.wait_for_state("waiting" if cure else state)
 
 
-@pytest.mark.parametrize("key", [KEY, WRONG])
-def test_probe_logs_in_once_pops_nothing_and_notes_no_outage(store, proxy, key):
-    proxy.push(payload(1))
-    for _ in range(2):
-        config = config_of(proxy, management_password=key)
-        status = app.Collector(config, store, app.Log(io.StringIO()), threading.Event()).probe()
-    assert status["state"] == ("waiting" if key == KEY else "wrong_password")
-    assert proxy.queued == 1 and proxy.failures == (0 if key == KEY else 1)
-    assert store.outages(ALWAYS, time.time()) == []  # the dashboard that runs beside it may be recording
-
-
 # ---- says why --------------------------------------------------------------------------------------------
 
 
@@ -248,8 +230,7 @@ def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(colle
 
 def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(collect, proxy, store):
     proxy.publishing = False
-    run = collect(proxy)
-    run.wait_for_state("publishing_off")
+    run = collect(proxy, until="publishing_off")
     asked = len(proxy.http_requests)
     wait_a_while(run)
     assert len(proxy.http_requests) == asked
@@ -271,8 +252,7 @@ def test_collector_learns_how_long_the_proxy_remembers(collect, store, version, 
     with FakeProxy(version=version) as proxy:
         proxy.retention_seconds = setting
         store.put_meta("retention_s", 1e9)  # as after a Redis, which forgets nothing
-        run = collect(proxy)
-        run.wait_for_state("waiting")
+        run = collect(proxy, until="waiting")
         assert (run.status["retention_seconds"], run.status["warning"]) == (learnt, None)
         assert run.store.get_meta("retention_s") == learnt
         assert proxy.failures == 0 and "sk-client-secret" not in run.log + repr(run.status)
@@ -280,8 +260,7 @@ def test_collector_learns_how_long_the_proxy_remembers(collect, store, version, 
 
 def test_collector_that_asks_more_rarely_than_the_proxy_remembers_warns_once(collect, proxy):
     proxy.retention_seconds = 60
-    run = collect(proxy, poll_interval_seconds=50)
-    run.wait_for_state("waiting")
+    run = collect(proxy, poll_interval_seconds=50, until="waiting")
     assert run.status["warning"] == "retention_short"
     proxy.disconnect_all()
     run.wait_for(lambda: proxy.auth_attempts == 2)
@@ -290,14 +269,12 @@ def test_collector_that_asks_more_rarely_than_the_proxy_remembers_warns_once(col
 
 
 def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_server):
-    run = collect(redis_server, management_password="")
-    run.wait_for_state("waiting")
+    run = collect(redis_server, management_password="", until="waiting")
     assert run.store.get_meta("retention_s") > 3600 and run.status["retention_seconds"] is None
 
 
 def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     wait_a_while(run)
     proxy.push(payload(1, timestamp=app.utc_text(time.time() + 8 * 3600)))  # popped in its first turn, perhaps
     run.slept_s = 8 * 3600.0
@@ -309,8 +286,7 @@ def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy
 
 @pytest.mark.parametrize("ahead_s", [8 * 3600.0, -86400.0 * 400])
 def test_collector_whose_clock_was_set_notes_no_outage_and_waits_as_before(collect, proxy, store, ahead_s):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     wait_a_while(run)
     run.ahead_s = ahead_s
     proxy.push(payload(1))
@@ -321,8 +297,7 @@ def test_collector_whose_clock_was_set_notes_no_outage_and_waits_as_before(colle
 
 def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_ever(collect, proxy, store):
     proxy.publishing = False
-    run = collect(proxy)
-    run.wait_for_state("publishing_off")
+    run = collect(proxy, until="publishing_off")
     proxy.ban()  # over HTTP alone, as behind a reverse proxy that forwards another address
     asked = len(proxy.http_requests)
     run.ahead_s = 20.0
@@ -346,8 +321,7 @@ def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing
 
 def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
     # banned over HTTP alone, as behind a reverse proxy that forwards another address
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     proxy.ban()
     proxy.push(payload(1))
     run.wait_for_events(1)
@@ -359,8 +333,7 @@ def test_collector_that_cannot_ask_the_api_records_all_the_same(collect, proxy):
 def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason, was_connected):
     run = None
     if was_connected:
-        run = collect(proxy)
-        run.wait_for_state("waiting")
+        run = collect(proxy, until="waiting")
     if reason == "refused":
         proxy.stop_listening()
     elif reason == "banned":
@@ -388,8 +361,7 @@ def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, pr
 @pytest.mark.parametrize("locked_at_first", [False, True])
 def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_store, store, proxy, locked_at_first):
     collect(proxy).end()
-    run = collect(proxy, ahead_s=7200)
-    run.wait_for_state("waiting")
+    run = collect(proxy, ahead_s=7200, until="waiting")
     assert run.store.outages(ALWAYS, time.time()) == []  # it was never connected before
     run.end()
     locker = lock(store) if locked_at_first else None
@@ -414,11 +386,9 @@ def new_payload(number):
 
 @pytest.mark.parametrize("ahead_s", [YEAR_S, -86000.0])
 def test_start_with_a_wrong_clock_leaves_no_outage_over_hours_with_data(collect, open_store, proxy, ahead_s):
-    before = collect(proxy)
-    before.wait_for_state("waiting")
+    before = collect(proxy, until="waiting")
     before.end()
-    run = collect(proxy, on=open_store(), ahead_s=ahead_s)
-    run.wait_for_state("waiting")
+    run = collect(proxy, on=open_store(), ahead_s=ahead_s, until="waiting")
     proxy.push(*map(new_payload, range(5)))
     run.wait_for_events(5)
     run.ahead_s = 0.0  # it is set meanwhile
@@ -430,8 +400,7 @@ def test_start_with_a_wrong_clock_leaves_no_outage_over_hours_with_data(collect,
 
 
 def test_clock_that_jumps_a_year_ahead_in_an_outage_is_forgiven(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     proxy.push(new_payload(1))
     run.wait_for_events(1)
     proxy.stop_listening()

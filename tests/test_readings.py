@@ -140,16 +140,6 @@ def used(percent: float) -> dict[str, str]:
     return {"x-codex-primary-used-percent": str(percent)}
 
 
-def test_reading_of_a_request_is_its_accounts_without_any_call(world):
-    world.file("an@example.com")
-    world.ask(42)
-    (row,) = world.store.quotas()
-    assert (row["source"], row["state"], row["raw_json"], row["ts_epoch"]) == ("traffic", "ok", None, NOW)
-    (file,) = app.find_account_files([world.accounts])[1]
-    assert (row["email"], row["account_id_tag"], row["primary_used_percent"]) == ("an@example.com", file.tag, 42)
-    assert (row["secondary_remaining_percent"], row["primary_reset_at"]) == (83, app.utc_text(NOW + 7200))
-
-
 def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
     world.file("an@example.com")
     world.ask(42, at=-100, ttft_ms=30_000)
