@@ -87,16 +87,21 @@ def store(open_store):
 
 @pytest.fixture
 def collect(store):
-    """Run collectors, each until it is in a state; a proxy or a redis-server, a config or the keys of one say where."""
+    """Run collectors; a proxy or a redis-server, a config or the keys of one say where.
+
+    Each has come to a state, `until`, or to so many events, `stored`, where that is asked for.
+    """
     runs = []
 
-    def start(where=None, stop=None, on=None, until=None, **keys):
+    def start(where=None, stop=None, on=None, until=None, stored=None, **keys):
         options = {name: keys.pop(name) for name in ("ahead_s", "commit_s", "load", "config_path") if name in keys}
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
         run = Run(config, on or store, stop or QuickStop(), **options)
         runs.append(run)
         if until is not None:
             run.wait_for_state(until)
+        if stored is not None:
+            run.wait_for_events(stored)
         return run
 
     yield start

@@ -87,8 +87,7 @@ def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(coll
 @pytest.mark.parametrize("key", ["", KEY])
 def test_collector_on_a_redis_that_knows_no_count_stores(collect, key):
     with OldRedis([*SAMPLES, *payloads(300)]) as server:
-        run = collect(server, management_password=key)
-        run.wait_for_events(307)
+        run = collect(server, management_password=key, stored=307)
         assert server.connections == 1 and stored_ids(run.store)[7:] == [f"r{number}" for number in range(300)]
 
 
@@ -116,8 +115,7 @@ def test_collector_on_an_idle_queue_waits_the_poll_interval(collect, proxy):
 
 def test_collector_on_a_long_queue_follows_full_batches_at_once(collect, proxy):
     proxy.push(*payloads(3000))
-    run = collect(proxy, poll_interval_seconds=7.5)
-    run.wait_for_events(3000)
+    run = collect(proxy, poll_interval_seconds=7.5, stored=3000)
     run.wait_for(lambda: run.stop.waits)
     assert run.stop.waits[:1] == [7.5] and ids_of(proxy.handed_over) == stored_ids(run.store)
     assert run.store.find_faults() == []
@@ -138,8 +136,7 @@ def test_collector_on_a_redis_stores_and_never_asks_http(collect, password, key)
 def test_collector_on_a_redis_pops_only_its_own_list(collect, redis_server):
     redis_server.push("usage", payload(1))
     redis_server.push("mine", payload(2))
-    run = collect(redis_server, queue_key="mine")
-    run.wait_for_events(1)
+    run = collect(redis_server, queue_key="mine", stored=1)
     assert (stored_ids(run.store), redis_server.length("usage")) == (["r2"], 1)
 
 
@@ -319,8 +316,7 @@ A_REDIS = pytest.mark.redis
 def test_default_ports_with_no_redis_or_a_foreign_one_take_the_proxy(collect, default_ports, there):
     with redis_at_default(there or None) if there is not None else nullcontext(), FakeProxy(port=8317) as proxy:
         proxy.push(payload(1))
-        run = collect()
-        run.wait_for_events(1)
+        run = collect(stored=1)
         run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
         assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
 
@@ -329,8 +325,7 @@ def test_default_ports_with_no_redis_or_a_foreign_one_take_the_proxy(collect, de
 def test_default_ports_with_a_redis_that_has_the_list_stay_there(collect, default_ports):
     with redis_at_default() as server, FakeProxy(port=8317) as proxy:
         server.push("usage", payload(1))
-        run = collect()
-        run.wait_for_events(1)
+        run = collect(stored=1)
         assert run.status["endpoint"] == "127.0.0.1:6379" and proxy.connections == 0
 
 

@@ -63,16 +63,14 @@ def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, pro
 def test_queue_that_dribbles_loses_nothing(collect, proxy):
     proxy.push(*payloads(6))
     proxy.dribble(0.0002)
-    run = collect(proxy)
-    run.wait_for_events(6)
+    run = collect(proxy, stored=6)
     assert proxy.lost == []
 
 
 def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
     script = [reply for first in range(0, 320, 16) for reply in [*payloads(16, first), None]]
     with Scripted(script) as server:
-        run = collect(server, collect_mode="pop")
-        run.wait_for_events(320)
+        run = collect(server, collect_mode="pop", stored=320)
         assert stored_ids(run.store) == [f"r{number}" for number in range(320)]
 
 
@@ -81,8 +79,7 @@ def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, posit
     script = payloads(15)
     script.insert(position, b"-LOADING Redis is loading the dataset in memory\r\n")
     with Scripted(script) as server:
-        run = collect(server, collect_mode="pop")
-        run.wait_for_events(15)
+        run = collect(server, collect_mode="pop", stored=15)
         assert stored_ids(run.store) == [f"r{number}" for number in range(15)]
         run.wait_for(lambda: "LOADING" in run.log and "state=unreachable" in run.log)
 

@@ -222,38 +222,29 @@ def names(*identities):
     return {account.name: sorted(account.identity_ids) for account in app.resolve_accounts(identities)}
 
 
-def test_account_is_the_last_mail_seen_with_an_index():
-    assert names(
-        identity(1, "aa", "old@x.com", last=10),
-        identity(2, "aa", "new@x.com", first=10, last=20),
-        identity(3, "aa", "sk-…1111 #4bdca8", first=20, last=30),
-    ) == {"new@x.com": [1, 2, 3]}
+OLD_LOGIN = identity(1, "aa", "a@x.com", plan="plus", first=0, last=5000)
+NEW_LOGIN = identity(2, "bb", "a@x.com", plan="plus", first=5100, last=9000)
 
 
-def test_account_without_a_mail_is_the_source_else_the_index():
-    nameless = names(identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", ""))
-    assert nameless == {"AIz…0001 #8d9271": [1], "index bb": [2]}
+@pytest.mark.parametrize(("identities", "accounts"), [
+    ([identity(1, "aa", "old@x.com", last=10), identity(2, "aa", "new@x.com", first=10, last=20),
+      identity(3, "aa", "sk-…1111 #4bdca8", first=20, last=30)], {"new@x.com": [1, 2, 3]}),
+    ([identity(1, "", "AIz…0001 #8d9271"), identity(2, "bb", "")], {"AIz…0001 #8d9271": [1], "index bb": [2]}),
+    ([identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude")],
+     {"a@x.com (codex)": [1], "a@x.com (claude)": [2]}),
+    ([identity(1, "aa", "a@x.com", plan="plus", last=9999), identity(2, "bb", "a@x.com", plan="team", last=9999)],
+     {"a@x.com (plus)": [1], "a@x.com (team)": [2]}),
+    ([OLD_LOGIN, NEW_LOGIN], {"a@x.com": [1, 2]}),
+], ids=["last mail", "no mail", "two providers", "two plans at once", "new login"])  # fmt: skip
+def test_account_is_named_by_the_last_mail_of_an_index_else_its_source_and_told_from_others(identities, accounts):
+    assert names(*identities) == accounts
 
 
-def test_two_live_indexes_of_one_mail_are_two_accounts_told_apart_by_plan_or_tag():
-    def twin(number, index, plan):
-        return identity(number, index, "a@x.com", plan=plan, last=9999)
-
-    assert names(twin(1, "aa", "plus"), twin(2, "bb", "team")) == {"a@x.com (plus)": [1], "a@x.com (team)": [2]}
-    same_plan = names(twin(1, "aa", "team"), twin(2, "bb", "team"))
-    assert sorted(same_plan.values()) == [[1], [2]] and all(name.startswith("a@x.com (#") for name in same_plan)
-
-
-def test_index_that_changed_with_a_new_login_joins_the_old_one():
-    old = identity(1, "aa", "a@x.com", plan="plus", first=0, last=5000)
-    assert names(old, identity(2, "bb", "a@x.com", plan="plus", first=5100, last=9000)) == {"a@x.com": [1, 2]}
-    assert len(names(old, identity(2, "bb", "a@x.com", plan="team", first=5100, last=9000))) == 2
-    assert len(names(old, identity(2, "bb", "a@x.com", plan="plus", first=5100, provider="claude"))) == 2
-
-
-def test_one_mail_at_two_providers_is_two_accounts():
-    both = names(identity(1, "aa", "a@x.com"), identity(2, "bb", "a@x.com", provider="claude"))
-    assert both == {"a@x.com (codex)": [1], "a@x.com (claude)": [2]}
+@pytest.mark.parametrize(("changes", "begin"), [({"plan": "team"}, "a@x.com ("), ({"provider": "claude"}, "a@x.com ("),
+                                                ({"first_at": 0.0}, "a@x.com (#")])  # fmt: skip
+def test_index_of_another_plan_or_provider_or_at_the_same_time_is_another_account(changes, begin):
+    both = names(OLD_LOGIN, NEW_LOGIN._replace(**changes))
+    assert sorted(both.values()) == [[1], [2]] and all(name.startswith(begin) for name in both)
 
 
 JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]

@@ -55,8 +55,7 @@ def test_odd_event_in_the_spool_costs_itself_alone(collect, proxy, store, change
     lines.append(batch_line(2, event(request_id="next")))
     spool_path(store).write_bytes(b"".join(lines))
     proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_events(3)
+    run = collect(proxy, stored=3)
     assert stored_ids(store) == ["good", "next", "r1"]
     assert [reason[:13] for (reason,) in rows(store.path, REJECTS)] == ["in the spool:"]
     assert store.find_faults() == [] and run.error is None
@@ -70,8 +69,7 @@ def test_spool_with_one_number_twice_and_numbers_that_are_none_stores_each_batch
     ]  # fmt: skip
     spool_path(store).write_bytes(b"\n".join(lines))
     proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_events(3)
+    run = collect(proxy, stored=3)
     assert stored_ids(store) == ["a", "b", "r1"] and run.error is None
     assert "are no batches" in run.log
 

@@ -74,8 +74,7 @@ def test_spool_lines_that_are_torn_or_of_another_version_cost_no_sound_batch(col
         app.Spool(path).append(number, parsed(number))
     path.write_bytes(b"\n".join(part for line in path.read_bytes().splitlines() for part in (content, line)))
     proxy.push(payload(3))
-    run = collect(proxy)
-    run.wait_for_events(3)
+    run = collect(proxy, stored=3)
     assert stored_ids(store) == ["r1", "r2", "r3"]
     aside = app.Spool(path).odd_path
     if content in ODD:
