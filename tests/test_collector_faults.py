@@ -60,13 +60,6 @@ def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, pro
     assert run.store.find_faults() == [] and proxy.failures == 0
 
 
-def test_queue_that_dribbles_loses_nothing(collect, proxy):
-    proxy.push(*payloads(6))
-    proxy.dribble(0.0002)
-    run = collect(proxy, stored=6)
-    assert proxy.lost == []
-
-
 def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
     script = [reply for first in range(0, 320, 16) for reply in [*payloads(16, first), None]]
     with Scripted(script) as server:

@@ -31,31 +31,6 @@ def test_collector_with_a_wrong_key_fails_once_for_ever(collect, open_store, pro
     assert len(files) > 1 and not any(WRONG.encode() in file.read_bytes() for file in files)
 
 
-def test_collector_with_a_refused_key_tries_again_when_the_config_file_is_written(collect, proxy, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("{}", encoding="utf-8")
-    run = collect(proxy, management_password=WRONG, config_path=path, until="wrong_password")
-    wait_a_while(run)
-    assert proxy.auth_attempts == 1
-    proxy.key = WRONG  # corrected on the other side
-    os.utime(str(path), (1700000000, 1700000000))
-    run.wait_for_state("waiting")
-    assert proxy.auth_attempts == 2
-
-
-def test_collector_with_a_refused_key_survives_a_config_file_with_faults(collect, proxy):
-    answers = iter([app.ConfigError(["a fault"]), config_of(proxy)])
-
-    def load():
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    run = collect(proxy, load=load, management_password=WRONG, until="waiting")
-    assert "a fault" in run.log
-
-
 def test_collector_restarted_with_another_key_tries_it_once(collect, open_store, proxy):
     for number, key in enumerate(["wrong-1", "wrong-2", KEY]):
         run = collect(proxy, on=open_store(), management_password=key)
@@ -266,11 +241,6 @@ def test_collector_that_asks_more_rarely_than_the_proxy_remembers_warns_once(col
     run.wait_for(lambda: proxy.auth_attempts == 2)
     run.wait_for_state("waiting")
     assert run.log.count("warning=") == 1 and "redis-usage-queue-retention-seconds: 3600" in run.log
-
-
-def test_collector_on_a_redis_knows_that_nothing_is_forgotten(collect, redis_server):
-    run = collect(redis_server, management_password="", until="waiting")
-    assert run.store.get_meta("retention_s") > 3600 and run.status["retention_seconds"] is None
 
 
 def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy, store):

@@ -149,18 +149,19 @@ def test_folder_that_is_renamed_stops_the_pops_and_what_is_back_goes_on(collect,
     store.close()
 
 
-@pytest.mark.parametrize("fault", [RecursionError, MemoryError, OverflowError, KeyError])
+@pytest.mark.parametrize("fault", [RecursionError, MemoryError, OverflowError, KeyError, app.ConfigError])
 def test_collector_goes_on_after_anything_that_is_raised(collect, proxy, fault):
+    said = "xxxxx" if fault is app.ConfigError else f"a fault of its own: {fault.__name__} at line"
     answers = []
 
     def load():
         answers.append(1)
         if len(answers) < 3:
-            raise fault("x" * 10)
+            raise fault(["x" * 10])
         return config_of(proxy)
 
     run = collect(proxy, load=load, management_password="wrong")
-    run.wait_for(lambda: f"a fault of its own: {fault.__name__} at line" in run.log)
+    run.wait_for(lambda: said in run.log)
     run.wait_for_state("waiting")
     proxy.push(payload(1))
     run.wait_for_events(1)
