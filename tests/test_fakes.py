@@ -86,18 +86,6 @@ def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_byt
     assert proxy.lost == proxy.handed_over[n_bytes // 10 :]
 
 
-def test_proxy_takes_nothing_for_a_command_of_a_connection_that_is_gone(proxy):
-    with connected(proxy, KEY) as client:
-        with proxy.lock:  # the command has arrived, and waits
-            client.send(app.encode_command("RPOP", "usage"))
-            proxy.disconnect_all()
-            proxy.push("kept")
-        with pytest.raises(app.QueueFault):
-            client.receive()
-        proxy.wait_for(lambda: proxy.open_connections == 0)
-    assert (proxy.queued, proxy.handed_over, proxy.commands) == (1, [], ["AUTH", "RPOP"])
-
-
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):
     chatgpt_here.answer("one", status=302, headers={"Location": "https://elsewhere.example/x"})
     headers = {"Authorization": "Bearer one"}
