@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dis
 import io
 import os
@@ -77,22 +76,6 @@ def test_log_to_a_closed_stream_is_no_fault():
     app.Log(stream).line("anything")
 
 
-@pytest.fixture
-def full_pipe():
-    """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"-" * 1000)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writing, b"-")
-    os.set_blocking(writing, True)
-    yield reading, writing
-    os.close(reading)
-
-
 def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_were_dropped(full_pipe):
     reading, writing = full_pipe
     log = app.ConsoleLog(writing, most=50)
@@ -108,16 +91,6 @@ def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_
     kept = [int(line[len("line ") :]) for line in said if line.startswith("line ")]
     assert kept[:50] == list(range(50)) and kept == sorted(kept) and len(kept) <= 52
     assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
-
-
-def test_console_that_nobody_reads_does_not_keep_the_program_from_its_end(full_pipe):
-    log = app.ConsoleLog(full_pipe[1], most=3)
-    for number in range(5):
-        log.line(f"line {number}")
-    closing = threading.Thread(target=log.close, args=(0.05,), daemon=True)
-    closing.start()
-    closing.join(10)
-    assert not closing.is_alive()
 
 
 # ---- the script as a house -------------------------------------------------------------------------------

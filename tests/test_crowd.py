@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import select
 import socket
-import threading
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
-from support import NOW, Site, at, put
+from sockets import deaf_client, ended
+from support import NOW, at, put
 
 import usage_dashboard as app
 
 
 @pytest.fixture
-def site(tmp_path):
-    made = Site(tmp_path)
-    yield made
-    made.close()
+def site(make_site):
+    return make_site()
 
 
-def ended(connections):
-    return [number for number, one in enumerate(connections) if select.select([one], [], [], 0)[0]]
+def put_long(store, count):
+    """Store requests whose reasons are long to look through."""
+    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(1000)]
+    for _ in range(0, count, 1000):
+        put(store, *sample)
+
+
+@contextmanager
+def searching(site, needle, clients):
+    """Let so many clients search meanwhile, each for something of its own."""
+    with ThreadPoolExecutor(clients) as pool:
+        yield [pool.submit(site.ask, f"/api/requests?q={needle}{number}") for number in range(clients)]
 
 
 def seconds_of(site, path):
@@ -48,50 +56,28 @@ def test_answers_that_nobody_takes_are_given_up_beyond_the_limit_longest_without
 
 def test_clients_that_never_read_lock_nobody_out_and_take_little_memory(site):
     put(site.store, at(1))
-    wide = f"GET /api/summary?start={NOW - 2900 * 3600}&account=%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    deaf = []
-    try:
-        for number in range(140):
-            deaf.append(socket.socket())
-            deaf[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf[-1].settimeout(10)
-            deaf[-1].connect(("127.0.0.1", site.port))
-            with suppress(OSError):  # it was ended meanwhile
-                deaf[-1].sendall((wide % number).encode())
+    wide = f"/api/summary?start={NOW - 2900 * 3600}&account="
+    with ExitStack() as stack:
+        deaf = [stack.enter_context(deaf_client(site.port, f"{wide}{number}")) for number in range(140)]
         assert site.json("/api/summary?range=24h")["summary"]["requests"] == 1
         assert len(ended(deaf)) >= 13
-    finally:
-        for one in deaf:
-            one.close()
 
 
 def test_search_that_finds_nothing_holds_up_no_summary(site):
-    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(1000)]
-    for _ in range(4):
-        put(site.store, *sample)
-    searching = [threading.Thread(target=site.json, args=(f"/api/requests?q={'a' * 20}{n}",)) for n in range(6)]
+    put_long(site.store, 4000)
     began = time.monotonic()
-    for thread in searching:
-        thread.start()
-    beside_s = [seconds_of(site, f"/api/summary?range=24h&tz_offset={-15 * number}") for number in range(1, 4)]
-    for thread in searching:
-        thread.join()
+    with searching(site, "a" * 20, clients=6) as searches:
+        beside_s = [seconds_of(site, f"/api/summary?range=24h&tz_offset={-15 * number}") for number in range(1, 4)]
     searches_s = time.monotonic() - began
-    assert max(beside_s) < searches_s / 3
+    assert max(beside_s) < searches_s / 3 and {one.result()[0].status for one in searches} == {200}
 
 
 def test_store_is_closed_at_once_also_under_searches(site):
-    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(2000)]
-    for _ in range(5):
-        put(site.store, *sample)
-    needle, ask = "a" * 30 + "b", site.ask
+    put_long(site.store, 10_000)
+    needle = "a" * 30 + "b"
     took_s = seconds_of(site, f"/api/requests?q={needle}")
-    searching = [threading.Thread(target=ask, args=(f"/api/requests?q={needle}{number}",)) for number in range(8)]
-    for thread in searching:
-        thread.start()
-    site.json("/api/health")
-    began = time.monotonic()
-    site.store.close()
-    assert time.monotonic() - began < took_s * 2
-    for thread in searching:
-        thread.join()
+    with searching(site, needle, clients=8):
+        site.json("/api/health")
+        began = time.monotonic()
+        site.store.close()
+        assert time.monotonic() - began < took_s * 2

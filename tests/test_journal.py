@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import shutil
 import sqlite3
@@ -12,20 +10,8 @@ import threading
 from contextlib import closing
 
 import pytest
-from support import (
-    NOON,
-    config_of,
-    event,
-    lock,
-    make_original,
-    payload,
-    payloads,
-    put,
-    rows,
-    spool_path,
-    stored_ids,
-    wait_a_while,
-)
+from collecting import config_of, wait_a_while
+from support import NOON, event, lock, make_original, payload, payloads, put, rows, spool_line, spool_path, stored_ids
 
 import usage_dashboard as app
 
@@ -57,15 +43,10 @@ def test_row_that_the_database_does_not_take_costs_itself_alone(picky, bad):
     assert picky.find_faults() == []
 
 
-def line_of(content) -> bytes:
-    text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
-
-
 def batch_line(sequence, *events, **changes) -> bytes:
     """Return a line of the spool; `changes` are values of the first event's row."""
     table = [[*one._replace(**changes)] if number == 0 else [*one] for number, one in enumerate(events)]
-    return line_of([sequence, [app.Event._fields, app.Context._fields], table, [], 0])
+    return spool_line([sequence, [app.Event._fields, app.Context._fields], table, [], 0])
 
 
 @pytest.mark.parametrize("changes", [
@@ -78,8 +59,7 @@ def test_odd_event_in_the_spool_costs_itself_alone(collect, proxy, store, change
     lines.append(batch_line(2, event(request_id="next")))
     spool_path(store).write_bytes(b"".join(lines))
     proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_events(3)
+    run = collect(proxy, stored=3)
     assert stored_ids(store) == ["good", "next", "r1"]
     assert [reason[:13] for (reason,) in rows(store.path, REJECTS)] == ["in the spool:"]
     assert store.find_faults() == [] and run.error is None
@@ -88,13 +68,12 @@ def test_odd_event_in_the_spool_costs_itself_alone(collect, proxy, store, change
 def test_spool_with_one_number_twice_and_numbers_that_are_none_stores_each_batch_once(collect, proxy, store):
     lines = [
         batch_line(5, event(request_id="a")), batch_line(5, event(request_id="a")), batch_line(10**400, event()),
-        batch_line(-1, event()), batch_line(True, event()), line_of(b'{"deep": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+        batch_line(-1, event()), batch_line(True, event()), spool_line(b'{"deep": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
         batch_line(6, event(request_id="b")),
     ]  # fmt: skip
     spool_path(store).write_bytes(b"\n".join(lines))
     proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_events(3)
+    run = collect(proxy, stored=3)
     assert stored_ids(store) == ["a", "b", "r1"] and run.error is None
     assert "are no batches" in run.log
 
@@ -150,39 +129,28 @@ def test_what_is_popped_during_a_commit_that_waits_is_on_the_spool_at_once(tmp_p
         assert stored_ids(store) == ["first", *(f"r{number}" for number in range(200))]
 
 
-def test_events_wait_on_the_spool_until_somebody_reads(collect, proxy, store):
+@pytest.mark.parametrize("until", ["somebody reads", "half a minute is over", "the stop"])
+def test_events_wait_on_the_spool_until(collect, proxy, store, until):
     run = collect(proxy, commit_s=30.0)
     proxy.push(*payloads(40))
     run.wait_for_state("recording")
-    run.wait_for(lambda: len(list(app.Spool(spool_path(store)).read())) > 0 and len(proxy.handed_over) == 40)
-    assert stored_ids(store) == []
     run.wait_for(lambda: run.collector.journal.rows == 40)
-    run.collector.journal.flush_for_reader()
+    assert stored_ids(store) == [] and list(app.Spool(spool_path(store)).read()) != []
+    if until == "somebody reads":
+        run.collector.journal.flush_for_reader()
+    elif until == "half a minute is over":
+        run.slept_s += 31
+        run.wait_for(lambda: stored_ids(store))
+    else:
+        run.end()
     assert stored_ids(store) == [f"r{number}" for number in range(40)]
-    assert list(app.Spool(spool_path(store)).read()) == []
-
-
-def test_events_are_committed_after_half_a_minute_by_themselves(collect, proxy, store):
-    run = collect(proxy, commit_s=30.0)
-    proxy.push(*payloads(3))
-    run.wait_for(lambda: run.collector.journal.rows == 3)
-    assert stored_ids(store) == []
-    run.slept_s += 31
-    run.wait_for(lambda: stored_ids(store) == ["r0", "r1", "r2"])
+    run.wait_for(lambda: list(app.Spool(spool_path(store)).read()) == [])
 
 
 def test_five_hundred_rows_are_committed_at_once(collect, proxy, store):
     run = collect(proxy, commit_s=30.0)
     proxy.push(*payloads(1000))
     run.wait_for(lambda: len(stored_ids(store)) >= 500)
-
-
-def test_what_waits_on_the_spool_at_a_stop_is_stored(collect, proxy, store):
-    run = collect(proxy, commit_s=30.0)
-    proxy.push(*payloads(7))
-    run.wait_for(lambda: run.collector.journal.rows == 7)
-    run.end()
-    assert stored_ids(store) == [f"r{number}" for number in range(7)]
 
 
 @pytest.mark.parametrize("waiting", [0, 5])
@@ -236,18 +204,19 @@ def test_folder_that_is_renamed_stops_the_pops_and_what_is_back_goes_on(collect,
     store.close()
 
 
-@pytest.mark.parametrize("fault", [RecursionError, MemoryError, OverflowError, KeyError])
+@pytest.mark.parametrize("fault", [RecursionError, MemoryError, OverflowError, KeyError, app.ConfigError])
 def test_collector_goes_on_after_anything_that_is_raised(collect, proxy, fault):
+    said = "xxxxx" if fault is app.ConfigError else f"a fault of its own: {fault.__name__} at line"
     answers = []
 
     def load():
         answers.append(1)
         if len(answers) < 3:
-            raise fault("x" * 10)
+            raise fault(["x" * 10])
         return config_of(proxy)
 
     run = collect(proxy, load=load, management_password="wrong")
-    run.wait_for(lambda: f"a fault of its own: {fault.__name__} at line" in run.log)
+    run.wait_for(lambda: said in run.log)
     run.wait_for_state("waiting")
     proxy.push(payload(1))
     run.wait_for_events(1)

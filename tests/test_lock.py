@@ -10,30 +10,17 @@ import signal
 import stat
 
 import pytest
-from support import KEY, free_port, payload, rows
+from program import configure, start
+from support import free_port, payload, rows
 
 import usage_dashboard as app
 
 SECOND = re.compile(r"usage\.db is in use by a dashboard that runs already \(process (\d+), port (\d+)\)")
 
 
-def configure(program, proxy, **settings):
-    base = {"dashboard_host": "127.0.0.1", "dashboard_port": free_port(), "poll_interval_seconds": 0.1}
-    text = json.dumps({**base, "cliproxy_port": proxy.port, "management_password": KEY, **settings})
-    (program.folder / "config.json").write_text(text, encoding="utf-8")
-    (program.folder / "config.json").chmod(0o600)
-    return base["dashboard_port"]
-
-
-def start(program, *more, **where):
-    running = program.start("start", "--no-browser", *more, **where)
-    running.wait_for_line("http://localhost:")
-    return running
-
-
 def test_second_start_ends_with_1_names_the_first_and_pops_nothing(program, proxy):
     port = configure(program, proxy)
-    first = start(program)
+    first = start(program, port)
     first.wait_for_line("state=waiting")
     logins = proxy.auth_attempts
     for other in (port, free_port()):
@@ -47,12 +34,8 @@ def test_second_start_ends_with_1_names_the_first_and_pops_nothing(program, prox
 def test_two_starts_in_the_same_moment_leave_one(program, proxy):
     configure(program, proxy)
     both = [program.start("start", "--no-browser", "--port", str(free_port())) for _ in range(2)]
-    codes = {}
-    both[0].wait_for(lambda: any(one.process.poll() is not None for one in both))
-    for one in both:
-        codes[one.pid] = one.process.poll()
-    (winner,) = [one for one in both if codes[one.pid] is None]
-    (loser,) = [one for one in both if one is not winner]
+    loser = both[0].wait_for(lambda: next((one for one in both if one.process.poll() is not None), None))
+    (winner,) = [one for one in both if one is not loser]
     assert loser.wait() == 1
     assert SECOND.search("\n".join(loser.lines)).group(1) == str(winner.pid)
     winner.wait_for_line("state=waiting")
@@ -63,10 +46,10 @@ def test_two_starts_in_the_same_moment_leave_one(program, proxy):
 
 
 def test_start_goes_on_where_the_last_one_was_killed_just_now(program, proxy):
-    configure(program, proxy)
-    first = start(program)
+    port = configure(program, proxy)
+    first = start(program, port)
     first.process.send_signal(signal.SIGKILL)
-    second = start(program)  # while the first is still ending
+    second = start(program, port)  # while the first is still ending
     holder = json.loads((program.folder / "usage.db.lock").read_text(encoding="utf-8"))
     assert holder["pid"] == second.pid
     assert second.terminate() == 0
@@ -74,31 +57,25 @@ def test_start_goes_on_where_the_last_one_was_killed_just_now(program, proxy):
 
 @pytest.mark.parametrize("left", [b"", b'{"pid": 1, "port": 8320}', b"\xff\x00[", b"[1, 2]"])
 def test_lock_file_that_was_left_keeps_nobody_out(program, proxy, left):
-    configure(program, proxy)
+    port = configure(program, proxy)
     path = program.folder / "usage.db.lock"
     path.write_bytes(left)
-    running = start(program)
+    running = start(program, port)
     assert json.loads(path.read_text(encoding="utf-8"))["pid"] == running.pid
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert running.terminate() == 0
 
 
-def test_holder_whose_file_says_nothing_is_refused_in_words(tmp_path):
-    first = app.DatabaseLock(tmp_path / "usage.db", patience_s=0)
-    with pytest.raises(app.StoreError, match="process unknown, port unknown"):
-        app.DatabaseLock(tmp_path / "usage.db", patience_s=0)
-    assert app.lock_holder(tmp_path / "usage.db") == {}
-    first.name_holder(8320)
-    assert app.lock_holder(tmp_path / "usage.db") == {"pid": os.getpid(), "port": 8320}
-
-
-def test_link_to_the_database_has_the_same_lock(tmp_path):
+def test_lock_is_refused_in_words_also_by_a_link_and_where_its_file_says_nothing(tmp_path):
     (tmp_path / "usage.db").touch()
     (tmp_path / "link.db").symlink_to(tmp_path / "usage.db")
     first = app.DatabaseLock(tmp_path / "usage.db", patience_s=0)
-    assert not first.fault
-    with pytest.raises(app.StoreError):
-        app.DatabaseLock(tmp_path / "link.db", patience_s=0)
+    for name in ("usage.db", "link.db"):
+        with pytest.raises(app.StoreError, match="process unknown, port unknown"):
+            app.DatabaseLock(tmp_path / name, patience_s=0)
+    assert app.lock_holder(tmp_path / "usage.db") == {}
+    first.name_holder(8320)
+    assert app.lock_holder(tmp_path / "usage.db") == {"pid": os.getpid(), "port": 8320}
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -112,9 +89,9 @@ def test_file_system_without_locks_is_told_and_no_obstacle(tmp_path, code):
 
 def test_reading_commands_work_beside_the_dashboard_and_find_its_port(program, proxy):
     configure(program, proxy)
-    running = start(program, "--port", str(free_port()))
+    port = free_port()
+    running = start(program, port, "--port", str(port))
     running.wait_for_line("state=waiting")
-    port = json.loads((program.folder / "usage.db.lock").read_text(encoding="utf-8"))["port"]
     assert program.run("report").returncode == 0
     assert program.run("quota").returncode == 0
     logins = proxy.auth_attempts

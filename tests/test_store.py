@@ -9,7 +9,7 @@ import threading
 from contextlib import closing
 
 import pytest
-from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, lock, make_original, put, reading, room, rows
+from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, make_original, put, reading, rows
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
@@ -70,20 +70,6 @@ def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
     row = store.requests(1)[0]
     assert row["input_tokens"] is None and row["latency_ms"] is None
     assert store.usage(ALWAYS, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
-
-
-def test_batch_that_was_stored_before_is_left_out(store):
-    assert put(store, event(), sequence=7) is True
-    assert put(store, event(), sequence=7) is False
-    assert put(store, event(), sequence=6) is False
-    assert store.event_count == 1 and store.counts["stored"] == 1
-
-
-def test_counts_of_stored_rejected_and_ignored_survive_reopening(open_store):
-    put(open_store(), event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
-    second = open_store()
-    assert [second.counts[name] for name in ("stored", "rejected", "ignored")] == [2, 1, 4]
-    assert second.event_count == 2
 
 
 def test_only_the_newest_thousand_rejects_are_kept(store):
@@ -187,6 +173,9 @@ def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, b
     buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
     assert (models, accounts) == whole[1:]
     assert sum(sums[0] for sums in buckets.values()) == sum(sums[0] for sums in whole[0].values())
+    for start in (DAY + 5000, DAY + 7300):  # ten minutes, where whole quarters are all that is known
+        cut = store.usage(app.Window(start, start + 600), bucket_s, offset_s, filters)
+        assert app.add_sums(cut.buckets.values()) == app.add_sums(sums for _, sums in cut.models)
 
 
 def test_counts_of_two_threads_that_write_are_all_kept(store):
@@ -229,6 +218,7 @@ def test_write_ahead_log_stays_small_while_answers_are_given(store):
         put(store, *[event(at=NOON + number, error="x" * 150) for number in range(500)])
         store.usage(ALWAYS, 3600, 0)
         store.requests(10)
+        store.quotas()
     assert store.path.stat().st_size > 8_000_000
     assert (store.path.parent / "usage.db-wal").stat().st_size < 6_000_000
 
@@ -238,38 +228,6 @@ def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
     run_sql(tmp_path / "usage.db", "PRAGMA user_version = 99")
     with pytest.raises(app.StoreError, match="newer version"):
         open_store()
-
-
-def test_file_that_is_no_database_is_named_and_not_overwritten(tmp_path):
-    (tmp_path / "usage.db").write_bytes(b"this is no database, but somebody's notes " * 30)
-    before = (tmp_path / "usage.db").read_bytes()
-    with pytest.raises(app.StoreError, match="damaged or no SQLite database"):
-        app.Store(tmp_path / "usage.db")
-    assert (tmp_path / "usage.db").read_bytes() == before
-
-
-def test_folder_that_is_missing_is_named(tmp_path):
-    with pytest.raises(app.StoreError, match="cannot be opened"):
-        app.Store(tmp_path / "none" / "usage.db")
-
-
-def test_locked_database_says_so_and_loses_nothing(store):
-    other = lock(store)
-    with pytest.raises(app.StoreError, match="locked by another program"):
-        put(store, event(), sequence=1)
-    other.close()
-    assert put(store, event(), sequence=1) is True
-    assert (store.event_count, store.find_faults()) == (1, [])
-
-
-def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
-    room(store, 40)
-    batch = [event(at=NOON + number, error="x" * 150) for number in range(2000)]
-    with pytest.raises(app.StoreError, match="no room on the disk"):
-        put(store, *batch, sequence=1)
-    room(store, 100_000)
-    assert put(store, *batch, sequence=1) is True
-    assert (store.event_count, store.counts["stored"], store.find_faults()) == (2000, 2000, [])
 
 
 def random_events(dice, count):
@@ -287,43 +245,19 @@ def sums_of(events):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_totals_of_random_windows_equal_a_plain_sum_in_python(store, seed):
+def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store, seed):
     dice = random.Random(seed)
     events = list(random_events(dice, 600))
     for start in range(0, 600, 150):
         put(store, *events[start : start + 150])
-    for _ in range(15):
-        start = NOON + dice.uniform(-5000, 86400 * 2)
-        end = start + dice.choice([1, 400, 900, 3600, 20000, 200000])
-        bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
-        inside = [one for one in events if start <= one.ts_epoch < end]
-        window = app.Window(start, end)
-        buckets, models, accounts = store.usage(window, bucket_s, offset_s)
-        models_inside = {one.model for one in inside}
-        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
-        cut = {}
-        for one in inside:
-            cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
-        assert buckets == {key: sums_of(members) for key, members in cut.items()}
-        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
-        assert store.usage(window, bucket_s, offset_s, from_rows=True) == (buckets, models, accounts)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
-    dice = random.Random(seed)
-    events = list(random_events(dice, 500))
-    put(store, *events)
-    window = app.Window(NOON + 1000, NOON + 86400)
-    inside = [one for one in events if window.start <= one.ts_epoch < window.end]
-    owner = {identity: account.name for account in store.accounts() for identity in account.identity_ids}
-    names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(500)}
-    account = dice.choice(sorted(set(owner.values())))
+    names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(1000)}
+    account = dice.choice(sorted(set(names.values())))
 
     def is_of(one) -> bool:
         return names[(one.context.auth_index, one.context.source)] == account
 
     for filters, belongs in [
+        *[(app.Filters(), lambda one: True)] * 10,
         (app.Filters(account=account), is_of),
         (app.Filters(model="m2"), lambda one: one.model == "m2"),
         (app.Filters(status="failed"), lambda one: one.failed),
@@ -331,11 +265,20 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
         (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and is_of(one)),
         (app.Filters(account="nobody"), lambda one: False),
     ]:
-        expected = sums_of([one for one in inside if belongs(one)])
-        for part in store.usage(window, 3600, 0, filters):
-            sums = [item[1] for item in (part.items() if isinstance(part, dict) else part)]
-            assert tuple(map(sum, zip(*sums))) == (expected if expected[0] else ())
-        assert len(store.requests(500, window, filters)) == expected[0]
+        start = NOON + dice.uniform(-5000, 86400 * 2)
+        window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000]))
+        bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
+        inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
+        buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
+        models_inside = {one.model for one in inside}
+        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
+        cut = {}
+        for one in inside:
+            cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
+        assert buckets == {key: sums_of(members) for key, members in cut.items()}
+        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
+        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == (buckets, models, accounts)
+        assert len(store.requests(1000, window, filters)) == len(inside)
 
 
 def put_days(store, days, each):
@@ -452,28 +395,12 @@ def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_a
     assert (outage["from"], outage["to"], outage["lost"]) == (*shown, True)
 
 
-def test_failure_keeps_the_last_good_reading_beside_it(store):
-    store.save_reading(reading())
-    store.save_quota_state("an@example.com", "#3f9a2c", None, "expired", "token expired", NOON + 60)
-    row = store.quotas()[0]
-    assert (row["state"], row["plan"]) == ("expired", "plus")
-    assert (row["primary_remaining_percent"], row["ts_epoch"]) == (77, NOON)
-
-
 def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
     store.save_reading(reading())
     store.save_reading(reading(account_id_tag="#aaaaaa", plan="team"))
     assert [row["plan"] for row in store.quotas()] == ["plus", "team"]
     store.forget_quota_accounts([("an@example.com", "#3f9a2c")])
     assert [row["plan"] for row in store.quotas()] == ["team"]
-
-
-def test_old_snapshots_are_downsampled_to_one_an_hour(store):
-    for minute in range(0, 180, 10):
-        store.save_reading(reading(ts_epoch=3600 * 400000 + 60 * minute))
-    store.downsample_snapshots(3600 * 400002)
-    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots") == [(2 + 6,)]
-    assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
 
 
 def test_commit_that_alters_no_row_changes_no_answer(store):

@@ -29,7 +29,8 @@ from typing import Any, Callable
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from support import NOW, QUOTA, SAMPLES, QuickStop, Run, Site, config_of, event, put, reading, rows  # noqa: E402
+from collecting import QuickStop, Run, config_of  # noqa: E402
+from support import NOW, QUOTA, SAMPLES, Site, event, put, reading, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
