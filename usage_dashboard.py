@@ -143,7 +143,10 @@ class ConsoleLog(Log):
                     data = data[os.write(self._fd, data) :]
 
 
-_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
+_HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
+_RFC3339 = re.compile(
+    rf"(\d\d\d\d-\d\d-\d\d[Tt ]{_HOUR_MINUTE}):([0-5]\d(?:\.\d{{1,9}})?)([Zz]|[+-]{_HOUR_MINUTE})\Z", re.ASCII
+)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
 _minutes: dict[tuple[str, str], tuple[int, str]] = {}
@@ -163,34 +166,22 @@ def parse_time(text: str) -> tuple[float, str]:
     if match is None:
         raise ValueError("not an RFC 3339 time")
     minute, seconds, zone = match.groups()
-    if seconds >= "60":
-        raise ValueError("the seconds are over 59")
     epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
     return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
 
 
 def _read_minute(minute: str, zone: str) -> tuple[int, str]:
     """Return a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
-    year, month, day, hour, minutes = (int(minute[i:j]) for i, j in ((0, 4), (5, 7), (8, 10), (11, 13), (14, 16)))
-    epoch = int(datetime(year, month, day, hour, minutes, tzinfo=timezone.utc).timestamp())
-    if zone not in "Zz":
-        offset_hours, offset_minutes = int(zone[1:3]), int(zone[4:])
-        if offset_hours > 23 or offset_minutes > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = offset_hours * 3600 + offset_minutes * 60
-        epoch += -offset if zone[0] == "+" else offset
+    at = datetime.fromisoformat(minute + zone.upper().replace("Z", "+00:00"))
+    epoch = int(at.timestamp())
     if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    return cache(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), limit=500)
-
-
-def _utc_second(epoch_s: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
+    return cache(_minutes, (minute, zone), (epoch, f"{at.astimezone(timezone.utc):%Y-%m-%dT%H:%M:}"), limit=500)
 
 
 def utc_text(epoch_s: float | None) -> str | None:
     """Format epoch seconds as ISO UTC text to the second; None stays None."""
-    return None if epoch_s is None else _utc_second(epoch_s) + "Z"
+    return None if epoch_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s))
 
 
 def local_minute(epoch_s: float) -> str:
@@ -311,12 +302,10 @@ _LONGEST_ERROR = 256 * 1024
 
 def _json_error(body: Any) -> tuple[str, str]:
     """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or len(body) > _LONGEST_ERROR or not body.lstrip().startswith(("{", "[")):
-        return "", ""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
+    content: Any = None
+    if isinstance(body, str) and len(body) <= _LONGEST_ERROR and body.lstrip().startswith(("{", "[")):
+        with suppress(ValueError, RecursionError):
+            content = json.loads(body)
     if isinstance(content, list) and content:
         content = content[0]
     if not isinstance(content, dict):
@@ -345,7 +334,6 @@ class ConfigError(DashboardError):
     """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
 
     exit_code = 2
-    code = "bad_config"
 
     def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
         self.faults, self.warnings = list(faults), list(warnings)
@@ -496,14 +484,19 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
 class QueueFault(DashboardError):
     """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
-    http_status = 502
-    code = "queue_fault"
     state = "unreachable"
+    says_remedy = False
     is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
-    def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
+    def __init__(self, message: str, state: str | None = None):
         super().__init__(message)
-        self.state, self.says_remedy = state or self.state, says_remedy
+        self.state = state or self.state
+
+
+class Misconfigured(QueueFault):
+    """A fault whose own words say what to change."""
+
+    says_remedy = True
 
 
 class ConnectionClosed(QueueFault):
@@ -536,11 +529,8 @@ class Oversized(int):
 
 def encode_command(*words: Any) -> bytes:
     """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
-    parts = [b"*%d\r\n" % len(words)]
-    for word in words:
-        data = word if isinstance(word, bytes) else str(word).encode("utf-8")
-        parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
-    return b"".join(parts)
+    datas = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(datas) + b"".join(b"$%d\r\n%s\r\n" % (len(data), data) for data in datas)
 
 
 class RespReader:
@@ -590,26 +580,18 @@ class RespReader:
             return None
         if not 0 <= length <= self._max_skipped:
             raise NotResp(f"the queue announced a value of {length} bytes")
-        if length > self._max_bulk:
-            self._skip(length)
-            value: Any = Oversized(length)
-        else:
-            value = self._stream.read(length)
-            if len(value) < length:
-                raise ConnectionClosed(clean=False)
-        end = self._stream.read(2)
-        if len(end) < 2:
-            raise ConnectionClosed(clean=False)
-        if end != b"\r\n":
-            raise NotResp("the queue sent a value whose length does not fit")
-        return value
-
-    def _skip(self, length: int) -> None:
-        while length:
-            piece = self._stream.read(min(length, 64 * 1024))
+        left = length + 2  # with the end of the line
+        while length > self._max_bulk and left > 2:
+            piece = self._stream.read(min(left - 2, 64 * 1024))
             if not piece:
                 raise ConnectionClosed(clean=False)
-            length -= len(piece)
+            left -= len(piece)
+        data = self._stream.read(left)
+        if len(data) < left:
+            raise ConnectionClosed(clean=False)
+        if data[-2:] != b"\r\n":
+            raise NotResp("the queue sent a value whose length does not fit")
+        return Oversized(length) if length > self._max_bulk else data[:-2]
 
 
 def _reply_number(text: bytes) -> int:
@@ -640,21 +622,20 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
     # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except ssl.SSLCertVerificationError as error:
-        plain.close()
-        raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
-        message = f'{host}:{port} does not speak TLS; set "cliproxy_tls": false'
-        raise QueueFault(message, "closed", says_remedy=True) from error
+        no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
+        raise _distrust(host, port, error) or no_tls from error
 
 
-def _untrusted(host: str, port: int, error: Any) -> QueueFault:
+def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
+    if not hasattr(error, "verify_message"):
+        return None
     message = (
         f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
         "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
     )
-    return QueueFault(message, "closed", says_remedy=True)
+    return Misconfigured(message, "closed")
 
 
 class RespClient:
@@ -3221,47 +3202,44 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
-# Words in an error reply of a proxy or a Redis, what they mean, and the state.
-_REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
+# Words in an error reply of a proxy or a Redis, what they mean, and the state where it is another than the kind's.
+_REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
-    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
     ("noauth", QueueFault, "a management key is needed", "no_password"),
     ("missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("unsupported channel", Misconfigured, 'the proxy does not know this queue_key; set "queue_key": "usage"', None),
+    (
+        "wrongtype",
+        Misconfigured,
+        'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
+        None,
+    ),
 )
-_WRONG_KEYS = {
-    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
-    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
-}
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
-    fault = _meaning_of(reply, during_auth)
-    fault.is_no_failed_login = fault.state not in _REFUSALS
-    return fault
-
-
-def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     text = reply.lower()
+    fault = QueueFault(f"the queue answered: {without_secrets(reply, 100)}")
+    if during_auth and "unknown command" in text:
+        fault = NoQueue("the server there knows no AUTH")
+    for words, kind, message, state in _REPLIES:
+        if words in text:
+            fault = kind(message, state)
+            break
     if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
         match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
         left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
-        return WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
-    for words, kind, message, state in _REPLIES:
-        if words in text:
-            return kind(message, state)
-    for words, message in _WRONG_KEYS.items():
-        if words in text:
-            return QueueFault(message, "unreachable", says_remedy=True)
-    if during_auth and "unknown command" in text:
-        return NoQueue("the server there knows no AUTH")
-    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+        fault = WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
 
 
 def _log_in(client: RespClient, password: str) -> None:
@@ -3396,11 +3374,10 @@ class ProxyApi:
             status, content = self._exchange(path, before_login)
         except (OSError, HTTPException) as error:
             self.close()
-            if hasattr(error, "verify_message"):
-                raise _untrusted(self._host, self._port, error) from error
+            said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
-                raise QueueFault("the management API broke off in the middle of an answer") from error
-            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+                said = "the management API broke off in the middle of an answer"
+            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
         if status == 200:
@@ -3494,7 +3471,7 @@ class SubscribeSource(Source):
         reply = self._client.call("SUBSCRIBE", self._key)
         if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
             message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
-            raise QueueFault(message, "not_resp", says_remedy=True)
+            raise Misconfigured(message, "not_resp")
         if isinstance(reply, ErrorReply):
             raise _fault_of_reply(reply, during_auth=True)
         assert self._backlog is not None
