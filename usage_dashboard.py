@@ -46,6 +46,7 @@ import time
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -3669,7 +3670,7 @@ class Spool:
     def __init__(self, path: Path):
         self._path = path
         self._touched_at = 0.0
-        self.odd_path = Path(f"{path}.unreadable")
+        self.odd_path, self.odd_lines = Path(f"{path}.unreadable"), 0
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
@@ -3695,8 +3696,8 @@ class Spool:
         with open(str(self._path), "rb") as stream:
             os.fsync(stream.fileno())
 
-    def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
-        """Yield the batches that a previous run left and, as they are, lines that are none. Raises OSError."""
+    def read(self) -> Iterator[tuple[int, Parsed]]:
+        """Yield the batches that a previous run left, and keep lines of another version aside. Raises OSError."""
         if not self._path.exists():
             return
         with open(str(self._path), "rb") as stream:
@@ -3709,13 +3710,10 @@ class Spool:
                 try:
                     yield _batch_of_json(json.loads(text))
                 except Exception:  # a right check sum, and still none: of another version, or of somebody else
-                    yield line
-
-    def set_aside(self, line: bytes) -> None:
-        """Keep a line that is no batch of this version. Raises OSError."""
-        make_private(self.odd_path)
-        with open(str(self.odd_path), "ab") as stream:
-            stream.write(line)
+                    make_private(self.odd_path)
+                    with open(str(self.odd_path), "ab") as aside:
+                        aside.write(line)
+                    self.odd_lines += 1
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
@@ -3886,16 +3884,11 @@ class Journal:
             self._log.event("spool", replayed=replayed)
 
     def _left_behind(self) -> Iterator[tuple[int, Parsed]]:
-        """Yield the batches on the spool above the mark, each once; lines that are none are set aside."""
-        odd = 0
-        for item in self.spool.read():
-            if isinstance(item, bytes):
-                self.spool.set_aside(item)
-                odd += 1
-            elif item[0] > self._sequence:
-                yield item
-        if odd:
-            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
+        """Yield the batches on the spool above the mark, each once."""
+        yield from (batch for batch in self.spool.read() if batch[0] > self._sequence)
+        if self.spool.odd_lines:
+            fault = f"{self.spool.odd_lines} lines are no batches"
+            self._log.event("spool", fault=fault, kept_in=self.spool.odd_path.name)
 
     def _follow_file(self) -> None:
         """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
@@ -3924,23 +3917,21 @@ class Journal:
 
 
 class ProxyFacts:
-    """What is known of the proxy on this connection; asked with a key that just worked, never again after a refusal."""
+    """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
-    def __init__(self, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]):
-        self._store, self._log, self._poll_interval_s, self._clock = store, log, poll_interval_s, clock
+    def __init__(
+        self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]
+    ):
+        self._status, self._store, self._log, self._clock = status, store, log, clock
+        self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
-        self.publishing: bool | None = None
-        self.version: str | None = None
-        self.retention_s: float | None = None
-        self.clock_ahead_s: float | None = None
-        self.is_retention_short = False
 
-    def connect(self, source: Any) -> None:
+    def connect(self, source: Source) -> None:
         """Begin with a new connection, and ask what can be asked."""
-        self._api, self.publishing, self.retention_s = source.api, None, None
+        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -3955,9 +3946,10 @@ class ProxyFacts:
         try:
             answer = self._api.get("/v0/management/usage-statistics-enabled")
             publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            self.publishing = publishing if isinstance(publishing, bool) else None
-            self.version, self.clock_ahead_s = self._api.version, self._api.clock_ahead_s
-            if self.retention_s is None:
+            status = self._status
+            status.publishing = publishing if isinstance(publishing, bool) else None
+            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            if status.retention_seconds is None:
                 config = self._api.get("/v0/management/config")
                 seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
                 known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
@@ -3971,15 +3963,15 @@ class ProxyFacts:
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
-            self.publishing = None
-        elif self.publishing is not False:
-            self.publishing, self._asked_at = True, self._clock()
+            self._status.publishing = None
+        elif self._status.publishing is not False:
+            self._status.publishing, self._asked_at = True, self._clock()
         else:  # left from before it was switched off, or it is on again
             self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
+        pause_s = self._PAUSE_WHILE_OFF_S if self._status.publishing is False else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
 
@@ -3993,10 +3985,11 @@ class ProxyFacts:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
         if self._store.get_meta("retention_s") != seconds:
             self._store.put_meta("retention_s", seconds)
-        is_short = seconds < 2 * self._poll_interval_s
-        if is_short and not self.is_retention_short:
+        warning = "retention_short" if seconds < 2 * self._poll_interval_s else None
+        if warning and not self._status.warning:
             self._log.event("collector", warning=retention_warning(seconds, self._poll_interval_s))
-        self.retention_s, self.is_retention_short = seconds, is_short
+        self._status.warning = warning
+        self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
 class OutageLog:
@@ -4024,13 +4017,10 @@ class OutageLog:
         self._store.end_outage(self._clock())
         self._reason, self._is_publishing_off = None, False
 
-    def end_storage_error(self) -> None:
-        """End an outage that the database was the reason for: it takes writes again."""
-        if self._reason == "storage_error":
-            self.end()
-
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        if self._reason == "storage_error":  # which is over: the database takes writes again
+            self.end()
         before, self._turn_s = self._turn_s, self._monotonic()
         ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
         if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
@@ -4096,8 +4086,9 @@ class RefusedLogins:
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
-        salt = os.urandom(16).hex()
-        self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
+        if self.state_of(login) is None:
+            salt = os.urandom(16).hex()
+            self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
         """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
@@ -4164,7 +4155,6 @@ class Collector:
         self._alive_at = self.journal.spool.alive_at()
         self._backoff = Backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
-        self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
         self._source: Source | None = None
@@ -4173,22 +4163,16 @@ class Collector:
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
-        span = store.span()
-        self._status.last_event = span[1] if span else None
+        self._status.last_event = (store.span() or [None])[-1]
+        self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
-        facts = self._facts
         with self._lock:
             status = replace(
                 self._status,
                 since=min(self._status.since, self._clock()),  # the clock may have been set back meanwhile
                 message=self._status.message.replace(str(self._store.path), self._store.path.name),
-                publishing=facts.publishing,
-                proxy_version=facts.version,
-                retention_seconds=None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
-                clock_ahead_seconds=facts.clock_ahead_s,
-                warning="retention_short" if facts.is_retention_short else None,
             )
         return status.as_json(self._store.counts)
 
@@ -4230,7 +4214,7 @@ class Collector:
             source = self._open()
             self._facts.connect(source)
             source.close()
-            self._enter("publishing_off" if self._facts.publishing is False else "waiting")
+            self._enter("publishing_off" if self._status.publishing is False else "waiting")
         except QueueFault as fault:
             if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
@@ -4260,11 +4244,7 @@ class Collector:
         state = self._refused.state_of(self._login())
         if state is not None:
             raise QueueFault("the management key was refused before", state)
-
-        def show(endpoint: str) -> None:
-            self._status.endpoint = endpoint
-
-        return open_source(self._config, show, self._refused)
+        return open_source(self._config, partial(setattr, self._status, "endpoint"), self._refused)
 
     def _collect(self, source: Source) -> None:
         """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
@@ -4325,21 +4305,21 @@ class Collector:
             self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
             self._backoff.reset()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
-        now, facts = self._clock(), self._facts
+        now = self._clock()
         if got_values:
             self._recorded_at = now
-            facts.note_events()
-        facts.ask_if_due()
-        self._outages.note_publishing(facts.publishing)
+            self._facts.note_events()
+        self._facts.ask_if_due()
+        publishing = self._status.publishing
+        self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
+        self._enter("publishing_off" if publishing is False else "waiting" if is_quiet else "recording")
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -4352,12 +4332,10 @@ class Collector:
         message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
         with self._lock:
             status = self._status
-            changed = (status.state, status.message) != (state, message)
             if status.state != state:
                 status.since = self._clock()
             status.state, status.message, status.until = state, message, until
-        if changed:
-            self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
+        self._log.once("collector", state=state, endpoint=status.endpoint, message=message)
 
     def _enter_fault(self, fault: QueueFault) -> None:
         until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
@@ -4375,19 +4353,12 @@ class Collector:
         else:
             self._stop.wait(self._backoff.next())
 
-    def _reload(self) -> None:
-        try:
-            self._config = self._load()
-        except ConfigError as error:
-            self._log.once("config", fault=error)
-
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
-        config = self._config
-        try:
-            written_at = self._config_path.stat().st_mtime_ns if self._config_path else 0
-        except OSError:
-            written_at = 0
+        config, written_at = self._config, 0
+        if self._config_path is not None:
+            with suppress(OSError):
+                written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
@@ -4395,15 +4366,15 @@ class Collector:
         before = self._login()
         while seconds > 0:
             if refused is not None:
-                try:
+                with suppress(StoreError):  # it is tried again
                     self._refused.remember(before, refused)
-                    refused = None
-                except StoreError as error:
-                    self._log.once("store", fault=error)
             if self._stop.wait(min(3.0, seconds)):
                 return
             seconds -= 3.0
-            self._reload()
+            try:
+                self._config = self._load()
+            except ConfigError as error:
+                self._log.once("config", fault=error)
             if self._login() != before:
                 self._backoff.reset()
                 return
