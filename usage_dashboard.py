@@ -3478,15 +3478,15 @@ class SubscribeSource(Source):
         assert self._backlog is not None
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
+        self._client.wait_for_ever()
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
         while True:
             try:
-                client.wait_for_ever()
                 frame = client.receive()
-            except (QueueFault, OSError) as fault:
-                self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
+            except QueueFault as fault:
+                self._inbox.put(fault)
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
                 self._inbox.put(compact(frame[2]))
@@ -3506,14 +3506,11 @@ class SubscribeSource(Source):
             return result
         values: list[Any] = []
         with suppress(queue.Empty):
-            value = self._inbox.get(timeout=self._wait_s)
-            while not isinstance(value, QueueFault):
-                values.append(value)
-                if len(values) >= count:
-                    return PopResult(values, self.unread > 0, None)
-                value = self._inbox.get_nowait()
-            return PopResult(values, False, value)
-        return PopResult(values, self.unread > 0, None)
+            values.append(self._inbox.get(timeout=self._wait_s))
+            while len(values) < count and not isinstance(values[-1], QueueFault):
+                values.append(self._inbox.get_nowait())
+        fault = values.pop() if values and isinstance(values[-1], QueueFault) else None
+        return PopResult(values, self.unread > 0 and fault is None, fault)
 
     def drain(self) -> list[Any]:
         left = [] if self._backlog is None else self._backlog.drain()
@@ -3529,28 +3526,26 @@ class SubscribeSource(Source):
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Return the source at the configured queue or, while both keys are at their defaults, at the proxy's own port."""
-    found, first = None, None
+    found, first = Source(), None
     try:
         found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
+        if not config.has_default_queue or found.is_proxy or found.list_length:
+            return found
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
         first = fault
-    if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
-        return found
     try:
         better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
-        if fault.state in _NOT_THERE and found is not None:
+        if fault.state in _NOT_THERE and first is None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
             return found
-        if found is not None:
-            found.close()
+        found.close()
         if fault.state not in _NOT_THERE or first is None:
             raise
         raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
-    if found is not None:
-        found.close()
+    found.close()
     return better
 
 
@@ -4002,7 +3997,6 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
-        self._is_publishing_off = False
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4015,7 +4009,7 @@ class OutageLog:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
         self._store.end_outage(self._clock())
-        self._reason, self._is_publishing_off = None, False
+        self._reason = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
@@ -4032,10 +4026,9 @@ class OutageLog:
 
     def note_publishing(self, publishing: bool | None) -> None:
         """Record a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
-        if publishing is False and not self._is_publishing_off:
-            self._store.begin_outage(self._clock(), "publishing_off")
-            self._is_publishing_off = True
-        elif publishing is not False and self._is_publishing_off:
+        if publishing is False and self._reason is None:
+            self.begin("publishing_off")
+        elif publishing is not False and self._reason == "publishing_off":
             self.end()
 
     def _write_begin(self) -> None:
