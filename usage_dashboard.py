@@ -197,21 +197,11 @@ def monotonic_s() -> float:
     return time.monotonic()
 
 
-class Backoff:
-    """Waiting times that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
-
-    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, jitter: Callable[[], float] = random.random):
-        self.first_s, self.limit_s, self._jitter = first_s, limit_s, jitter
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now; the next wait is twice as long."""
-        wait_s, self._next_s = self._next_s, min(self._next_s * 2, self.limit_s)
-        return wait_s * (1 - 0.25 * self._jitter())
-
-    def reset(self) -> None:
-        """Start again from the first wait."""
-        self._next_s = self.first_s
+def backoff(first_s: float = 1.0, limit_s: float = 60.0, jitter=random.random) -> Iterator[float]:
+    """Yield waits that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
+    while True:
+        yield first_s * (1 - 0.25 * jitter())
+        first_s = min(first_s * 2, limit_s)
 
 
 def make_private(path: Path) -> None:
@@ -486,18 +476,15 @@ class QueueFault(DashboardError):
     """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
     state = "unreachable"
-    says_remedy = False
-    is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
-    def __init__(self, message: str, state: str | None = None):
+    def __init__(self, message: str, state: str | None = None, is_no_failed_login: bool = False):
         super().__init__(message)
         self.state = state or self.state
+        self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
 
 
 class Misconfigured(QueueFault):
     """A fault whose own words say what to change."""
-
-    says_remedy = True
 
 
 class ConnectionClosed(QueueFault):
@@ -562,17 +549,13 @@ class RespReader:
             return [self.read_reply(depth + 1) for _ in range(count)]
         is_http = line.startswith(b"HTTP/")
         what = "an HTTP answer" if is_http else "bytes of another protocol"
-        fault = NotResp(f"the queue sent {what} instead of a RESP reply")
-        fault.is_no_failed_login = is_http
-        raise fault
+        raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
         if not line.endswith(b"\r\n"):
-            if len(line) >= self._max_line:
-                raise NotResp("the queue sent a line that is too long for a RESP reply")
-            if line.endswith(b"\n"):
-                raise NotResp("the queue sent a line that does not end like a RESP reply")
+            if len(line) >= self._max_line or line.endswith(b"\n"):
+                raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
         return line[:-2]
 
@@ -3203,7 +3186,7 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
-# Words in an error reply of a proxy or a Redis, what they mean, and the state where it is another than the kind's.
+# Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
@@ -3215,25 +3198,17 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("unsupported channel", Misconfigured, 'the proxy does not know this queue_key; set "queue_key": "usage"', None),
-    (
-        "wrongtype",
-        Misconfigured,
-        'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
-        None,
-    ),
+    ("wrongtype", Misconfigured, 'queue_key is no list in that Redis; set "queue_key" to the filled one', None),
+    (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
+    (r"unknown command\W+subscribe", Misconfigured, 'SUBSCRIBE is unknown; set "collect_mode": "auto"', "not_resp"),
 )
 
 
-def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+def _fault_of_reply(reply: str) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
     text = reply.lower()
-    fault = QueueFault(f"the queue answered: {without_secrets(reply, 100)}")
-    if during_auth and "unknown command" in text:
-        fault = NoQueue("the server there knows no AUTH")
-    for words, kind, message, state in _REPLIES:
-        if words in text:
-            fault = kind(message, state)
-            break
+    known = (kind(message, state) for pattern, kind, message, state in _REPLIES if re.search(pattern, text))
+    fault = next(known, None) or QueueFault(f"the queue answered: {without_secrets(reply, 100)}")
     if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
         match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
@@ -3247,7 +3222,7 @@ def _log_in(client: RespClient, password: str) -> None:
     """Send AUTH; a Redis that needs no password is fine. Raises QueueFault."""
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
-        raise _fault_of_reply(reply, during_auth=True)
+        raise _fault_of_reply(reply)
     if not isinstance(reply, str):
         raise NotResp("the login was answered with something else than OK")
 
@@ -3304,7 +3279,7 @@ class PopSource(Source):
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
-                raise _fault_of_reply(reply, during_auth=True)
+                raise _fault_of_reply(reply)
             self._early = [] if reply is None else [reply]
             self.list_length = len(self._early)
             return
@@ -3314,7 +3289,7 @@ class PopSource(Source):
         if isinstance(length, int):
             self.list_length = length
         elif not self.is_proxy:
-            raise _fault_of_reply(str(length), during_auth=False)
+            raise _fault_of_reply(str(length))
 
     def take(self, count: int) -> PopResult:
         """Send so many pops and read their replies."""
@@ -3324,7 +3299,7 @@ class PopSource(Source):
             for _ in range(count):
                 reply = self._client.receive()
                 if isinstance(reply, ErrorReply):
-                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                    fault = fault or _fault_of_reply(reply)
                 elif reply is None:
                     empty = True
                 else:
@@ -3352,14 +3327,6 @@ def _pieces_of(reply: Any) -> Iterator[bytes]:
         raise IncompleteRead(b"")
 
 
-def _json_or_elements(content: bytes) -> Any:
-    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return list(elements_of([content]))
-
-
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
@@ -3384,15 +3351,14 @@ class ProxyApi:
         if status == 200:
             return content
         if status in (401, 403):
-            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
-        fault = QueueFault(f"the management API answered with status {status}")
         if status == 404:
-            fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
-        raise fault
+            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+        is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
+        raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
         """Return the status with the decoded JSON of a 200, else with the bytes of the answer."""
@@ -3412,14 +3378,17 @@ class ProxyApi:
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
-        return reply.status, _json_or_elements(content) if reply.status == 200 else content
+        if reply.status != 200:
+            return reply.status, content
+        try:
+            return 200, json.loads(content)
+        except (ValueError, RecursionError):  # of one odd element
+            return 200, list(elements_of([content]))
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
-        connection = getattr(self._connection, "sock", None)
-        if connection is not None:
-            with suppress(OSError):  # the other side was quicker
-                connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3459,7 +3428,7 @@ class SubscribeSource(Source):
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._backlog: PopSource | None = PopSource(connect, password, key)
+        self._backlog: Any = PopSource(connect, password, key)  # until it is empty
         self._client: Any = None
         self._inbox: Any = queue.Queue(2_000)
 
@@ -3470,12 +3439,8 @@ class SubscribeSource(Source):
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
-        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
-            message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
-            raise Misconfigured(message, "not_resp")
         if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        assert self._backlog is not None
+            raise _fault_of_reply(reply)
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
         self._client.wait_for_ever()
@@ -3808,7 +3773,7 @@ class Journal:
     def sync(self) -> None:
         """Bring the spool onto the disk, once a poll."""
         if self._batches and not self._unspooled:
-            with self._logged_fault():
+            with self.logged_fault():
                 self.spool.sync()
 
     def flush(self) -> None:
@@ -3829,7 +3794,7 @@ class Journal:
 
     def _forget(self, count: int) -> None:
         """Forget the first batches, which are committed; the spool is emptied when that is all of it."""
-        with self._lock, self._logged_fault():
+        with self._lock, self.logged_fault():
             del self._batches[:count]
             if not self._batches:
                 self._unspooled = 0
@@ -3868,7 +3833,7 @@ class Journal:
         if self._is_replayed:
             return
         replayed = 0
-        with self._logged_fault():
+        with self.logged_fault():
             for sequence, parsed in self._left_behind():
                 self._store.store_batch(parsed, sequence, self._clock())
                 self._sequence = sequence
@@ -3891,12 +3856,12 @@ class Journal:
         if event is None:
             return
         self._log.event("store", fault=event)
-        with self._logged_fault():
+        with self.logged_fault():
             if not self._is_replayed:
                 self._batches = [*dict(self._left_behind()).items()]
         # Numbers count from this file's mark, so that what waits is above it.
         mark = self._store.counts["sequence"]
-        with self._lock, self._logged_fault():
+        with self._lock, self.logged_fault():
             self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
             self._sequence, self._is_replayed = mark + len(self._batches), True
             self._unspooled = len(self._batches)
@@ -3904,7 +3869,8 @@ class Journal:
             self._unspooled = 0
 
     @contextmanager
-    def _logged_fault(self) -> Iterator[None]:
+    def logged_fault(self) -> Iterator[None]:
+        """Log an OSError of the spool instead of raising it."""
         try:
             yield
         except OSError as error:
@@ -3916,9 +3882,7 @@ class ProxyFacts:
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
-    def __init__(
-        self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]
-    ):
+    def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
@@ -4146,11 +4110,11 @@ class Collector:
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
         self._alive_at = self.journal.spool.alive_at()
-        self._backoff = Backoff()
+        self._backoff = backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
-        self._source: Source | None = None
+        self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
@@ -4177,7 +4141,7 @@ class Collector:
                     self._turn()
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
-                    self._stop.wait(self._backoff.next())
+                    self._stop.wait(next(self._backoff))
         finally:
             self.journal.close()
 
@@ -4186,18 +4150,21 @@ class Collector:
         try:
             self._session()
         except QueueFault as fault:
-            self._enter_fault(fault)
+            self._enter(fault.state, fault)
             self._outages.begin(fault.state)
-            self._wait_after(fault)
+            if isinstance(fault, WaitFault):
+                self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else next(self._backoff))
+            elif fault.state in _REFUSALS:
+                self._wait_for_change(math.inf, fault.state)
+            else:
+                self._stop.wait(next(self._backoff))
         except StoreError as error:
             self._enter_storage_error(error)
-            self._stop.wait(self._backoff.next())
+            self._stop.wait(next(self._backoff))
 
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
-        source = self._source
-        if source is not None:
-            source.abort()
+        self._source.abort()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
@@ -4211,7 +4178,7 @@ class Collector:
         except QueueFault as fault:
             if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
-            self._enter_fault(fault)
+            self._enter(fault.state, fault)
         return self.status()
 
     # One connection
@@ -4228,7 +4195,7 @@ class Collector:
             self._facts.connect(source)
             self._collect(source)
         finally:
-            self._source = None
+            self._source = Source()
             source.close()
             self._facts.disconnect()
             self._hold(source.drain())
@@ -4260,7 +4227,7 @@ class Collector:
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
-        waits, fault = Backoff(0.5, 10.0), None
+        waits, fault = backoff(0.5, 10.0), None
         while not self._stop.is_set():
             try:
                 if self.journal.is_due:
@@ -4270,7 +4237,7 @@ class Collector:
                 break
             except StoreError as error:
                 self._enter_storage_error(error)
-            self._stop.wait(waits.next())
+            self._stop.wait(next(waits))
             if source.unread:
                 result = source.take(source.largest_batch)
                 fault = fault or result.fault
@@ -4294,13 +4261,11 @@ class Collector:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
-        try:
+        with self.journal.logged_fault():
             self.journal.spool.touch(self._clock())
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
         if not self._is_proven:
             self._is_proven = True
-            self._backoff.reset()
+            self._backoff = backoff()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
@@ -4320,9 +4285,11 @@ class Collector:
 
     # States and waiting
 
-    def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
-        """Change the state; a change is logged once."""
-        message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
+    def _enter(self, state: str, detail: Any = "") -> None:
+        """Change the state, with a text or the fault that it is for; a change is logged once."""
+        remedy = "" if isinstance(detail, Misconfigured) else STATE_REMEDIES[state]
+        message = ". ".join(filter(None, [str(detail), remedy]))
+        until = self._clock() + detail.seconds if isinstance(detail, WaitFault) else None
         with self._lock:
             status = self._status
             if status.state != state:
@@ -4330,21 +4297,9 @@ class Collector:
             status.state, status.message, status.until = state, message, until
         self._log.once("collector", state=state, endpoint=status.endpoint, message=message)
 
-    def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
-        self._enter(fault.state, str(fault), until, fault.says_remedy)
-
     def _enter_storage_error(self, error: StoreError) -> None:
-        self._enter("storage_error", str(error))
+        self._enter("storage_error", error)
         self._outages.begin("storage_error")
-
-    def _wait_after(self, fault: QueueFault) -> None:
-        if isinstance(fault, WaitFault):
-            self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else self._backoff.next())
-        elif fault.state in _REFUSALS:
-            self._wait_for_change(math.inf, fault.state)
-        else:
-            self._stop.wait(self._backoff.next())
 
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
@@ -4369,7 +4324,7 @@ class Collector:
             except ConfigError as error:
                 self._log.once("config", fault=error)
             if self._login() != before:
-                self._backoff.reset()
+                self._backoff = backoff()
                 return
 
 
@@ -4788,10 +4743,10 @@ class Connections:
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            has_place = len(self._open) < self._most or self.end_longest()
-            if has_place:
-                self._open[connection] = math.inf, 0
-            return has_place
+            if len(self._open) >= self._most and not self.end_longest():
+                return False
+            self._open[connection] = math.inf, 0
+            return True
 
     def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
         """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
@@ -4865,12 +4820,8 @@ class Server(ThreadingMixIn, TCPServer):
                 time.sleep(0.03)
             raise
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.connections.add(request):
-            self.connections.wait(request, Handler.idle_s)
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.connections.add(request) and self.connections.wait(request, Handler.idle_s)
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.remove(request)
@@ -5478,7 +5429,7 @@ def _check_without_key(config: Config) -> list[Finding]:
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
         if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-    remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
+    remedy = "see the sentence above" if isinstance(fault, Misconfigured) else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 
 
@@ -5719,10 +5670,9 @@ def run_quota(options: Any) -> int:
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
     elif refusal is None:
         print("No account has been asked yet; see: usage_dashboard.py quota --force")
-    if refusal is None:
-        return 0
-    print(f"usage_dashboard: {refusal}", file=sys.stderr)
-    return 1
+    if refusal is not None:
+        raise DashboardError(refusal)
+    return 0
 
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
