@@ -46,7 +46,7 @@ import time
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -150,7 +150,6 @@ _RFC3339 = re.compile(
 )
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minutes: dict[tuple[str, str], tuple[int, str]] = {}
 
 
 def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> Any:
@@ -167,17 +166,18 @@ def parse_time(text: str) -> tuple[float, str]:
     if match is None:
         raise ValueError("not an RFC 3339 time")
     minute, seconds, zone = match.groups()
-    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    epoch, utc = _read_minute(minute, zone)
     return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
 
 
+@lru_cache(maxsize=500)
 def _read_minute(minute: str, zone: str) -> tuple[int, str]:
     """Return a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
     at = datetime.fromisoformat(minute + zone.upper().replace("Z", "+00:00"))
     epoch = int(at.timestamp())
     if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    return cache(_minutes, (minute, zone), (epoch, f"{at.astimezone(timezone.utc):%Y-%m-%dT%H:%M:}"), limit=500)
+    return epoch, f"{at.astimezone(timezone.utc):%Y-%m-%dT%H:%M:}"
 
 
 def utc_text(epoch_s: float | None) -> str | None:
@@ -204,10 +204,14 @@ def backoff(first_s: float = 1.0, limit_s: float = 60.0, jitter=random.random) -
         first_s = min(first_s * 2, limit_s)
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def make_private(path: Path) -> None:
     """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
     is_new = not path.exists()
-    os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
+    os.close(_open_private(str(path), os.O_RDWR | os.O_CREAT))
     with suppress(PermissionError):  # check names a file that others can read
         os.chmod(str(path), 0o600)
         if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -381,6 +385,13 @@ _RANGES = {
 }
 
 
+_HOST_FAULTS = {
+    "/": 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path',
+    r"\A[^:\s]+:\d+\Z": "must be a host name or address alone; the port has a key of its own",
+    r"\s": "must not hold spaces",
+}
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
     if key in _RANGES:
@@ -399,15 +410,8 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "must not hold line breaks or other control characters"
     if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
-    return _fault_of_host(value.strip()) if key.endswith("_host") else None
-
-
-def _fault_of_host(host: str) -> str | None:
-    if "/" in host:
-        return 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
-    if re.match(r"[^:\s]+:\d+\Z", host):
-        return "must be a host name or address alone; the port has a key of its own"
-    return "must not hold spaces" if re.search(r"\s", host) else None
+    faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
+    return next(faults, None) if key.endswith("_host") else None
 
 
 def load_config(
@@ -3236,9 +3240,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
-
-    def before_login(self) -> None:
-        """Called when connected, before the key goes out; what it raises keeps the key here."""
+    before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3309,8 +3311,7 @@ class PopSource(Source):
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        left, self._early = self._early, []
-        return left
+        return self._early
 
     def close(self) -> None:
         if self._client is not None:
@@ -3551,7 +3552,7 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
         if fault is not None:
             raise fault if isinstance(fault, ConnectionClosed) else used_up
         logins.forget()  # they met a proxy that was closed to everybody, and now it is open
-    source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
+    source.before_login = lambda: logins.spend(login)
     try:
         source.open()
     except BaseException as fault:
@@ -3628,39 +3629,32 @@ class Spool:
     """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._touched_at = 0.0
         self.odd_path, self.odd_lines = Path(f"{path}.unreadable"), 0
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        self._write(self._path, os.O_APPEND, _line_of_batch(sequence, parsed))
+        with open(str(self.path), "ab", opener=_open_private) as stream:
+            stream.write(_line_of_batch(sequence, parsed))
 
     def replace(self, batches: Iterable[tuple[int, Parsed]]) -> None:
         """Write these batches in place of all others, in one step. Raises OSError."""
-        path = Path(f"{self._path}.new")
-        self._write(path, os.O_TRUNC, b"".join(itertools.starmap(_line_of_batch, batches)))
-        os.replace(str(path), str(self._path))
-
-    @staticmethod
-    def _write(path: Path, mode: int, line: bytes) -> None:
-        handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | mode, 0o600)
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-        finally:
-            os.close(handle)
+        path = f"{self.path}.new"
+        with open(path, "wb", opener=_open_private) as stream:
+            stream.writelines(itertools.starmap(_line_of_batch, batches))
+        os.replace(path, str(self.path))
 
     def sync(self) -> None:
         """Bring what was appended onto the disk. Raises OSError."""
-        with open(str(self._path), "rb") as stream:
+        with open(str(self.path), "rb") as stream:
             os.fsync(stream.fileno())
 
     def read(self) -> Iterator[tuple[int, Parsed]]:
         """Yield the batches that a previous run left, and keep lines of another version aside. Raises OSError."""
-        if not self._path.exists():
+        if not self.path.exists():
             return
-        with open(str(self._path), "rb") as stream:
+        with open(str(self.path), "rb") as stream:
             for line in iter(lambda: stream.readline(8 << 20), b""):
                 if len(line) == 8 << 20:  # no batch is as long; its copies would take the memory
                     continue
@@ -3677,21 +3671,15 @@ class Spool:
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
-        if self._path.exists():
-            os.truncate(str(self._path), 0)
-
-    def alive_at(self) -> float | None:
-        """Return when recording was last alive (epoch seconds); None where it never was."""
-        with suppress(OSError):
-            return self._path.stat().st_mtime
-        return None
+        if self.path.exists():
+            os.truncate(str(self.path), 0)
 
     def touch(self, now: float) -> None:
         """Record that recording is alive, at most every 15 seconds."""
         if not 0 <= now - self._touched_at < 15:
             self._touched_at = now
-            make_private(self._path)
-            os.utime(str(self._path), (now, now))
+            make_private(self.path)
+            os.utime(str(self.path), (now, now))
 
 
 def _line_of_batch(sequence: int, parsed: Parsed) -> bytes:
@@ -3914,10 +3902,9 @@ class ProxyFacts:
                 known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
                 self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+            self._api.close()
         except QueueFault:
             self.disconnect()
-            return
-        self._api.close()
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
@@ -4102,14 +4089,16 @@ class Collector:
         log: Log,
         stop: threading.Event,
         load: Callable[[], Config] | None = None,
-        config_path: Path | None = None,
+        config_path: Path = BASE_DIR / "config.json",
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = monotonic_s,
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
-        self._alive_at = self.journal.spool.alive_at()
+        self._alive_at: float | None = None  # in a run before
+        with suppress(OSError):
+            self._alive_at = self.journal.spool.path.stat().st_mtime
         self._backoff = backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
@@ -4304,9 +4293,8 @@ class Collector:
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
         config, written_at = self._config, 0
-        if self._config_path is not None:
-            with suppress(OSError):
-                written_at = self._config_path.stat().st_mtime_ns
+        with suppress(OSError):
+            written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
@@ -4911,10 +4899,9 @@ class Handler(BaseHTTPRequestHandler):
         import hmac
 
         kind, _, coded = self.headers.get("Authorization", "").partition(" ")
-        try:
+        sent = b""
+        with suppress(ValueError):
             sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            sent = b""
         return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
     def _route(self) -> None:
@@ -5083,7 +5070,6 @@ class DemoWorld:
         self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
         self._arrivals = self._arrive(self._born_at - 7 * 86400)
         self._next_at = next(self._arrivals)
-        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
         self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
@@ -5128,7 +5114,6 @@ class DemoWorld:
             parsed = parse_events(payloads[first : first + 2000])
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
-            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
         """Let requests arrive at the pace of the week until ``stop``."""
@@ -5198,7 +5183,8 @@ class DemoWorld:
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
         since, message = self._born_at - 7 * 86400, "These data are made up."
-        status = CollectorStatus("recording", since, message, "demo", last_event=self._last_event, publishing=True)
+        _, newest = self.store.span()
+        status = CollectorStatus("recording", since, message, "demo", last_event=newest, publishing=True)
         return status.as_json(self.store.counts)
 
 
