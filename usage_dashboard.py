@@ -481,9 +481,11 @@ class QueueFault(DashboardError):
 
     state = "unreachable"
 
-    def __init__(self, message: str, state: str | None = None, is_no_failed_login: bool = False):
+    def __init__(
+        self, message: str, state: str | None = None, is_no_failed_login: bool = False, lasts_s: float | None = None
+    ):
         super().__init__(message)
-        self.state = state or self.state
+        self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
         self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
 
 
@@ -3178,14 +3180,6 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
 
 
-class WaitFault(QueueFault):
-    """A fault that lasts for a known number of seconds; nothing is sent before."""
-
-    def __init__(self, message: str, state: str, seconds: float):
-        super().__init__(message, state)
-        self.seconds = seconds
-
-
 class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
@@ -3217,7 +3211,7 @@ def _fault_of_reply(reply: str) -> QueueFault:
         match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
         left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
-        fault = WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
+        fault = QueueFault(f"the login was answered with a ban of {left_s} more seconds", "banned", lasts_s=left_s)
     fault.is_no_failed_login = fault.state not in _REFUSALS
     return fault
 
@@ -3415,10 +3409,10 @@ class HttpSource(Source):
         """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            if not isinstance(values, list):
+                raise NotResp("the management API did not answer with a list")
         except QueueFault as fault:
             return PopResult([], False, fault)
-        if not isinstance(values, list):
-            return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
 
 
@@ -3508,7 +3502,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None], logins: Refu
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
             return found
         found.close()
-        if fault.state not in _NOT_THERE or first is None:
+        if fault.state not in _NOT_THERE:
             raise
         raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
     found.close()
@@ -3547,7 +3541,7 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
     used, wait_s, states = logins.used(login)
     if wait_s:
         said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
-        used_up = WaitFault(said, (states[-1] or "unreachable").replace("shut", "closed"), wait_s)
+        used_up = QueueFault(said, (states[-1] or "unreachable").replace("shut", "closed"), lasts_s=wait_s)
         fault = _empty_command(connect) if set(states) == {"shut"} else used_up
         if fault is not None:
             raise fault if isinstance(fault, ConnectionClosed) else used_up
@@ -3772,21 +3766,16 @@ class Journal:
             self._replay()
             waiting = list(self._batches)
             if waiting:
-                batches = [parsed for _, parsed in waiting]
-                events = [event for parsed in batches for event in parsed.events]
-                rejects = [reject for parsed in batches for reject in parsed.rejects]
-                merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
+                events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+                joined = itertools.chain.from_iterable
+                merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
                 self._store.store_batch(merged, waiting[-1][0], self._clock())
-                self._forget(len(waiting))
+                with self._lock, self.logged_fault():
+                    del self._batches[: len(waiting)]
+                    if not self._batches:  # some may have come meanwhile
+                        self._unspooled = 0
+                        self.spool.clear()
             self._is_stuck = False
-
-    def _forget(self, count: int) -> None:
-        """Forget the first batches, which are committed; the spool is emptied when that is all of it."""
-        with self._lock, self.logged_fault():
-            del self._batches[:count]
-            if not self._batches:
-                self._unspooled = 0
-                self.spool.clear()
 
     def check(self) -> None:
         """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
@@ -3898,10 +3887,10 @@ class ProxyFacts:
             status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
             if status.retention_seconds is None:
                 config = self._api.get("/v0/management/config")
-                seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+                seconds = _finite(told) or 0.0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
             self._api.close()
         except QueueFault:
             self.disconnect()
@@ -4141,8 +4130,8 @@ class Collector:
         except QueueFault as fault:
             self._enter(fault.state, fault)
             self._outages.begin(fault.state)
-            if isinstance(fault, WaitFault):
-                self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else next(self._backoff))
+            if fault.lasts_s is not None:
+                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
             elif fault.state in _REFUSALS:
                 self._wait_for_change(math.inf, fault.state)
             else:
@@ -4165,7 +4154,7 @@ class Collector:
             source.close()
             self._enter("publishing_off" if self._status.publishing is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
+            if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
             self._enter(fault.state, fault)
         return self.status()
@@ -4278,7 +4267,8 @@ class Collector:
         """Change the state, with a text or the fault that it is for; a change is logged once."""
         remedy = "" if isinstance(detail, Misconfigured) else STATE_REMEDIES[state]
         message = ". ".join(filter(None, [str(detail), remedy]))
-        until = self._clock() + detail.seconds if isinstance(detail, WaitFault) else None
+        lasts_s = getattr(detail, "lasts_s", None)
+        until = None if lasts_s is None else self._clock() + lasts_s
         with self._lock:
             status = self._status
             if status.state != state:
