@@ -440,10 +440,8 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         fault = "does not exist; copy config.example.json there or leave out --config" if required else None
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError:
-        fault = "cannot be read: it is not UTF-8 text"
+    except (OSError, UnicodeDecodeError) as error:
+        fault = f"cannot be read: {getattr(error, 'strerror', 'it is not UTF-8 text')}"
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
@@ -4078,7 +4076,7 @@ class Collector:
         log: Log,
         stop: threading.Event,
         load: Callable[[], Config] | None = None,
-        config_path: Path = BASE_DIR / "config.json",
+        config_path: Path | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = monotonic_s,
     ):
@@ -4283,8 +4281,9 @@ class Collector:
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
         config, written_at = self._config, 0
-        with suppress(OSError):
-            written_at = self._config_path.stat().st_mtime_ns
+        if self._config_path is not None:
+            with suppress(OSError):
+                written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
@@ -4913,7 +4912,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse_other_sites()
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
-            self._send(200, Answer.of(answer(app, query)))
+            self._send_head(200, *self._packed(Answer.of(answer(app, query))))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
@@ -4943,10 +4942,6 @@ class Handler(BaseHTTPRequestHandler):
             headers, body = self._packed(make())
         self._send_head(200, headers, body)
 
-    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers, body = self._packed(answer)
-        self._send_head(status, {**headers, **more}, body)
-
     def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
         """Return the headers that tell of an answer, and its body as this client takes it."""
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
@@ -4964,10 +4959,11 @@ class Handler(BaseHTTPRequestHandler):
         return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
-        message, more = str(error), getattr(error, "headers", {})
+        message = str(error)
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
+        headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
+        self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
@@ -5670,26 +5666,16 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    def percent(value: float | None) -> str:
-        return "—" if value is None else f"{value} %"
-
-    def local(text: str | None) -> str:
-        at = _epoch(text)
-        if at is None or at <= time.time():
-            return "—" if at is None else "reset due"
-        return time.strftime("%a %H:%M", time.localtime(at))
-
-    age = row["age_seconds"]
-    return [
-        row["email"],
-        row["plan"] or "—",
-        percent(row["primary_remaining_percent"]),
-        local(row["primary_reset_at"]),
-        percent(row["secondary_remaining_percent"]),
-        local(row["secondary_reset_at"]),
-        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")),
-        "never" if age is None else f"{age // 60} min ago" + (", from a request" if row["source"] == "traffic" else ""),
-    ]
+    cells = [row["email"], row["plan"] or "—"]
+    for window in ("primary", "secondary"):
+        left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
+        cells.append("—" if left is None else f"{left} %")
+        resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
+        cells.append("—" if at is None else resets)
+    cells.append({"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")))
+    age, origin = row["age_seconds"], ", from a request" if row["source"] == "traffic" else ""
+    cells.append("never" if age is None else f"{age // 60} min ago{origin}")
+    return cells
 
 
 def run_check(options: Any) -> int:
