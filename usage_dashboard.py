@@ -204,14 +204,10 @@ def backoff(first_s: float = 1.0, limit_s: float = 60.0, jitter=random.random) -
         first_s = min(first_s * 2, limit_s)
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def make_private(path: Path) -> None:
     """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
     is_new = not path.exists()
-    os.close(_open_private(str(path), os.O_RDWR | os.O_CREAT))
+    os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
     with suppress(PermissionError):  # check names a file that others can read
         os.chmod(str(path), 0o600)
         if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -521,8 +517,8 @@ class Oversized(int):
 
 def encode_command(*words: Any) -> bytes:
     """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
-    datas = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
-    return b"*%d\r\n" % len(datas) + b"".join(b"$%d\r\n%s\r\n" % (len(data), data) for data in datas)
+    encoded = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(data), data) for data in encoded)
 
 
 class RespReader:
@@ -3595,6 +3591,7 @@ STATE_REMEDIES = {
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
+_open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
@@ -3951,6 +3948,7 @@ class OutageLog:
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        self._write_begin()
         if self._reason == "storage_error":  # which is over: the database takes writes again
             self.end()
         before, self._turn_s = self._turn_s, self._monotonic()
@@ -5169,8 +5167,7 @@ class DemoWorld:
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
         since, message = self._born_at - 7 * 86400, "These data are made up."
-        _, newest = self.store.span()
-        status = CollectorStatus("recording", since, message, "demo", last_event=newest, publishing=True)
+        status = CollectorStatus("recording", since, message, "demo", last_event=self.store.span()[1], publishing=True)
         return status.as_json(self.store.counts)
 
 
