@@ -579,7 +579,7 @@ class RespReader:
 
 
 def _reply_number(text: bytes) -> int:
-    if not re.match(rb"[+-]?\d{1,19}\Z", text):
+    if not (text.isdigit() and len(text) < 20) and not re.match(rb"[+-]\d{1,19}\Z", text):
         raise NotResp("the queue sent a length or number that is none")
     return int(text)
 
