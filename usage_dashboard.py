@@ -1944,7 +1944,7 @@ class Store:
 
     def follow_file(self) -> str | None:
         """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
-        if self._file_ids()[0] == self._opened_files[0] is not None:
+        if not self.is_elsewhere:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
             with suppress(sqlite3.Error):  # or a file that was renamed would miss what is in its log
@@ -1959,6 +1959,11 @@ class Store:
             self.changes += 1
         self.put_meta("file_changed_at", time.time())
         return f"{self.path.name} {event}; what is at its path now is used"
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether what is at the path is another file than the open one, or none."""
+        return self._opened_files[0] is None or self._file_ids()[0] != self._opened_files[0]
 
     @property
     def _paths(self) -> list[Path]:
@@ -3756,21 +3761,27 @@ class Journal:
     def flush(self) -> None:
         """Commit all that waits, first what a previous run left. Raises StoreError."""
         with self._committing:
-            self._is_stuck = True
-            self._follow_file()
-            self._replay()
-            waiting = list(self._batches)
-            if waiting:
-                events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
-                joined = itertools.chain.from_iterable
-                merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
-                self._store.store_batch(merged, waiting[-1][0], self._clock())
-                with self._lock, self.logged_fault():
-                    del self._batches[: len(waiting)]
-                    if not self._batches:  # some may have come meanwhile
-                        self._unspooled = 0
-                        self.spool.clear()
+            try:
+                self._follow_file()
+                self._replay()
+                self._commit(list(self._batches))
+            except StoreError:
+                self._is_stuck = True
+                raise
             self._is_stuck = False
+
+    def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
+        if not waiting:
+            return
+        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+        joined = itertools.chain.from_iterable
+        merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
+        self._store.store_batch(merged, waiting[-1][0], self._clock())
+        with self._lock, self.logged_fault():
+            del self._batches[: len(waiting)]
+            if not self._batches:  # some may have come meanwhile
+                self._unspooled = 0
+                self.spool.clear()
 
     def check(self) -> None:
         """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
@@ -3780,15 +3791,16 @@ class Journal:
                 self._store.check_writable()
 
     def flush_for_reader(self, patience_s: float = 0.2) -> None:
-        """Commit for somebody who reads, if that is possible soon; what cannot be stored waits on."""
-        if not self._committing.acquire(timeout=patience_s):
+        """Commit for somebody who reads, and wait for it so long; while nothing can be stored, do not even try."""
+        if self._is_stuck or not (self._batches or self._store.is_elsewhere):
             return
-        try:
-            if not self._is_stuck:  # otherwise the collector says so, and tries again
-                with suppress(StoreError):
-                    self.flush()
-        finally:
-            self._committing.release()
+        commit = threading.Thread(target=self._flush_quietly, daemon=True)
+        commit.start()
+        commit.join(patience_s)
+
+    def _flush_quietly(self) -> None:
+        with suppress(StoreError):  # the collector meets it too, and says so
+            self.flush()
 
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
