@@ -23,6 +23,7 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
+import atexit
 import base64
 import errno
 import gc
@@ -33,6 +34,7 @@ import json
 import math
 import operator
 import os
+import queue
 import random
 import re
 import signal
@@ -41,9 +43,10 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -65,6 +68,14 @@ class DashboardError(Exception):
     code = "internal_error"
 
 
+class ApiError(DashboardError):
+    """Report what is not answered or done, with the status, the stable code and the headers of the answer."""
+
+    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
+        super().__init__(message)
+        self.http_status, self.code, self.headers = http_status, code, headers
+
+
 class Log:
     """Write one flushed line per event to a stream (stdout); values must be free of keys, tokens and mails."""
 
@@ -76,10 +87,8 @@ class Log:
     def line(self, text: str) -> None:
         """Write a line as it is; a broken or full stream is no reason to stop collecting."""
         with self._lock:
-            try:
+            with suppress(OSError, ValueError):
                 print(text, file=self._stream, flush=True)
-            except (OSError, ValueError):
-                pass
 
     def once(self, name: str, **values: Any) -> None:
         """Write an event unless the last one of its name had the same values."""
@@ -97,10 +106,50 @@ class Log:
         self.line(" ".join(parts))
 
 
-_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
+class ConsoleLog(Log):
+    """Write lines from a thread of its own, so that a console that nobody reads (a full pipe) delays nobody else."""
+
+    def __init__(self, fd: int = 1, most: int = 1000):
+        super().__init__()
+        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def line(self, text: str) -> None:
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            with self._lock:
+                self._dropped += 1
+
+    def close(self, patience_s: float = 0.5) -> None:
+        """Write what is queued, as far as the console takes it in time."""
+        atexit.unregister(self.close)
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=patience_s)
+            self._thread.join(patience_s)
+
+    def _write_all(self) -> None:
+        text: str | None = ""
+        while text is not None:
+            text = self._waiting.get()
+            with self._lock:
+                dropped = self._dropped if self._waiting.empty() else 0
+                self._dropped -= dropped
+            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
+            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
+            with suppress(OSError):
+                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
+                    data = data[os.write(self._fd, data) :]
+
+
+_HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
+_RFC3339 = re.compile(
+    rf"(\d\d\d\d-\d\d-\d\d[Tt ]{_HOUR_MINUTE}):([0-5]\d(?:\.\d{{1,9}})?)([Zz]|[+-]{_HOUR_MINUTE})\Z", re.ASCII
+)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minutes: dict[tuple[str, str], tuple[int, str]] = {}
 
 
 def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> Any:
@@ -112,43 +161,33 @@ def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> An
 
 
 def parse_time(text: str) -> tuple[float, str]:
-    """Parse RFC 3339 text into (epoch seconds UTC, the same instant as UTC text to the microsecond).
-
-    Accepts 0 to 9 fraction digits and any offset, as Go's RFC3339Nano writes them. Raises ValueError for
-    anything else and for instants outside 2020 to 2100.
-    """
+    """Parse RFC 3339 text into (epoch seconds, UTC text to the microsecond). ValueError also outside 2020 to 2100."""
     match = _RFC3339.match(text)
     if match is None:
         raise ValueError("not an RFC 3339 time")
     minute, seconds, zone = match.groups()
-    if seconds >= "60":
-        raise ValueError("the seconds are over 59")
-    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    epoch, utc = _read_minute(minute, zone)
     return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
 
 
+@lru_cache(maxsize=500)
 def _read_minute(minute: str, zone: str) -> tuple[int, str]:
     """Return a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
-    year, month, day, hour, minutes = (int(minute[i:j]) for i, j in ((0, 4), (5, 7), (8, 10), (11, 13), (14, 16)))
-    epoch = int(datetime(year, month, day, hour, minutes, tzinfo=timezone.utc).timestamp())
-    if zone not in "Zz":
-        offset_hours, offset_minutes = int(zone[1:3]), int(zone[4:])
-        if offset_hours > 23 or offset_minutes > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = offset_hours * 3600 + offset_minutes * 60
-        epoch += -offset if zone[0] == "+" else offset
+    at = datetime.fromisoformat(minute + zone.upper().replace("Z", "+00:00"))
+    epoch = int(at.timestamp())
     if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    return cache(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), limit=500)
-
-
-def _utc_second(epoch_s: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
+    return epoch, f"{at.astimezone(timezone.utc):%Y-%m-%dT%H:%M:}"
 
 
 def utc_text(epoch_s: float | None) -> str | None:
     """Format epoch seconds as ISO UTC text to the second; None stays None."""
-    return None if epoch_s is None else _utc_second(epoch_s) + "Z"
+    return None if epoch_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s))
+
+
+def local_minute(epoch_s: float) -> str:
+    """Format epoch seconds as this machine's local time, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
 
 
 def monotonic_s() -> float:
@@ -158,30 +197,22 @@ def monotonic_s() -> float:
     return time.monotonic()
 
 
-class Backoff:
-    """Waiting times that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
-
-    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, jitter: Callable[[], float] = random.random):
-        self.first_s, self.limit_s, self._jitter = first_s, limit_s, jitter
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now; the next wait is twice as long."""
-        wait_s, self._next_s = self._next_s, min(self._next_s * 2, self.limit_s)
-        return wait_s * (1 - 0.25 * self._jitter())
-
-    def reset(self) -> None:
-        """Start again from the first wait."""
-        self._next_s = self.first_s
+def backoff(first_s: float = 1.0, limit_s: float = 60.0, jitter=random.random) -> Iterator[float]:
+    """Yield waits that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
+    while True:
+        yield first_s * (1 - 0.25 * jitter())
+        first_s = min(first_s * 2, limit_s)
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, readable by its owner only (0600); another user's is left as it is."""
+    """Create the file if it is missing, 0600 and, by root, for its folder's owner; another user's stays as it is."""
+    is_new = not path.exists()
     os.close(os.open(str(path), os.O_RDWR | os.O_CREAT, 0o600))
-    try:
+    with suppress(PermissionError):  # check names a file that others can read
         os.chmod(str(path), 0o600)
-    except PermissionError:
-        pass  # check names a file that others can read
+        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+            folder = path.parent.stat()
+            os.chown(str(path), folder.st_uid, folder.st_gid)
 
 
 def where_raised(error: BaseException) -> str:
@@ -201,7 +232,7 @@ def os_reason(error: BaseException) -> str:
     """Return an operating system's error in its own short words, without addresses or paths."""
     if isinstance(error, socket.timeout):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, TypeError, UnicodeError)):  # two of them for what can be no name
         return "the name is unknown"
     return getattr(error, "strerror", None) or type(error).__name__
 
@@ -222,10 +253,12 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
-def mask_mail(mail: str) -> str:
-    """Shorten an address for the console: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
+def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
+    """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
-    return f"{name[:1]}***@{domain}" if at else "***"
+    names = [other.partition("@")[0] for other in others if other != mail and other.partition("@")[2] == domain]
+    length = next((n for n in range(1, len(name)) if not any(one.startswith(name[:n]) for one in names)), len(name))
+    return f"{name[:length]}***@{domain}" if at else "***"
 
 
 def _printable(text: str) -> str:
@@ -233,28 +266,37 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-_SECRETS = re.compile(
-    r"[^\s@<>\"']+@[^\s@<>\"']+\.[A-Za-z]{2,}"  # mails
-    r"|\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys by their beginning
-    r"|(?<![A-Za-z0-9])(?=[A-Za-z0-9_\-+/=.]*\d)[A-Za-z0-9_\-+/=.]{20,}"  # long runs with a digit
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+# In this order. Each tries a run of letters once, from its beginning, so that no text takes more than linear time.
+_SECRETS = (
+    re.compile(r"(?<![^\s<>\"'])@*[^\s@<>\"']+@[^\s<>\"']*\.[A-Za-z]{2,}"),  # mails
+    re.compile(  # long runs with a digit
+        r"(?<![A-Za-z0-9_\-+/=.])(?=[A-Za-z0-9_\-+/=.]{20})[A-Za-z_\-+/=.]*\d[A-Za-z0-9_\-+/=.]*", re.ASCII
+    ),
+    re.compile(
+        r"\b(?:(?:sk|pk|rk|key|org|proj|user|acct|ghp|xai)[-_]|AIza|ya29|eyJ)[-_.A-Za-z0-9]{5,}"  # keys that begin so
+        r"|\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){3,7}[0-9a-fA-F]{0,4}(?![\w:])"  # addresses
+    ),
 )
 
 
 def without_secrets(text: str, limit: int = 160) -> str:
     """Return a sentence without mails, keys, long ids and addresses, at most ``limit`` characters long."""
-    short = " ".join(_SECRETS.sub("…", text[:4096]).split())
+    text = text[:4096]
+    for pattern in _SECRETS:
+        text = pattern.sub("…", text)
+    short = " ".join(text.split())
     return _printable(short if len(short) <= limit else short[: limit - 1] + "…")
+
+
+_LONGEST_ERROR = 256 * 1024
 
 
 def _json_error(body: Any) -> tuple[str, str]:
     """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or not body.lstrip().startswith(("{", "[")) or len(body) > 256 * 1024:
-        return "", ""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
+    content: Any = None
+    if isinstance(body, str) and len(body) <= _LONGEST_ERROR and body.lstrip().startswith(("{", "[")):
+        with suppress(ValueError, RecursionError):
+            content = json.loads(body)
     if isinstance(content, list) and content:
         content = content[0]
     if not isinstance(content, dict):
@@ -271,11 +313,9 @@ def _finite(value: Any) -> float | None:
     """Return a number, also from a text that is one; None for anything else, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if abs(number) < 1e18 else None
+    with suppress(ValueError, OverflowError):
+        return float(value) if abs(float(value)) < 1e18 else None
+    return None
 
 
 # ------------------------------------------------------------------ config
@@ -285,7 +325,6 @@ class ConfigError(DashboardError):
     """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
 
     exit_code = 2
-    code = "bad_config"
 
     def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
         self.faults, self.warnings = list(faults), list(warnings)
@@ -342,6 +381,13 @@ _RANGES = {
 }
 
 
+_HOST_FAULTS = {
+    "/": 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path',
+    r"\A[^:\s]+:\d+\Z": "must be a host name or address alone; the port has a key of its own",
+    r"\s": "must not hold spaces",
+}
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
     if key in _RANGES:
@@ -356,29 +402,18 @@ def _fault_of(key: str, value: Any) -> str | None:
         return None if value in COLLECT_MODES else f"must be one of {modes}"
     if not isinstance(value, str):
         return "must be a text in double quotes"
-    if key.endswith("_password"):
-        return "must not hold line breaks or other control characters" if re.search(r"[\0-\x1f\x7f]", value) else None
-    if not value.strip():
+    if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
+        return "must not hold line breaks or other control characters"
+    if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
-    return _fault_of_host(value.strip()) if key.endswith("_host") else None
-
-
-def _fault_of_host(host: str) -> str | None:
-    if "/" in host:
-        return 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
-    if re.match(r"[^:\s]+:\d+\Z", host):
-        return "must be a host name or address alone; the port has a key of its own"
-    return "must not hold spaces" if re.search(r"\s", host) else None
+    faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
+    return next(faults, None) if key.endswith("_host") else None
 
 
 def load_config(
     path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
-    """Return the settings from defaults, file, environment and flags, in this order, and the warnings.
-
-    ``path`` None means ``config.json`` beside the script, which may be missing; a named file must exist.
-    Raises ConfigError with all faults in one message. Secrets are never repeated in a message.
-    """
+    """Return settings and warnings; a named file must exist. Raises ConfigError with all faults in one message."""
     faults: list[str] = []
     warnings: list[str] = []
     values: dict[str, Any] = {}
@@ -401,11 +436,9 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         fault = "does not exist; copy config.example.json there or leave out --config" if required else None
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError:
-        fault = "cannot be read: it is not UTF-8 text"
-    except ValueError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        fault = f"cannot be read: {getattr(error, 'strerror', 'it is not UTF-8 text')}"
+    except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
     if not isinstance(content, dict):
@@ -440,15 +473,18 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
 class QueueFault(DashboardError):
     """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
-    http_status = 502
-    code = "queue_fault"
     state = "unreachable"
 
-    def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
+    def __init__(
+        self, message: str, state: str | None = None, is_no_failed_login: bool = False, lasts_s: float | None = None
+    ):
         super().__init__(message)
-        self.says_remedy = says_remedy
-        if state is not None:
-            self.state = state
+        self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
+        self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
+
+
+class Misconfigured(QueueFault):
+    """A fault whose own words say what to change."""
 
 
 class ConnectionClosed(QueueFault):
@@ -481,20 +517,12 @@ class Oversized(int):
 
 def encode_command(*words: Any) -> bytes:
     """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
-    parts = [b"*%d\r\n" % len(words)]
-    for word in words:
-        data = word if isinstance(word, bytes) else str(word).encode("utf-8")
-        parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
-    return b"".join(parts)
+    encoded = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(data), data) for data in encoded)
 
 
 class RespReader:
-    """Read RESP2 replies from a buffered binary stream, one at a time.
-
-    A reply is returned only when it is whole: bytes, str (simple), int, list, None, ErrorReply or Oversized.
-    Raises ConnectionClosed at the end of the stream and NotResp for bytes of another protocol. Limits, all in
-    bytes but for ``max_items``: a line of a reply, a bulk string that is kept, one that is read over.
-    """
+    """Read RESP2 replies, each one whole: bytes, str, int, list, None, ErrorReply or Oversized. Limits in bytes."""
 
     def __init__(self, stream, max_line=64 * 1024, max_bulk=8 << 20, max_skipped=512 << 20, max_items=100_000):
         self._stream, self._max_line, self._max_bulk = stream, max_line, max_bulk
@@ -516,19 +544,18 @@ class RespReader:
             count = _reply_number(rest)
             if count == -1:
                 return None
-            if not 0 <= count <= self._max_items or depth >= 4:
+            if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        what = "an HTTP answer" if line.startswith(b"HTTP/") else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply")
+        is_http = line.startswith(b"HTTP/")
+        what = "an HTTP answer" if is_http else "bytes of another protocol"
+        raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
         if not line.endswith(b"\r\n"):
-            if len(line) >= self._max_line:
-                raise NotResp("the queue sent a line that is too long for a RESP reply")
-            if line.endswith(b"\n"):
-                raise NotResp("the queue sent a line that does not end like a RESP reply")
+            if len(line) >= self._max_line or line.endswith(b"\n"):
+                raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
         return line[:-2]
 
@@ -537,40 +564,28 @@ class RespReader:
             return None
         if not 0 <= length <= self._max_skipped:
             raise NotResp(f"the queue announced a value of {length} bytes")
-        if length > self._max_bulk:
-            self._skip(length)
-            value: Any = Oversized(length)
-        else:
-            value = self._stream.read(length)
-            if len(value) < length:
-                raise ConnectionClosed(clean=False)
-        end = self._stream.read(2)
-        if len(end) < 2:
-            raise ConnectionClosed(clean=False)
-        if end != b"\r\n":
-            raise NotResp("the queue sent a value whose length does not fit")
-        return value
-
-    def _skip(self, length: int) -> None:
-        while length:
-            piece = self._stream.read(min(length, 64 * 1024))
+        left = length + 2  # with the end of the line
+        while length > self._max_bulk and left > 2:
+            piece = self._stream.read(min(left - 2, 64 * 1024))
             if not piece:
                 raise ConnectionClosed(clean=False)
-            length -= len(piece)
+            left -= len(piece)
+        data = self._stream.read(left)
+        if len(data) < left:
+            raise ConnectionClosed(clean=False)
+        if data[-2:] != b"\r\n":
+            raise NotResp("the queue sent a value whose length does not fit")
+        return Oversized(length) if length > self._max_bulk else data[:-2]
 
 
 def _reply_number(text: bytes) -> int:
-    if not re.match(rb"[+-]?\d{1,19}\Z", text):
+    if not (text.isdigit() and len(text) < 20) and not re.match(rb"[+-]\d{1,19}\Z", text):
         raise NotResp("the queue sent a length or number that is none")
     return int(text)
 
 
 def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Return a function that opens a connection; ``timeout_s`` limits each wait for the other side.
-
-    TLS trusts the system's authorities and SSL_CERT_FILE, and offers no ALPN: the proxy sends every
-    connection that negotiated ``http/1.1`` to its HTTP side. Raises QueueFault with the remedy.
-    """
+    """Return a function that opens a connection; ``timeout_s`` limits each wait. Raises QueueFault with the remedy."""
 
     def connect() -> socket.socket:
         try:
@@ -588,23 +603,23 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
 def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
     import ssl
 
+    # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except ssl.SSLCertVerificationError as error:
-        plain.close()
-        raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
-        message = f'{host}:{port} does not speak TLS; set "cliproxy_tls": false'
-        raise QueueFault(message, "closed", says_remedy=True) from error
+        no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
+        raise _distrust(host, port, error) or no_tls from error
 
 
-def _untrusted(host: str, port: int, error: Any) -> QueueFault:
+def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
+    if not hasattr(error, "verify_message"):
+        return None
     message = (
         f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
         "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
     )
-    return QueueFault(message, "closed", says_remedy=True)
+    return Misconfigured(message, "closed")
 
 
 class RespClient:
@@ -644,15 +659,11 @@ class RespClient:
 
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
-        try:
+        with suppress(OSError):  # the other side was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was quicker
         for thing in (self._stream, self._socket):
-            try:
+            with suppress(OSError):
                 thing.close()
-            except OSError:
-                pass
 
 
 # ------------------------------------------------------------------ events
@@ -677,11 +688,7 @@ class Context(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One upstream attempt as it will be stored; None is unknown, zero is measured.
-
-    ``input_tokens`` includes cached input and ``output_tokens`` includes reasoning, for every provider. ``plan``
-    and ``quota_headers`` (the ``x-codex-…`` headers of the reply) go to the account's quota and are not stored here.
-    """
+    """One upstream attempt as stored, but for ``plan`` and ``quota_headers``; None is unknown, zero is measured."""
 
     timestamp: str
     ts_epoch: float
@@ -719,7 +726,19 @@ class Parsed(NamedTuple):
     ignored: int
 
 
-_LARGEST_NUMBER = 2**53 - 1  # exact up to here in every browser; no request of any model comes near
+_LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
+
+
+def check_event(event: Event) -> Event:
+    """Return an event that was read back from a file, if parse_event could have made it. Raises Rejected."""
+    texts = (event.timestamp, event.model, event.plan, *(value or "" for value in event.context))
+    numbers = [getattr(event, name) for name in Event._fields if name.endswith(("_tokens", "_ms", "_code"))]
+    texts += (event.error or "", event.request_id or "")
+    are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
+    are_counts = event.failed in (0, 1) and all(number == _number(number, "a count") for number in numbers)
+    if not are_texts or not are_counts or not _EARLIEST_AT <= float(event.ts_epoch) < _LATEST_AT:
+        raise Rejected("one of its values is none of its kind")
+    return event
 
 
 def _mask_source(text: str) -> str:
@@ -727,10 +746,7 @@ def _mask_source(text: str) -> str:
 
 
 def parse_events(raws: Sequence[Any]) -> Parsed:
-    """Parse values of the queue: JSON as bytes, objects decoded already, or Oversized.
-
-    One bad event never costs its neighbours: it becomes a Reject.
-    """
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -740,9 +756,9 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
                 if isinstance(content, Rejected):
                     raise content
                 event = parse_event(content)
-            except Rejected as reason:
-                length = raw if isinstance(raw, Oversized) else len(raw if isinstance(raw, bytes) else json.dumps(raw))
-                parsed.rejects.append(Reject(str(reason), int(length), masked_json(content)))
+            except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
+                reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
+                parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
             if event is None:
                 ignored += 1
@@ -751,17 +767,21 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
     return parsed._replace(ignored=ignored)
 
 
-def _decode(raws: Sequence[Any]) -> list[Any]:
-    """Decode events in one call, as one array with a zero between every two.
-
-    The zeros prove that each event was a single JSON value; otherwise each is decoded alone.
-    """
+def _length_of(raw: Any) -> int:
+    if isinstance(raw, Oversized):
+        return int(raw)
     try:
+        return len(raw if isinstance(raw, bytes) else json.dumps(raw, default=repr))
+    except (RecursionError, ValueError):
+        return 0  # nested too deeply to be written again
+
+
+def _decode(raws: Sequence[Any]) -> list[Any]:
+    """Decode events at once, as one array; zeros between them prove that each event was a single JSON value."""
+    with suppress(TypeError, ValueError, RecursionError):
         joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
-    except (TypeError, ValueError, RecursionError):
-        pass
     return [_decode_one(raw) for raw in raws]
 
 
@@ -780,6 +800,66 @@ def _decode_one(raw: Any) -> Any:
         return Rejected("it is not JSON")
 
 
+def compact(raw: Any) -> Any:
+    """Return a value of the queue; a large one decoded and without what is not stored, or as Oversized."""
+    if not isinstance(raw, bytes) or len(raw) < 16 * 1024:
+        return raw
+    content = _decode_one(raw)
+    if not isinstance(content, dict):
+        return Oversized(len(raw))
+    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    texts = ((name, content[name]) for name in names if name in content)
+    kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
+    fail = kept.get("fail")
+    if isinstance(fail, dict):
+        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
+        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
+    if "response_headers" in kept:
+        headers = _quota_headers(kept["response_headers"]) or {}
+        kept["response_headers"] = {name: [text] for name, text in headers.items()}
+    return kept
+
+
+_MARK = re.compile(rb'["[\]{},]')
+_REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.S)
+
+
+def elements_of(pieces: Iterable[bytes], largest: int = 8 << 20) -> Iterator[bytes | Oversized]:
+    """Split a JSON array that comes in pieces into its elements, not decoded. Raises ValueError for anything else.
+
+    An element of more than ``largest`` bytes is not kept, and comes as Oversized.
+    """
+    data, at, depth, dropped, in_string = b"", 0, 0, 0, False  # data: from the beginning of the element at hand
+    is_array = False
+    for piece in pieces:
+        data, start = data + piece, 0
+        while at < len(data):
+            if in_string:
+                at = _REST_OF_STRING.match(data, at).end()
+                in_string = data[at : at + 1] != b'"'
+                if in_string:  # goes on with the next piece, perhaps behind a backslash
+                    break
+                at += 1
+                continue
+            mark = _MARK.search(data, at)
+            kind, at = (mark.group(), mark.end()) if mark else (b"", len(data))
+            in_string = kind == b'"'
+            depth += (kind in (b"[", b"{")) - (kind in (b"]", b"}"))
+            if (kind, depth) in ((b",", 1), (b"]", 0)):
+                length = dropped + at - 1 - start
+                if length > largest:
+                    yield Oversized(length)
+                elif data[start : at - 1].strip():
+                    yield data[start : at - 1]
+            if (kind, depth) in ((b"[", 1), (b",", 1), (b"]", 0)):
+                start, dropped, is_array = at, 0, True
+        data, at = data[start:], at - start
+        if len(data) > largest:
+            dropped, data, at = dropped + at, data[at:], 0
+    if depth or not is_array:
+        raise ValueError("not an array")
+
+
 def _loads(raw: bytes) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -788,10 +868,7 @@ def _loads(raw: bytes) -> Any:
 
 
 def parse_event(content: Any) -> Event | None:
-    """Parse one decoded record; None for control messages and warm-ups, which are no usage.
-
-    Raises Rejected. Key and client address are masked or dropped here, at the edge.
-    """
+    """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
     if set(content) in ({"refresh"}, {"support_refresh"}):
@@ -882,7 +959,7 @@ def _number(value: Any, name: str) -> int | None:
     if type(value) is not int:
         raise Rejected(f"{name} is not a whole number")
     if value > _LARGEST_NUMBER:
-        raise Rejected(f"{name} is larger than 2^53")
+        raise Rejected(f"{name} is larger than 10^12")
     return None
 
 
@@ -929,10 +1006,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     """Return the token counts of an event. Raises Rejected."""
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
-        try:
+        with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
             return _breakdown_usage(breakdown)
-        except (Rejected, KeyError, TypeError):
-            pass  # an incomplete breakdown is no reason to lose the plain counts
     tokens = content.get("tokens")
     if tokens is None:
         return TokenCounts()
@@ -943,9 +1018,13 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
     if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        return _claude_usage(sent)
-    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-    return _inclusive_usage(sent, thoughts_apart)
+        counts = _claude_usage(sent)
+    else:
+        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+        counts = _inclusive_usage(sent, thoughts_apart)
+    for count in counts:
+        _number(count, "tokens, added up,")
+    return counts
 
 
 class _SentTokens(NamedTuple):
@@ -1011,10 +1090,7 @@ def _status_of(fail: Any) -> int | None:
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
-    """Return shortly why a call failed: ``429 usage_limit_reached: The usage limit has been reached``.
-
-    Only the code, type and message of a JSON error are used, at most 160 characters without keys and mails.
-    """
+    """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
     if code or message:
         reason = ": ".join(part for part in (code, message) if part)
@@ -1028,19 +1104,22 @@ def failure_reason(status: int | None, body: Any) -> str | None:
 def failure_kind(status: int | None, error: str | None) -> str:
     """Return a failure's reason without what differs from one request to the next, so that equal ones add up."""
     prefix = f"{status} " if (error or "").startswith(f"{status} ") else ""
-    words_with_a_digit = r"[^\s:,;()\[\]\"']*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
+    words_with_a_digit = r"(?<![^\s:,;()\[\]\"'])[^\s:,;()\[\]\"'\d]*\d[^\s:,;()\[\]\"']*"  # ids, times, amounts
     return prefix + re.sub(words_with_a_digit, "…", (error or "")[len(prefix) :])
+
+
+_KEPT_OF_REJECT = (
+    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
+)
 
 
 def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = (
-        "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
-        "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
-    )
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names.split() if name in content}
+    names = _KEPT_OF_REJECT.split()
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
     for name in ("source", "api_key"):
         if isinstance(content.get(name), str):
             kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
@@ -1055,13 +1134,13 @@ def masked_json(content: Any) -> str | None:
 def _harmless(value: Any) -> Any:
     """Return a number or a short text without secrets; of anything else the name of its type."""
     if value is None or isinstance(value, (bool, int, float)):
-        return value if not isinstance(value, int) or abs(value) < 2**63 else "number"
+        return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
     return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
 
 
 def _numbers_only(value: Any, depth: int = 0) -> Any:
     if isinstance(value, dict) and depth < 3:
-        return {str(key)[:40]: _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
+        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
     if isinstance(value, str):
         return value if value in ("complete", "inconsistent", "unclassified") else "str"
     return _harmless(value)
@@ -1120,11 +1199,7 @@ class Account:
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts, named so that no two share a name.
-
-    An account is the last e-mail seen with an auth_index, else the source, else the index. An index that took
-    over from another of the same mail, provider and plan joins it; two that live at once are two accounts.
-    """
+    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
     by_index: dict[tuple[str, str], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
         key = (identity.auth_index, "" if identity.auth_index else identity.source)
@@ -1170,10 +1245,7 @@ def _name_apart(accounts: Sequence[Account]) -> None:
 
 
 class AccountFile(NamedTuple):
-    """One account file; the token goes to chatgpt.com alone.
-
-    ``auth_index`` is the one that the proxy gives this file since v7.0.0, where both see it under the same path.
-    """
+    """One account file; ``auth_index`` is what the proxy gives it since v7.0.0, where it sees the same path."""
 
     name: str
     email: str
@@ -1196,11 +1268,7 @@ class AccountFile(NamedTuple):
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Read the Codex account files of the first folder that has any, and a sentence for each odd file.
-
-    A file is recognised by its content, not its name. Of two files of one login the fresher one counts. Files are
-    opened for reading only, and never followed into sub-folders.
-    """
+    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
     problems: list[str] = []
     for folder in folders:
         found, odd = _read_folder(folder)
@@ -1221,8 +1289,11 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
+    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
+        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
@@ -1320,6 +1391,64 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
+def _flock(handle: int) -> None:
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_path(database: Path) -> Path:
+    return Path(f"{os.path.realpath(str(database))}.lock")
+
+
+class DatabaseLock:
+    """The right of one process to record into a database until it ends; ``fault`` says why there is no lock here."""
+
+    def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
+        self._path, self.fault = _lock_path(database), ""
+        try:
+            make_private(self._path)
+            self._handle = os.open(str(self._path), os.O_RDWR)
+        except OSError as error:
+            raise StoreError(_store_reason(database, error)) from error
+        deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
+        while not self._take(lock):
+            if time.monotonic() > deadline:
+                os.close(self._handle)
+                told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
+                holder = "process {pid}, port {port}".format(**told)
+                message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
+                raise StoreError(f'{message}, or name another file with "database"')
+            time.sleep(0.05)
+
+    def _take(self, lock: Callable[[int], None]) -> bool:
+        try:
+            lock(self._handle)
+        except BlockingIOError:
+            return False
+        except (OSError, ImportError) as error:  # as on some network file systems
+            self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+        return True
+
+    def name_holder(self, port: int) -> None:
+        """Write into the file who has the lock, for those that come later."""
+        self._path.write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
+
+
+def lock_holder(database: Path) -> dict[str, int]:
+    """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
+    with suppress(OSError, ImportError, ValueError, AttributeError):
+        import fcntl
+
+        with _lock_path(database).open("rb") as stream:
+            try:
+                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = json.loads(stream.read(200))
+                return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
+    return {}
+
+
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
 SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
@@ -1395,15 +1524,17 @@ def _step_tables(db) -> None:
 _STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
+_STEP_6_MENDED = {
+    **_STEP_5_COLUMNS,
+    "identities": "first_at REAL NOT NULL, last_at REAL NOT NULL",
+    "quota_accounts": "email TEXT, account_id_tag TEXT, plan TEXT, message TEXT, state_at REAL NOT NULL",
+}
 
 
 def _step_roll_ups(db) -> None:
-    """Sum up by client key and reason too, at all of a quarter hour, an hour and a day.
-
-    Fills the roll-ups from the rows. Below the retention floor, where those are deleted, the old sums are kept:
-    their key and reason are unknown.
-    """
+    """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
+    _mend_odd_values(db)
     _add_keys_and_reasons(db)
     db.execute(
         "INSERT INTO identities(auth_index, source, first_at, last_at) SELECT IFNULL(CAST(auth_index AS TEXT), '') "
@@ -1415,11 +1546,7 @@ def _step_roll_ups(db) -> None:
         "INSERT INTO models(name) SELECT DISTINCT IFNULL(model, 'unknown') FROM events WHERE 1 "
         "ON CONFLICT(name) DO NOTHING"
     )
-    if not any(
-        db.execute(f'PRAGMA index_info("{row[1]}")').fetchone()[2] == "ts_epoch"
-        for row in db.execute("PRAGMA index_list(events)").fetchall()
-    ):
-        db.execute("CREATE INDEX events_by_time ON events(ts_epoch)")
+    db.execute("CREATE INDEX IF NOT EXISTS events_by_time ON events(ts_epoch)")
     old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -1456,6 +1583,46 @@ def _step_roll_ups(db) -> None:
     )
 
 
+def _mend_odd_values(db) -> None:
+    """Make of what an adopted file holds in place of a count, a time or a text what it means, or NULL."""
+    encoding = db.execute("PRAGMA encoding").fetchone()[0]
+    db.create_function("as_text", 1, lambda raw: raw.decode(encoding, "backslashreplace"))
+    for table, columns in _STEP_6_MENDED.items():
+        names, kinds = zip(*(column.split(" ", 1) for column in columns.split(", ")))
+        old, new = ", ".join(names), ", ".join(map(_mended, names, kinds))
+        db.execute(f"UPDATE OR REPLACE {table} SET ({old}) = ({new}) WHERE ({old}) IS NOT ({new})")
+    for table, name in (("models", "name"), ("identities", "auth_index"), ("identities", "source")):
+        text = f"as_text(CAST({name} AS BLOB))"  # with the id, because another row may have this text
+        db.execute(f"UPDATE {table} SET {name} = {text} || ' #' || id WHERE {name} IS NOT {text}")
+    for table in _STEP_5_COLUMNS:  # behind the greatest id there is, SQLite gives new ones at random
+        last, limit = db.execute(f"SELECT IFNULL(MAX(id), 0), 1 << 50 FROM {table} WHERE id < 1 << 50").fetchone()
+        ids = db.execute(f"SELECT id FROM {table} WHERE id >= ? ORDER BY id", (limit,)).fetchall()
+        pairs = [(last + number, old) for number, (old,) in enumerate(ids, 1)]
+        db.executemany(f"UPDATE {table} SET id = ? WHERE id = ?", pairs)
+    db.execute(  # the newest reading with a time that is known
+        "UPDATE quota_accounts SET snapshot_id = (SELECT MAX(id) FROM quota_snapshots s WHERE ts_epoch IS NOT NULL "
+        "AND s.email = quota_accounts.email AND IFNULL(s.account_id_tag, '') = quota_accounts.account_id_tag) "
+        "WHERE snapshot_id NOT IN (SELECT id FROM quota_snapshots WHERE ts_epoch IS NOT NULL)"
+    )
+
+
+def _mended(name: str, kind: str) -> str:
+    """Return what a column's value means, as SQL, in which texts and BLOBs are greater than any number."""
+    if name == "failed":
+        return "IFNULL(failed <> 0 AND typeof(failed) IN ('integer', 'real') OR failed LIKE 'true', 0)"
+    if name == "context_id":
+        return "(SELECT id FROM contexts WHERE id = context_id)"
+    if kind == "TEXT" or name == "auth_index":
+        is_odd = f"typeof({name}) = 'blob' OR {name} GLOB '*[^\x01-~]*' OR instr({name}, char(0))"
+        return f"CASE WHEN {is_odd} THEN as_text(CAST({name} AS BLOB)) ELSE {name} END"
+    if kind.startswith("REAL"):
+        seconds = f"WHEN {name} >= 1577836800 AND {name} < 4102444800 THEN {name}"
+        milliseconds = f"{seconds.replace('00 ', '00000 ')} / 1000.0"
+        return f"CASE {seconds} {milliseconds} ELSE {'0' if 'NOT NULL' in kind else 'NULL'} END"
+    is_whole = "" if name.endswith("_percent") else f" AND {name} = CAST({name} AS INTEGER)"
+    return f"CASE WHEN {name} BETWEEN 0 AND 1000000000000{is_whole} THEN {name} END"
+
+
 def _add_keys_and_reasons(db) -> None:
     db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
     db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
@@ -1467,16 +1634,16 @@ def _add_keys_and_reasons(db) -> None:
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
-    reasons, last_id = _Reasons(db), -(1 << 63)
+    reasons, next_id = _Reasons(db), -(1 << 63)
     while True:
         rows = db.execute(
-            "SELECT id, status_code, error FROM events WHERE id > ? AND failed <> 0 ORDER BY id LIMIT 5000", (last_id,)
+            "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
         ).fetchall()
         if not rows:
             return
         updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
         db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
-        last_id = rows[-1][0]
+        next_id = rows[-1][0] + 1
 
 
 def _sum_up_rows(db, floor: int) -> None:
@@ -1500,6 +1667,8 @@ def _sum_up_rows(db, floor: int) -> None:
 
 def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
+    for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
+        db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
     db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
         f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
@@ -1544,6 +1713,11 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
 _SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
 
 
+def _meta_in(db, key: str, unknown: Any = None) -> Any:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return row[0] if row else unknown
+
+
 def _put_meta(db, key: str, value: Any) -> None:
     db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET value = excluded.value", (key, value))
 
@@ -1579,10 +1753,6 @@ class _Reasons:
             reason["error"] = "other"
         return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
 
-    def clear(self) -> None:
-        """Forget all ids: a transaction that inserted some was rolled back."""
-        self._ids.clear()
-
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
@@ -1591,7 +1761,7 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, " + ", ".join(
     f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
 )
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
@@ -1633,12 +1803,14 @@ _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
 SHORTEST_RETENTION_S = 60.0
-
-
-def _retention_in(db) -> float:
-    """Return for how many seconds the queue keeps what nobody takes, as far as known; at least what any proxy does."""
-    row = db.execute("SELECT value FROM meta WHERE key = 'retention_s'").fetchone()
-    return row[0] if row else SHORTEST_RETENTION_S
+_DAY_S = 86400.0
+# The newest of the events stored last, unless by a clock that was in another year.
+_LAST_EVENT_AT = (
+    "(SELECT MAX(ts_epoch) FROM (SELECT ts_epoch FROM events ORDER BY id DESC LIMIT 100) "
+    f"WHERE ts_epoch < ?1 + {2 * _DAY_S})"
+)
+# Where an outage that ends in the future has ended: with the first event in it.
+_MENDED_END = "MAX(from_at, MIN(?1, IFNULL((SELECT MIN(ts_epoch) FROM events WHERE ts_epoch > from_at), ?1)))"
 
 
 class Window(NamedTuple):
@@ -1658,12 +1830,21 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
+_ALL_TIMES = Window(_EARLIEST_AT, _LATEST_AT)
 Sums = Tuple[int, ...]
 
 
 def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
     """Add rows of sums, as SUM_NAMES orders them; zeros where there are none."""
     return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
+
+
+def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
+    """Add up the sums of each key."""
+    parts: dict[Any, list[Sums]] = {}
+    for key, sums in rows:
+        parts.setdefault(key, []).append(sums)
+    return [(key, add_sums(members)) for key, members in parts.items()]
 
 
 class Usage(NamedTuple):
@@ -1674,43 +1855,47 @@ class Usage(NamedTuple):
     accounts: list[tuple[Account, Sums]]
 
 
-# One connection writes and one reads, each behind its lock. A transaction does no more than SQL: no network, no
+# One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
 # waiting. Whatever a commit makes true beside the file (``changes``, ids in memory) is set while its lock is still
 # held, and whatever is rolled back is forgotten: ids of rows that were not written are never used again.
 
 
 class Store:
-    """Events, roll-ups and quota readings in one SQLite file; the only place with SQL.
-
-    ``changes`` counts the commits that can alter an answer. ``announce`` gets a line before a long schema step.
-    Raises StoreError with what to do about it. Times passed in are epoch seconds.
-    """
+    """Events, roll-ups and readings in one SQLite file, the only place with SQL; ``changes`` counts its commits."""
 
     def __init__(self, path: Path, busy_timeout_s: float = 2.0, announce: Callable[[str], None] = lambda line: None):
         self.path = path
         self.changes = 0
-        self._write_lock, self._read_lock = threading.RLock(), threading.Lock()
+        self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
+        self._busy_timeout_s, self._announce = busy_timeout_s, announce
+        self._open()
+
+    def _open(self) -> None:
         try:
-            make_private(path)
-            self._writer = self._connect(busy_timeout_s)
+            make_private(self.path)
+            self._writer = self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(_store_reason(path, error)) from error
+            raise StoreError(_store_reason(self.path, error)) from error
         try:
-            self._migrate(announce)
+            self._migrate(self._announce)
+            self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
-            self._reasons = _Reasons(self._writer)
-            self._reader = self._connect(busy_timeout_s)
-            self._reader.execute("PRAGMA query_only = ON")
+            self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
+            for db in (self._reader, self._searcher):
+                db.execute("PRAGMA query_only = ON")
+            self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
+            self._opened_files = self._file_ids()
         except (sqlite3.Error, StoreError) as error:
             self._writer.close()
-            raise error if isinstance(error, StoreError) else StoreError(_store_reason(path, error)) from error
+            raise error if isinstance(error, StoreError) else StoreError(_store_reason(self.path, error)) from error
 
-    def _connect(self, busy_timeout_s: float):
-        db = sqlite3.connect(str(self.path), timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    def _connect(self):
+        timeout_s = self._busy_timeout_s
+        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
         except sqlite3.Error:
@@ -1751,71 +1936,121 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Close both connections; the write-ahead log is folded into the file."""
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
+        """Close the connections, also under a search; the write-ahead log is folded into the file."""
+        self._is_closing = True
+        with self._write_lock, self._read_lock, self._search_lock:
+            for db in (self._reader, self._searcher, self._writer):
+                db.close()
+
+    def follow_file(self) -> str | None:
+        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
+        if not self.is_elsewhere:
+            return None
+        with self._write_lock, self._read_lock, self._search_lock:
+            with suppress(sqlite3.Error):  # or a file that was renamed would miss what is in its log
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.close()
+            for path, opened, found in zip(self._paths, self._opened_files, self._file_ids()):
+                if found == opened is not None:  # the log of the file that is gone would be taken for the new one's
+                    path.unlink()
+            self._opened_files = [None] * 3
+            event = "was replaced or moved" if self.path.exists() else "was deleted"
+            self._open()
+            self.changes += 1
+        self.put_meta("file_changed_at", time.time())
+        return f"{self.path.name} {event}; what is at its path now is used"
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether what is at the path is another file than the open one, or none."""
+        return self._opened_files[0] is None or self._file_ids()[0] != self._opened_files[0]
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+
+    def _file_ids(self) -> list[tuple[int, int] | None]:
+        """Return (device, inode) of the file, its write-ahead log and its index; None where there is none."""
+        found = [path.stat() if path.exists() else None for path in self._paths]
+        return [None if status is None else (status.st_dev, status.st_ino) for status in found]
 
     @contextmanager
-    def _transaction(self, db, lock, begin: str, end: str) -> Iterator[Any]:
-        """Run statements under a lock between BEGIN and its end; SQLite's errors become StoreError."""
-        with lock:
-            try:
-                db.execute(begin)
-                yield db
-                db.execute(end)
-            except BaseException as error:
-                self._context_ids.clear()
-                self._models.clear()
-                self._reasons.clear()
-                if db.in_transaction:
-                    self._try(db, "ROLLBACK")
-                if not isinstance(error, sqlite3.Error):
-                    raise
-                # SQLite would keep the pages of a damaged file after it was mended.
-                self._try(db, "PRAGMA shrink_memory")
-                raise StoreError(_store_reason(self.path, error)) from error
-
-    def _try(self, db, statement: str) -> None:
+    def _transaction(self, db, begin: str, end: str) -> Iterator[Any]:
+        """Run statements between BEGIN and its end; SQLite's errors become StoreError."""
         try:
-            db.execute(statement)
-        except sqlite3.Error:
-            pass  # rolled back already, as on a full disk; closed; or damaged beyond even that
+            db.execute(begin)
+            yield db
+            db.execute(end)
+        except BaseException as error:
+            self._forget_ids()
+            with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
+                db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
+                db.execute("PRAGMA shrink_memory")
+            raise StoreError(_store_reason(self.path, error)) from error
+
+    def _forget_ids(self) -> None:
+        self._context_ids.clear()
+        self._models.clear()
+        self._reasons = _Reasons(self._writer)
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
         with self._write_lock:  # held until what the commit makes true is counted
-            rows_before = self._writer.total_changes
-            with self._transaction(self._writer, self._write_lock, "BEGIN IMMEDIATE", "COMMIT") as db:
+            with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+                rows_before = db.total_changes
                 yield db
-            self.changes += changes and self._writer.total_changes > rows_before
+            self.changes += changes and db.total_changes > rows_before
 
-    def _read(self) -> ContextManager[Any]:
-        return self._transaction(self._reader, self._read_lock, "BEGIN", "ROLLBACK")
+    @contextmanager
+    def _read(self, is_search: bool = False) -> Iterator[Any]:
+        """Open a transaction that reads; a search may take seconds, in which nothing but another search waits."""
+        with self._search_lock if is_search else self._read_lock:  # before the choice: follow_file opens others
+            with self._transaction(self._searcher if is_search else self._reader, "BEGIN", "ROLLBACK") as db:
+                yield db
 
     # Writing
 
     def store_batch(self, parsed: Parsed, sequence: int, now: float) -> bool:
-        """Store a batch with its roll-ups, counts and mark in one transaction.
-
-        ``sequence`` grows with each batch. One that is not above the stored mark was stored before and is left out:
-        then False is returned.
-        """
+        """Store a batch with roll-ups, counts and mark; False where it was before: ``sequence`` grows with each."""
         with self._write(changes=bool(parsed.events)) as db:
             if sequence <= _counts_in(db)["sequence"]:
                 return False
-            if parsed.events:
-                self._insert_events(db, parsed.events)
-            if parsed.rejects:
+            parked = self._insert_or_park(db, parsed.events) if parsed.events else []
+            rejects = [*parsed.rejects, *parked]
+            if rejects:
                 db.executemany(
                     "INSERT INTO rejected_events(timestamp, ts_epoch, reason, length, event) VALUES (?, ?, ?, ?, ?)",
-                    [(utc_text(now), now, *reject) for reject in parsed.rejects],
+                    [(utc_text(now), now, *reject) for reject in rejects],
                 )
                 db.execute("DELETE FROM rejected_events WHERE id <= (SELECT MAX(id) FROM rejected_events) - 1000")
             _put_meta(db, "sequence", sequence)
-            _count(db, stored=len(parsed.events), rejected=len(parsed.rejects), ignored=parsed.ignored)
+            _count(db, stored=len(parsed.events) - len(parked), rejected=len(rejects), ignored=parsed.ignored)
         return True
+
+    def _insert_or_park(self, db, events: Sequence[Event]) -> list[Reject]:
+        """Insert events; where one of them is the fault, halve them until it stands alone, and return its Reject."""
+        db.execute("SAVEPOINT part")
+        try:
+            self._insert_events(db, events)
+        except Exception as error:
+            if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
+                raise  # full, locked, damaged: whichever the row
+            db.execute("ROLLBACK TO part")
+            self._forget_ids()
+            if len(events) > 1:
+                middle = len(events) // 2
+                return self._insert_or_park(db, events[:middle]) + self._insert_or_park(db, events[middle:])
+            kept = {name: _harmless(value) for name, value in events[0]._asdict().items() if name != "context"}
+            text = json.dumps(kept, default=repr)
+            return [Reject(f"the database does not take it: {where_raised(error)}", len(text), text)]
+        finally:
+            if db.in_transaction:
+                db.execute("RELEASE part")
+        return []
 
     def _insert_events(self, db, events: Sequence[Event]) -> None:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
@@ -1849,9 +2084,10 @@ class Store:
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
+        before = min(before, (self.span() or (0.0, 0.0))[1])
         floor = int(before) // 3600 * 3600 // BUCKET_S
         with self._write() as db:
-            if floor > _floor_in(db):
+            if floor > _meta_in(db, "events_floor", 0):
                 _put_meta(db, "events_floor", floor)
             done = db.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE ts_epoch < ? ORDER BY ts_epoch LIMIT ?)",
@@ -1864,15 +2100,9 @@ class Store:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many events were ever stored, rejected, ignored, adopted and deleted, and the last batch's sequence.
-
-        As last known while the database cannot be read, when health is asked for most.
-        """
-        try:
-            with self._read() as db:
-                self._known_counts = _counts_in(db)
-        except StoreError:
-            pass
+        """How many events were ever stored, rejected and so on, as last known while the database cannot be read."""
+        with suppress(StoreError), self._read() as db:
+            self._known_counts = _counts_in(db)
         return dict(self._known_counts)
 
     @property
@@ -1884,8 +2114,7 @@ class Store:
     @property
     def byte_count(self) -> int:
         """The size of the database with its write-ahead log."""
-        paths = (Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+        return sum(path.stat().st_size for path in self._paths if path.exists())
 
     def check_writable(self) -> None:
         """Open and end a transaction that writes, so that nothing is popped that could not be stored."""
@@ -1895,8 +2124,7 @@ class Store:
     def get_meta(self, key: str) -> Any:
         """Return a small value by its key; None where there is none."""
         with self._read() as db:
-            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+            return _meta_in(db, key)
 
     def put_meta(self, key: str, value: Any) -> None:
         """Write a small value; None removes it."""
@@ -1908,40 +2136,46 @@ class Store:
 
     # Outages
 
-    def begin_outage(self, at: float, reason: str) -> None:
-        """Record that recording stopped; one that is open already goes on, with its first reason."""
+    def begin_outage(self, at: float, reason: str, is_measured: bool = False) -> None:
+        """Open an outage unless one is open, not before the last event unless its length was measured."""
         with self._write() as db:
+            last = None if is_measured else db.execute(f"SELECT {_LAST_EVENT_AT}", (at,)).fetchone()[0]
             db.execute(
                 "INSERT INTO outages(from_at, reason) SELECT ?, ? "
                 "WHERE NOT EXISTS (SELECT 1 FROM outages WHERE to_at IS NULL)",
-                (at, reason),
+                (max(at, last or 0.0), reason),
+            )
+
+    def mend_outages(self, now: float) -> None:
+        """Correct outages that were recorded by a clock that has been set since: none begins or ends after now."""
+        with self._write() as db:
+            begin = f"MIN(?1, IFNULL({_LAST_EVENT_AT}, ?1))"
+            db.execute(f"UPDATE outages SET from_at = {begin} WHERE to_at IS NULL AND from_at > ?1", (now,))
+            db.execute("DELETE FROM outages WHERE from_at > ?", (now + _DAY_S,))
+            lost = f"reason = 'publishing_off' OR {_MENDED_END} - from_at > ?2"
+            db.execute(
+                f"UPDATE outages SET to_at = {_MENDED_END}, lost = {lost} WHERE to_at > ?1 + {SHORTEST_RETENTION_S}",
+                (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """Record that recording goes on, and whether the queue had forgotten something by then.
-
-        One that is shorter than ``shortest_s``, which every proxy remembers, is dropped.
-        """
+        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
+        self.mend_outages(at)
         with self._write() as db:
-            db.execute(
-                "DELETE FROM outages WHERE to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'",
-                (at - shortest_s,),
-            )
+            too_short = "to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'"
+            db.execute(f"DELETE FROM outages WHERE {too_short}", (at - shortest_s,))
             db.execute(
                 f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _retention_in(db)),
+                (at, at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
-        """List the spans in which nothing was recorded; ``to`` None is still going on.
-
-        ``lost`` tells those that lasted longer than the queue remembers from those that lost nothing.
-        """
+        """List the spans in which nothing was recorded, and whether requests were lost; ``to`` None goes on still."""
         with self._read() as db:
             rows = db.execute(
                 f"SELECT from_at, to_at, reason, IFNULL(lost, {_OUTAGE_LOST}) FROM outages "
                 "WHERE from_at < ? AND (to_at IS NULL OR to_at > ?) ORDER BY from_at LIMIT 500",
-                (now, _retention_in(db), window.end, window.start),
+                (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S), window.end, window.start),
             ).fetchall()
         return [{"from": start, "to": end, "reason": reason, "lost": bool(lost)} for start, end, reason, lost in rows]
 
@@ -1955,29 +2189,25 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            rows = db.execute("SELECT id, auth_index, source, provider, plan, first_at, last_at FROM identities")
+            columns = "id, auth_index, source, provider, plan, first_at, last_at"
+            rows = db.execute(f"SELECT {columns} FROM identities")
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
     def usage(
         self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
     ) -> Usage:
-        """Sum up a window; its buckets of ``bucket_s`` seconds are cut at local marks, ``offset_s`` east of UTC.
-
-        ``from_rows`` leaves the roll-ups out, to prove them.
-        """
+        """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
             accounts = self._accounts_in(db)
-            plan = _UsagePlan(window, filters, accounts, 0 if from_rows else _floor_in(db), from_rows)
+            floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
+            plan = _UsagePlan(window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
             by_pair = plan.by_pair(db)
-        models: dict[str, list[Sums]] = {}
-        identities: dict[Any, list[Sums]] = {}
-        for (identity_id, model), sums in by_pair.items():
-            models.setdefault(model, []).append(sums)
-            identities.setdefault(identity_id, []).append(sums)
-        by_model = [(model, add_sums(rows)) for model, rows in models.items()]
-        by_account = _sums_of_accounts({key: add_sums(rows) for key, rows in identities.items()}, accounts)
+        by_model = _folded((model, sums) for (_, model), sums in by_pair.items())
+        owners = {key: number for number, account in enumerate(accounts) for key in account.identity_ids}
+        by_owner = _folded((owners[key], sums) for (key, _), sums in by_pair.items())
+        by_account = [(accounts[number], sums) for number, sums in by_owner]
         return Usage(
             {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()},
             sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
@@ -1985,28 +2215,20 @@ class Store:
         )
 
     def span(self) -> tuple[float, float] | None:
-        """Return the times of the first and the last event ever counted; None where there is none."""
+        """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
         with self._read() as db:
-            low, high = db.execute(
-                "SELECT (SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch LIMIT 1), "
-                "(SELECT ts_epoch FROM events WHERE ts_epoch IS NOT NULL ORDER BY ts_epoch DESC LIMIT 1)"
-            ).fetchone()
-            oldest = db.execute("SELECT MIN(bucket) FROM usage_by_time").fetchone()[0]
-        starts = [at for at in (low, None if oldest is None else float(oldest * BUCKET_S)) if at is not None]
-        return (min(starts), high if high is not None else min(starts)) if starts else None
+            oldest = f"(SELECT MIN(bucket) * {BUCKET_S}.0 FROM usage_by_time)"
+            first, last = db.execute(f"SELECT {oldest}, IFNULL(MAX(ts_epoch), {oldest}) FROM events").fetchone()
+        return None if first is None else (first, last)
 
     def requests(
-        self,
-        limit: int,
-        window: Window | None = None,
-        filters: Filters = _NO_FILTERS,
-        before: tuple[float, int] | None = None,
+        self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or Window(float("-inf"), float("inf"))
+        window = window or _ALL_TIMES
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
-        with self._read() as db:
+        with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
@@ -2020,16 +2242,8 @@ class Store:
 
     # Quota: rows as they are; what they mean is known in readings
 
-    def save_reading(
-        self,
-        row: Mapping[str, Any],
-        merge: Callable[[Mapping[str, Any] | None], Mapping[str, Any] | None] | None = None,
-    ) -> None:
-        """Save a quota reading (columns of ``quota_snapshots``, and ``state``) as its account's newest.
-
-        ``merge`` is called inside the transaction with the newest row so far, None where there is none, and returns
-        the row to save in place of ``row``, or None to save nothing. With an ``id`` it replaces the row of that id.
-        """
+    def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
+        """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
@@ -2073,12 +2287,7 @@ class Store:
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add the accounts that have no row yet to the quota table, and set until when each is paid for.
-
-        ``accounts`` are (email, tag, plan, state, message, end of the subscription as ISO UTC text). Of a known one
-        the state changes only where exactly one of the two is ``disabled``. A row adopted by its mail alone becomes
-        that of the only account of this mail.
-        """
+        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
             for email, tag, plan, state, message, paid_until in accounts:
@@ -2148,16 +2357,14 @@ class Store:
             found = [row[0] for row in db.execute("PRAGMA quick_check(5)").fetchall()]
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
-            floor = _floor_in(db)
+            floor = _meta_in(db, "events_floor", 0)
             rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
             of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
             if _sums_in(db, "usage_by_time", floor) != of_events:
                 faults.append("usage_by_time does not add up to the events")
             everything = _sums_in(db, "usage_by_time", 0)
-            for table in _ROLL_UPS:
-                if _sums_in(db, table, 0) != everything:
-                    faults.append(f"{table} does not add up to usage_by_time")
-        return faults
+            odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
+        return [*faults, *(f"{table} does not add up to usage_by_time" for table in odd)]
 
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
@@ -2177,12 +2384,6 @@ def _count(db, **added: int) -> None:
     )
 
 
-def _floor_in(db) -> int:
-    """Return the first bucket of BUCKET_S whose single events are all there still."""
-    row = db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone()
-    return row[0] if row else 0
-
-
 def _rows_to_adopt(db) -> int:
     """Return the number of events in a file of an earlier version; 0 for one of this version."""
     if db.execute("PRAGMA user_version").fetchone()[0] >= _SCHEMA_STEPS[-1][0] or not _columns_of(db, "events"):
@@ -2199,10 +2400,7 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
 
 
 def events_to_adopt(path: Path) -> int:
-    """Return how many events a file of an earlier version has, without changing it; 0 for one of this version.
-
-    Raises StoreError where the file cannot be read.
-    """
+    """Return how many events a file of an earlier version has, without changing it; 0 for none. Raises StoreError."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
             return _rows_to_adopt(db)
@@ -2243,7 +2441,6 @@ _SNAPSHOT_COLUMNS = (
     *("credits_balance", "raw_json", "source"),
 )
 
-
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
 _REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
@@ -2275,21 +2472,9 @@ def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
     request = dict(zip(_REQUEST_NAMES, values))
     for name in _CONTEXT_COLUMNS:
         request[name] = request[name] or None
-    request["failed"] = request["failed"] or 0
     request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
     request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
     return request
-
-
-def _sums_of_accounts(by_identity: Mapping[Any, Sums], accounts: Sequence[Account]) -> list[tuple[Account, Sums]]:
-    """Return the sums of accounts, folded from those of their identities."""
-    owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
-    nobody = Account("unknown", "", "", "", "", "", 0.0, 0.0, [])
-    folded: dict[int, tuple[Account, list[Sums]]] = {}
-    for identity_id, sums in by_identity.items():
-        account = owners.get(identity_id, nobody)
-        folded.setdefault(id(account), (account, []))[1].append(sums)
-    return [(account, add_sums(rows)) for account, rows in folded.values()]
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -2303,7 +2488,7 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
     if filters.status is not None:
-        column = "IFNULL(e.failed, 0)" if on_rows else "r.reason_id"
+        column = "e.failed" if on_rows else "r.reason_id"
         parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
     if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
@@ -2379,10 +2564,7 @@ class _UsagePlan:
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
-    """Cut a span into whole buckets of the coarsest roll-up, finer ones before and after, and rows (None) at the ends.
-
-    A roll-up comes with its first and behind its last bucket, rows with epoch seconds.
-    """
+    """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
     if start >= end:
         return
     if not levels:
@@ -2402,10 +2584,7 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
 
 
 class QuotaWindow(NamedTuple):
-    """One quota window of an account; None is unknown.
-
-    ``seconds`` is its length, ``reset_at`` in epoch seconds. ``meter`` names an extra meter, None is the account's own.
-    """
+    """One quota window, ``seconds`` long, of an extra ``meter`` or of the account itself; None is unknown."""
 
     label: str
     seconds: int | None
@@ -2467,12 +2646,7 @@ QUOTA_MESSAGES = {
 
 
 def parse_quota(payload: Any, now: float) -> Reading:
-    """Parse a reply of the usage endpoint; a window is identified by its length, or by its slot where it has none.
-
-    A length within 5 % of five hours or a week counts as that. Impossible numbers are unknown. Raises
-    QuotaFault("bad_response") where the reply is no JSON object. The endpoint is undocumented; its shape is that of
-    the official client's models.
-    """
+    """Parse a reply of the usage endpoint, which is undocumented; impossible numbers are unknown. Raises QuotaFault."""
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
     limits = payload.get("rate_limit")
@@ -2576,11 +2750,7 @@ def _credits_balance(credits: Any) -> str | None:
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer.
-
-    A window counts only with its length and its reset: an absent one is sent with 0 minutes. A group of headers
-    with a limit name of its own is an extra meter.
-    """
+    """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer."""
     extra = []
     for name in headers:
         group = name[len("x-codex-") : -len("-limit-name")]
@@ -2632,11 +2802,7 @@ def classify_failure(status: int, body: bytes) -> str:
 
 
 def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
-    """Return the decoded reply of ChatGPT for one account; the whole call ends after ``deadline_s``.
-
-    Raises QuotaFault with the state. No redirect is followed, and at most 1 MiB is read. The call runs in a thread of
-    its own: a socket's timeout begins again with every byte, and looking up a name has none.
-    """
+    """Return ChatGPT's decoded reply for one account, within ``deadline_s`` altogether. Raises QuotaFault."""
     if not file.access_token:
         raise QuotaFault("no_token")
     proxies = proxies_of(file)
@@ -2650,6 +2816,7 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
         except Exception as error:  # raised below, in the caller's thread
             outcomes.append(error)
 
+    # A socket's timeout begins again with every byte, and looking up a name has none.
     thread = threading.Thread(target=call, name="chatgpt", daemon=True)
     thread.start()
     thread.join(deadline_s)
@@ -2705,10 +2872,9 @@ def _clock_ahead(date: str | None) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
     from email.utils import parsedate_to_datetime
 
-    try:
+    with suppress(TypeError, ValueError):
         return parsedate_to_datetime(date).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 # ------------------------------------------------------------------ readings
@@ -2752,7 +2918,7 @@ def _without_identity(value: Any, depth: int = 0) -> Any:
     """Copy a reply without what identifies a person; mails and long keys in its texts become an ellipsis."""
     if isinstance(value, dict) and depth < 8:
         kept = {key: item for key, item in value.items() if key not in ("email", "user_id", "account_id")}
-        return {_printable(str(key)[:80]): _without_identity(item, depth + 1) for key, item in kept.items()}
+        return {without_secrets(str(key), 80): _without_identity(item, depth + 1) for key, item in kept.items()}
     if isinstance(value, list) and depth < 8:
         return [_without_identity(item, depth + 1) for item in value[:100]]
     if isinstance(value, str):
@@ -2778,19 +2944,13 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
 
 
 def _epoch(text: str | None) -> float | None:
-    try:
+    with suppress(ValueError):
         return parse_time(text or "")[0]
-    except ValueError:
-        return None
+    return None
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
-    """Return the row to save for a reading from traffic, where ``before`` is its account's newest row so far.
-
-    What the headers lack, extra meters and credits, is taken from ``before``. The row has the ``id`` of a reading from
-    traffic of the same five minutes, which it replaces. None where ``before`` is newer, unless it is of the future, by
-    a clock that was ahead.
-    """
+    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer."""
     if before is None:
         return row
     if row["ts_epoch"] < before["ts_epoch"] <= now:
@@ -2807,18 +2967,9 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
 
 
 class TrafficReadings:
-    """Take quota readings from the replies to the accounts' own requests, without any call to ChatGPT.
+    """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    The newest of each account is saved once a minute at most. A reading whose account is uncertain is left out.
-    """
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        store: Store,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = monotonic_s,
-    ):
+    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
         self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
         self._waiting: dict[tuple[str | None, str], Event] = {}
         self._next_s = float("-inf")
@@ -2833,12 +2984,7 @@ class TrafficReadings:
                     self._waiting[key] = event
 
     def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
-        """Return whether the headers are of this account's reply, and not of an earlier attempt's by another.
-
-        The proxy keeps one set of headers for all attempts of a request, and an attempt that ends before any reply
-        shows the last one's. No two accounts' headers are equal, resets included. Of failures only a used-up quota
-        counts, where the headers agree.
-        """
+        """Return whether the headers are this attempt's own: one without a reply shows those of one before."""
         reply = tuple(headers.items())
         index = self._replies.pop(reply, event.context.auth_index)
         self._replies[reply] = index
@@ -2914,7 +3060,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
-        for window in windows_of(row):
+        for window in windows_of(row) if row["ts_epoch"] else ():
             if window.meter is None and window.used_percent is not None and window.reset_at is not None:
                 point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
                 points.setdefault(window.label, {})[point.at] = point
@@ -2922,11 +3068,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
 
 
 def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
-    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known.
-
-    ``points`` in order of time. At least three of this same window over ten minutes are needed, the newest at most
-    fifteen old. ``runs_out_at`` None means that it lasts.
-    """
+    """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known."""
     same: list[UsagePoint] = []
     for point in points:
         if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
@@ -2947,10 +3089,7 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour.
-
-    A window whose reset has passed is ``due`` and its percentages unknown.
-    """
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
     windows = windows_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
@@ -2987,11 +3126,7 @@ def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> st
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all rows of ``/api/quota`` by length: how much is left, and whether it lasts.
-
-    An account that is limited has nothing left in any window. Percentages of different plans are not the same
-    amount, so a forecast is given for accounts of one plan only, and only where each one's pace is known.
-    """
+    """Sum up the main windows of all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         for window in row["windows"]:
@@ -3029,6 +3164,7 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
 
 PROXY_PORT = 8317
 _NOT_THERE = ("refused", "unreachable")
+_REFUSALS = ("wrong_password", "no_password")
 
 
 class PopResult(NamedTuple):
@@ -3043,66 +3179,53 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password."""
 
 
-class BannedFault(QueueFault):
-    """A ban after failed logins, with the seconds that it still lasts."""
-
-    def __init__(self, seconds: float):
-        super().__init__(f"the login was answered with a ban of {int(seconds)} more seconds", "banned")
-        self.seconds = seconds
-
-
 class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
-# Words in an error reply of a proxy or a Redis, what they mean, and the state.
-_REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
+# Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
+_REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
-    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
     ("noauth", QueueFault, "a management key is needed", "no_password"),
     ("missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("unsupported channel", Misconfigured, 'the proxy does not know this queue_key; set "queue_key": "usage"', None),
+    ("wrongtype", Misconfigured, 'queue_key is no list in that Redis; set "queue_key" to the filled one', None),
+    (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
+    (r"unknown command\W+subscribe", Misconfigured, 'SUBSCRIBE is unknown; set "collect_mode": "auto"', "not_resp"),
 )
-_WRONG_KEYS = {
-    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
-    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
-}
 
 
-def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+def _fault_of_reply(reply: str) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
     text = reply.lower()
-    if "banned" in text:  # "Try again in 29m59s", as Go writes durations
-        match = re.search(r"again in (?:(\d+)h)?(?:(\d+)m)?(\d+)s", text)
+    known = (kind(message, state) for pattern, kind, message, state in _REPLIES if re.search(pattern, text))
+    fault = next(known, None) or QueueFault(f"the queue answered: {without_secrets(reply, 100)}")
+    if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
+        match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
-        return BannedFault(float(hours * 3600 + minutes * 60 + seconds))
-    for words, kind, message, state in _REPLIES:
-        if words in text:
-            return kind(message, state)
-    for words, message in _WRONG_KEYS.items():
-        if words in text:
-            return QueueFault(message, "unreachable", says_remedy=True)
-    if during_auth and "unknown command" in text:
-        return NoQueue("the server there knows no AUTH")
-    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+        left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
+        fault = QueueFault(f"the login was answered with a ban of {left_s} more seconds", "banned", lasts_s=left_s)
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
 
 
 def _log_in(client: RespClient, password: str) -> None:
     """Send AUTH; a Redis that needs no password is fine. Raises QueueFault."""
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
-        raise _fault_of_reply(reply, during_auth=True)
+        raise _fault_of_reply(reply)
+    if not isinstance(reply, str):
+        raise NotResp("the login was answered with something else than OK")
 
 
 class Source:
-    """One way to take values off the queue; its connection lasts from open() to close().
-
-    ``api`` is set where a proxy may be asked over HTTP: after a login that worked.
-    """
+    """One way to take values off the queue, from open() to close(); ``api`` where a proxy may be asked over HTTP."""
 
     mode = ""
     largest_batch = 500
@@ -3110,6 +3233,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+    before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3144,16 +3268,13 @@ class PopSource(Source):
         self._early: list[Any] = []
 
     def open(self) -> None:
-        """Log in with AUTH as the very first bytes, and learn whether this is a proxy or a Redis.
-
-        Every command before a login and every wrong key counts towards the proxy's ban. Without a key the first
-        command is a pop, and what it brings is the first value.
-        """
+        """Log in with AUTH as the very first bytes, since all else counts towards the ban; without a key, pop."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
-                raise _fault_of_reply(reply, during_auth=True)
+                raise _fault_of_reply(reply)
             self._early = [] if reply is None else [reply]
             self.list_length = len(self._early)
             return
@@ -3163,7 +3284,7 @@ class PopSource(Source):
         if isinstance(length, int):
             self.list_length = length
         elif not self.is_proxy:
-            raise _fault_of_reply(str(length), during_auth=False)
+            raise _fault_of_reply(str(length))
 
     def take(self, count: int) -> PopResult:
         """Send so many pops and read their replies."""
@@ -3173,24 +3294,31 @@ class PopSource(Source):
             for _ in range(count):
                 reply = self._client.receive()
                 if isinstance(reply, ErrorReply):
-                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                    fault = fault or _fault_of_reply(reply)
                 elif reply is None:
                     empty = True
                 else:
-                    values.append(reply)
+                    values.append(compact(reply))
         except QueueFault as broken:
             fault = fault or broken
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        """Return the value that came before the first take()."""
-        left, self._early = self._early, []
-        return left
+        return self._early
 
     def close(self) -> None:
-        """Close the connection."""
         if self._client is not None:
             self._client.close()
+
+
+def _pieces_of(reply: Any) -> Iterator[bytes]:
+    """Yield an answer in pieces: older Pythons would allocate the most that is allowed. Raises IncompleteRead."""
+    size = 0
+    for piece in iter(lambda: reply.read(256 * 1024), b""):
+        size += len(piece)
+        yield piece
+    if reply.length or (reply.length is None and not size):  # the latter where its headers were cut
+        raise IncompleteRead(b"")
 
 
 class ProxyApi:
@@ -3202,58 +3330,59 @@ class ProxyApi:
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
-            status, content = self._exchange(path)
+            status, content = self._exchange(path, before_login)
         except (OSError, HTTPException) as error:
             self.close()
-            if hasattr(error, "verify_message"):
-                raise _untrusted(self._host, self._port, error) from error
+            said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
-                raise QueueFault("the management API broke off in the middle of an answer") from error
-            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+                said = "the management API broke off in the middle of an answer"
+            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
+        except ValueError:
+            raise NotResp("the management API answered with something that is not JSON") from None
         if status == 200:
-            try:
-                return json.loads(content)
-            except (ValueError, RecursionError):
-                raise NotResp("the management API answered with something that is not JSON") from None
+            return content
         if status in (401, 403):
-            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        raise QueueFault(f"the management API answered with status {status}")
+            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+        is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
+        raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
-    def _exchange(self, path: str) -> tuple[int, bytes]:
+    def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
+        """Return the status with the decoded JSON of a 200, else with the bytes of the answer."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
+            self._connection.connect()
+            before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
-        # In pieces: older Pythons would allocate the most that is allowed at each poll.
-        pieces, room = [reply.read(256 * 1024)], 64 * 1024 * 1024
-        while pieces[-1] and room > 0:
-            room -= len(pieces[-1])
-            pieces.append(reply.read(min(room, 256 * 1024)))
-        content = b"".join(pieces)
-        if reply.length or (reply.length is None and not content):  # the latter where its headers were cut
-            raise IncompleteRead(content)
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
-        return reply.status, content
+        pieces, content = _pieces_of(reply), b""
+        for piece in pieces:
+            content += piece
+            if len(content) > 4 << 20:  # what is stored of each element is small
+                elements = map(compact, elements_of(itertools.chain([content], pieces)))
+                return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
+        if reply.status != 200:
+            return reply.status, content
+        try:
+            return 200, json.loads(content)
+        except (ValueError, RecursionError):  # of one odd element
+            return 200, list(elements_of([content]))
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
-        connection = getattr(self._connection, "sock", None)
-        if connection is not None:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side was quicker
+        with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3273,61 +3402,53 @@ class HttpSource(Source):
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled")
+        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            if not isinstance(values, list):
+                raise NotResp("the management API did not answer with a list")
         except QueueFault as fault:
             return PopResult([], False, fault)
-        if not isinstance(values, list):
-            return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
 
 
 class SubscribeSource(Source):
-    """Subscribe to a channel, beside other subscribers, after popping what waited in the queue before.
-
-    From the acknowledgement on nothing new enters the queue, so subscribing first and draining then leaves no gap.
-    """
+    """Subscribe to a channel, then pop what waited in the queue, which gets nothing new from then on."""
 
     mode = "subscribe"
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
-        import queue
-
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._backlog: PopSource | None = PopSource(connect, password, key)
+        self._backlog: Any = PopSource(connect, password, key)  # until it is empty
         self._client: Any = None
-        self._inbox: Any = queue.Queue(10_000)
+        self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
         """Log in, subscribe, and open the second connection, which takes the backlog."""
         self._client = RespClient(self._connect)
+        self.before_login()
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
-        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
-            message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
-            raise QueueFault(message, "not_resp", says_remedy=True)
         if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        assert self._backlog is not None
+            raise _fault_of_reply(reply)
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
+        self._client.wait_for_ever()
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
         while True:
             try:
-                client.wait_for_ever()
                 frame = client.receive()
-            except (QueueFault, OSError) as fault:
-                self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
+            except QueueFault as fault:
+                self._inbox.put(fault)
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
-                self._inbox.put(frame[2])
+                self._inbox.put(compact(frame[2]))
 
     @property
     def unread(self) -> int:  # type: ignore[override]
@@ -3336,8 +3457,6 @@ class SubscribeSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
-        import queue
-
         if self._backlog is not None:
             result = self._backlog.take(min(count, self._backlog.largest_batch))
             if not result.full:
@@ -3345,65 +3464,51 @@ class SubscribeSource(Source):
                 self._backlog = None
             return result
         values: list[Any] = []
-        try:
-            value = self._inbox.get(timeout=self._wait_s)
-            while True:
-                if isinstance(value, QueueFault):
-                    return PopResult(values, False, value)
-                values.append(value)
-                if len(values) >= count:
-                    break
-                value = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
-        return PopResult(values, self.unread > 0, None)
+        with suppress(queue.Empty):
+            values.append(self._inbox.get(timeout=self._wait_s))
+            while len(values) < count and not isinstance(values[-1], QueueFault):
+                values.append(self._inbox.get_nowait())
+        fault = values.pop() if values and isinstance(values[-1], QueueFault) else None
+        return PopResult(values, self.unread > 0 and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken."""
         left = [] if self._backlog is None else self._backlog.drain()
         while self.unread:
             left.append(self._inbox.get_nowait())
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        """Close both connections."""
         for part in (self._client, self._backlog):
             if part is not None:
                 part.close()
 
 
-def open_source(config: Config, on_endpoint: Callable[[str], None]) -> Source:
-    """Connect and log in to the configured queue and return its source.
-
-    While host and port are left at their defaults, the proxy's own port is tried too. ``on_endpoint`` gets each
-    address before it is tried, the one in use last. Raises QueueFault.
-    """
-    found, first = None, None
+def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
+    """Return the source at the configured queue or, while both keys are at their defaults, at the proxy's own port."""
+    found, first = Source(), None
     try:
-        found = _open_at(config, config.cliproxy_port, on_endpoint)
+        found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
+        if not config.has_default_queue or found.is_proxy or found.list_length:
+            return found
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
         first = fault
-    if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
-        return found
     try:
-        better = _open_at(config, PROXY_PORT, on_endpoint)
+        better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
-        if fault.state in _NOT_THERE and found is not None:
+        if fault.state in _NOT_THERE and first is None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
             return found
-        if found is not None:
-            found.close()
-        if fault.state not in _NOT_THERE or first is None:
+        found.close()
+        if fault.state not in _NOT_THERE:
             raise
         raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
-    if found is not None:
-        found.close()
+    found.close()
     return better
 
 
-def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> Source:
+def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
@@ -3414,14 +3519,15 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
         source = HttpSource(api)
+    login = (host, port, password)
     try:
-        _open_or_close(source)
+        _open_or_close(source, login, logins, connect)
     except NotResp as no_resp:
         if config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
-            _open_or_close(source)
+            _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
             # Without even the proxy's version header it is another web server, whose words mean nothing here.
             is_proxy = isinstance(no_resp, NoQueue) or api.version is not None
@@ -3430,12 +3536,37 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None]) -> S
     return source
 
 
-def _open_or_close(source: Source) -> None:
+def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Any) -> None:
+    used, wait_s, states = logins.used(login)
+    if wait_s:
+        said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
+        used_up = QueueFault(said, (states[-1] or "unreachable").replace("shut", "closed"), lasts_s=wait_s)
+        fault = _empty_command(connect) if set(states) == {"shut"} else used_up
+        if fault is not None:
+            raise fault if isinstance(fault, ConnectionClosed) else used_up
+        logins.forget()  # they met a proxy that was closed to everybody, and now it is open
+    source.before_login = lambda: logins.spend(login)
     try:
         source.open()
-    except BaseException:
+    except BaseException as fault:
         source.close()
+        if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
+            logins.settle("shut")
+        elif isinstance(fault, QueueFault):
+            logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
+    logins.forget()
+
+
+def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
+    """Return how an empty command fares, which counts as no failed login; None: it was answered as a proxy does."""
+    try:
+        with closing(RespClient(connect)) as client:
+            client.send(b"*0\r\n")
+            is_proxy = isinstance(client.receive(), ErrorReply)
+            return None if is_proxy else NotResp("the server there answers as neither a proxy nor a Redis does")
+    except QueueFault as fault:
+        return fault
 
 
 # ------------------------------------------------------------------ collector
@@ -3463,10 +3594,9 @@ STATE_REMEDIES = {
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
-_REFUSALS = ("wrong_password", "no_password")
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
-
+_open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
@@ -3480,81 +3610,92 @@ def retention_warning(retention_s: float, poll_interval_s: float) -> str:
 
 # Spool and mark. The proxy forgets an event as it writes the reply, so from then on it exists only here:
 #
-#   pop → parse and mask → append to the spool (a numbered batch) → one transaction: rows, roll-ups and the number
-#   as the mark → empty the spool
+#   pop → parse and mask → append to the spool (a numbered batch), with fsync at each poll → later one transaction:
+#   rows, roll-ups and the number as the mark → empty the spool
 #
 # Killed before the append, what was in flight is gone: at most PopSource.largest_batch events. Killed after it, the
 # next start finds the batch in the spool. If its number is above the mark it was not committed and is stored now;
-# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice.
+# otherwise it was committed, and only emptying the spool was missed. So nothing spooled is lost or stored twice. A
+# commit costs an SD card some thirty pages and an append one, so commits wait for 500 rows, half a minute, or a reader.
 
 
 class Spool:
-    """Batches between the queue and the database, so that a crash in between loses and repeats nothing.
-
-    A line is a check sum and a batch as JSON; a line that was cut off is no batch. The file's time tells when
-    recording was last alive.
-    """
+    """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._touched_at = 0.0
-        self.set_aside: Path | None = None
+        self.odd_path, self.odd_lines = Path(f"{path}.unreadable"), 0
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
-        text = json.dumps(content, ensure_ascii=True)
-        # The line feed in front ends a line that a full disk may have cut off before.
-        line = f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
-        handle = os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-        finally:
-            os.close(handle)
+        with open(str(self.path), "ab", opener=_open_private) as stream:
+            stream.write(_line_of_batch(sequence, parsed))
 
-    def read(self) -> list[tuple[int, Parsed]]:
-        """Return the batches that a previous run left, in their order. Raises OSError.
+    def replace(self, batches: Iterable[tuple[int, Parsed]]) -> None:
+        """Write these batches in place of all others, in one step. Raises OSError."""
+        path = f"{self.path}.new"
+        with open(path, "wb", opener=_open_private) as stream:
+            stream.writelines(itertools.starmap(_line_of_batch, batches))
+        os.replace(path, str(self.path))
 
-        A file with a batch that this version does not understand is set aside, as ``set_aside`` tells.
-        """
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        batches = []
-        for line in lines:
-            checksum, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
-                continue
-            try:
-                sequence, names, events, rejects, ignored = json.loads(text)
-                parsed = [_event_of_row(names, row) for row in events], [Reject(*reject) for reject in rejects]
-                batches.append((int(sequence), Parsed(*parsed, int(ignored))))
-            except (TypeError, ValueError, AttributeError, LookupError):
-                self.set_aside = Path(f"{self._path}.unreadable-{checksum.decode()}")
-        if self.set_aside is not None:
-            os.replace(str(self._path), str(self.set_aside))
-        return batches
+    def sync(self) -> None:
+        """Bring what was appended onto the disk. Raises OSError."""
+        with open(str(self.path), "rb") as stream:
+            os.fsync(stream.fileno())
+
+    def read(self) -> Iterator[tuple[int, Parsed]]:
+        """Yield the batches that a previous run left, and keep lines of another version aside. Raises OSError."""
+        if not self.path.exists():
+            return
+        with open(str(self.path), "rb") as stream:
+            for line in iter(lambda: stream.readline(8 << 20), b""):
+                if len(line) == 8 << 20:  # no batch is as long; its copies would take the memory
+                    continue
+                checksum, _, text = line.rstrip(b"\n").partition(b" ")
+                if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                    continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
+                try:
+                    yield _batch_of_json(json.loads(text))
+                except Exception:  # a right check sum, and still none: of another version, or of somebody else
+                    make_private(self.odd_path)
+                    with open(str(self.odd_path), "ab") as aside:
+                        aside.write(line)
+                    self.odd_lines += 1
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
-        if self._path.exists():
-            os.truncate(str(self._path), 0)
-
-    def alive_at(self) -> float | None:
-        """Return when recording was last alive (epoch seconds); None where it never was."""
-        try:
-            return self._path.stat().st_mtime
-        except OSError:
-            return None
+        if self.path.exists():
+            os.truncate(str(self.path), 0)
 
     def touch(self, now: float) -> None:
         """Record that recording is alive, at most every 15 seconds."""
         if not 0 <= now - self._touched_at < 15:
             self._touched_at = now
-            make_private(self._path)
-            os.utime(str(self._path), (now, now))
+            make_private(self.path)
+            os.utime(str(self.path), (now, now))
+
+
+def _line_of_batch(sequence: int, parsed: Parsed) -> bytes:
+    content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
+    text = json.dumps(content, ensure_ascii=True)
+    # The line feed in front ends a line that a kill or a full disk may have cut off before.
+    return f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
+
+
+def _batch_of_json(content: Any) -> tuple[int, Parsed]:
+    """Return a batch of the spool; an event in it that is none becomes a Reject. Raises anything for no batch."""
+    sequence, names, rows, rejects, ignored = content
+    if not all(type(number) is int and 0 <= number < 2**53 for number in (sequence, ignored)):
+        raise ValueError("no numbers of a batch")
+    events, parked = [], [Reject(str(reason), int(length), event and str(event)) for reason, length, event in rejects]
+    for row in rows:
+        try:
+            events.append(check_event(_event_of_row(names, row)))
+        except Exception as error:
+            reason = f"in the spool: {error if isinstance(error, Rejected) else where_raised(error)}"
+            parked.append(Reject(reason, 0, None))
+    return sequence, Parsed(events, parked, ignored)
 
 
 def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
@@ -3568,28 +3709,172 @@ def _event_of_row(names: Sequence[Any], row: Sequence[Any]) -> Event:
     return Event(*(values.get(name, Event._field_defaults.get(name)) for name in Event._fields))
 
 
-class ProxyFacts:
-    """What is known of the proxy on the present connection: whether it publishes, its memory, version and clock.
+class Journal:
+    """What was popped and is not in the database yet: on the spool, and committed after a while, or for a reader.
 
-    It is asked over HTTP, only with a key that just worked, and never again on this connection after a refusal,
-    which would count as a failed login.
+    A commit can take seconds, where the database is locked. What is popped meanwhile does not wait for it: two locks.
     """
+
+    most_rows, longest_s = 500, 30.0
+
+    def __init__(self, store: Store, log: Log, clock: Callable[[], float], monotonic: Callable[[], float]):
+        self._store, self._log, self._clock, self._monotonic = store, log, clock, monotonic
+        self.spool = Spool(Path(f"{store.path}.spool"))
+        self._committing = threading.RLock()
+        self._lock = threading.Lock()  # of what follows
+        self._batches: list[tuple[int, Parsed]] = []
+        self._unspooled = 0  # batches that are in memory alone, on a full disk
+        self._since_s = 0.0
+        self._sequence = store.counts["sequence"]
+        self._is_replayed = self._is_stuck = False
+
+    @property
+    def rows(self) -> int:
+        """The number of values that wait."""
+        return sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in list(self._batches))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to commit: many rows, a long wait, or a spool that takes no more."""
+        is_long = self._monotonic() - self._since_s >= self.longest_s
+        return bool(self._batches) and (is_long or self.rows >= self.most_rows or self._unspooled > 0)
+
+    def hold(self, parsed: Parsed) -> None:
+        """Append a batch to the spool; on a full disk it is kept in memory alone, and nothing more may be popped."""
+        with self._lock:
+            if not self._batches:
+                self._since_s = self._monotonic()
+            self._sequence += 1
+            self._batches.append((self._sequence, parsed))
+            try:
+                self.spool.append(self._sequence, parsed)
+            except OSError as error:
+                self._unspooled += 1
+                self._log.once("spool", fault=os_reason(error))
+
+    def sync(self) -> None:
+        """Bring the spool onto the disk, once a poll."""
+        if self._batches and not self._unspooled:
+            with self.logged_fault():
+                self.spool.sync()
+
+    def flush(self) -> None:
+        """Commit all that waits, first what a previous run left. Raises StoreError."""
+        with self._committing:
+            try:
+                self._follow_file()
+                self._replay()
+                self._commit(list(self._batches))
+            except StoreError:
+                self._is_stuck = True
+                raise
+            self._is_stuck = False
+
+    def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
+        if not waiting:
+            return
+        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+        joined = itertools.chain.from_iterable
+        merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
+        self._store.store_batch(merged, waiting[-1][0], self._clock())
+        with self._lock, self.logged_fault():
+            del self._batches[: len(waiting)]
+            if not self._batches:  # some may have come meanwhile
+                self._unspooled = 0
+                self.spool.clear()
+
+    def check(self) -> None:
+        """Raise StoreError where what waits could not be committed now; also notice another file at the path."""
+        with self._committing:
+            self._follow_file()
+            if self._batches:
+                self._store.check_writable()
+
+    def flush_for_reader(self, patience_s: float = 0.2) -> None:
+        """Commit for somebody who reads, and wait for it so long; while nothing can be stored, do not even try."""
+        if self._is_stuck or not (self._batches or self._store.is_elsewhere):
+            return
+        commit = threading.Thread(target=self._flush_quietly, daemon=True)
+        commit.start()
+        commit.join(patience_s)
+
+    def _flush_quietly(self) -> None:
+        with suppress(StoreError):  # the collector meets it too, and says so
+            self.flush()
+
+    def close(self) -> None:
+        """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
+        try:
+            self.flush()
+        except StoreError as error:
+            sizes = [len(parsed.events) for _, parsed in self._batches]
+            first_lost = len(sizes) - self._unspooled
+            lost = sum(sizes[first_lost:])
+            self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
+
+    def _replay(self) -> None:
+        """Store what a previous run had popped but not committed, batch by batch. Raises StoreError."""
+        if self._is_replayed:
+            return
+        replayed = 0
+        with self.logged_fault():
+            for sequence, parsed in self._left_behind():
+                self._store.store_batch(parsed, sequence, self._clock())
+                self._sequence = sequence
+                replayed += len(parsed.events)
+            self.spool.clear()
+        self._is_replayed = True
+        if replayed:
+            self._log.event("spool", replayed=replayed)
+
+    def _left_behind(self) -> Iterator[tuple[int, Parsed]]:
+        """Yield the batches on the spool above the mark, each once."""
+        yield from (batch for batch in self.spool.read() if batch[0] > self._sequence)
+        if self.spool.odd_lines:
+            fault = f"{self.spool.odd_lines} lines are no batches"
+            self._log.event("spool", fault=fault, kept_in=self.spool.odd_path.name)
+
+    def _follow_file(self) -> None:
+        """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
+        event = self._store.follow_file()
+        if event is None:
+            return
+        self._log.event("store", fault=event)
+        with self.logged_fault():
+            if not self._is_replayed:
+                self._batches = [*dict(self._left_behind()).items()]
+        # Numbers count from this file's mark, so that what waits is above it.
+        mark = self._store.counts["sequence"]
+        with self._lock, self.logged_fault():
+            self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
+            self._sequence, self._is_replayed = mark + len(self._batches), True
+            self._unspooled = len(self._batches)
+            self.spool.replace(self._batches)
+            self._unspooled = 0
+
+    @contextmanager
+    def logged_fault(self) -> Iterator[None]:
+        """Log an OSError of the spool instead of raising it."""
+        try:
+            yield
+        except OSError as error:
+            self._log.once("spool", fault=os_reason(error))
+
+
+class ProxyFacts:
+    """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
-    def __init__(self, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]):
-        self._store, self._log, self._poll_interval_s, self._clock = store, log, poll_interval_s, clock
+    def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
+        self._status, self._store, self._log, self._clock = status, store, log, clock
+        self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
-        self.publishing: bool | None = None
-        self.version: str | None = None
-        self.retention_s: float | None = None
-        self.clock_ahead_s: float | None = None
-        self.is_retention_short = False
 
-    def connect(self, source: Any) -> None:
+    def connect(self, source: Source) -> None:
         """Begin with a new connection, and ask what can be asked."""
-        self._api, self.publishing, self.retention_s = source.api, None, None
+        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -3604,31 +3889,31 @@ class ProxyFacts:
         try:
             answer = self._api.get("/v0/management/usage-statistics-enabled")
             publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            self.publishing = publishing if isinstance(publishing, bool) else None
-            self.version, self.clock_ahead_s = self._api.version, self._api.clock_ahead_s
-            if self.retention_s is None:
+            status = self._status
+            status.publishing = publishing if isinstance(publishing, bool) else None
+            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            if status.retention_seconds is None:
                 config = self._api.get("/v0/management/config")
-                seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+                seconds = _finite(told) or 0.0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+            self._api.close()
         except QueueFault:
             self.disconnect()
-            return
-        self._api.close()
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
-            self.publishing = None
-        elif self.publishing is not False:
-            self.publishing, self._asked_at = True, self._clock()
+            self._status.publishing = None
+        elif self._status.publishing is not False:
+            self._status.publishing, self._asked_at = True, self._clock()
         else:  # left from before it was switched off, or it is on again
             self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
+        pause_s = self._PAUSE_WHILE_OFF_S if self._status.publishing is False else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
 
@@ -3642,10 +3927,11 @@ class ProxyFacts:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
         if self._store.get_meta("retention_s") != seconds:
             self._store.put_meta("retention_s", seconds)
-        is_short = seconds < 2 * self._poll_interval_s
-        if is_short and not self.is_retention_short:
+        warning = "retention_short" if seconds < 2 * self._poll_interval_s else None
+        if warning and not self._status.warning:
             self._log.event("collector", warning=retention_warning(seconds, self._poll_interval_s))
-        self.retention_s, self.is_retention_short = seconds, is_short
+        self._status.warning = warning
+        self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
 class OutageLog:
@@ -3655,44 +3941,42 @@ class OutageLog:
         self._store, self._clock, self._monotonic = store, clock, monotonic
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
+        self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
-        self._is_publishing_off = False
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
         self._turn_s, self._reason = None, self._reason or reason
         self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
-        try:
+        with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
-        except StoreError:
-            pass  # written with the next chance; the state tells of the database
 
     def end(self) -> None:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
         self._store.end_outage(self._clock())
-        self._reason, self._is_publishing_off = None, False
-
-    def end_storage_error(self) -> None:
-        """End an outage that the database was the reason for: it takes writes again."""
-        if self._reason == "storage_error":
-            self.end()
+        self._reason = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        self._write_begin()
+        if self._reason == "storage_error":  # which is over: the database takes writes again
+            self.end()
         before, self._turn_s = self._turn_s, self._monotonic()
+        ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
+        if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
+            self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
         if gap_s > self._longest_turn_s:
-            self._store.begin_outage(self._clock() - gap_s, "stopped")
+            self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
 
     def note_publishing(self, publishing: bool | None) -> None:
         """Record a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
-        if publishing is False and not self._is_publishing_off:
-            self._store.begin_outage(self._clock(), "publishing_off")
-            self._is_publishing_off = True
-        elif publishing is not False and self._is_publishing_off:
+        if publishing is False and self._reason is None:
+            self.begin("publishing_off")
+        elif publishing is not False and self._reason == "publishing_off":
             self.end()
 
     def _write_begin(self) -> None:
@@ -3702,22 +3986,56 @@ class OutageLog:
 
 
 class RefusedLogins:
-    """The login that was refused, remembered in the database as a salted hash over restarts and for ``check``.
+    """Logins without a success, as salted hashes: a refused one is not sent again, any other thrice in half an hour."""
 
-    Five wrong keys ban this address from the proxy for 30 minutes, its owner's panel included.
-    """
+    MOST, SPAN_S = 3, 1800.0  # five wrong keys ban this address for 30 minutes, its owner's panel included
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
+        self._store, self.clock, self._monotonic = store, clock, monotonic
+
+    def spend(self, login: Sequence[Any]) -> None:
+        """Write down a login that is about to go out. Raises StoreError."""
+        salt, tries = self._recent()
+        tries.append([self._hash(login, salt), self.clock(), self._monotonic(), ""])
+        self._store.put_meta("logins", json.dumps([salt, tries]))
+
+    def settle(self, state: str | None) -> None:
+        """Write down what became of a login that has just gone out; None is known to be no failed one."""
+        salt, tries = self._recent()
+        if tries and tries[-1][-1] == "":
+            *login, _ = tries.pop()
+            self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
+
+    def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
+        """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
+        salt, tries = self._recent()
+        tries = [tried for tried in tries if tried[0] == self._hash(login, salt)]
+        left_s = [0.0] * self.MOST + sorted(map(self._left_s, tries))
+        return len(tries), left_s[-self.MOST], [state for *_, state in tries]
+
+    def _recent(self) -> tuple[str, list[list[Any]]]:
+        with suppress(TypeError, ValueError):
+            salt, tries = json.loads(self._store.get_meta("logins"))
+            return salt, [tried for tried in tries if self._left_s(tried) > 0]
+        return os.urandom(16).hex(), []
+
+    def _left_s(self, tried: Sequence[Any]) -> float:
+        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
+        _, at, uptime_s, _ = tried
+        by_uptime = self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
-        salt = os.urandom(16).hex()
-        self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
+        if self.state_of(login) is None:
+            salt = os.urandom(16).hex()
+            self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
-        """Forget the refused login: one has worked."""
-        self._store.put_meta("refused", None)
+        """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
+        with suppress(StoreError):
+            for name in ("refused", "logins"):
+                self._store.put_meta(name, None)
 
     def state_of(self, login: Sequence[Any]) -> str | None:
         """Return the state that this login was refused with; None where it was not."""
@@ -3759,10 +4077,7 @@ class CollectorStatus:
 
 
 class Collector:
-    """Take events off the queue and store them until stopped: the loop, its states and its waiting.
-
-    ``load`` returns the configuration read again after a refused key. ``stop`` is the only thing it sleeps on.
-    """
+    """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
 
     def __init__(
         self,
@@ -3777,64 +4092,65 @@ class Collector:
     ):
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
-        self._spool = Spool(Path(f"{store.path}.spool"))
-        self._pending: list[tuple[int, Parsed]] = []
-        self._sequence = store.counts["sequence"]
-        self._backoff = Backoff()
+        self.journal = Journal(store, log, clock, monotonic)
+        self._alive_at: float | None = None  # in a run before
+        with suppress(OSError):
+            self._alive_at = self.journal.spool.path.stat().st_mtime
+        self._backoff = backoff()
         self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
-        self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
-        self._refused = RefusedLogins(store)
-        self._source: Source | None = None
+        self._refused = RefusedLogins(store, clock, monotonic)
+        self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
-        span = store.span()
-        self._status.last_event = span[1] if span else None
+        self._status.last_event = (store.span() or [None])[-1]
+        self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
-        facts = self._facts
         with self._lock:
             status = replace(
                 self._status,
                 since=min(self._status.since, self._clock()),  # the clock may have been set back meanwhile
                 message=self._status.message.replace(str(self._store.path), self._store.path.name),
-                publishing=facts.publishing,
-                proxy_version=facts.version,
-                retention_seconds=None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
-                clock_ahead_seconds=facts.clock_ahead_s,
-                warning="retention_short" if facts.is_retention_short else None,
             )
         return status.as_json(self._store.counts)
 
     def run(self) -> None:
-        """Collect until ``stop`` is set; what was popped by then is stored first."""
+        """Collect until ``stop`` is set, whatever is raised; what was popped by then is stored first."""
         try:
-            self._replay()
             while not self._stop.is_set():
                 try:
-                    self._session()
-                except QueueFault as fault:
-                    self._enter_fault(fault)
-                    self._outages.begin(fault.state)
-                    self._wait_after(fault)
-                except StoreError as error:
-                    self._enter_storage_error(error)
-                    self._stop.wait(self._backoff.next())
+                    self._turn()
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
-                    self._stop.wait(self._backoff.next())
+                    self._stop.wait(next(self._backoff))
         finally:
-            self._flush_at_end()
+            self.journal.close()
+
+    def _turn(self) -> None:
+        """Run one session, and wait after the fault that ended it."""
+        try:
+            self._session()
+        except QueueFault as fault:
+            self._enter(fault.state, fault)
+            self._outages.begin(fault.state)
+            if fault.lasts_s is not None:
+                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
+            elif fault.state in _REFUSALS:
+                self._wait_for_change(math.inf, fault.state)
+            else:
+                self._stop.wait(next(self._backoff))
+        except StoreError as error:
+            self._enter_storage_error(error)
+            self._stop.wait(next(self._backoff))
 
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
-        source = self._source
-        if source is not None:
-            source.abort()
+        self._source.abort()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
@@ -3844,17 +4160,20 @@ class Collector:
             source = self._open()
             self._facts.connect(source)
             source.close()
-            self._enter("publishing_off" if self._facts.publishing is False else "waiting")
+            self._enter("publishing_off" if self._status.publishing is False else "waiting")
         except QueueFault as fault:
-            if fault.state in _REFUSALS:
+            if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
-            self._enter_fault(fault)
+            self._enter(fault.state, fault)
         return self.status()
 
     # One connection
 
     def _session(self) -> None:
-        self._flush()
+        if self._alive_at is not None:
+            self._outages.begin("stopped", min(self._alive_at, self._clock()))
+            self._alive_at = None
+        self.journal.flush()
         self._store.check_writable()
         source = self._source = self._open()
         try:
@@ -3862,148 +4181,89 @@ class Collector:
             self._facts.connect(source)
             self._collect(source)
         finally:
-            self._source = None
+            self._source = Source()
             source.close()
             self._facts.disconnect()
-            left = source.drain()
-            if left:
-                self._hold(parse_events(left))
+            self._hold(source.drain())
 
     def _open(self) -> Source:
         state = self._refused.state_of(self._login())
         if state is not None:
             raise QueueFault("the management key was refused before", state)
-
-        def show(endpoint: str) -> None:
-            self._status.endpoint = endpoint
-
-        return open_source(self._config, show)
+        return open_source(self._config, partial(setattr, self._status, "endpoint"), self._refused)
 
     def _collect(self, source: Source) -> None:
-        """Pop and spool until a batch is full or the queue empty, store it, and wait in turn.
-
-        No reply is on its way while the database is written, so that a kill or a lock then costs none.
-        """
-        first, largest = 16, 500  # small where little comes, so that it is seen at once
-        goal = first
+        """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
+        count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(goal, source.largest_batch))
-            more = result.full and result.fault is None and not self._stop.is_set()
-            parsed = parse_events(result.values)
-            if result.values:
-                self._hold(parsed)
-            held = sum(len(batch.events) + len(batch.rejects) + batch.ignored for _, batch in self._pending)
-            if not more or held >= goal:
-                goal = min(goal * 4, largest) if more else first
-                self._store_pending(source)
+            result = source.take(min(count, source.largest_batch))
+            more = result.full and not self._stop.is_set()
+            recorded = self._hold(result.values)
+            count = source.largest_batch if more else few
+            if not more:
+                self.journal.sync()
+            self._store_if_due(source, at_rest=not more)
             if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 raise QueueFault(str(result.fault), "unreachable") from result.fault
             if result.fault is not None:
                 raise result.fault
-            self._after_turn(bool(parsed.events or parsed.rejects))
+            self._after_turn(recorded)
             if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
-    def _store_pending(self, source: Any) -> None:
-        """Store what is pending before anything more is popped.
-
-        What a subscription delivers meanwhile is spooled, so that it does not wait in memory alone.
-        """
-        waits, fault = Backoff(0.5, 10.0), None
-        while self._pending:
+    def _store_if_due(self, source: Source, at_rest: bool) -> None:
+        """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
+        waits, fault = backoff(0.5, 10.0), None
+        while not self._stop.is_set():
             try:
-                self._flush()
+                if self.journal.is_due:
+                    self.journal.flush()
+                elif at_rest:
+                    self.journal.check()
+                break
             except StoreError as error:
                 self._enter_storage_error(error)
-            if not self._pending or self._stop.wait(waits.next()):
-                break
+            self._stop.wait(next(waits))
             if source.unread:
                 result = source.take(source.largest_batch)
-                fault = result.fault
-                self._hold(parse_events(result.values))
+                fault = fault or result.fault
+                self._hold(result.values)
         if fault is not None:
             raise fault
 
-    def _hold(self, parsed: Parsed) -> None:
-        """Append a batch to the spool; on a full disk it is kept in memory alone."""
-        self._sequence += 1
-        self._pending.append((self._sequence, parsed))
-        try:
-            self._spool.append(self._sequence, parsed)
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-
-    def _flush(self) -> None:
-        """Store all that is pending in one transaction. Raises StoreError."""
-        if not self._pending:
-            return
-        batches = [parsed for _, parsed in self._pending]
-        events = [event for parsed in batches for event in parsed.events]
-        rejects = [reject for parsed in batches for reject in parsed.rejects]
-        merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
-        self._store.store_batch(merged, self._pending[-1][0], self._clock())
-        self._pending.clear()
-        self._readings.note(events)
-        if events:
-            newest = max(event.ts_epoch for event in events)
+    def _hold(self, values: Sequence[Any]) -> bool:
+        """Parse and spool what was popped, and return whether there was a record in it."""
+        if not values:
+            return False
+        parsed = parse_events(values)
+        self.journal.hold(parsed)
+        self._readings.note(parsed.events)
+        if parsed.events:
+            newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        try:
-            self._spool.clear()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-        self._outages.end_storage_error()
-
-    def _replay(self) -> None:
-        """Store what a previous run had popped but not committed, and record since when nobody recorded."""
-        try:
-            alive_at, left = self._spool.alive_at(), self._spool.read()
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-            return
-        if self._spool.set_aside is not None:
-            self._log.event("spool", fault="batches of another version", kept_in=self._spool.set_aside.name)
-        fresh = [item for item in left if item[0] > self._sequence]
-        if fresh:
-            self._log.event("spool", replayed=sum(len(parsed.events) for _, parsed in fresh))
-        self._pending += fresh
-        self._sequence = max([self._sequence, *(sequence for sequence, _ in fresh)])
-        try:
-            self._flush()
-            if left and not fresh:
-                self._spool.clear()
-        except StoreError as error:
-            self._enter("storage_error", str(error))
-        if alive_at is not None:
-            self._outages.begin("stopped", min(alive_at, self._clock()))
-
-    def _flush_at_end(self) -> None:
-        try:
-            self._flush()
-        except StoreError:
-            self._log.event("collector", spooled=sum(len(parsed.events) for _, parsed in self._pending))
+        return bool(parsed.events or parsed.rejects)
 
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
-        try:
-            self._spool.touch(self._clock())
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
-        if self._pending:
+        if self._stop.is_set():
             return
+        with self.journal.logged_fault():
+            self.journal.spool.touch(self._clock())
         if not self._is_proven:
             self._is_proven = True
-            self._backoff.reset()
+            self._backoff = backoff()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
-        now, facts = self._clock(), self._facts
+        now = self._clock()
         if got_values:
             self._recorded_at = now
-            facts.note_events()
-        facts.ask_if_due()
-        self._outages.note_publishing(facts.publishing)
+            self._facts.note_events()
+        self._facts.ask_if_due()
+        publishing = self._status.publishing
+        self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
+        self._enter("publishing_off" if publishing is False else "waiting" if is_quiet else "recording")
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -4011,65 +4271,47 @@ class Collector:
 
     # States and waiting
 
-    def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
-        """Change the state; a change is logged once."""
-        message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
+    def _enter(self, state: str, detail: Any = "") -> None:
+        """Change the state, with a text or the fault that it is for; a change is logged once."""
+        remedy = "" if isinstance(detail, Misconfigured) else STATE_REMEDIES[state]
+        message = ". ".join(filter(None, [str(detail), remedy]))
+        lasts_s = getattr(detail, "lasts_s", None)
+        until = None if lasts_s is None else self._clock() + lasts_s
         with self._lock:
             status = self._status
-            changed = (status.state, status.message) != (state, message)
             if status.state != state:
                 status.since = self._clock()
             status.state, status.message, status.until = state, message, until
-        if changed:
-            self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
-
-    def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, BannedFault) else None
-        self._enter(fault.state, str(fault), until, fault.says_remedy)
+        self._log.once("collector", state=state, endpoint=status.endpoint, message=message)
 
     def _enter_storage_error(self, error: StoreError) -> None:
-        self._enter("storage_error", str(error))
+        self._enter("storage_error", error)
         self._outages.begin("storage_error")
-
-    def _wait_after(self, fault: QueueFault) -> None:
-        if fault.state in _REFUSALS:
-            self._wait_for_change(fault.state)
-        elif isinstance(fault, BannedFault):
-            self._stop.wait(fault.seconds + 1)
-            self._reload()  # the key may have been corrected meanwhile
-        else:
-            self._stop.wait(self._backoff.next())
-
-    def _reload(self) -> None:
-        try:
-            self._config = self._load()
-        except ConfigError as error:
-            self._log.once("config", fault=error)
 
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
-        config = self._config
-        try:
-            written_at = self._config_path.stat().st_mtime_ns if self._config_path else 0
-        except OSError:
-            written_at = 0
+        config, written_at = self._config, 0
+        if self._config_path is not None:
+            with suppress(OSError):
+                written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, state: str) -> None:
-        """Wait until the address, the key or the config file's time is another one; looked at every 3 s."""
-        refused, is_remembered = self._login(), False
-        while True:
-            if not is_remembered:
-                try:
-                    self._refused.remember(refused, state)
-                    is_remembered = True
-                except StoreError as error:
-                    self._log.once("store", fault=error)
-            if self._stop.wait(3.0):
+    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
+        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
+        before = self._login()
+        while seconds > 0:
+            if refused is not None:
+                with suppress(StoreError):  # it is tried again
+                    self._refused.remember(before, refused)
+            if self._stop.wait(min(3.0, seconds)):
                 return
-            self._reload()
-            if self._login() != refused:
-                self._backoff.reset()
+            seconds -= 3.0
+            try:
+                self._config = self._load()
+            except ConfigError as error:
+                self._log.once("config", fault=error)
+            if self._login() != before:
+                self._backoff = backoff()
                 return
 
 
@@ -4077,21 +4319,10 @@ class Collector:
 
 
 class QuotaRefresher:
-    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself.
-
-    Every round asks every account that is not disabled. The cool-down counts from the start of a round that had an
-    account to ask and is kept in the database.
-    """
+    """Refresh the quota of all accounts, one after the other, one round at a time, never by itself."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        log: Log,
-        stop: threading.Event,
-        fetch: Callable[[AccountFile], Any] = fetch_usage,
-        clock: Callable[[], float] = time.time,
-        gap_s: tuple[float, float] = (0.5, 1.0),
+        self, config: Config, store: Store, log: Log, stop: Any, fetch=fetch_usage, clock=time.time, gap_s=(0.5, 1.0)
     ):
         self._config, self._store, self._log, self._stop = config, store, log, stop
         self._fetch, self._clock, self._gap_s = fetch, clock, gap_s
@@ -4116,10 +4347,7 @@ class QuotaRefresher:
         }
 
     def cooldown_s(self) -> int:
-        """Return the whole seconds until the next round may start.
-
-        A round in the future, by a clock that was wrong then or is now, does not count.
-        """
+        """Return the whole seconds until the next round; one in the future, by a wrong clock, does not count."""
         if self._round_at is None:
             return 0
         wait_s = self._config.quota_refresh_seconds
@@ -4127,14 +4355,15 @@ class QuotaRefresher:
         return int(left_s + 0.999) if 0 < left_s <= wait_s else 0
 
     def start(self) -> threading.Thread:
-        """Begin a round in the background and return its thread. Raises RefreshRefused."""
+        """Begin a round in the background and return its thread. Raises ApiError."""
         if not self._running.acquire(blocking=False):
             self._log.line("refresh_quota: already running")
-            raise RefreshRefused("refresh_running", 409, "refresh_quota: already running")
+            raise ApiError(409, "refresh_running", "refresh_quota: already running")
         wait_s = self.cooldown_s()
         if wait_s:
             self._running.release()
-            raise RefreshRefused("cooldown", 429, f"the quota was refreshed just now; try again in {wait_s} s", wait_s)
+            message = f"the quota was refreshed just now; try again in {wait_s} s"
+            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, name="quota", daemon=True)
         thread.start()
@@ -4179,15 +4408,14 @@ class QuotaRefresher:
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
             try:
-                self._refresh(file)
+                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
         if files and not problems:
             self._forget_absent(files)
 
-    def _refresh(self, file: AccountFile) -> None:
-        name = mask_mail(file.email)
+    def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
         try:
             file, payload = self._fetch_fresh(file)
@@ -4224,25 +4452,11 @@ class QuotaRefresher:
         self._store.forget_quota_accounts(gone)
 
 
-class RefreshRefused(DashboardError):
-    """Report that no round was started, and for how many seconds none will be."""
-
-    def __init__(self, code: str, http_status: int, message: str, retry_after_s: int = 0):
-        super().__init__(message)
-        self.code, self.http_status, self.retry_after_s = code, http_status, retry_after_s
-
-
 class Housekeeper:
     """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
 
     def __init__(
-        self,
-        config: Config,
-        store: Store,
-        refresher: QuotaRefresher,
-        log: Log,
-        stop: threading.Event,
-        clock: Callable[[], float] = time.time,
+        self, config: Config, store: Store, refresher: QuotaRefresher, log: Log, stop: threading.Event, clock=time.time
     ):
         self._config, self._store, self._refresher = config, store, refresher
         self._log, self._stop, self._clock = log, stop, clock
@@ -4259,23 +4473,18 @@ class Housekeeper:
 
     def _turn(self) -> None:
         self._refresher.register_accounts()
-        self._store.downsample_snapshots(self._clock() - 14 * 86400)
+        now, span = self._clock(), self._store.span()
+        if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+            return
+        self._store.downsample_snapshots(now - 14 * _DAY_S)
         if self._config.retention_days:
-            before = self._clock() - self._config.retention_days * 86400
+            before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
                 if self._stop.wait(0.02):
                     return
 
 
 # ------------------------------------------------------------------ web
-
-
-class ApiError(DashboardError):
-    """Report a question that cannot be answered, with the status and the stable code of its answer."""
-
-    def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
-        super().__init__(message)
-        self.http_status, self.code, self.headers = http_status, code, headers
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
@@ -4315,14 +4524,17 @@ class Query(dict):
             raise ApiError(400, "bad_tz_offset", "tz_offset must be a multiple of 15, in minutes east of UTC")
         return timezone(timedelta(minutes=minutes)) if "tz_offset" in self else None
 
-    def bucket_s(self, window: Window) -> int:
-        """Return the seconds of a bucket: an hour, or what suits the window, and a day if there were over 10,000."""
-        length, bucket_s = window.end - window.start, 3600
-        if self.choice("bucket", ("auto", "hour")) == "auto":
+    def bucket_s(self, window: Window, default: str) -> int:
+        """Return the seconds of a bucket: an hour, or what suits the window where it says ``auto``."""
+        length, most = window.end - window.start, 3000
+        if (self.choice("bucket", ("auto", "hour")) or default) == "auto":
             # Each range may be an hour longer, where the proxy's clock is ahead.
             sizes = ((2 * 3600, 300), (6 * 3600, 900), (49 * 3600, 3600), (193 * 3600, 3 * 3600))
-            bucket_s = next((seconds for longest, seconds in sizes if length <= longest), 86400)
-        return bucket_s if length / bucket_s <= 10_000 else 86400
+            fitting = (seconds for longest, seconds in sizes if length <= longest)
+            return next(fitting, math.ceil(length / most / 86400) * 86400)
+        if length / 3600 > most:
+            raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
+        return 3600
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
@@ -4344,17 +4556,16 @@ class App:
     store: Store
     refresher: QuotaRefresher
     collector_status: Callable[[], dict[str, Any]]
+    log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
+    flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
 
 def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
-    """Return the range's name and window; ``start`` and ``end`` win over the range's own. Raises ApiError.
-
-    The window of a range ends now, or with the newest event where the proxy's clock is ahead by up to an hour.
-    """
+    """Return the range's name and window; its end may be the newest event's, by a clock an hour ahead."""
     name = query.choice("range", RANGE_NAMES) or "today"
     start, end = query.moment("start"), query.moment("end")
     oldest, newest = app.store.span() or (now, now)
@@ -4373,7 +4584,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
-    bucket_s = query.bucket_s(window)
+    bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
@@ -4447,22 +4658,16 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
     }
 
 
-class Route(NamedTuple):
-    """A route's function, and what its answer depends on besides the query; None is never a 304."""
-
-    answer: Callable[[App, Query], dict[str, Any]]
-    version: Callable[[App], tuple[Any, ...]] | None
-
-
 def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
-ROUTES = {
-    "/api/summary": Route(api_summary, _data_version),
-    "/api/quota": Route(api_quota, lambda app: (*_data_version(app), app.refresher.state())),
-    "/api/requests": Route(api_requests, _data_version),
-    "/api/health": Route(api_health, None),
+# Each with what its answer depends on besides the query; None is never a 304.
+ROUTES: dict[str, tuple[Callable[[App, Query], dict[str, Any]], Any]] = {
+    "/api/summary": (api_summary, _data_version),
+    "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
+    "/api/requests": (api_requests, _data_version),
+    "/api/health": (api_health, None),
 }
 
 
@@ -4478,7 +4683,8 @@ class Answer(NamedTuple):
     @classmethod
     def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
         """Return the answer that holds this content as JSON."""
-        return cls(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), etag)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return cls(text.encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -4510,63 +4716,65 @@ def is_loopback(host: str) -> bool:
 
 
 class Connections:
-    """The open connections, and until when the server waits for each one's client.
+    """The open connections: until when the server waits for each one's client, and for how many bytes to be taken.
 
     A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self, most: int = 128) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._until: dict[Any, float] = {}  # those whose client has kept us waiting longest come first
+    def __init__(self, most: int = 128, most_bytes: int = 8 << 20) -> None:
+        self._most, self._most_bytes, self._lock = most, most_bytes, threading.RLock()
+        # (until, bytes) of each; those whose client has kept us waiting longest come first.
+        self._open: dict[Any, tuple[float, int]] = {}
 
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            if len(self._until) >= self._most:
-                idle = next((one for one, until in self._until.items() if until < math.inf), None)
-                if idle is None:
-                    return False
-                self._end(idle)
-            self._until[connection] = math.inf
+            if len(self._open) >= self._most and not self.end_longest():
+                return False
+            self._open[connection] = math.inf, 0
             return True
 
-    def wait(self, connection: Any, seconds: float) -> None:
-        """Record that the client has this long for its next step: to begin, to end its head, to take its answer."""
+    def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
+        """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
         with self._lock:
-            if self._until.pop(connection, None) is not None:
-                self._until[connection] = time.monotonic() + seconds
-
-    def busy(self, connection: Any) -> None:
-        """Record that the client waits for us."""
-        self.wait(connection, math.inf)
+            until, _ = self._open.pop(connection, (None, 0))
+            while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
+                if not self.end_longest(1):
+                    break
+            if until is not None:
+                self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
+            return until is not None
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
         with self._lock:
             now = time.monotonic()
-            for connection in [one for one, until in self._until.items() if until <= now]:
+            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
                 self._end(connection)
+
+    def end_longest(self, least: int = 0) -> bool:
+        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
+        with self._lock:
+            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
+            longest = next(idle, None)
+            if longest is not None:
+                self._end(longest)
+            return longest is not None
 
     def remove(self, connection: Any) -> None:
         """Forget a closed connection."""
         with self._lock:
-            self._until.pop(connection, None)
+            self._open.pop(connection, None)
 
     def _end(self, connection: Any) -> None:
-        del self._until[connection]
-        try:
+        del self._open[connection]
+        with suppress(OSError):  # the client was quicker
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client was quicker
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """The HTTP server: a thread for each connection; ``serve`` answers from an App and the page.
-
-    A request's head must be there within ``head_s`` seconds, however its bytes drip in. It is no HTTPServer, which
-    looks its own name up in the DNS.
-    """
+    """The HTTP server, a thread for each connection. No HTTPServer, which looks its own name up in the DNS."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
@@ -4575,6 +4783,7 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, host: str, port: int, head_s: float):
         self.connections, self.head_s = Connections(), head_s
+        self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.server_port = self.server_address[1]
@@ -4588,12 +4797,18 @@ class Server(ThreadingMixIn, TCPServer):
         """End the connections of late clients; called at least once a poll interval."""
         self.connections.end_late()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.connections.add(request):
-            self.connections.wait(request, Handler.idle_s)
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+    def get_request(self) -> Any:
+        """Accept a connection; where there is no descriptor left, one that waits is ended and a moment passes."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno != errno.ECONNABORTED:
+                self.connections.end_longest()
+                time.sleep(0.03)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.connections.add(request) and self.connections.wait(request, Handler.idle_s)
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.remove(request)
@@ -4609,7 +4824,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     largest_head = 16 * 1024
-    idle_s, send_s, drain_s = 75.0, 20.0, 2.0
+    idle_s, turn_s, send_s, drain_s = 75.0, 60.0, 20.0, 2.0
     server: Server
     common_headers = {
         "Cache-Control": "private, no-cache",
@@ -4648,7 +4863,7 @@ class Handler(BaseHTTPRequestHandler):
         if understood and self.request_version == "HTTP/0.9":
             self.send_error(400)
         elif understood:
-            self.server.connections.busy(self.connection)
+            self.server.connections.wait(self.connection, math.inf)
             self._answer()
 
     def _answer(self) -> None:
@@ -4662,7 +4877,7 @@ class Handler(BaseHTTPRequestHandler):
         except DashboardError as error:
             self._send_fault(error)
         except Exception as error:  # the HTTP boundary: the client gets words, the log the kind of fault
-            Log(sys.stderr).event("http", fault=where_raised(error))
+            self.server.app.log.event("http", fault=where_raised(error))
             self._send_fault(ApiError(500, "internal_error", "the dashboard has a fault; its log says which"))
         if may_have_body:
             self._drain()
@@ -4683,10 +4898,9 @@ class Handler(BaseHTTPRequestHandler):
         import hmac
 
         kind, _, coded = self.headers.get("Authorization", "").partition(" ")
-        try:
+        sent = b""
+        with suppress(ValueError):
             sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            sent = b""
         return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
     def _route(self) -> None:
@@ -4697,39 +4911,50 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(400, "bad_request", "this address has too many parameters or is none") from error
         if parts.path == "/":
-            self._send_unless_known(page.etag, lambda: page)
+            self._send_unless_known(page.etag, lambda: page, nullcontext())
             return
         if parts.path not in ROUTES:
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
+        app.flush()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
-            self._send(200, Answer.of(answer(app, query)))
+            self._send_head(200, *self._packed(Answer.of(answer(app, query))))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
-        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag))
+        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag), self.server.turns["q" in query])
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
         own_hosts = (self.headers.get("Host"), self.headers.get("X-Forwarded-Host"))
-        sent = filter(None, map(self.headers.get, ("Origin", "Referer")))
+        sent = list(filter(None, map(self.headers.get, ("Origin", "Referer"))))
         foreign = any(re.sub(r"\A\w+://|/.*", "", url) not in own_hosts for url in sent)
+        if not sent and self.headers.get("User-Agent", "").startswith("Mozilla/"):
+            # An image on another site's page can be asked for without a referrer, but with no header of ours.
+            foreign = self.headers.get("X-Requested-With") != "usage-dashboard"
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
-    def _send_unless_known(self, etag: str, make: Callable[[], Answer]) -> None:
+    def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
-        else:
-            self._send(200, make())
+            return
+        self.server.connections.wait(self.connection, self.turn_s)
+        with turn:  # one at a time: an answer takes up to 20 MB while it is made
+            if not self.server.connections.wait(self.connection, math.inf):
+                self.close_connection = True
+                return
+            headers, body = self._packed(make())
+        self._send_head(200, headers, body)
 
-    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy, **more}
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
+        """Return the headers that tell of an answer, and its body as this client takes it."""
+        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
         if answer.etag is not None:
             headers["ETag"] = answer.etag
@@ -4741,36 +4966,37 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        self._send_head(status, headers, b"" if self.command == "HEAD" else body)
+        return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
-        message, more = str(error), getattr(error, "headers", {})
-        if isinstance(error, RefreshRefused) and error.retry_after_s:
-            more = {"Retry-After": str(error.retry_after_s)}
+        message = str(error)
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
+        headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
+        self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send head and body in one write: two would wait 40 ms for each other on a kept connection."""
+        """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, self.send_s)
+        head, size = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", 64 * 1024
+        self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
-            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+            self.connection.sendall(head + body[:size])
+            for sent in range(size, len(body), size):
+                self.server.connections.wait(self.connection, None, len(body) - sent)
+                self.connection.sendall(memoryview(body)[sent : sent + size])
         except OSError:
             self.close_connection = True
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
         self.server.connections.wait(self.connection, self.drain_s)
-        try:
+        with suppress(OSError):  # the client was quicker
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
                 pass
-        except OSError:
-            pass  # the client was quicker
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard parser refuses, in the API's own form."""
@@ -4788,9 +5014,9 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         return Server(host, port, head_s)
     except OverflowError as error:
         raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
-        if error.errno == errno.EADDRINUSE:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             message = (
                 f"port {port} is in use, perhaps by a dashboard that runs already (its check command tells); stop "
                 f'that one, or set another port, such as "dashboard_port": {port + 1 if port < 65535 else 8321}'
@@ -4840,14 +5066,13 @@ class DemoWorld:
         self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
         self._arrivals = self._arrive(self._born_at - 7 * 86400)
         self._next_at = next(self._arrivals)
-        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
         self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
-        self._record()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
+        self._record()
         self._write_readings()
 
     def _write_account_files(self) -> None:
@@ -4885,7 +5110,6 @@ class DemoWorld:
             parsed = parse_events(payloads[first : first + 2000])
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
-            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
         """Let requests arrive at the pace of the week until ``stop``."""
@@ -4955,7 +5179,7 @@ class DemoWorld:
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
         since, message = self._born_at - 7 * 86400, "These data are made up."
-        status = CollectorStatus("recording", since, message, "demo", last_event=self._last_event, publishing=True)
+        status = CollectorStatus("recording", since, message, "demo", last_event=self.store.span()[1], publishing=True)
         return status.as_json(self.store.counts)
 
 
@@ -4979,7 +5203,27 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
+        *_check_logins(config),
     ]
+
+
+def _check_logins(config: Config) -> list[Finding]:
+    """Tell how many logins without a success there were lately, while there are any."""
+    path, host, key = config.database_path, config.cliproxy_host, config.management_password
+    try:
+        if not path.exists() or events_to_adopt(path):
+            return []
+        with closing(Store(path)) as store:
+            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
+    except StoreError:
+        return []  # told by the database's own line
+    found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
+    when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
+    return [Finding("warning", found, f"{when}; five lock this machine out for 30 minutes")] if used else []
+
+
+def _ports_of(config: Config) -> list[int]:
+    return [config.cliproxy_port, *([PROXY_PORT] if config.has_default_queue else [])]
 
 
 def _check_modes(config: Config, config_path: Path) -> list[Finding]:
@@ -5039,7 +5283,7 @@ def _check_losses(store: Store) -> list[Finding]:
 
 def outage_text(outage: Mapping[str, Any]) -> str:
     """Return an outage in words, in this machine's zone: ``2026-11-01 02:10 to 2026-11-01 03:40 (unreachable)``."""
-    start, end = (at and time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (outage["from"], outage["to"]))
+    start, end = (at and local_minute(at) for at in (outage["from"], outage["to"]))
     return f"{start} to {end or 'now'} ({outage['reason'].replace('_', ' ')})"
 
 
@@ -5063,8 +5307,14 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
 
 
+def _where_it_runs(config: Config) -> Config:
+    """Return the configuration with the port of the dashboard that has the database, as its flags may have set it."""
+    return replace(config, dashboard_port=lock_holder(config.database_path).get("port", config.dashboard_port))
+
+
 def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
     """Ask the running dashboard how its collector is; where none runs, log in once without popping."""
+    config = _where_it_runs(config)
     try:
         health = ask_dashboard(config, "/api/health", 5.0)
     except DashboardError as error:
@@ -5149,24 +5399,19 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 
 
 def _check_without_key(config: Config) -> list[Finding]:
-    """Distinguish a proxy, which needs a key, from a Redis by an empty command: it counts as no failed login."""
-    last = QueueFault("the server there answers an empty command as neither a proxy nor a Redis does", "not_resp")
-    for port in {config.cliproxy_port: None, **({PROXY_PORT: None} if config.has_default_queue else {})}:
+    """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
+    for port in _ports_of(config):
         address = f"{config.cliproxy_host}:{port}"
-        try:
-            connect = tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0)
-            with closing(RespClient(connect)) as client:
-                client.send(b"*0\r\n")
-                if isinstance(client.receive(), ErrorReply):
-                    found = "no management key is set, and the proxy needs one"
-                    return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        except NoReply:  # a Redis passes over an empty command
+        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        if fault is None:
+            found = "no management key is set, and the proxy needs one"
+            return [Finding("fault", found, STATE_REMEDIES["no_password"])]
+        if isinstance(fault, NoReply):
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
-        except ConnectionClosed as fault:
+        if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-        except QueueFault as fault:
-            last = fault
-    return [Finding("fault", str(last), "see the sentence above" if last.says_remedy else STATE_REMEDIES[last.state])]
+    remedy = "see the sentence above" if isinstance(fault, Misconfigured) else STATE_REMEDIES[fault.state]
+    return [Finding("fault", str(fault), remedy)]
 
 
 # ------------------------------------------------------------------ cli
@@ -5179,7 +5424,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
         options = _parse_arguments(arguments)
-        return options.run(options)
+        exit_code = options.run(options)
+        if options.run in (run_start, run_demo):
+            os._exit(exit_code)  # while the interpreter ends, a second signal could change the exit code
+        return exit_code
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
@@ -5238,12 +5486,16 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = Log()
+    log = ConsoleLog()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
+    lock = DatabaseLock(config.database_path)
+    if lock.fault:
+        log.line(f"warning: {lock.fault}")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
+        lock.name_holder(server.server_port)
         store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()
@@ -5252,12 +5504,13 @@ def run_start(options: Any) -> int:
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
-    app = App(config, store, refresher, collector.status)
+    app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
-    log.line("stopped")
-    return 0
+    exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
+    log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    log.close()
+    return exit_code
 
 
 def run_demo(options: Any) -> int:
@@ -5268,24 +5521,30 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = Log(), _stop_on_signal()
+    log, stop = ConsoleLog(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
-        app = App(config, world.store, refresher, world.status, demo=True)
+        app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
-    return 0
+        exit_code = _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+    log.close()
+    return exit_code
 
 
 def _stop_on_signal() -> threading.Event:
     """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
     stop = threading.Event()
-    # Not in the handler: the signal may come while this very thread holds the event's lock.
-    _handle_stop_signals(lambda *_: threading.Thread(target=stop.set, daemon=True).start())
+
+    def end(*_: Any) -> None:
+        _handle_stop_signals(lambda *_: None)  # one is enough, and a hail of them would nest
+        # Not in the handler: the signal may come while this very thread holds the event's lock.
+        threading.Thread(target=stop.set, daemon=True).start()
+
+    _handle_stop_signals(end)
     return stop
 
 
@@ -5314,13 +5573,17 @@ def _announce(log: Log, text: str, config: Config, port: int, closes: str, optio
 
 def _run_until_stopped(
     server: Server, app: App, page: Answer, stop: threading.Event, *jobs: Callable[[], None], interrupt: Any = None
-) -> None:
-    """Run the server and the jobs in threads until a signal comes, and end within three seconds of it."""
+) -> int:
+    """Run server and jobs until a signal, end within three seconds, and return 1 where one had ended by itself."""
     threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-    for thread in (*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)):
+    working = [*threads, threading.Thread(target=server.serve, args=(app, page), daemon=True)]
+    for thread in working:
         thread.start()
-    while not stop.wait(1.0):
-        pass  # on some systems a wait without an end is deaf to signals
+    # On some systems a wait without an end is deaf to signals.
+    while not stop.wait(1.0) and all(thread.is_alive() for thread in working):
+        pass
+    exit_code = 0 if stop.is_set() else 1
+    stop.set()
     patience_s = time.monotonic() + 0.8
     server.shutdown()
     server.server_close()
@@ -5332,7 +5595,7 @@ def _run_until_stopped(
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
-    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
+    return exit_code
 
 
 @contextmanager
@@ -5341,8 +5604,10 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
+    with suppress(DashboardError):  # what is committed is readable all the same
+        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict)
+        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
 
 
 def run_report(options: Any) -> int:
@@ -5352,7 +5617,7 @@ def run_report(options: Any) -> int:
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0
-    start, end = (time.strftime("%Y-%m-%d %H:%M", time.localtime(summary[name])) for name in ("start", "end"))
+    start, end = map(local_minute, (summary["start"], summary["end"]))
     print(f"Usage, {options.range}: {start} to {end}\n")
     for name in ("model", "account"):
         rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
@@ -5391,14 +5656,14 @@ def run_quota(options: Any) -> int:
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
     elif refusal is None:
         print("No account has been asked yet; see: usage_dashboard.py quota --force")
-    if refusal is None:
-        return 0
-    print(f"usage_dashboard: {refusal}", file=sys.stderr)
-    return 1
+    if refusal is not None:
+        raise DashboardError(refusal)
+    return 0
 
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
     """Have the running dashboard refresh all accounts and wait for the end of the round; None where none runs."""
+    config = _where_it_runs(config)
     answer = ask_dashboard(config, "/api/quota?force=1", 40.0)
     while answer is not None and answer["refreshing"]:
         time.sleep(1.0)
@@ -5407,7 +5672,7 @@ def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
 
 
 def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
-    """Return the quota table from the database, after a round of its own with ``refresh``. Raises RefreshRefused."""
+    """Return the quota table from the database, after a round of its own with ``refresh``. Raises ApiError."""
     with _reading_app(config, must_exist=not refresh) as app:
         if refresh:
             app.refresher.start().join()
@@ -5415,26 +5680,16 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    def percent(value: float | None) -> str:
-        return "—" if value is None else f"{value} %"
-
-    def local(text: str | None) -> str:
-        at = _epoch(text)
-        if at is None or at <= time.time():
-            return "—" if at is None else "reset due"
-        return time.strftime("%a %H:%M", time.localtime(at))
-
-    age = row["age_seconds"]
-    return [
-        row["email"],
-        row["plan"] or "—",
-        percent(row["primary_remaining_percent"]),
-        local(row["primary_reset_at"]),
-        percent(row["secondary_remaining_percent"]),
-        local(row["secondary_reset_at"]),
-        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")),
-        "never" if age is None else f"{age // 60} min ago" + (", from a request" if row["source"] == "traffic" else ""),
-    ]
+    cells = [row["email"], row["plan"] or "—"]
+    for window in ("primary", "secondary"):
+        left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
+        cells.append("—" if left is None else f"{left} %")
+        resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
+        cells.append("—" if at is None else resets)
+    cells.append({"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")))
+    age, origin = row["age_seconds"], ", from a request" if row["source"] == "traffic" else ""
+    cells.append("never" if age is None else f"{age // 60} min ago{origin}")
+    return cells
 
 
 def run_check(options: Any) -> int:
@@ -5457,11 +5712,7 @@ def run_check(options: Any) -> int:
 
 
 def start_from_compiled() -> None:
-    """Start this process again from the compiled module, where that can be kept; otherwise do nothing.
-
-    What Python needed to compile the script stays in memory for good, 15 MB, more than all the rest; a process that
-    loads the compiled module never needs it. The script's name stays in the command line, for ``pkill -f``.
-    """
+    """Start again from the compiled module, where it can be kept: what compiling takes, 15 MB, stays for good."""
     from importlib.util import cache_from_source
     from py_compile import compile as compile_file
 
@@ -5476,6 +5727,7 @@ def start_from_compiled() -> None:
         return
     # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # large answers go back to the system, without holes
     code = (
         f"import sys; sys.path[:] = [{str(BASE_DIR)!r}, *filter(None, sys.path)]; "
         f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
@@ -5487,11 +5739,10 @@ def _is_fresh(compiled: Path, script: Path) -> bool:
     """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
     import marshal
 
-    try:
+    with suppress(OSError, EOFError, ValueError, TypeError):
         is_new = compiled.stat().st_mtime >= script.stat().st_mtime
         return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
-    except (OSError, EOFError, ValueError, TypeError):
-        return False
+    return False
 
 
 if __name__ == "__main__":

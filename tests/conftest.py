@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import pytest
+from collecting import QuickStop, Run, config_of
 from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
+from program import Program
 from redis_server import RedisServer
-from support import KEY, QuickStop, Run, Watched, config_of
+from support import KEY, Site
 from webdriver import Browser, find_browser
 
 import usage_dashboard as app
 
-ROOT = Path(__file__).resolve().parent.parent
 REQUIRE = "DASHBOARD_TESTS_REQUIRE"
 # What a developer's shell may hold and would change what the program does, in this process and as a subprocess.
 PRIVATE_ENVIRONMENT = (
@@ -60,112 +59,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
-# ---- the program -----------------------------------------------------------------------------------------
-
-
-class Running(Watched):
-    """The program while it runs; `lines` is what it has printed, both streams together."""
-
-    def __init__(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self._ended = False
-        self.process = subprocess.Popen(
-            command, env=env, cwd=str(cwd), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        self.pid = self.process.pid
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def describe(self) -> str:
-        return "the program printed:\n" + "\n".join(self.lines)
-
-    def wait_for_line(self, text: str, timeout: float = 10) -> str:
-        """Return the first line that contains the text."""
-
-        def found() -> list[str]:
-            return [line for line in self.lines if text in line]
-
-        self.wait_for(lambda: found() or self._ended, timeout)
-        assert found(), f"the program ended without printing {text!r}; {self.describe()}"
-        return found()[0]
-
-    def wait(self, timeout: float = 10) -> int:
-        """Wait until it ends by itself, and return its exit code."""
-        code = self.process.wait(timeout)
-        self._reader.join(timeout)
-        return code
-
-    def terminate(self, signum: int = signal.SIGTERM, timeout: float = 10) -> int:
-        """Ask it to stop, and return its exit code."""
-        self.process.send_signal(signum)
-        return self.wait(timeout)
-
-    def kill(self) -> None:
-        """End it at once, as a power cut would."""
-        self.process.kill()
-        self.wait()
-
-    def close(self) -> None:
-        """Make sure that nothing of it is left."""
-        self.kill()
-        self.process.stdout.close()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            with self.change():
-                self.lines.append(line.rstrip("\n"))
-        with self.change():
-            self._ended = True
-
-
-class Program:
-    """Runs a copy of the program in a folder of its own, so that no real config or database is touched.
-
-    `folder` is where the script lies, `home` the home directory it sees. In `env`, None removes a variable.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "dashboard"
-        self.home = folder / "home"
-        self.folder.mkdir()
-        self.home.mkdir()
-        for name in ("usage_dashboard.py", "usage-dashboard.html", "config.example.json"):
-            if (ROOT / name).exists():
-                shutil.copy(str(ROOT / name), str(self.folder / name))
-        self.script = self.folder / "usage_dashboard.py"
-        self._running: list[Running] = []
-
-    def start(self, *args: str | Path, env: dict[str, str | None] | None = None, cwd: Path | None = None) -> Running:
-        """Start it in the background; it is killed at the end of the test."""
-        running = Running(self._command(args), self._environment(env), cwd or self.folder)
-        self._running.append(running)
-        return running
-
-    def run(
-        self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = 30, **options: Any
-    ) -> Any:
-        """Run it to its end; stdout and stderr are kept apart."""
-        return subprocess.run(
-            self._command(args), env=self._environment(env), cwd=str(self.folder), timeout=timeout,
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
-            **options,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Kill what still runs."""
-        for running in self._running:
-            running.close()
-
-    def _command(self, args: tuple[str | Path, ...]) -> list[str]:
-        return [sys.executable, str(self.script), *map(str, args)]
-
-    def _environment(self, changes: dict[str, str | None] | None) -> dict[str, str]:
-        env = {**os.environ, "HOME": str(self.home), **(changes or {})}
-        return {name: value for name, value in env.items() if value is not None}
-
-
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
     program = Program(tmp_path)
@@ -194,13 +87,22 @@ def store(open_store):
 
 @pytest.fixture
 def collect(store):
-    """Run collectors; a proxy or a redis-server, a config or the keys of one say where."""
+    """Run collectors; a proxy or a redis-server, a config or the keys of one say where.
+
+    Each has come to a state, `until`, or to so many events, `stored`, where that is asked for.
+    """
     runs = []
 
-    def start(where=None, stop=None, on=None, load=None, config_path=None, ahead_s=0.0, **keys):
+    def start(where=None, stop=None, on=None, until=None, stored=None, **keys):
+        options = {name: keys.pop(name) for name in ("ahead_s", "commit_s", "load", "config_path") if name in keys}
         config = where if isinstance(where, app.Config) else config_of(where, **keys)
-        runs.append(Run(config, on or store, stop or QuickStop(), ahead_s, load=load, config_path=config_path))
-        return runs[-1]
+        run = Run(config, on or store, stop or QuickStop(), **options)
+        runs.append(run)
+        if until is not None:
+            run.wait_for_state(until)
+        if stored is not None:
+            run.wait_for_events(stored)
+        return run
 
     yield start
     for run in runs:
@@ -208,6 +110,27 @@ def collect(store):
     for run in runs:
         run.thread.join(10)
         assert not run.thread.is_alive()
+
+
+@pytest.fixture
+def make_site(tmp_path):
+    """Serve the API over a store in tmp_path."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(closing(Site(tmp_path, **options)))
+
+
+@pytest.fixture
+def full_pipe():
+    """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for size in (1000, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"-" * size)
+    os.set_blocking(writing, True)
+    yield reading, writing
+    os.close(reading)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import ssl
 import threading
 from typing import Any
 
-from support import DATA, ProtocolError, SocketServer, Stream, bearer_token, http_reply, read_http_head
+from sockets import ProtocolError, SocketServer, Stream, bearer_token, http_reply, read_http_head
+from support import DATA
 
 TARGET = "chatgpt.com:443"
 UNKNOWN_TOKEN = {"detail": "Unauthorized"}

@@ -22,7 +22,7 @@ from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from support import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, bearer_token, http_reply, read_http_head
+from sockets import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, bearer_token, http_reply, read_http_head
 
 RESP_FIRST_BYTES = b"*$+-:"
 TLS_HANDSHAKE_BYTE = b"\x16"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
-from page_support import PAGE, Between, Page
+from page_support import PAGE, Between, Page, fill
 from support import Site
 
 
 @pytest.fixture
-def site(tmp_path):
-    """A dashboard in this process, at the time of now, whose collector records."""
+def empty(tmp_path):
+    """A dashboard in this process without a request, at the time of now, whose collector records."""
     made = Site(tmp_path, PAGE)
     made.now = time.time()
     made.status.update(
@@ -23,22 +23,29 @@ def site(tmp_path):
 
 
 @pytest.fixture
-def between(site):
+def site(empty):
+    """The same with known requests and quotas."""
+    fill(empty)
+    return empty
+
+
+@pytest.fixture
+def between(empty):
     """What stands between the browser and the site."""
-    made = Between(site)
+    made = Between(empty)
     yield made
     made.close()
 
 
 @pytest.fixture
-def page(browser, site):
+def page(browser, empty):
     """The page of the site, in English; console errors and requests to another host fail the test."""
     browser.resize(1440, 900, 1)
     browser.emulate(dark=False, print=False)
     browser.goto("about:blank")
     browser.console_errors()
     browser.requested_urls()
-    made = Page(browser, site)
+    made = Page(browser, empty)
     yield made
     made.check()
     browser.goto("about:blank")  # so that nothing asks on while the servers close

@@ -1,15 +1,20 @@
-"""A real redis-server for one test: own port, own folder, nothing kept on disk; and a stand-in for an old one."""
+"""A real redis-server for one test: own port, own folder, nothing kept on disk; and stand-ins for odd ones."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import socket
+import struct
 import subprocess
 import tempfile
+import termios
 from collections import deque
 from typing import Any
 
 from fake_proxy import read_command
-from support import SocketServer, comes_up, free_port, replies_of
+from sockets import Hangup, ProtocolError, SocketServer, comes_up
+from support import free_port, replies_of
 
 import usage_dashboard as app
 
@@ -107,3 +112,35 @@ class OldRedis(SocketServer):
                 stream.send(replies_of([self.payloads.popleft()])[0] if self.payloads else b"$-1\r\n")
             else:
                 stream.send(b"-ERR wrong number of arguments for '%s' command\r\n" % name.lower().encode())
+
+
+class Scripted(SocketServer):
+    """A proxy that answers each RPOP with the next payload or error of a script; a None is a reset."""
+
+    def __init__(self, replies: list[bytes | None]) -> None:
+        super().__init__()
+        self.replies = deque(replies)
+
+    def serve(self, stream) -> None:
+        while stream.buffer or stream.fill():
+            try:
+                name = read_command(stream)[0]
+            except ProtocolError:
+                return  # a question over HTTP
+            if name == "AUTH":
+                stream.send(b"+OK\r\n")
+            elif name == "LLEN":
+                stream.send(b"-ERR unknown command 'llen'\r\n")
+            else:
+                self.answer_pop(stream)
+
+    def answer_pop(self, stream) -> None:
+        reply = self.replies.popleft() if self.replies else b"$-1\r\n"
+        stream.send(reply if reply[:1] in (b"-", b"$") else replies_of([reply])[0])
+        if self.replies and self.replies[0] is None:
+            self.replies.popleft()
+            while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):
+                self.closing.wait(0.001)  # a reset throws away what the kernel has not sent yet
+            stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            stream.sock.close()
+            raise Hangup

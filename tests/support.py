@@ -1,27 +1,34 @@
-"""What the stand-ins and the tests share: waiting, sockets, events, and the program's parts at work."""
+"""What the tests share: events, readings, databases, and the API over a store."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import hashlib
 import http.client
-import io
 import json
-import select
 import socket
 import sqlite3
-import ssl
-import subprocess
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import usage_dashboard as app
 
 DATA = Path(__file__).resolve().parent / "data"
 SAMPLES = (DATA / "events.jsonl").read_bytes().splitlines()  # the eighth is a warm-up, which is ignored
+# Derived by hand from the token rules: (UTC time, source, model, input, output, reasoning, cached, written, total).
+EXPECTED_SAMPLES = [
+    ("2026-05-03T01:14:22.048103Z", "dev.three@example.net", "gpt-5.3-codex", 15230, 812, 384, 14080, None, 16042),
+    ("2026-08-22T13:07:45.902130Z", "writer@example.com", "claude-sonnet-4-6", 50266, 1840, 0, 48210, 2044, 52106),
+    ("2026-05-28T18:03:04.000000Z", "dev.one@example.com", "gpt-5.4", 90122, 3021, 1990, 88000, 0, 93143),
+    ("2026-07-25T07:10:00.120034Z", "dev.one@example.com", "gpt-5.4", 0, 0, 0, 0, 0, 0),
+    ("2026-07-25T07:10:00.509117Z", "dev.two@example.org", "gpt-5.4", 4210, 950, 512, 2048, 0, 5160),
+    ("2026-08-22T13:00:00.000000Z", "AIz…0001 #8d9271", "gemini-3-pro-preview", 1000, 420, 120, 400, 0, 1420),
+    ("2026-08-22T12:15:02.731000Z", "sk-…1111 #4bdca8", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
+]
 QUOTA = json.loads((DATA / "quota.json").read_text(encoding="utf-8"))
 QUOTA_BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
 ALWAYS = app.Window(0.0, 4e9)
@@ -31,258 +38,10 @@ KEY = "secret-key"
 WRONG = "wrong-key-of-the-owner"
 
 
-# ---- waiting ---------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """An object whose changes a test can wait for.
-
-    Changes are made inside `with self.change():`. A predicate is asked outside the lock, so it may look at
-    anything, the program under test included.
-    """
-
-    RECHECK_S = 0.1  # for predicates that also look at something that cannot tell of its changes
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)
-        self._changes = 0
-
-    @contextlib.contextmanager
-    def change(self) -> Iterator[None]:
-        """Take the lock, then wake whoever waits."""
-        with self.lock:
-            try:
-                yield
-            finally:
-                self._changes += 1
-                self._changed.notify_all()
-
-    def describe(self) -> str:
-        """Return what state this is in, for the message of a wait that failed."""
-        return repr(self)
-
-    def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
-        """Return the predicate's first true value; raise AssertionError when there is none in time."""
-        deadline = time.monotonic() + timeout
-        while True:
-            with self.lock:
-                seen = self._changes
-            value = predicate()
-            if value:
-                return value
-            with self.lock:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise AssertionError(f"not true within {timeout:g} s; {self.describe()}")
-                if self._changes == seen:
-                    self._changed.wait(min(left_s, self.RECHECK_S))
-
-
-# ---- reading ---------------------------------------------------------------------------------------------
-
-
-class ProtocolError(Exception):
-    """Input that is not what the protocol allows."""
-
-
-class Hangup(Exception):
-    """The connection is to be closed now."""
-
-
-class UnexpectedEof(ProtocolError):
-    """The peer went away in the middle of something."""
-
-
-class Stream:
-    """One accepted connection, with buffered reading; `sock` is another one after start_tls()."""
-
-    def __init__(self, sock: socket.socket, peer: str, server: Any) -> None:
-        self.sock = sock
-        self.peer = peer
-        self.server = server
-        self.buffer = b""
-        self.is_shut = False
-
-    def start_tls(self, context: ssl.SSLContext) -> None:
-        # The handshake comes second, so that this socket can be closed from outside meanwhile.
-        self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.sock.do_handshake()
-
-    def send(self, data: bytes) -> None:
-        self.sock.sendall(data)
-
-    def shut(self, how: int = socket.SHUT_RDWR) -> None:
-        """Shut the connection down; whoever reads or writes it wakes up."""
-        self.is_shut = True
-        with contextlib.suppress(OSError):
-            # Not the method of SSLSocket: that pulls its state away under the thread that reads.
-            socket.socket.shutdown(self.sock, how)
-
-    def close(self, linger_s: float = 5) -> None:
-        """Close so that the peer reads every byte written: unread input would make it a reset."""
-        self.shut(socket.SHUT_WR)
-        with contextlib.suppress(OSError):
-            self.sock.settimeout(linger_s)
-            while self.sock.recv(65536):
-                pass
-        self.sock.close()
-
-    def fill(self) -> bool:
-        """Read some more; False at the end of the stream."""
-        data = self.sock.recv(65536)
-        self.buffer += data
-        return bool(data)
-
-    def take(self, count: int) -> bytes:
-        """Read exactly count bytes."""
-        while len(self.buffer) < count:
-            if not self.fill():
-                raise UnexpectedEof
-        data, self.buffer = self.buffer[:count], self.buffer[count:]
-        return data
-
-    def line(self) -> bytes:
-        """Read a line, without its end."""
-        while b"\n" not in self.buffer:
-            if not self.fill():
-                raise UnexpectedEof
-        data, _, self.buffer = self.buffer.partition(b"\n")
-        return data[:-1] if data.endswith(b"\r") else data
-
-
-def read_http_head(stream: Stream) -> tuple[str, str, dict[str, str]]:
-    """Read a request line and its headers; header names come in lower case."""
-    words = stream.line().decode("latin-1").split(" ")
-    if len(words) != 3 or not words[2].startswith("HTTP/1."):
-        raise ProtocolError
-    headers: dict[str, str] = {}
-    for line in iter(stream.line, b""):
-        name, colon, value = line.decode("latin-1").partition(":")
-        if not colon:
-            raise ProtocolError
-        headers[name.strip().lower()] = value.strip()
-    return words[0], words[1], headers
-
-
-def bearer_token(headers: dict[str, str]) -> str:
-    """Return the key that a request carries, or an empty string."""
-    scheme, _, rest = headers.get("authorization", "").partition(" ")
-    return rest.strip() if scheme.lower() == "bearer" else ""
-
-
-def http_reply(status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> bytes:
-    """Return a whole HTTP/1.1 response."""
-    fields = {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}
-    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}"]
-    lines += [f"{name}: {value}" for name, value in fields.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-# ---- listening -------------------------------------------------------------------------------------------
-
-
-class SocketServer(Watched):
-    """Serve each connection in a thread, on a loopback port; a context manager."""
-
-    stream_type = Stream
-
-    def __init__(self, port: int = 0) -> None:
-        super().__init__()
-        self.host = "127.0.0.1"
-        self.port = port
-        self.connections = 0
-        self.closing = threading.Event()
-        self._open: set[Stream] = set()
-        self._threads: list[threading.Thread] = []
-        self._accepting: threading.Thread | None = None
-
-    def __enter__(self) -> Any:
-        self.listen_again()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self.stop_listening()
-        self.disconnect_all()
-        for thread in self._threads:
-            thread.join(10)
-
-    @property
-    def open_connections(self) -> int:
-        """How many connections are open now (`connections` counts all there ever were)."""
-        return len(self._open)
-
-    def disconnect_all(self) -> None:
-        with self.change():
-            for stream in self._open:
-                stream.shut()
-
-    def stop_listening(self) -> None:
-        """Refuse new connections; open ones live on."""
-        accepting, self._accepting = self._accepting, None
-        if accepting is not None:
-            self._stop_accepting.close()
-            accepting.join(10)
-
-    def listen_again(self) -> None:
-        """Accept connections, on the same port as before."""
-        listener = socket.create_server((self.host, self.port), backlog=128)
-        self.port = listener.getsockname()[1]
-        stopped, self._stop_accepting = socket.socketpair()
-        self._accepting = threading.Thread(target=self._accept, args=(listener, stopped), daemon=True)
-        self._accepting.start()
-
-    def admit(self, sock: socket.socket, stopped: socket.socket) -> None:
-        """Look at a new connection before the next one is accepted; `stopped` ends it when readable."""
-
-    def serve(self, stream: Any) -> None:
-        """Serve one connection; it is closed afterwards, also when the peer has left."""
-        raise NotImplementedError
-
-    def _accept(self, listener: socket.socket, stopped: socket.socket) -> None:
-        with listener, stopped:
-            while True:
-                readable, _, _ = select.select([listener, stopped], [], [])
-                if stopped in readable:
-                    return
-                sock, address = listener.accept()
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                stream = self.stream_type(sock, address[0], self)
-                with self.change():
-                    self.connections += 1
-                    self._open.add(stream)
-                self.admit(sock, stopped)
-                thread = threading.Thread(target=self._serve, args=(stream,), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _serve(self, stream: Stream) -> None:
-        try:
-            with contextlib.suppress(OSError, Hangup):
-                self.serve(stream)
-        finally:
-            stream.close(0 if self.closing.is_set() else 5)
-            with self.change():
-                self._open.discard(stream)
-
-
 def free_port() -> int:
     """Return a loopback port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
-
-
-def comes_up(process: subprocess.Popen, answers: Callable[[], Any], seconds: float) -> bool:
-    """Return whether a process that was just started answers in time; `answers` may raise OSError until then."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError, app.QueueFault):
-            if answers():
-                return True
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
-    return False
 
 
 # ---- events and readings ---------------------------------------------------------------------------------
@@ -332,7 +91,7 @@ MALFORMED = [  # what came, and what is said of it
     (payload(tokens={"input_tokens": "12"}), "tokens.input_tokens is not"),
     (payload(tokens={"input_tokens": 1.5}), "tokens.input_tokens is not"),
     (payload(tokens={"total_tokens": True}), "tokens.total_tokens is not"),
-    (payload(tokens={"total_tokens": 2**53}), "tokens.total_tokens is larger"),
+    (payload(tokens={"total_tokens": 10**12 + 1}), "tokens.total_tokens is larger"),
     (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
     (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
     (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
@@ -371,6 +130,11 @@ def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:
     path = folder / f"codex-{number}.json"
     path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
     return path
+
+
+def id_token(claims: Any) -> str:
+    """Return a JWT as an account file has it, without a real signature."""
+    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip('=')}.sig-secret"
 
 
 def reading(**changes) -> dict[str, Any]:
@@ -413,6 +177,12 @@ def spool_path(store) -> Path:
     return Path(f"{store.path}.spool")
 
 
+def spool_line(content: Any) -> bytes:
+    """Return a line of a spool as this version sums it, whatever it says: bytes, or what becomes JSON."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
+
+
 ORIGINAL_TABLES = """
 CREATE TABLE events(id INTEGER PRIMARY KEY, timestamp TEXT, ts_epoch REAL, auth_index INTEGER, source TEXT,
   model TEXT, input_tokens INTEGER, output_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER,
@@ -439,107 +209,6 @@ def make_original(path, rows=ORIGINAL_ROWS) -> None:
         db.commit()
 
 
-# ---- the collector in a thread ---------------------------------------------------------------------------
-
-
-class QuickStop(threading.Event):
-    """A stop event that records how long it was asked to wait, and waits a few milliseconds instead."""
-
-    def __init__(self, longest_s: float = 0.004) -> None:
-        super().__init__()
-        self.longest_s = longest_s
-        self.waits: list[float] = []
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        self.waits.append(timeout)
-        return super().wait(min(timeout, self.longest_s))
-
-
-class Run(Watched):
-    """A collector in a thread of its own; a test sets its clock ahead, and lets its machine sleep."""
-
-    RECHECK_S = 0.01
-
-    def __init__(self, config, store, stop: threading.Event, ahead_s: float = 0.0, **options) -> None:
-        super().__init__()
-        self.ahead_s = ahead_s
-        self.slept_s = 0.0
-        self.woken = False  # whether it has looked at the time since it slept
-        self.stream = io.StringIO()
-        self.store = store
-        self.stop = stop
-        self.error: BaseException | None = None
-        options.update(clock=self._clock, monotonic=self._monotonic)
-        self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def _work(self) -> None:
-        try:
-            self.collector.run()
-        except BaseException as error:
-            self.error = error
-
-    def _clock(self) -> float:
-        return time.time() + self.ahead_s + self.slept_s
-
-    def _monotonic(self) -> float:
-        self.woken = self.slept_s > 0
-        return app.monotonic_s() + self.slept_s
-
-    @property
-    def status(self) -> dict:
-        return self.collector.status()
-
-    @property
-    def state(self) -> str:
-        return self.status["state"]
-
-    @property
-    def log(self) -> str:
-        return self.stream.getvalue()
-
-    @property
-    def accounted(self) -> int:
-        return sum(self.status[name] for name in ("events", "rejected", "ignored"))
-
-    def describe(self) -> str:
-        return f"status {self.status}, error {self.error!r}, log:\n{self.log[-2000:]}"
-
-    def wait_for(self, predicate, timeout: float = 5):
-        """Wait for something true; a collector that died in the meantime ends the wait."""
-        value = super().wait_for(lambda: predicate() or self.error is not None, timeout)
-        assert self.error is None, self.describe()
-        return value
-
-    def wait_for_state(self, *states: str) -> str:
-        return self.wait_for(lambda: self.state in states and self.state)
-
-    def wait_for_events(self, count: int) -> None:
-        self.wait_for(lambda: self.status["events"] >= count)
-        assert self.status["events"] == count
-
-    def end(self) -> None:
-        """Stop it, and make sure that its thread ended by itself and in peace."""
-        self.stop.set()
-        self.thread.join(10)
-        assert not self.thread.is_alive() and self.error is None, self.describe()
-
-
-def config_of(where=None, **keys) -> app.Config:
-    """Return the config for a proxy or a redis-server, with the right key unless told otherwise."""
-    if where is not None:
-        keys.setdefault("cliproxy_port", where.port)
-    return app.Config(**{"management_password": KEY, "poll_interval_seconds": 0.1, **keys})
-
-
-def wait_a_while(run, waits=12):
-    """Let a refused collector have many chances to send its key again."""
-    seen = len(run.stop.waits)
-    run.wait_for(lambda: len(run.stop.waits) >= seen + waits)
-
-
 # ---- the API over a store --------------------------------------------------------------------------------
 
 
@@ -558,7 +227,7 @@ class Site:
         log = app.Log((folder / "log").open("w"))
         clock = {"clock": lambda: self.now}
         self.refresher = app.QuotaRefresher(self.config, self.store, log, self.stop, gap_s=(0, 0), **clock)
-        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), **clock)
+        made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), log, **clock)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))

@@ -3,8 +3,10 @@ from __future__ import annotations
 import ast
 import dis
 import io
+import os
 import re
 import stat
+import threading
 import types
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,12 +47,10 @@ def test_parse_time_of_anything_else_is_refused(text):
         app.parse_time(text)
 
 
-def test_backoff_doubles_up_to_its_limit_and_starts_again():
-    waits = app.Backoff(first_s=1, limit_s=60, jitter=lambda: 0.0)
-    assert [waits.next() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
-    waits.reset()
-    assert waits.next() == 1
-    assert app.Backoff(first_s=8, jitter=lambda: 1.0).next() == 6
+def test_backoff_doubles_up_to_its_limit():
+    waits = app.backoff(first_s=1, limit_s=60, jitter=lambda: 0.0)
+    assert [next(waits) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert next(app.backoff(first_s=8, jitter=lambda: 1.0)) == 6
 
 
 def test_make_private_closes_a_file_that_others_could_read(tmp_path):
@@ -74,6 +74,23 @@ def test_log_to_a_closed_stream_is_no_fault():
     app.Log(stream).line("anything")
 
 
+def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_were_dropped(full_pipe):
+    reading, writing = full_pipe
+    log = app.ConsoleLog(writing, most=50)
+    logging = threading.Thread(target=lambda: [log.line(f"line {number}") for number in range(5000)], daemon=True)
+    logging.start()
+    logging.join(10)
+    assert not logging.is_alive()
+    with open(reading, "rb", closefd=False) as stream:
+        closing = threading.Thread(target=lambda: (log.close(10), os.close(writing)))
+        closing.start()
+        said = stream.read().decode().lstrip("-").splitlines()
+        closing.join(10)
+    kept = [int(line[len("line ") :]) for line in said if line.startswith("line ")]
+    assert kept[:50] == list(range(50)) and kept == sorted(kept) and len(kept) <= 52
+    assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
+
+
 # ---- the script as a house -------------------------------------------------------------------------------
 
 
@@ -86,12 +103,6 @@ def _sections() -> list[tuple[str, int]]:
 def test_table_of_contents_names_the_sections_in_their_order():
     told = re.findall(r"^(\w+) +\S", (app.__doc__ or "").partition("above it:\n")[2], re.M)
     assert told == [name for name, _ in _sections()] and len(told) == 15
-
-
-def test_documented_sections_are_those_of_the_script():
-    guide = (Path(app.__file__).parent / "docs" / "development.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\w+) +(\S.*)$", (app.__doc__ or "").partition("above it:\n")[2], re.M)
-    assert [f"| {name} | {text} |" in guide for name, text in rows] == [True] * 15
 
 
 def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:

@@ -6,89 +6,49 @@ import socket
 import ssl
 import time
 from collections import Counter
+from contextlib import closing, nullcontext
 
 import pytest
+from collecting import config_of, wait_a_while
 from fake_proxy import FakeProxy
 from redis_server import OldRedis, RedisServer
-from support import (
-    DATA,
-    KEY,
-    SAMPLES,
-    WRONG,
-    config_of,
-    ids_of,
-    lock,
-    payload,
-    payloads,
-    rows,
-    stored_ids,
-    wait_a_while,
-)
+from support import DATA, EXPECTED_SAMPLES, KEY, SAMPLES, WRONG, ids_of, lock, payload, payloads, rows, stored_ids
 
 import usage_dashboard as app
-
-# (model, input, output, total) of the samples, by hand from the token rules of design section 5; the eighth
-# line is a warm-up with "generate": false and no usage.
-EXPECTED_SAMPLES = [
-    ("gpt-5.3-codex", 15230, 812, 16042),
-    ("claude-sonnet-4-6", 50266, 1840, 52106),
-    ("gpt-5.4", 90122, 3021, 93143),
-    ("gpt-5.4", 0, 0, 0),
-    ("gpt-5.4", 4210, 950, 5160),
-    ("gemini-3-pro-preview", 1000, 420, 1420),
-    ("gpt-5.5", 182044, 5120, 187164),
-]
-
 
 # ---- every kind of queue ---------------------------------------------------------------------------------
 
 
-def assert_samples(run) -> None:
-    run.wait_for(lambda: run.accounted >= len(SAMPLES))
-    got = rows(run.store.path, "SELECT model, input_tokens, output_tokens, total_tokens FROM events ORDER BY id")
-    assert got == EXPECTED_SAMPLES
-    assert (run.status["events"], run.status["rejected"], run.status["ignored"]) == (7, 0, 1)
+def assert_samples(run, greetings=0) -> None:
+    """Wait until every sample is stored, but for a warm-up, which is ignored as a greeting of the queue is."""
+    run.wait_for(lambda: run.accounted >= len(SAMPLES) + greetings)
+    names = "timestamp, model, input_tokens, output_tokens, reasoning_tokens, total_tokens"
+    assert rows(run.store.path, f"SELECT {names} FROM events ORDER BY id") == [
+        (at, model, input, output, reasoning, total)
+        for at, _, model, input, output, reasoning, _, _, total in EXPECTED_SAMPLES
+    ]
+    assert [run.status[name] for name in ("events", "rejected", "ignored")] == [7, 0, 1 + greetings]
     assert run.store.find_faults() == []
 
 
-@pytest.mark.parametrize(
-    ("version", "mode", "used"),
-    [
-        ("v6.9.38", "auto", "pop"),
-        ("v6.10.8", "auto", "pop"),
-        ("v7.0.2", "auto", "pop"),
-        ("v7.1.17", "auto", "http"),
-        ("v7.1.43", "auto", "pop"),
-        ("v7.1.44", "auto", "pop"),
-        ("v7.2.140", "auto", "pop"),
-        ("v7.2.140", "pop", "pop"),
-        ("v7.1.18", "auto", "pop"),
-        ("v6.10.8", "http", "http"),
-        ("v7.1.17", "http", "http"),
-        ("v7.1.43", "http", "http"),
-        ("v7.2.140", "http", "http"),
-        ("v7.0.7", "subscribe", "subscribe"),
-        ("v7.1.16", "subscribe", "subscribe"),
-        ("v7.1.18", "subscribe", "subscribe"),
-        ("v7.1.38", "subscribe", "subscribe"),
-        ("v7.1.39", "subscribe", "subscribe"),
-        ("v7.1.43", "subscribe", "subscribe"),
-        ("v7.1.44", "subscribe", "subscribe"),
-        ("v7.2.140", "subscribe", "subscribe"),
-    ],
-)
-def test_collector_on_each_release_and_mode_stores_the_samples(collect, version, mode, used):
+RELEASES = {
+    "auto": "v6.9.38 v6.10.8 v7.0.2 v7.1.17 v7.1.18 v7.1.43 v7.1.44 v7.2.140",
+    "pop": "v7.2.140",
+    "http": "v6.10.8 v7.1.17 v7.1.43 v7.2.140",
+    "subscribe": "v7.0.7 v7.1.16 v7.1.18 v7.1.38 v7.1.39 v7.1.43 v7.1.44 v7.2.140",
+}
+
+
+@pytest.mark.parametrize(("mode", "version"), [(mode, tag) for mode, tags in RELEASES.items() for tag in tags.split()])
+def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, version):
+    used = mode if mode != "auto" else "http" if version == "v7.1.17" else "pop"
     with FakeProxy(version=version) as proxy:
         proxy.push(*SAMPLES)
         run = collect(proxy, collect_mode=mode)
-        run.wait_for(lambda: run.status["events"] == 7)
-        # a subscription to a newer proxy begins with a control message, which is ignored, too
-        greetings = int(mode == "subscribe" and proxy.dialect.control_messages)
-        run.wait_for(lambda: run.accounted == len(SAMPLES) + greetings)
-        got = rows(run.store.path, "SELECT model, input_tokens, output_tokens, total_tokens FROM events ORDER BY id")
-        assert got == EXPECTED_SAMPLES
-        assert (run.status["ignored"], run.status["rejected"], run.status["mode"]) == (1 + greetings, 0, used)
-        assert (proxy.failures, proxy.lost, proxy.queued, run.store.find_faults()) == (0, [], 0, [])
+        # a subscription to a newer proxy begins with a control message
+        assert_samples(run, greetings=int(mode == "subscribe" and proxy.dialect.control_messages))
+        assert run.status["mode"] == used
+        assert (proxy.failures, proxy.lost, proxy.queued) == (0, [], 0)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +76,7 @@ def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(coll
 @pytest.mark.parametrize("version", ["v6.10.8", "v7.0.2"])
 def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(collect, version, mode):
     with FakeProxy(version=version) as proxy:
-        run = collect(proxy, collect_mode=mode)
-        run.wait_for_state("waiting")
+        run = collect(proxy, collect_mode=mode, until="waiting")
         for _ in range(3):  # others get in, and are answered
             with socket.create_connection((proxy.host, proxy.port), timeout=10) as other:
                 other.sendall(b"*0\r\n")
@@ -128,15 +87,17 @@ def test_collector_on_a_proxy_that_an_idle_connection_freezes_keeps_it_free(coll
 @pytest.mark.parametrize("key", ["", KEY])
 def test_collector_on_a_redis_that_knows_no_count_stores(collect, key):
     with OldRedis([*SAMPLES, *payloads(300)]) as server:
-        run = collect(server, management_password=key)
-        run.wait_for_events(307)
+        run = collect(server, management_password=key, stored=307)
         assert server.connections == 1 and stored_ids(run.store)[7:] == [f"r{number}" for number in range(300)]
 
 
-def test_collector_on_a_proxy_sends_auth_first_and_reports_it_all(collect, proxy):
-    proxy.push(*SAMPLES)
+def test_collector_on_a_proxy_sends_auth_first_keeps_its_connection_and_reports_it_all(collect, proxy):
     run = collect(proxy)
+    for number, sample in enumerate(SAMPLES, start=1):
+        proxy.push(sample)
+        run.wait_for(lambda number=number: run.accounted == number)
     run.wait_for_state("recording")
+    run.wait_for(lambda: proxy.open_connections == 1)
     status = run.status
     assert proxy.commands[0] == "AUTH" and proxy.auth_attempts == 1
     assert not {"PING", "HELLO", "CLIENT", "SELECT"} & set(proxy.commands)
@@ -146,53 +107,31 @@ def test_collector_on_a_proxy_sends_auth_first_and_reports_it_all(collect, proxy
     run.end()
 
 
-def test_collector_on_one_connection_keeps_it_for_all_polls(collect, proxy):
-    run = collect(proxy)
-    for number in range(5):
-        proxy.push(payload(number))
-        run.wait_for_events(number + 1)
-    run.wait_for(lambda: proxy.open_connections == 1)
-    assert proxy.auth_attempts == 1
-
-
-def test_collector_on_an_idle_queue_waits_the_poll_interval(collect, proxy):
-    run = collect(proxy, poll_interval_seconds=7.5)
-    run.wait_for(lambda: run.stop.waits.count(7.5) >= 3)
-    assert set(run.stop.waits) == {7.5} and run.state == "waiting"
-
-
-def test_collector_on_a_long_queue_follows_full_batches_at_once(collect, proxy):
+def test_collector_on_a_long_queue_follows_full_batches_at_once_and_waits_the_interval_when_it_is_idle(collect, proxy):
     proxy.push(*payloads(3000))
-    run = collect(proxy, poll_interval_seconds=7.5)
-    run.wait_for_events(3000)
-    run.wait_for(lambda: run.stop.waits)
-    assert run.stop.waits[:1] == [7.5] and ids_of(proxy.handed_over) == stored_ids(run.store)
+    run = collect(proxy, poll_interval_seconds=7.5, stored=3000)
+    run.wait_for(lambda: run.stop.waits.count(7.5) >= 3)
+    assert set(run.stop.waits) == {7.5} and ids_of(proxy.handed_over) == stored_ids(run.store)
     assert run.store.find_faults() == []
 
 
-@pytest.mark.parametrize("key", ["", KEY])
-def test_collector_on_a_redis_without_a_password_stores_and_never_asks_http(collect, redis_server, key):
-    assert_stores_from_redis(collect, redis_server, key)
-
-
-def test_collector_on_a_redis_with_a_password_stores(collect, redis_with_password):
-    assert_stores_from_redis(collect, redis_with_password, KEY)
-
-
-def assert_stores_from_redis(collect, server, key) -> None:
-    server.push("usage", *SAMPLES)
-    run = collect(server, management_password=key)
-    assert_samples(run)
-    # one connection is the fixture's; a question over HTTP would be a third
-    assert "total_connections_received:2\r\n" in server.command("INFO", "stats").decode()
-    assert (run.status["mode"], run.status["publishing"], run.status["proxy_version"]) == ("pop", None, None)
+@pytest.mark.redis
+@pytest.mark.parametrize(("password", "key"), [(None, ""), (None, KEY), (KEY, KEY)])
+def test_collector_on_a_redis_stores_and_never_asks_http(collect, password, key):
+    with RedisServer(password) as server:
+        server.push("usage", *SAMPLES)
+        run = collect(server, management_password=key)
+        assert_samples(run)
+        # one connection is the fixture's; a question over HTTP would be a third
+        assert "total_connections_received:2\r\n" in server.command("INFO", "stats").decode()
+        assert (run.status["mode"], run.status["publishing"], run.status["proxy_version"]) == ("pop", None, None)
+        assert run.store.get_meta("retention_s") > 3600 and run.status["retention_seconds"] is None
 
 
 def test_collector_on_a_redis_pops_only_its_own_list(collect, redis_server):
     redis_server.push("usage", payload(1))
     redis_server.push("mine", payload(2))
-    run = collect(redis_server, queue_key="mine")
-    run.wait_for_events(1)
+    run = collect(redis_server, queue_key="mine", stored=1)
     assert (stored_ids(run.store), redis_server.length("usage")) == (["r2"], 1)
 
 
@@ -219,19 +158,13 @@ def test_collector_behind_a_reverse_proxy_turns_to_http(collect, proxy):
     assert run.status["mode"] == "http" and proxy.failures == 0
 
 
-@pytest.mark.parametrize("mode", ["pop", "subscribe"])
-def test_collector_behind_a_reverse_proxy_with_resp_only_is_not_resp(collect, proxy, mode):
+@pytest.mark.parametrize(("mode", "key"), [("pop", KEY), ("subscribe", KEY), ("auto", "")])
+def test_collector_behind_a_reverse_proxy_with_resp_only_or_without_a_key_asks_nothing_over_http(
+    collect, proxy, mode, key
+):
     proxy.answer_http_only = True
-    run = collect(proxy, collect_mode=mode)
-    run.wait_for_state("not_resp")
-    assert not any(method == "GET" for method, _ in proxy.http_requests)
-
-
-def test_collector_behind_a_reverse_proxy_without_a_key_asks_nothing_over_http(collect, proxy):
-    proxy.answer_http_only = True
-    run = collect(proxy, management_password="")
-    run.wait_for_state("not_resp")
-    assert (proxy.failures, proxy.http_requests) == (0, [])
+    collect(proxy, collect_mode=mode, management_password=key, until="not_resp")
+    assert proxy.failures == 0 and not any(method == "GET" for method, _ in proxy.http_requests)
 
 
 def test_collector_over_tls_stores_and_asks_the_api_over_tls(collect, monkeypatch):
@@ -256,23 +189,12 @@ def server_tls() -> ssl.SSLContext:
 def test_collector_with_the_wrong_tls_is_closed_and_told_what_to_set(collect, monkeypatch, tls_there, tls_here):
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)  # so the certificate is of nobody known
     with FakeProxy(tls=server_tls() if tls_there else None) as proxy:
-        run = collect(proxy, cliproxy_tls=tls_here)
-        run.wait_for_state("closed")
+        run = collect(proxy, cliproxy_tls=tls_here, until="closed")
         wanted = "SSL_CERT_FILE=" if tls_there and tls_here else "cliproxy_tls"
         assert wanted in run.status["message"]
 
 
-def test_collector_that_subscribes_hears_what_comes_and_ignores_control_messages(collect, proxy):
-    run = collect(proxy, collect_mode="subscribe")
-    run.wait_for(lambda: proxy.subscribers == 1 and run.status["ignored"] == 1)
-    proxy.push(payload(1))
-    proxy.refresh()
-    proxy.push(payload(2))
-    run.wait_for(lambda: run.accounted == 4)
-    assert (stored_ids(run.store), run.status["ignored"]) == (["r1", "r2"], 2)
-
-
-def test_collector_that_subscribes_drains_the_queue_of_each_gap(collect, proxy):
+def test_collector_that_subscribes_drains_the_queue_of_each_gap_and_ignores_control_messages(collect, proxy):
     proxy.push(payload(1))
     run = collect(proxy, collect_mode="subscribe")
     run.wait_for(lambda: proxy.subscribers == 1 and run.status["events"] == 1)
@@ -284,38 +206,33 @@ def test_collector_that_subscribes_drains_the_queue_of_each_gap(collect, proxy):
     assert proxy.queued == 2
     proxy.listen_again()
     run.wait_for_events(3)
+    proxy.wait_for(lambda: proxy.subscribers == 1)
+    proxy.refresh()
     proxy.push(payload(4))
     run.wait_for_events(4)
+    assert run.status["ignored"] == 3  # each subscription begins with one
     assert (stored_ids(run.store), proxy.lost, proxy.failures) == (["r1", "r2", "r3", "r4"], [], 0)
 
 
 def test_collector_that_subscribes_leaves_other_subscribers_their_events(collect, proxy, tmp_path):
-    other = app.Store(tmp_path / "other.db")
-    try:
+    with closing(app.Store(tmp_path / "other.db")) as other:
         runs = [collect(proxy, collect_mode="subscribe", on=on) for on in (None, other)]
         proxy.wait_for(lambda: proxy.subscribers == 2)
         proxy.push(*payloads(50))
         for run in runs:
             run.wait_for_events(50)
             run.end()
-    finally:
-        other.close()
 
 
 @pytest.mark.parametrize("count", [50, 1200])
 def test_collector_that_subscribes_stores_all_it_heard_before_the_stop(collect, open_store, store, proxy, count):
     run = collect(proxy, collect_mode="subscribe")
     run.wait_for(lambda: proxy.subscribers == 1 and run.status["ignored"] == 1)
-    locker = lock(store)
-    try:
-        for number in range(count):
-            proxy.push(payload(number))
-            if number % 100 == 99:
-                proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
+    with closing(lock(store)):
+        for first in range(0, count, 50):
+            proxy.push(*payloads(50, first))
+            proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
         run.wait_for_state("storage_error")
-        proxy.wait_for(lambda: not any(one.outbox for one in proxy._subscribers))
-    finally:
-        locker.close()
     run.end()
     after = collect(proxy, on=open_store())
     after.wait_for_state("waiting", "recording")
@@ -349,14 +266,9 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
     proxy.publishing = False
     run = collect(proxy, collect_mode="subscribe")
     run.wait_for(lambda: run.status["ignored"] == 1)  # the control message, which is no usage
-    wait_for_turns(run)
+    turned = time.monotonic() + 0.3  # a subscriber waits without the stop event
+    run.wait_for(lambda: time.monotonic() > turned)
     assert (run.state, run.status["publishing"]) == ("publishing_off", False)
-
-
-def wait_for_turns(run):
-    """Wait for some turns of a subscriber, which waits without the stop event."""
-    seen = time.monotonic() + 0.3
-    run.wait_for(lambda: time.monotonic() > seen)
 
 
 # ---- the default ports -----------------------------------------------------------------------------------
@@ -380,37 +292,28 @@ def redis_at_default(password=None) -> RedisServer:
     return server
 
 
-def test_default_ports_with_only_a_proxy_take_its_own_port(collect, default_ports):
-    with FakeProxy(port=8317) as proxy:
-        proxy.push(payload(1))
-        run = collect()
-        run.wait_for_events(1)
-        run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
-        assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
-
-
 def test_default_ports_with_nobody_there_name_both(collect, default_ports):
-    run = collect()
-    run.wait_for_state("refused")
+    run = collect(until="refused")
     assert "6379" in run.status["message"] and "8317" in run.status["message"]
 
 
-@pytest.mark.redis
-@pytest.mark.parametrize("password", [None, "another-password"])
-def test_default_ports_with_a_foreign_redis_take_the_proxy(collect, default_ports, password):
-    with redis_at_default(password), FakeProxy(port=8317) as proxy:
+A_REDIS = pytest.mark.redis
+
+
+@pytest.mark.parametrize("there", [None, *(pytest.param(key, marks=A_REDIS) for key in ("", "another-password"))])
+def test_default_ports_with_no_redis_or_a_foreign_one_take_the_proxy(collect, default_ports, there):
+    with redis_at_default(there or None) if there is not None else nullcontext(), FakeProxy(port=8317) as proxy:
         proxy.push(payload(1))
-        run = collect()
-        run.wait_for_events(1)
-        assert run.status["endpoint"] == "127.0.0.1:8317" and proxy.failures == 0
+        run = collect(stored=1)
+        run.wait_for(lambda: "endpoint=127.0.0.1:8317" in run.log)
+        assert (run.status["endpoint"], proxy.failures) == ("127.0.0.1:8317", 0)
 
 
 @pytest.mark.redis
 def test_default_ports_with_a_redis_that_has_the_list_stay_there(collect, default_ports):
     with redis_at_default() as server, FakeProxy(port=8317) as proxy:
         server.push("usage", payload(1))
-        run = collect()
-        run.wait_for_events(1)
+        run = collect(stored=1)
         assert run.status["endpoint"] == "127.0.0.1:6379" and proxy.connections == 0
 
 
@@ -429,7 +332,6 @@ def test_default_ports_with_a_wrong_key_at_the_proxy_behind_a_redis_fail_once(co
 
 def test_default_ports_left_alone_only_by_name_are_not_guessed(collect, default_ports):
     with FakeProxy(port=8317) as proxy:
-        run = collect(config_of(cliproxy_host="localhost"))
-        run.wait_for_state("refused")
+        run = collect(config_of(cliproxy_host="localhost"), until="refused")
         wait_a_while(run, 3)
         assert proxy.connections == 0

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import socket
-import struct
-import termios
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import pytest
-from fake_proxy import read_command
-from redis_server import OldRedis
+from collecting import QuickStop, wait_a_while
+from redis_server import OldRedis, Scripted
 from support import (
     ALWAYS,
     MALFORMED,
     ODD_BUT_GOOD,
-    Hangup,
-    ProtocolError,
-    QuickStop,
-    SocketServer,
     ids_of,
     lock,
     payload,
@@ -30,7 +23,6 @@ from support import (
     rows,
     spool_path,
     stored_ids,
-    wait_a_while,
 )
 
 import usage_dashboard as app
@@ -41,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
-def test_collector_whose_connection_breaks_connects_again_without_loss(collect, proxy, mode):
+def test_collector_whose_connection_breaks_connects_again_without_loss_or_outage(collect, proxy, store, mode):
     run = collect(proxy, collect_mode=mode)
     for number in range(3):
         proxy.push(payload(number))
@@ -50,31 +42,8 @@ def test_collector_whose_connection_breaks_connects_again_without_loss(collect, 
         proxy.disconnect_all()
         run.wait_for(lambda before=before: proxy.connections > before)
         run.wait_for(lambda: mode != "subscribe" or proxy.subscribers == 1)
-    assert proxy.failures == 0 and stored_ids(run.store) == ["r0", "r1", "r2"]
-
-
-def test_collector_whose_proxy_restarts_stores_what_comes_after(collect, proxy):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
-    proxy.stop_listening()
-    proxy.disconnect_all()
-    run.wait_for_state("unreachable", "refused")
-    proxy.push(payload(1))
-    proxy.listen_again()
-    run.wait_for_events(1)
-    run.wait_for_state("recording")
-
-
-def test_collector_whose_redis_restarts_stores_what_comes_after(collect, redis_server):
-    redis_server.push("usage", payload(1))
-    run = collect(redis_server)
-    run.wait_for_events(1)
-    redis_server.stop()
-    run.wait_for_state("unreachable", "refused")
-    redis_server.start()
-    redis_server.push("usage", payload(2))
-    run.wait_for_events(2)
-    assert stored_ids(run.store) == ["r1", "r2"]
+    assert proxy.failures == 0 and stored_ids(store) == ["r0", "r1", "r2"]
+    run.wait_for(lambda: store.outages(ALWAYS, time.time()) == [])
 
 
 def small(number) -> bytes:
@@ -83,8 +52,7 @@ def small(number) -> bytes:
 
 @pytest.mark.parametrize(("mode", "step"), [("pop", 1), ("http", 5)])
 def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, proxy, mode, step):
-    run = collect(proxy, stop=QuickStop(0.002), collect_mode=mode)
-    run.wait_for_state("waiting")
+    run = collect(proxy, stop=QuickStop(0.002), collect_mode=mode, until="waiting")
     pair = 2 * len(b"$%d\r\n%s\r\n" % (len(small(0)), small(0)))
     head = 0 if mode == "pop" else 250
     number = 0
@@ -106,69 +74,42 @@ def test_queue_cut_at_every_byte_of_a_reply_loses_only_what_was_cut(collect, pro
     assert run.store.find_faults() == [] and proxy.failures == 0
 
 
-def test_queue_that_dribbles_loses_nothing(collect, proxy):
-    proxy.push(*payloads(6))
-    proxy.dribble(0.0002)
-    run = collect(proxy)
-    run.wait_for_events(6)
-    assert proxy.lost == []
-
-
-class Scripted(SocketServer):
-    """A proxy that answers each RPOP with the next reply of a script, and resets the connection at a None."""
-
-    def __init__(self, replies: list[bytes | None]) -> None:
-        super().__init__()
-        self.replies = deque(replies)
-
-    def serve(self, stream) -> None:
-        while stream.buffer or stream.fill():
-            try:
-                name = read_command(stream)[0]
-            except ProtocolError:
-                return  # a question over HTTP
-            if name == "AUTH":
-                stream.send(b"+OK\r\n")
-            elif name == "LLEN":
-                stream.send(b"-ERR unknown command 'llen'\r\n")
-            else:
-                self.answer_pop(stream)
-
-    def answer_pop(self, stream) -> None:
-        stream.send(self.replies.popleft() if self.replies else b"$-1\r\n")
-        if self.replies and self.replies[0] is None:
-            self.replies.popleft()
-            while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):
-                self.closing.wait(0.001)  # a reset throws away what the kernel has not sent yet
-            stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            stream.sock.close()
-            raise Hangup
-
-
 def test_queue_reset_behind_a_full_batch_costs_none_of_it(collect):
-    script = [reply for first in range(0, 320, 16) for reply in [*replies_of(payloads(16, first)), None]]
+    script = [reply for first in range(0, 320, 16) for reply in [*payloads(16, first), None]]
     with Scripted(script) as server:
-        run = collect(server, collect_mode="pop")
-        run.wait_for_events(320)
+        run = collect(server, collect_mode="pop", stored=320)
         assert stored_ids(run.store) == [f"r{number}" for number in range(320)]
 
 
 @pytest.mark.parametrize("position", [0, 7, 15])
 def test_queue_with_an_error_between_its_replies_keeps_the_others(collect, position):
-    script = replies_of(payloads(15))
+    script = payloads(15)
     script.insert(position, b"-LOADING Redis is loading the dataset in memory\r\n")
     with Scripted(script) as server:
-        run = collect(server, collect_mode="pop")
-        run.wait_for_events(15)
+        run = collect(server, collect_mode="pop", stored=15)
         assert stored_ids(run.store) == [f"r{number}" for number in range(15)]
         run.wait_for(lambda: "LOADING" in run.log and "state=unreachable" in run.log)
+
+
+ODD_REPLIES = [b":7\r\n", b"+text\r\n", b"*0\r\n", b"*2\r\n:1\r\n$1\r\nx\r\n", b"*1\r\n" * 60 + b"$-1\r\n"]
+
+
+def test_reply_to_a_pop_that_is_no_value_costs_itself_alone(collect):
+    good = replies_of(payloads(len(ODD_REPLIES) + 1))
+    with Scripted([*itertools.chain.from_iterable(zip(good, ODD_REPLIES)), good[-1]]) as server:
+        run = collect(server, collect_mode="pop")
+        run.wait_for(lambda: run.accounted == len(good) + len(ODD_REPLIES))
+        assert stored_ids(run.store) == [f"r{number}" for number in range(len(good))]
+        assert run.status["rejected"] == len(ODD_REPLIES) and run.error is None
 
 
 # ---- odd events ------------------------------------------------------------------------------------------
 
 
 def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(collect, proxy):
-    bad = [raw for raw, _ in MALFORMED]
+    secrets = {"api_key": "sk-client-aaaa-1111", "source": "AIzaSyFAKE-0001", "client_ip": "10.1.2.3"}
+    fail = {"status_code": 500, "body": "the prompt of somebody"}
+    bad = [*(raw for raw, _ in MALFORMED), payload(1, timestamp="never", fail=fail, **secrets)]
     good = payloads(len(bad), first=200)
     mixed = [one for pair in zip(bad, good) for one in pair]
     proxy.push(*mixed, *ODD_BUT_GOOD, b'{"refresh":true}', payload(99, generate=False))
@@ -179,18 +120,8 @@ def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(
     kept = rows(run.store.path, "SELECT reason, length, event FROM rejected_events ORDER BY id")
     assert [row[1] for row in kept] == [len(raw) for raw in bad]
     assert all(reason for reason, _, _ in kept) and run.store.find_faults() == []
-
-
-def test_collector_parks_a_rejected_event_without_its_secrets(collect, proxy):
-    secrets = {"api_key": "sk-client-aaaa-1111", "source": "AIzaSyFAKE-0001", "client_ip": "10.1.2.3"}
-    fail = {"status_code": 500, "body": "the prompt of somebody"}
-    proxy.push(payload(1, timestamp="never", fail=fail, **secrets))
-    run = collect(proxy)
-    run.wait_for(lambda: run.status["rejected"] == 1)
-    ((kept,),) = rows(run.store.path, "SELECT event FROM rejected_events")
-    assert json.loads(kept)["model"] == "gpt-5.4"
-    for secret in ("sk-client", "AIzaSy", "10.1.2.3", "prompt"):
-        assert secret not in kept and secret not in run.log
+    assert json.loads(kept[-1][2])["model"] == "gpt-5.4"
+    assert not any(secret in str(kept) + run.log for secret in ("sk-client", "AIzaSy", "10.1.2.3", "prompt"))
 
 
 # ---- the database cannot be written ----------------------------------------------------------------------
@@ -198,8 +129,7 @@ def test_collector_parks_a_rejected_event_without_its_secrets(collect, proxy):
 
 @pytest.mark.parametrize(("fault", "said"), [("locked", "locked"), ("full", "no room on the disk")])
 def test_collector_that_cannot_store_stops_popping_and_recovers_without_loss(collect, proxy, store, fault, said):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     if fault == "full":
         room(store, 45)
     locker = lock(store) if fault == "locked" else None
@@ -209,78 +139,52 @@ def test_collector_that_cannot_store_stops_popping_and_recovers_without_loss(col
     popped = len(proxy.handed_over)
     wait_a_while(run, 5)
     assert len(proxy.handed_over) == popped < (17 if locker else 3000)  # the batch in hand
+    spooled = [one.request_id for _, parsed in app.Spool(spool_path(store)).read() for one in parsed.events]
+    assert spooled and stored_ids(store) + spooled == ids_of(proxy.handed_over)
     assert said in run.status["message"] and run.log.count("state=storage_error") == 1
+    assert str(store.path) in run.log and str(store.path.parent) not in run.status["message"]
+    run.ahead_s = 600.0
     if locker:
         locker.close()
     room(store, 1_000_000)
     run.wait_for_events(3000)
     run.wait_for_state("recording")
     assert stored_ids(store) == ids_of(proxy.handed_over) and store.find_faults() == []
+    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
 
 
-def test_collector_with_a_locked_database_has_what_it_popped_in_its_spool(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
-    locker = lock(store)
-    proxy.push(*payloads(40))
-    run.wait_for_state("storage_error")
-    wait_a_while(run, 3)
-    spooled = [one.request_id for _, parsed in app.Spool(spool_path(store)).read() for one in parsed.events]
-    locker.close()
-    assert spooled == ids_of(proxy.handed_over) and 0 < len(spooled) <= 16
-    run.wait_for_events(40)
-
-
-def test_collector_with_a_locked_database_does_not_pop_before_it_can_store(collect, proxy, store):
-    locker = lock(store)
-    proxy.push(*payloads(40))
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
+@pytest.mark.parametrize(("fault", "spooled"), [("locked", 0), ("locked", 1), ("full", 3000)])
+def test_collector_does_not_pop_before_it_can_store(collect, proxy, store, fault, spooled):
+    if spooled:
+        left = [payload(number, alias="x" * 150 + str(number)) for number in range(spooled)]
+        app.Spool(spool_path(store)).append(1, app.parse_events(left))
+    locker = lock(store) if fault == "locked" else None
+    if fault == "full":
+        room(store, 45)
+    proxy.push(*payloads(40, first=5000))
+    run = collect(proxy, until="storage_error")
     wait_a_while(run, 10)
     assert proxy.handed_over == []
-    locker.close()
-    run.wait_for_events(40)
+    if locker:
+        locker.close()
+    room(store, 1_000_000)
+    run.wait_for_events(spooled + 40)
 
 
-def test_collector_on_an_open_redis_with_a_locked_database_loses_nothing(collect, redis_server, store):
-    locker = lock(store)
-    redis_server.push("usage", *payloads(20))
-    run = collect(redis_server, management_password="")
-    run.wait_for_state("storage_error")
-    wait_a_while(run, 6)
-    locker.close()
-    run.wait_for_state("recording")
-    run.wait_for(lambda: redis_server.length("usage") == 0)
-    wait_a_while(run, 3)
-    assert stored_ids(store) == [f"r{number}" for number in range(20)]
-
-
-def test_collector_without_a_key_keeps_what_it_popped_to_log_in_when_the_lock_comes_just_then(collect, store):
-    locks = []
+@pytest.mark.parametrize("moment", ["before the start", "at the first pop"])
+def test_collector_without_a_key_keeps_what_it_popped_to_log_in_while_the_database_is_locked(collect, store, moment):
+    locks = [lock(store)] if moment == "before the start" else []
 
     def lock_once():
         if not locks:
             locks.append(lock(store))
 
     with OldRedis(payloads(20), before_a_pop=lock_once) as server:
-        run = collect(server, management_password="")
-        run.wait_for_state("storage_error")
+        run = collect(server, management_password="", until="storage_error")
+        wait_a_while(run, 6)
         locks[0].close()
         run.wait_for_events(20)
         assert stored_ids(store) == [f"r{number}" for number in range(20)]
-
-
-def test_collector_on_a_full_disk_with_a_spool_pops_nothing_new(collect, proxy, store):
-    left = [payload(number, alias="x" * 150 + str(number)) for number in range(3000)]
-    app.Spool(spool_path(store)).append(1, app.parse_events(left))
-    room(store, 45)
-    proxy.push(*payloads(40, first=5000))
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
-    wait_a_while(run, 6)
-    assert proxy.handed_over == []
-    room(store, 1_000_000)
-    run.wait_for_events(3040)
 
 
 @pytest.mark.parametrize("damage", ["overwritten", "truncated"])
@@ -310,13 +214,19 @@ def replace_content(path, content) -> None:
 
 
 def test_full_disk_that_still_takes_an_outage_leaves_none_open_once_it_is_mended(collect, proxy, store):
-    run = collect(proxy)
-    run.wait_for_state("waiting")
+    run = collect(proxy, until="waiting")
     room(store, rows(store.path, "PRAGMA page_count")[0][0] + 2)
     proxy.push(*[payload(number, alias="x" * 150 + str(number)) for number in range(300)])
     run.wait_for_state("storage_error")
-    assert [outage["reason"] for outage in store.outages(ALWAYS, time.time())] == ["storage_error"]
+    run.wait_for(lambda: [one["reason"] for one in store.outages(ALWAYS, time.time())] == ["storage_error"])
     room(store, 1_000_000)
     run.wait_for_events(300)
     run.wait_for_state("recording")
     assert [outage for outage in store.outages(ALWAYS, time.time()) if outage["to"] is None] == []
+
+
+def test_odd_element_of_an_http_answer_costs_itself_alone(collect, proxy, store):
+    proxy.push(payload(1), b"[" * 900 + b"]" * 900, b'"\xff"', b"7", payload(2))
+    run = collect(proxy, collect_mode="http")
+    run.wait_for(lambda: run.accounted == 5)
+    assert stored_ids(store) == ["r1", "r2"] and run.status["rejected"] == 3

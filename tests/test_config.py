@@ -10,7 +10,7 @@ import usage_dashboard as app
 
 def load(tmp_path, content, env=None, flags=None):
     path = tmp_path / "config.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     return app.load_config(path, env or {}, flags)
 
 
@@ -51,6 +51,13 @@ def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize("key", ["database", "auth_dir", "cliproxy_host", "dashboard_host", "queue_key"])
+@pytest.mark.parametrize("letter", ["\0", "\n", "\x1b", "\ud800"])
+def test_text_with_letters_that_no_system_takes_is_a_fault(tmp_path, key, letter):
+    with pytest.raises(app.ConfigError, match=f'"{key}" must not hold line breaks or other control characters'):
+        load(tmp_path, {key: f"a{letter}b"})
+
+
 def test_unknown_key_is_a_warning_with_the_nearest_name(tmp_path):
     config, warnings = load(tmp_path, {"dashbord_port": 1, "zzz": 2})
     assert config == app.Config()
@@ -58,21 +65,15 @@ def test_unknown_key_is_a_warning_with_the_nearest_name(tmp_path):
     assert '"zzz" is unknown' in warnings[1] and "did you mean" not in warnings[1]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1,}', "nul"])
-def test_file_that_is_no_json_object_is_named(tmp_path, content):
-    with pytest.raises(app.ConfigError, match="config.json"):
-        load(tmp_path, content)
-
-
-def test_file_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "config.json").write_bytes(b'{"queue_key": "\xff"}')
-    with pytest.raises(app.ConfigError, match="UTF-8"):
+@pytest.mark.parametrize(("content", "said"), [
+    *((content, "JSON") for content in (b"", b"{", b"[1]", b'{"a": 1,}', b"nul", b"[" * 100_000)),
+    (b'{"queue_key": "\xff"}', "UTF-8"), (None, "does not exist"),
+])  # fmt: skip
+def test_file_that_is_missing_or_no_json_object_is_named(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(app.ConfigError, match=f"config.json.*{said}"):
         app.load_config(tmp_path / "config.json", {})
-
-
-def test_named_file_must_exist(tmp_path):
-    with pytest.raises(app.ConfigError, match="does not exist"):
-        app.load_config(tmp_path / "none.json", {})
 
 
 def test_file_with_a_byte_order_mark_is_read(tmp_path):

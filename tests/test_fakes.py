@@ -71,22 +71,6 @@ def test_proxy_of_an_old_version_is_frozen_by_an_idle_connection(version, freeze
             assert other.call("AUTH", KEY) == "OK"
 
 
-def test_proxy_diverts_events_while_somebody_subscribes(proxy):
-    proxy.push("before")
-    with connected(proxy, KEY) as popper:
-        with connected(proxy, KEY) as subscriber:
-            subscriber.call("SUBSCRIBE", "usage")
-            assert subscriber.receive() == [b"message", b"usage", b'{"support_refresh":true}']
-            assert popper.call("RPOP", "usage") == b"before"
-            proxy.push("during")
-            assert popper.call("RPOP", "usage") is None
-            assert subscriber.receive() == [b"message", b"usage", b"during"]
-        proxy.wait_for(lambda: proxy.subscribers == 0)
-        proxy.push("after")
-        assert popper.call("RPOP", "usage") == b"after"
-    assert proxy.handed_over == [b"before", b"during", b"after"]
-
-
 @pytest.mark.parametrize("n_bytes", [0, 9, 10, 19])
 def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_bytes):
     proxy.push("e000", "e001", "e002")
@@ -100,18 +84,6 @@ def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_byt
     proxy.wait_for(lambda: proxy.open_connections == 0)
     assert got == proxy.handed_over[: n_bytes // 10]  # a reply has 10 bytes
     assert proxy.lost == proxy.handed_over[n_bytes // 10 :]
-
-
-def test_proxy_takes_nothing_for_a_command_of_a_connection_that_is_gone(proxy):
-    with connected(proxy, KEY) as client:
-        with proxy.lock:  # the command has arrived, and waits
-            client.send(app.encode_command("RPOP", "usage"))
-            proxy.disconnect_all()
-            proxy.push("kept")
-        with pytest.raises(app.QueueFault):
-            client.receive()
-        proxy.wait_for(lambda: proxy.open_connections == 0)
-    assert (proxy.queued, proxy.handed_over, proxy.commands) == (1, [], ["AUTH", "RPOP"])
 
 
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):

@@ -6,7 +6,7 @@ import gzip
 import re
 
 import pytest
-from page_support import HOUR, LANGS, PAGE, WORDS, fill, many, set_state, tokens
+from page_support import HOUR, LANGS, PAGE, WORDS, many, set_state, tokens
 from support import event, free_port, put
 from webdriver import Browser
 
@@ -61,7 +61,6 @@ def test_page_is_small_enough_for_a_small_board():
 
 
 def test_figures_on_the_page_equal_what_the_api_says(page, site):
-    fill(site)
     page.open()
     # 90,122 + 4,210 and so on, added up by hand.
     expected = {"requests": 3, "total": 98_303, "input": 94_332, "output": 3_971, "reasoning": 2_502}
@@ -71,14 +70,12 @@ def test_figures_on_the_page_equal_what_the_api_says(page, site):
 
 @pytest.mark.parametrize("failed, told", [(1, ">99.9% succeeded"), (1999, "<0.1% succeeded"), (40, "98% succeeded")])
 def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, between, failed, told):
-    fill(site)
     requests = 12_300 if failed == 1 else 2000
     between.changes["/api/summary"] = lambda body: body["summary"].update(requests=requests, failed=failed)
     assert page.open(server=between).text("#sub-requests").endswith(told)
 
 
 def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
-    fill(site)
     page.open()
     text = page.js("document.body.innerText")
     for label in (
@@ -97,7 +94,6 @@ def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
 
 
 def test_first_visit_follows_the_browsers_language_and_theme(browser, site):
-    fill(site)
     with Browser(width=390, height=844, accept_lang="vi-VN", dark=True) as phone:
         phone.goto(f"http://127.0.0.1:{site.port}/")
         phone.wait_until("document.querySelector('#kpi-requests').title")
@@ -109,15 +105,14 @@ def test_first_visit_follows_the_browsers_language_and_theme(browser, site):
         assert phone.console_errors() == []
 
 
-@pytest.mark.parametrize("name", ["today", "1h", "5h", "24h", "7d"])
-def test_each_range_shows_its_own_number(page, site, name):
-    fill(site)
+def test_each_range_shows_its_own_number(page, site):
     page.open("")
-    page.select("#range", name)
-    page.wait_until(f"location.search.includes('range={name}') || '{name}' === 'today'")
-    midnight = page.js("new Date().setHours(0, 0, 0, 0) / 1000")
-    query = f"range=today&start={midnight:.0f}" if name == "today" else f"range={name}"
-    page.wait_for_requests(site.json(f"/api/summary?{query}")["summary"]["requests"])
+    for name in ("7d", "24h", "5h", "1h", "today"):
+        page.select("#range", name)
+        page.wait_until(f"location.search.includes('range={name}') || '{name}' === 'today'")
+        midnight = page.js("new Date().setHours(0, 0, 0, 0) / 1000")
+        query = f"range=today&start={midnight:.0f}" if name == "today" else f"range={name}"
+        page.wait_for_requests(site.json(f"/api/summary?{query}")["summary"]["requests"])
 
 
 # ---- states of the collector ------------------------------------------------------------------------------------
@@ -137,8 +132,8 @@ def test_demo_says_it_is_made_up_and_a_server_that_goes_away_leaves_its_numbers(
     assert page.figure("requests") > 3000
 
 
-def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(page, site, between):
-    set_state(site, "wrong_password", publishing=None)
+def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(page, empty, between):
+    set_state(empty, "wrong_password", publishing=None)
     between.changes["/api/health"] = lambda body: body.update(account_files={"found": 0})
     page.open(server=between)
     page.wait_for("#empty", "e.dataset.kind === 'first'")
@@ -149,8 +144,8 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(p
         assert all(word in text for word in words)
     assert page.one("#remedy", "e.hidden")  # it stands in the list
 
-    set_state(site, "waiting", publishing=True)
-    put(site.store, event(at=site.now - 30 * HOUR))
+    set_state(empty, "waiting", publishing=True)
+    put(empty.store, event(at=empty.now - 30 * HOUR))
     page.click("#refresh")
     page.wait_for("#empty", "e.dataset.kind === 'range'")
     assert "No requests in this range" in page.text("#empty")
@@ -163,7 +158,6 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(p
 
 
 def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(page, site):
-    fill(site)
     site.status.update(until=site.now + 600, publishing=None, retention_seconds=60)
     page.open()
     for state in sorted(set(app.STATE_REMEDIES) - {"starting", "recording", "waiting"}):
@@ -178,10 +172,14 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             forgets = WORDS["forgets"][n].replace("{t}", ("1m", "1 phút")[n])
             assert (forgets in told) is (state != "publishing_off")  # then it records none
             assert ("in English" in page.js("document.body.innerText")) is (lang == "en")
+    page.speak("en")
+    site.status.update(state="brand_new", message="Feed the hamster.")  # of a newer program
+    page.click("#refresh")
+    page.wait_for_text("#status-text", "State unknown")
+    page.wait_for_text("#remedy", "Feed the hamster.")
 
 
 def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, site):
-    fill(site)
     site.status.update(warning="retention_short", retention_seconds=10)
     page.open()
     page.wait_for_text("#remedy", "forgets after 10s")
@@ -191,19 +189,10 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     page.wait_for_text("#remedy", "quên sau 10 giây")
 
 
-def test_state_of_a_newer_program_is_told_in_its_own_words(page, site):
-    site.status.update(state="brand_new", message="Feed the hamster.")
-    fill(site)
-    page.open()
-    page.wait_for_text("#status-text", "State unknown")
-    assert page.text("#remedy") == "Feed the hamster."
-
-
 # ---- filters ----------------------------------------------------------------------------------------------------
 
 
 def test_models_accounts_and_chips_filter_everything(page, site):
-    fill(site)
     page.open()
     page.click("#models li[data-model='gpt-5.5'] button")
     page.wait_for_requests(1)
@@ -218,7 +207,6 @@ def test_models_accounts_and_chips_filter_everything(page, site):
 
 
 def test_window_alone_without_requests_is_an_empty_range_and_an_unknown_status_no_filter(page, site):
-    fill(site)
     start = int(site.now - 300 * HOUR)
     page.open(f"?range=7d&start={start}&end={start + HOUR}&status=blah")
     assert page.one("#empty", "e.dataset.kind") == "range"
@@ -227,7 +215,6 @@ def test_window_alone_without_requests_is_an_empty_range_and_an_unknown_status_n
 
 
 def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
-    fill(site)
     nothing = tokens(0, 0, 0, 0, 0)
     put(site.store, *[event(at=site.now - 60 - n, model="gpt-5.5", failed=1, **nothing) for n in range(3)])
     page.open("?range=24h&status=failed")
@@ -239,7 +226,6 @@ def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
 
 
 def test_filter_taken_away_leaves_the_focus_on_the_next_one_then_on_the_chart(page, site):
-    fill(site)
     page.open("?range=24h&model=gpt-5.5&status=ok")
     page.script("document.querySelector('.chip').focus()")
     page.press("Enter")
@@ -252,7 +238,6 @@ def test_filter_taken_away_leaves_the_focus_on_the_next_one_then_on_the_chart(pa
 
 
 def test_masked_page_holds_neither_names_nor_search_but_tells_accounts_apart(page, site):
-    fill(site)
     page.open("?range=24h&account=b%40example.com&q=example")
     assert "b@example.com" in page.js("document.body.outerHTML")
     page.click("#privacy")
@@ -278,7 +263,6 @@ def test_masked_page_holds_neither_names_nor_search_but_tells_accounts_apart(pag
 
 
 def test_keyboard_alone_reaches_and_operates_everything(page, site):
-    fill(site)
     page.open()
     page.script("document.activeElement.blur()")
     reached = {}
@@ -310,18 +294,16 @@ def test_keyboard_alone_reaches_and_operates_everything(page, site):
     page.wait_until("location.search.includes('model=')")
 
 
-@pytest.mark.parametrize("width", [360, 768, 2560])
-def test_page_never_scrolls_sideways(page, site, width):
-    fill(site)
+def test_page_never_scrolls_sideways(page, site):
     page.open()
-    page.resize(width, 900)
-    page.wait_until(f"innerWidth === {width}")
-    assert page.js("document.documentElement.scrollWidth - innerWidth") <= 0
+    for width in (360, 768, 2560):
+        page.resize(width, 900)
+        page.wait_until(f"innerWidth === {width}")
+        assert page.js("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 @pytest.mark.parametrize("lang", LANGS)
 def test_no_label_is_cut_on_the_narrowest_phone(page, site, between, lang):
-    fill(site)
     page.resize(360, 800)
     between.changes["/api/quota"] = lambda body: body.update(cooldown_seconds=299)
     page.open(server=between)
@@ -344,8 +326,8 @@ def test_no_label_is_cut_on_the_narrowest_phone(page, site, between, lang):
     assert room >= wide + 30  # the arrow and the edges
 
 
-def test_paper_is_white_whole_and_without_controls(page, site):
-    many(site, 60)
+def test_paper_is_white_whole_and_without_controls(page, empty):
+    many(empty, 60)
     page.resize(725, 1000)  # A4 within its margins
     page.emulate(dark=True)
     page.open()
@@ -366,44 +348,35 @@ def test_paper_is_white_whole_and_without_controls(page, site):
 
 @pytest.mark.parametrize("width, height", [(1440, 2000), (1440, 500), (390, 500)])  # with and without a scroll bar
 def test_first_load_moves_nothing(page, site, width, height):
-    fill(site)
     page.resize(width, height)
-    watch = page.new_document_script("""
+    with page.before_load("""
       window.moved = 0;
       new PerformanceObserver((list) => { for (const e of list.getEntries()) window.moved += e.value; })
-        .observe({type: 'layout-shift', buffered: true});""")
-    try:
+        .observe({type: 'layout-shift', buffered: true});"""):
         page.open()
-        page.wait_for_rows(3)
-        next_frame = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
-        page.run_async(next_frame)
-        assert page.js("window.moved") == 0
-    finally:
-        page.remove_document_script(watch)
+    page.wait_for_rows(3)
+    page.run_async("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
+    assert page.js("window.moved") == 0
 
 
 def test_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(page, site, between):
-    fill(site)
     # The timer of 30 seconds is fired by hand.
-    timers = page.new_document_script("""
+    with page.before_load("""
       const start = window.setTimeout.bind(window);
-      window.setTimeout = (act, delay) => delay === 30000 ? (window.fire = act, 0) : start(act, delay);""")
-    try:
+      window.setTimeout = (act, delay) => delay === 30000 ? (window.fire = act, 0) : start(act, delay);"""):
         page.open(server=between)
-        answered = "performance.getEntriesByType('resource').filter((e) => e.name.includes('/api/'))"
-        page.wait_until(f"window.fire && {answered}.filter((e) => e.responseEnd).length === 4")
-        page.script("""
-          window.hidden_at = null;
-          document.addEventListener('visibilitychange', () => {
-            if (document.hidden) { window.fire(); window.hidden_at = performance.now(); } });""")
-        asked = len(between.asked)
-        with page.other_tab():
-            page.goto("about:blank")
-            assert len(between.asked) == asked
-        page.wait_until(f"!document.hidden && {answered}.some((e) => e.startTime > window.hidden_at)")
-        assert len(between.asked) > asked
-    finally:
-        page.remove_document_script(timers)
+    answered = "performance.getEntriesByType('resource').filter((e) => e.name.includes('/api/'))"
+    page.wait_until(f"window.fire && {answered}.filter((e) => e.responseEnd).length === 4")
+    page.script("""
+      window.hidden_at = null;
+      document.addEventListener('visibilitychange', () => {
+        if (document.hidden) { window.fire(); window.hidden_at = performance.now(); } });""")
+    asked = len(between.asked)
+    with page.other_tab():
+        page.goto("about:blank")
+        assert len(between.asked) == asked
+    page.wait_until(f"!document.hidden && {answered}.some((e) => e.startTime > window.hidden_at)")
+    assert len(between.asked) > asked
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------
@@ -414,7 +387,6 @@ def test_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(page, site, 
     ("password_needed", 401, "why.password_needed"), ("bad_start", 400, "why.bad"), ("a_newer_code", 418, "why.http"),
 ])  # fmt: skip
 def test_refusals_are_told_in_the_page_s_own_words(page, site, between, code, status, key):
-    fill(site)
     page.open(server=between)
     page.faults_expected = True
     between.faults["/api/summary"] = lambda handler: handler.refuse(status, code)
@@ -428,7 +400,6 @@ def test_refusals_are_told_in_the_page_s_own_words(page, site, between, code, st
 
 
 def test_answer_cut_off_leaves_the_old_numbers_grey_under_their_own_range_until_it_is_back(page, site, between):
-    fill(site)
     page.open("?range=all", server=between)
     page.faults_expected = True
 
@@ -455,7 +426,6 @@ def test_answer_cut_off_leaves_the_old_numbers_grey_under_their_own_range_until_
 
 
 def test_first_load_that_fails_says_so_and_recovers(page, site, between):
-    fill(site)
     page.faults_expected = True
     between.faults["/api/summary"] = lambda handler: handler.reply(200, b"<html>a proxy's own page</html>")
     page.open(server=between, ready=False)

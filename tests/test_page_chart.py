@@ -6,7 +6,7 @@ import contextlib
 import datetime
 
 import pytest
-from page_support import HOUR, WORDS, fill, tokens
+from page_support import HOUR, WORDS, tokens
 from support import event, put
 
 import usage_dashboard as app
@@ -42,7 +42,6 @@ def kinds_of(drawn):
 
 
 def test_bars_are_as_high_as_their_tokens(page, site):
-    fill(site)
     drawn = page.open().chart()
     assert kinds_of(drawn) == {"cached", "input", "output", "reasoning", "failed"}
     index, cached = highest(drawn)
@@ -52,10 +51,10 @@ def test_bars_are_as_high_as_their_tokens(page, site):
 
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("dark", [False, True])
-def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_legend(page, site, scale, dark):
-    hour = int(site.now) // HOUR * HOUR
+def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_legend(page, empty, scale, dark):
+    hour = int(empty.now) // HOUR * HOUR
     sums = tokens(5000, 2000, 4000, 2000, 9500)
-    put(site.store, event(at=hour - 1800, **sums), event(at=hour - 1800, failed=1, **sums))
+    put(empty.store, event(at=hour - 1800, **sums), event(at=hour - 1800, failed=1, **sums))
     page.resize(1440, 900, scale)
     page.emulate(dark=dark)
     page.open()
@@ -67,7 +66,6 @@ def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_legend(page, site, scal
 
 @pytest.mark.parametrize("feature, value", [("prefers-contrast", "more"), ("forced-colors", "active")])
 def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, feature, value):
-    fill(site)
     page.open()
     place = page.chart()
     pixel = f"getImageData({place['left'] + 5}, {place['base']}, 1, 1).data"
@@ -85,7 +83,6 @@ def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, feat
 
 
 def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page, site, between):
-    fill(site)
     hour = int(site.now) // HOUR * HOUR
     between.changes["/api/summary"] = lambda body: body.update(outages=[
         {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
@@ -117,7 +114,6 @@ def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page,
 
 
 def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
-    fill(site)
     page.open()
     hours = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")["hours"]
     assert [row[1:] for row in page.buckets()] == [(h["requests"], h["total_tokens"], h["failed"]) for h in hours]
@@ -142,8 +138,8 @@ def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
     ("2025-01-01T00:00:00+01:00", "2025-01-14T00:00:00+01:00",
      {"2025-01-02T00:30:00+01:00": 1, "2025-01-02T23:30:00+01:00": 1, "2025-01-03T00:10:00+01:00": 2}),
 ])  # fmt: skip
-def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, site, start, end, expected):
-    put(site.store, *[event(at=at) for at in moments(*expected)])
+def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, empty, start, end, expected):
+    put(empty.store, *[event(at=at) for at in moments(*expected)])
     first, last = moments(start, end)
     with zone(page, "Europe/Berlin"):
         rows = page.open(f"?range=7d&start={first:.0f}&end={last:.0f}").buckets()
@@ -153,21 +149,17 @@ def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, sit
     assert [row[1] for row in rows] == [list(expected.values()).count(n) for n in range(13)]
 
 
-def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_time(page, site):
-    put(site.store, *[event(at=at) for at in moments("2025-07-01T23:30:00-04:00", "2025-07-02T00:30:00-04:00")])
+def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_time(page, empty):
+    put(empty.store, *[event(at=at) for at in moments("2025-07-01T23:30:00-04:00", "2025-07-02T00:30:00-04:00")])
     first, last, winter = moments("2025-01-01T00:00:00-05:00", "2025-12-01T00:00:00-05:00", "2025-12-15T00:00:00-05:00")
-    watch = page.new_document_script(f"Date.now = () => {winter * 1000:.0f}")
-    try:
-        with zone(page, "America/New_York"):
-            rows = page.open(f"?range=all&start={first:.0f}&end={last:.0f}").buckets()
-    finally:
-        page.remove_document_script(watch)
+    with page.before_load(f"Date.now = () => {winter * 1000:.0f}"), zone(page, "America/New_York"):
+        rows = page.open(f"?range=all&start={first:.0f}&end={last:.0f}").buckets()
     assert len(rows) > 100 and rows[0][0] == "1 Jan – 2 Jan"
     assert [row[:2] for row in rows if row[1]] == [("30 Jun – 1 Jul", 1), ("2 Jul – 3 Jul", 1)]
 
 
-def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, site):
-    put(site.store, *[event(at=at) for at in moments("2025-10-24T05:59:00+02:00", "2025-10-28T06:00:00+01:00")])
+def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, empty):
+    put(empty.store, *[event(at=at) for at in moments("2025-10-24T05:59:00+02:00", "2025-10-28T06:00:00+01:00")])
     first, last = moments("2025-10-22T00:00:00+02:00", "2025-10-29T00:00:00+01:00")
     page.resize(2560, 1000)
     with zone(page, "Europe/Berlin"):
@@ -180,7 +172,6 @@ def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(p
 
 
 def test_today_is_told_by_the_hour_from_its_first_minute_to_midnight(page, site, between):
-    fill(site)
     page.open("?range=today", server=between)
     assert all("bucket=" not in path for path in between.asked if path.startswith("/api/summary"))
     assert page.buckets()[0][0].endswith("00:00–01:00")
@@ -192,7 +183,6 @@ def test_today_is_told_by_the_hour_from_its_first_minute_to_midnight(page, site,
 
 
 def test_chart_is_read_out_by_the_keyboard(page, site):
-    fill(site)
     page.open()
     before = page.text("#chart-readout")
     page.script("document.querySelector('#chart').focus()")
@@ -206,7 +196,6 @@ def test_chart_is_read_out_by_the_keyboard(page, site):
 
 
 def test_legend_isolates_a_kind_and_rescales(page, site):
-    fill(site)
     page.open()
     room = page.chart()["base"] - page.chart()["top"]
     assert highest(page.chart(), "reasoning")[1] < room / 10
@@ -220,7 +209,6 @@ def test_legend_isolates_a_kind_and_rescales(page, site):
 
 
 def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
-    fill(site)
     page.open()
     index, _ = highest(page.chart())
     bar = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")["hours"][index]
@@ -239,7 +227,6 @@ def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
 
 
 def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):
-    fill(site)
     page.open()
     drawn = page.chart()
     index, _ = highest(drawn)

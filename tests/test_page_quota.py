@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from page_support import HOUR, LANGS, WORDS, fill
+from page_support import HOUR, LANGS, WORDS
 from support import reading, write_account
 
 import usage_dashboard as app
@@ -24,7 +24,6 @@ def cell(page, email, by, expression="e.innerText"):
 
 
 def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
-    fill(site)
     page.open()
     page.wait_until("document.querySelectorAll('#accounts tbody tr').length >= 4")
     told = {AN: ("62%", "Active"), B: ("20%", "Limited"), WEEKLY: ("—", "88%"), OLD: ("Sign in again",)}
@@ -41,7 +40,6 @@ def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
 
 
 def test_countdown_pace_and_source_of_a_reading_are_told(page, site, between):
-    fill(site)
     between.change_quotas(an={"source": "traffic"})
     page.open(server=between)
     # 62 % are left two hours before a 5-hour reset: an even pace would have left 40 %.
@@ -57,7 +55,6 @@ def test_countdown_pace_and_source_of_a_reading_are_told(page, site, between):
 
 
 def test_window_whose_reset_has_passed_is_due_in_words_and_without_a_percentage(page, site, between):
-    fill(site)
 
     def passed(row):
         row.update(state="reset_due", primary_remaining_percent=None, primary_used_percent=None)
@@ -72,7 +69,6 @@ def test_window_whose_reset_has_passed_is_due_in_words_and_without_a_percentage(
 
 
 def test_forecasts_are_told_only_where_there_are_any(page, site, between):
-    fill(site)
     assert "pace" not in page.open(server=between).account(AN)
     reset = app.utc_text(site.now + 3 * HOUR)
 
@@ -103,7 +99,6 @@ def test_forecasts_are_told_only_where_there_are_any(page, site, between):
 
 
 def test_windows_of_other_lengths_and_meters_stand_beneath_under_their_own_names(page, site, between):
-    fill(site)
     window = {"seconds": None, "used_percent": 23, "remaining_percent": 77, "meter": None,
               "reset_at": app.utc_text(site.now + 50 * HOUR)}  # fmt: skip
     spark = {**window, "label": "5h", "remaining_percent": 33, "meter": "spark"}
@@ -124,7 +119,6 @@ def test_windows_of_other_lengths_and_meters_stand_beneath_under_their_own_names
 
 
 def test_failures_stand_in_words_beside_the_last_good_value_and_its_age(page, site, between):
-    fill(site)
     between.change_quotas(
         an={"state": "rate_limited", "message": "said in English", "ts_epoch": site.now - 3 * HOUR},
         weekly={"state": "disabled", "message": "said in English"},
@@ -139,10 +133,10 @@ def test_failures_stand_in_words_beside_the_last_good_value_and_its_age(page, si
     assert "said in English" not in page.js("document.documentElement.outerHTML")
 
 
-def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, site):
+def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, empty):
     states = sorted(set(app.QUOTA_MESSAGES) - {"disabled"})
     for state in states:
-        site.store.save_quota_state(f"{state}@example.com", f"#{state}", "plus", state, f"{state} in English", site.now)
+        empty.store.save_quota_state(f"{state}@example.com", f"#{state}", "plus", state, f"{state} in English", empty.now)
     page.open()
     for n, lang in enumerate(LANGS):
         page.speak(lang)
@@ -154,7 +148,6 @@ def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, site)
 
 
 def test_account_without_windows_is_neither_active_nor_counted(page, site):
-    fill(site)
     none = reading(email="none@example.com", account_id_tag="#none", state="no_windows", ts_epoch=site.now)
     site.store.save_reading(none)
     page.open()
@@ -166,7 +159,6 @@ def test_account_without_windows_is_neither_active_nor_counted(page, site):
 
 @pytest.mark.parametrize("width, told", [(1440, "1"), (390, "1 failed")])
 def test_failures_of_an_account_are_told_on_every_width(page, site, width, told):
-    fill(site)
     page.resize(width, 900)
     page.open()
     assert cell(page, B, "failed") == told
@@ -174,7 +166,6 @@ def test_failures_of_an_account_are_told_on_every_width(page, site, width, told)
 
 
 def test_status_of_an_account_is_not_cut_on_a_tablet(page, site):
-    fill(site)
     page.resize(768, 900)
     page.open()
     page.speak("vi")
@@ -191,7 +182,6 @@ def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tm
     window = {"used_percent": 58, "limit_window_seconds": 18000, "reset_after_seconds": 3600}
     limits = {"allowed": True, "limit_reached": False, "primary_window": window}
     chatgpt_here.answer("tok-secret-1", body={"plan_type": "plus", "rate_limit": limits})
-    fill(site)
     page.open()
     page.click("#refresh-quota")
     page.wait_for_text("#accounts", "42%")
@@ -203,17 +193,14 @@ def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tm
 
 
 def test_refresh_of_quota_that_runs_elsewhere_is_followed(page, site, between):
-    fill(site)
     # The two seconds between two looks pass at once.
-    watch = page.new_document_script("""
+    quick = """
       const start = window.setTimeout.bind(window);
-      window.setTimeout = (act, delay, ...rest) => start(act, delay === 2000 ? 50 : delay, ...rest);""")
+      window.setTimeout = (act, delay, ...rest) => start(act, delay === 2000 ? 50 : delay, ...rest);"""
     running = {"refreshing": False, "progress": {"done": 2, "total": 5}}
     between.changes["/api/quota"] = lambda body: body.update(running)
-    try:
+    with page.before_load(quick):
         page.open(server=between)
-    finally:
-        page.remove_document_script(watch)
     page.faults_expected = True
     running["refreshing"] = True
     between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(409, "refresh_running")
@@ -231,7 +218,6 @@ def test_refresh_of_quota_that_runs_elsewhere_is_followed(page, site, between):
 def test_refresh_of_quota_that_is_refused_says_why_and_keeps_what_was_read(
     page, site, between, status, code, headers, english, vietnamese, button
 ):
-    fill(site)
     page.open(server=between)
     page.faults_expected = True
     between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(status, code, **headers)

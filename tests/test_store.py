@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 import stat
 import threading
 from contextlib import closing
 
 import pytest
-from support import ALWAYS, DATA, NOON, event, lock, make_original, put, reading, room, rows
+from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, make_original, put, reading, rows
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
@@ -69,20 +70,6 @@ def test_unknown_numbers_stay_unknown_in_the_row_and_add_nothing(store):
     row = store.requests(1)[0]
     assert row["input_tokens"] is None and row["latency_ms"] is None
     assert store.usage(ALWAYS, 3600, 0)[1] == [("gpt-5.4", (1, 0, 0, 0, 0, 0, 0))]
-
-
-def test_batch_that_was_stored_before_is_left_out(store):
-    assert put(store, event(), sequence=7) is True
-    assert put(store, event(), sequence=7) is False
-    assert put(store, event(), sequence=6) is False
-    assert store.event_count == 1 and store.counts["stored"] == 1
-
-
-def test_counts_of_stored_rejected_and_ignored_survive_reopening(open_store):
-    put(open_store(), event(), event(), rejects=[app.Reject("it is not JSON", 3, None)], ignored=4)
-    second = open_store()
-    assert [second.counts[name] for name in ("stored", "rejected", "ignored")] == [2, 1, 4]
-    assert second.event_count == 2
 
 
 def test_only_the_newest_thousand_rejects_are_kept(store):
@@ -186,6 +173,9 @@ def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, b
     buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
     assert (models, accounts) == whole[1:]
     assert sum(sums[0] for sums in buckets.values()) == sum(sums[0] for sums in whole[0].values())
+    for start in (DAY + 5000, DAY + 7300):  # ten minutes, where whole quarters are all that is known
+        cut = store.usage(app.Window(start, start + 600), bucket_s, offset_s, filters)
+        assert app.add_sums(cut.buckets.values()) == app.add_sums(sums for _, sums in cut.models)
 
 
 def test_counts_of_two_threads_that_write_are_all_kept(store):
@@ -228,6 +218,7 @@ def test_write_ahead_log_stays_small_while_answers_are_given(store):
         put(store, *[event(at=NOON + number, error="x" * 150) for number in range(500)])
         store.usage(ALWAYS, 3600, 0)
         store.requests(10)
+        store.quotas()
     assert store.path.stat().st_size > 8_000_000
     assert (store.path.parent / "usage.db-wal").stat().st_size < 6_000_000
 
@@ -237,38 +228,6 @@ def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
     run_sql(tmp_path / "usage.db", "PRAGMA user_version = 99")
     with pytest.raises(app.StoreError, match="newer version"):
         open_store()
-
-
-def test_file_that_is_no_database_is_named_and_not_overwritten(tmp_path):
-    (tmp_path / "usage.db").write_bytes(b"this is no database, but somebody's notes " * 30)
-    before = (tmp_path / "usage.db").read_bytes()
-    with pytest.raises(app.StoreError, match="damaged or no SQLite database"):
-        app.Store(tmp_path / "usage.db")
-    assert (tmp_path / "usage.db").read_bytes() == before
-
-
-def test_folder_that_is_missing_is_named(tmp_path):
-    with pytest.raises(app.StoreError, match="cannot be opened"):
-        app.Store(tmp_path / "none" / "usage.db")
-
-
-def test_locked_database_says_so_and_loses_nothing(store):
-    other = lock(store)
-    with pytest.raises(app.StoreError, match="locked by another program"):
-        put(store, event(), sequence=1)
-    other.close()
-    assert put(store, event(), sequence=1) is True
-    assert (store.event_count, store.find_faults()) == (1, [])
-
-
-def test_full_disk_says_so_and_the_same_batch_is_stored_later(store):
-    room(store, 40)
-    batch = [event(at=NOON + number, error="x" * 150) for number in range(2000)]
-    with pytest.raises(app.StoreError, match="no room on the disk"):
-        put(store, *batch, sequence=1)
-    room(store, 100_000)
-    assert put(store, *batch, sequence=1) is True
-    assert (store.event_count, store.counts["stored"], store.find_faults()) == (2000, 2000, [])
 
 
 def random_events(dice, count):
@@ -286,43 +245,19 @@ def sums_of(events):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_totals_of_random_windows_equal_a_plain_sum_in_python(store, seed):
+def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store, seed):
     dice = random.Random(seed)
     events = list(random_events(dice, 600))
     for start in range(0, 600, 150):
         put(store, *events[start : start + 150])
-    for _ in range(15):
-        start = NOON + dice.uniform(-5000, 86400 * 2)
-        end = start + dice.choice([1, 400, 900, 3600, 20000, 200000])
-        bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
-        inside = [one for one in events if start <= one.ts_epoch < end]
-        window = app.Window(start, end)
-        buckets, models, accounts = store.usage(window, bucket_s, offset_s)
-        models_inside = {one.model for one in inside}
-        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
-        cut = {}
-        for one in inside:
-            cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
-        assert buckets == {key: sums_of(members) for key, members in cut.items()}
-        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
-        assert store.usage(window, bucket_s, offset_s, from_rows=True) == (buckets, models, accounts)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
-    dice = random.Random(seed)
-    events = list(random_events(dice, 500))
-    put(store, *events)
-    window = app.Window(NOON + 1000, NOON + 86400)
-    inside = [one for one in events if window.start <= one.ts_epoch < window.end]
-    owner = {identity: account.name for account in store.accounts() for identity in account.identity_ids}
-    names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(500)}
-    account = dice.choice(sorted(set(owner.values())))
+    names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(1000)}
+    account = dice.choice(sorted(set(names.values())))
 
     def is_of(one) -> bool:
         return names[(one.context.auth_index, one.context.source)] == account
 
     for filters, belongs in [
+        *[(app.Filters(), lambda one: True)] * 10,
         (app.Filters(account=account), is_of),
         (app.Filters(model="m2"), lambda one: one.model == "m2"),
         (app.Filters(status="failed"), lambda one: one.failed),
@@ -330,11 +265,20 @@ def test_filtered_totals_equal_a_plain_sum_in_python(store, seed):
         (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and is_of(one)),
         (app.Filters(account="nobody"), lambda one: False),
     ]:
-        expected = sums_of([one for one in inside if belongs(one)])
-        for part in store.usage(window, 3600, 0, filters):
-            sums = [item[1] for item in (part.items() if isinstance(part, dict) else part)]
-            assert tuple(map(sum, zip(*sums))) == (expected if expected[0] else ())
-        assert len(store.requests(500, window, filters)) == expected[0]
+        start = NOON + dice.uniform(-5000, 86400 * 2)
+        window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000]))
+        bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
+        inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
+        buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
+        models_inside = {one.model for one in inside}
+        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
+        cut = {}
+        for one in inside:
+            cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
+        assert buckets == {key: sums_of(members) for key, members in cut.items()}
+        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
+        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == (buckets, models, accounts)
+        assert len(store.requests(1000, window, filters)) == len(inside)
 
 
 def put_days(store, days, each):
@@ -442,21 +386,13 @@ def test_open_outage_is_a_loss_once_it_lasts_longer_than_the_queue_remembers(sto
     assert [outage["lost"] for outage in store.outages(ALWAYS, now)] == [lost]
 
 
-@pytest.mark.parametrize(("ended_at", "shown_to"), [(2010, 2010.0), (1000, 2000.0)], ids=["short", "clock set back"])
-def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_at, shown_to):
+@pytest.mark.parametrize(("ended_at", "shown"), [(2010, (2000.0, 2010.0)), (1000, (1000.0, 1000.0))])
+def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_at, shown):
     store.put_meta("retention_s", 3600)
     store.begin_outage(2000, "publishing_off")
     store.end_outage(ended_at)
     (outage,) = store.outages(ALWAYS, ended_at)
-    assert (outage["from"], outage["to"], outage["lost"]) == (2000.0, shown_to, True)
-
-
-def test_failure_keeps_the_last_good_reading_beside_it(store):
-    store.save_reading(reading())
-    store.save_quota_state("an@example.com", "#3f9a2c", None, "expired", "token expired", NOON + 60)
-    row = store.quotas()[0]
-    assert (row["state"], row["plan"]) == ("expired", "plus")
-    assert (row["primary_remaining_percent"], row["ts_epoch"]) == (77, NOON)
+    assert (outage["from"], outage["to"], outage["lost"]) == (*shown, True)
 
 
 def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
@@ -465,14 +401,6 @@ def test_two_plans_of_one_mail_are_two_rows_and_a_lost_file_goes(store):
     assert [row["plan"] for row in store.quotas()] == ["plus", "team"]
     store.forget_quota_accounts([("an@example.com", "#3f9a2c")])
     assert [row["plan"] for row in store.quotas()] == ["team"]
-
-
-def test_old_snapshots_are_downsampled_to_one_an_hour(store):
-    for minute in range(0, 180, 10):
-        store.save_reading(reading(ts_epoch=3600 * 400000 + 60 * minute))
-    store.downsample_snapshots(3600 * 400002)
-    assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots") == [(2 + 6,)]
-    assert store.quotas()[0]["ts_epoch"] == 3600 * 400000 + 60 * 170
 
 
 def test_commit_that_alters_no_row_changes_no_answer(store):
@@ -484,3 +412,106 @@ def test_commit_that_alters_no_row_changes_no_answer(store):
     assert store.changes <= changes + 1  # the first deletion raised the floor
     store.end_outage(NOON + 900)
     assert store.changes > changes
+
+
+# ---- a clock that is wrong, or is set ----------------------------------------------------------------------
+
+
+YEAR = 365 * 86400.0
+
+
+@pytest.mark.parametrize(("events", "begin", "end", "more", "mended_at", "spans"), [
+    ([0], -86000, 600, [], None, [(0, 600)]),  # a clock behind: it begins with the last event
+    ([0], YEAR, 600, [], None, [(0, 600)]),  # begun a year ahead: so does this one
+    ([0], 10, YEAR, [20, 900], 1000, [(10, 20)]),  # ended a year ahead: with the first event in it
+    ([], YEAR, YEAR + 600, [], 0, []),  # all in the future: forgotten
+    ([0, YEAR], 10, 600, [], None, [(10, 600)]),  # an event of another year moves none
+], ids=["behind", "begun ahead", "ended ahead", "all ahead", "odd event"])  # fmt: skip
+def test_outages_of_a_clock_that_was_wrong_are_mended(store, events, begin, end, more, mended_at, spans):
+    for number in events:
+        put(store, event(at=NOON + number))
+    store.begin_outage(NOON + begin, "unreachable")
+    store.end_outage(NOON + end)
+    for number in more:
+        put(store, event(at=NOON + number))
+    if mended_at is not None:
+        store.mend_outages(NOON + mended_at)
+    found = store.outages(app.Window(0, 9e9), NOON)
+    assert [(outage["from"] - NOON, outage["to"] - NOON) for outage in found] == spans
+    assert not any(outage["lost"] for outage in found if outage["to"] - outage["from"] < 60)
+
+
+def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
+    put(store, event(at=NOON - 7200), event(at=NOON))
+    while store.delete_some(NOON + YEAR):
+        pass
+    assert store.event_count == 1
+    assert store.get_meta("events_floor") * 900 <= NOON
+    assert store.find_faults() == []
+
+
+# ---- odd values in an adopted file: what they mean, or unknown ---------------------------------------------
+
+
+ODD_VALUES = [b"\xff\x00", b"gpt", float("inf"), float("-inf"), NOON * 1000, -5, 12.5, "text", "", 2**40, 2**63 - 1,
+              "1e999", "\ud83d", None]  # fmt: skip
+QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
+             "quota", "health")  # fmt: skip
+
+
+def put_odd_rows(path, table, column):
+    """Add a row for each odd value to a file, as an import would, with ids up to the greatest there is."""
+    with closing(sqlite3.connect(str(path))) as db:
+        names = ", ".join(row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()[1:])
+        for number, value in enumerate(ODD_VALUES):
+            odd = "CAST(x'ff80' AS TEXT)" if value == "\ud83d" else "?"  # text that is no UTF-8
+            db.execute(f"UPDATE {table} SET {column} = {odd} WHERE id = 1", () if odd != "?" else (value,))
+            db.execute(f"INSERT INTO {table} SELECT ?, {names} FROM {table} WHERE id = 1", (2**63 - 1 - number,))
+        db.commit()
+
+
+@pytest.mark.parametrize("before", ["original", "3.0.0"])
+@pytest.mark.parametrize("table", ["events", "quota_snapshots"])
+def test_adopted_file_with_odd_values_is_answered_from(tmp_path, table, before):
+    make_original(tmp_path / "seen.db", ORIGINAL_ROWS)
+    columns = [row[1] for row in rows(tmp_path / "seen.db", f"PRAGMA table_info({table})")[1:]]
+    for column in columns:
+        folder = tmp_path / column
+        folder.mkdir()
+        if before == "original":
+            make_original(folder / "usage.db", ORIGINAL_ROWS)
+        else:
+            run_sql(folder / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
+            run_sql(folder / "usage.db", f"UPDATE {table} SET id = 1 WHERE id = (SELECT MAX(id) FROM {table})")
+        put_odd_rows(folder / "usage.db", table, column)
+        site = Site(folder)
+        try:
+            put(site.store, event(at=NOON - 86400), event(at=NOON + 60), sequence=99)
+            put(site.store, event(at=NOON - 90), sequence=100)
+            while site.store.delete_some(NOON - 3600):
+                pass
+            assert site.store.find_faults() == [], column
+            for question in QUESTIONS:
+                reply, body = site.ask(f"/api/{question}")
+                assert reply.status == 200, (column, question, body)
+                assert not re.search(rb"\b(NaN|Infinity)\b", body), (column, question)
+            assert max(row["id"] for row in site.store.requests(500)) < 2**53
+        finally:
+            site.close()
+
+
+def test_odd_values_of_an_adopted_row_become_what_they_mean_or_unknown(tmp_path, open_store):
+    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
+    put_odd_rows(tmp_path / "usage.db", "events", "input_tokens")
+    with closing(sqlite3.connect(str(tmp_path / "usage.db"))) as db:
+        odd = [(NOON * 1000, b"gpt-5.4", 7, 10**12), (float("inf"), "m", 0, 1), (NOON + 9, "m", "true", 10**12 + 1)]
+        db.executemany("INSERT INTO events(ts_epoch, model, failed, total_tokens) VALUES (?, ?, ?, ?)", odd)
+        db.commit()
+    store = open_store()
+    counts = {row[0] for row in rows(store.path, "SELECT input_tokens FROM events WHERE id > 5")}
+    assert counts == {None}
+    found = "SELECT ts_epoch, model, failed, total_tokens FROM events WHERE source IS NULL AND id > 5"
+    assert sorted(rows(store.path, found), key=str) == [
+        (NOON, "gpt-5.4", 1, 10**12), (NOON + 9, "m", 1, None), (None, "m", 0, 1)]  # fmt: skip
+    assert [row["ts_epoch"] for row in store.requests(1)] == [NOON + 9]
+    assert store.event_count == 3 + len(ODD_VALUES) + 3 == len(store.requests(500)) + 1

@@ -18,7 +18,8 @@ import urllib.error
 import urllib.request
 from typing import Any, Iterator
 
-from support import comes_up, free_port
+from sockets import comes_up
+from support import free_port
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 FLAGS = [
@@ -114,15 +115,14 @@ class Browser:
         """Load a page and wait for its load event."""
         self._call("POST", "/url", {"url": url})
 
-    def reload(self) -> None:
-        self._call("POST", "/refresh", {})
-
-    def new_document_script(self, source: str) -> str:
-        """Run a script in every page loaded from now on, before its own; returns an id to remove it by."""
-        return self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
-
-    def remove_document_script(self, identifier: str) -> None:
-        self.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=identifier)
+    @contextlib.contextmanager
+    def before_load(self, source: str) -> Iterator[None]:
+        """Run a script in every page that is loaded meanwhile, before the page's own."""
+        made = self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
+        try:
+            yield
+        finally:
+            self.cdp("Page.removeScriptToEvaluateOnNewDocument", **made)
 
     def script(self, source: str, *args: Any) -> Any:
         """Run the body of a function in the page; `arguments` are args, a promise is awaited."""

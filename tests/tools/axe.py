@@ -9,7 +9,7 @@ a demo is started. It prints each violation, and ends with 1 where there is one.
 from __future__ import annotations
 
 import itertools
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
+from program import Running  # noqa: E402
 from support import free_port  # noqa: E402
 from webdriver import Browser  # noqa: E402
 
@@ -54,9 +55,8 @@ def main(arguments: list[str]) -> int:
     address = arguments[1] if len(arguments) > 1 else f"http://127.0.0.1:{port}/?range=7d"
     if len(arguments) < 2:
         command = [sys.executable, str(SCRIPT), "demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port)]
-        demo = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
-        assert demo.stdout is not None
-        next(line for line in demo.stdout if "Demo with made-up data" in line)
+        demo = Running(command, dict(os.environ), ROOT)
+        demo.wait_for_line("Demo with made-up data")
     found = 0
     try:
         with Browser() as browser:
@@ -68,8 +68,7 @@ def main(arguments: list[str]) -> int:
                     print(f"  {fault['id']}: {fault['help']}", *fault["nodes"], sep="\n    ")
     finally:
         if demo is not None:
-            demo.terminate()
-            demo.communicate()
+            demo.close()
     return 1 if found else 0
 
 

@@ -1,0 +1,83 @@
+"""Many clients at once, in this process: who is served, who goes, and who waits for whom."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from sockets import deaf_client, ended
+from support import NOW, at, put
+
+import usage_dashboard as app
+
+
+@pytest.fixture
+def site(make_site):
+    return make_site()
+
+
+def put_long(store, count):
+    """Store requests whose reasons are long to look through."""
+    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(1000)]
+    for _ in range(0, count, 1000):
+        put(store, *sample)
+
+
+@contextmanager
+def searching(site, needle, clients):
+    """Let so many clients search meanwhile, each for something of its own."""
+    with ThreadPoolExecutor(clients) as pool:
+        yield [pool.submit(site.ask, f"/api/requests?q={needle}{number}") for number in range(clients)]
+
+
+def seconds_of(site, path):
+    began = time.monotonic()
+    site.json(path)
+    return time.monotonic() - began
+
+
+def test_answers_that_nobody_takes_are_given_up_beyond_the_limit_longest_without_progress_first():
+    connections, pairs = app.Connections(most_bytes=100), [socket.socketpair() for _ in range(5)]
+    for here, _ in pairs:
+        assert connections.add(here)
+    for number, size in ((0, 40), (1, 40), (2, 0)):
+        assert connections.wait(pairs[number][0], 60, size)
+    assert connections.wait(pairs[0][0], None, 30)  # has taken some
+    assert connections.wait(pairs[3][0], 60, 60) and ended([there for _, there in pairs]) == [1]
+    assert connections.wait(pairs[4][0], 60, 1000) and ended([there for _, there in pairs]) == [0, 1, 3]
+    assert not connections.wait(pairs[1][0], 60) and connections.wait(pairs[2][0], 60)
+    for end in itertools.chain(*pairs):
+        end.close()
+
+
+def test_clients_that_never_read_lock_nobody_out_and_take_little_memory(site):
+    put(site.store, at(1))
+    wide = f"/api/summary?start={NOW - 2900 * 3600}&account="
+    with ExitStack() as stack:
+        deaf = [stack.enter_context(deaf_client(site.port, f"{wide}{number}")) for number in range(140)]
+        assert site.json("/api/summary?range=24h")["summary"]["requests"] == 1
+        assert len(ended(deaf)) >= 13
+
+
+def test_search_that_finds_nothing_holds_up_no_summary(site):
+    put_long(site.store, 4000)
+    began = time.monotonic()
+    with searching(site, "a" * 20, clients=6) as searches:
+        beside_s = [seconds_of(site, f"/api/summary?range=24h&tz_offset={-15 * number}") for number in range(1, 4)]
+    searches_s = time.monotonic() - began
+    assert max(beside_s) < searches_s / 3 and {one.result()[0].status for one in searches} == {200}
+
+
+def test_store_is_closed_at_once_also_under_searches(site):
+    put_long(site.store, 10_000)
+    needle = "a" * 30 + "b"
+    took_s = seconds_of(site, f"/api/requests?q={needle}")
+    with searching(site, needle, clients=8):
+        site.json("/api/health")
+        began = time.monotonic()
+        site.store.close()
+        assert time.monotonic() - began < took_s * 2
