@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -254,9 +254,10 @@ def test_round_does_not_ask_for_disabled_or_token_less_accounts(bench, folder, s
 
 
 def test_round_with_a_half_written_file_names_it_without_the_mail(bench, folder):
+    write_account(folder)
     (folder / "codex-an.nguyen@example.com-plus.json").write_text("{", encoding="utf-8")
     lines = bench.round()
-    assert "refresh_quota: found 0 auth files" in lines
+    assert "refresh_quota: found 1 auth files" in lines
     (problem,) = [line for line in lines if "skipped" in line]
     assert "an.nguyen@example.com" not in problem
 
@@ -309,14 +310,24 @@ def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder,
     assert bench.refresher.cooldown_s() == 200
 
 
-@pytest.mark.parametrize("changes", [None, {"disabled": True}, {"access_token": ""}, {"type": "claude"}])
-def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, world, changes):
+@pytest.mark.parametrize("changes", [None, {"disabled": True}, {"type": "claude"}])
+def test_start_without_a_codex_file_to_ask_is_refused_and_starts_no_cool_down(bench, folder, world, changes):
     if changes:
         write_account(folder, **changes)
+    for _ in range(2):
+        with pytest.raises(app.ApiError) as refused:
+            bench.refresher.start()
+        assert (refused.value.http_status, refused.value.code) == (409, "no_account_files")
+        assert bench.refresher.cooldown_s() == 0 and not bench.refresher.refreshing
+    write_account(folder, 2)
     bench.round()
-    assert bench.refresher.cooldown_s() == 0
-    bench.round()  # is not refused
-    assert world.requests == []
+    assert len(world.requests) == 1
+
+
+def test_round_of_accounts_without_a_token_starts_no_cool_down(bench, folder, store, world):
+    write_account(folder, access_token="")
+    bench.round(0, 0)
+    assert (world.requests, states(store), bench.refresher.cooldown_s()) == ([], ["no_token"], 0)
 
 
 def test_cool_down_of_zero_seconds_never_refuses(folder, store, world):
@@ -413,7 +424,9 @@ def test_account_whose_file_is_gone_is_forgotten_but_for_its_readings(bench, fol
         second.write_text("", encoding="utf-8")
     else:
         folder.rename(folder.parent / "elsewhere")
-    bench.round(301)
+    bench.now += 301
+    with pytest.raises(app.ApiError) if fault == "folder-gone" else nullcontext():
+        bench.round()
     assert list(by_mail(store)) == ["user1@example.com", "user2@example.com"][:kept]
     assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
 
