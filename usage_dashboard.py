@@ -2696,9 +2696,8 @@ def parse_quota(payload: Any, now: float) -> Reading:
     flags = (limits.get("allowed"), limits.get("limit_reached"))
     allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
-    budget, reason = _budget_windows(payload, now), _reason_of(payload)
-    if reason is None and any(window.remaining_percent == 0 for window in budget):
-        reason = "spending_limit_reached"
+    budget = _budget_windows(payload, now)
+    reason = _reason_of(payload, budget)
     # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
     binding = [window for window in main if window.label != "5h" or not allowed]
     is_used_up = not limits.get("decides") and any(window.remaining_percent == 0 for window in binding)
@@ -2733,17 +2732,18 @@ def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]
     limit = _member(_member(payload, "spend_control"), "individual_limit")
     window = _quota_window(limit, 0, "budget", now, used_up=False)
     more = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
-    if window is None or (window.used_percent is None and more["limit"] is None):
-        return []
-    return [window._replace(label="budget", more={**more, "unit": _printable(_word(limit.get("unit"))) or "credits"})]
+    more["unit"] = _printable(_word(limit.get("unit"))[:20]) or "credits"
+    is_known = window is not None and (window.used_percent is not None or more["limit"] is not None)
+    return [window._replace(label="budget", more=more)] if is_known else []
 
 
-def _reason_of(payload: Mapping[str, Any]) -> str | None:
+def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str | None:
     """Return the limit that a reply names as reached, as a code of plain words; None for none."""
     kind = payload.get("rate_limit_reached_type")
     kind = _word(kind.get("type") if isinstance(kind, dict) else kind)
+    is_spent = _member(payload, "spend_control").get("reached") is True
     told = {
-        "spending_limit_reached": _member(payload, "spend_control").get("reached"),
+        "spending_limit_reached": is_spent or any(window.remaining_percent == 0 for window in budget),
         "overage_limit_reached": _member(payload, "credits").get("overage_limit_reached"),
         kind if re.fullmatch("[a-z_]{3,60}", kind) else "limit_reached": bool(kind),
     }
@@ -3016,11 +3016,11 @@ def reading_row(
     reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None, provider="codex"
 ) -> dict[str, Any]:
     """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
-    columns: dict[str, Any] = {}
-    for (place, _, _), window in zip(_PLACES, (reading.five_hour, reading.weekly)):
-        columns[f"{place}_used_percent"] = window and window.used_percent
-        columns[f"{place}_remaining_percent"] = window and window.remaining_percent
-        columns[f"{place}_reset_at"] = window and utc_text(window.reset_at)
+    columns = {
+        f"{place}_{name}": window and window.as_json()[name]
+        for (place, _, _), window in zip(_PLACES, (reading.five_hour, reading.weekly))
+        for name in ("used_percent", "remaining_percent", "reset_at")
+    }
     facts = {"provider": provider, "reason": reading.reason, "reset_credits": reading.reset_credits}
     return {
         "timestamp": utc_text(at),
@@ -3092,10 +3092,10 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
         return row
     fresh, known = windows_of(row), windows_of(before)
     told = [window for window in fresh if window.meter is None] or fresh
-    for old in known:
-        read_at = _epoch(old.more.get("read_at")) or before["ts_epoch"]
-        if row["ts_epoch"] < read_at <= now and any(old.names & new.names for new in told):
-            return None
+    same = [old for old in known if any(old.names & new.names for new in told)]
+    times = [_epoch(old.more.get("read_at")) or before["ts_epoch"] for old in same]
+    if any(row["ts_epoch"] < read_at <= now for read_at in times):
+        return None
     kept = [old for old in known if not any(old.names & new.names for new in fresh)]
     fresh = [window if window.meter is None else _as_known(window, known, row["timestamp"]) for window in fresh]
     facts, last = content_of(row), content_of(before)
@@ -3122,8 +3122,8 @@ def _as_known(window: QuotaWindow, known: Sequence[QuotaWindow], read_at: str) -
 
 def _lasts(reason: str | None, windows: Sequence[QuotaWindow], now: float) -> bool:
     """Return whether an account is still limited by what no headers tell."""
-    is_told = reason in (None, "rate_limit_reached", "runs_on_credits")
-    return not is_told and not any(window.meter == "budget" and window.is_due(now) for window in windows)
+    is_back = any(window.meter == "budget" and window.is_due(now) for window in windows)
+    return reason not in (None, "rate_limit_reached", "runs_on_credits") and not is_back
 
 
 class TrafficReadings:
@@ -3139,7 +3139,7 @@ class TrafficReadings:
         """Remember the newest reading of each account and meter for save_due()."""
         for event in events:
             headers = event.quota_headers
-            if headers and self._is_own(event, headers) and self._is_believed(event):
+            if headers and self._is_own(event, headers):
                 key = (event.context.auth_index, event.context.source, headers.get("x-codex-active-limit"))
                 if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
                     self._waiting[key] = event
@@ -3151,14 +3151,11 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        return index == event.context.auth_index
-
-    def _is_believed(self, event: Event) -> bool:
-        """Return whether it succeeded, or is a 429 whose headers say so: others may have had no reply at all."""
-        if not event.failed or event.status_code != 429:
-            return not event.failed
+        if index != event.context.auth_index or not event.failed:
+            return index == event.context.auth_index
         reading = self._reading_of(event, event.ts_epoch)
-        return reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
+        used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
+        return event.status_code == 429 and used_up
 
     @staticmethod
     def _reading_of(event: Event, read_at: float) -> Reading:
@@ -3293,16 +3290,14 @@ def _quota_json(
 def state_at(state: str, windows: Sequence[QuotaWindow], now: float, reason: str | None = None) -> str:
     """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
     main = [window for window in windows if window.governs]
-    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
-    still_limited = still_limited or _lasts(reason, main, now)
+    spent = [window for window in main if window.remaining_percent == 0 and not window.is_due(now)]
     is_due = any(window.is_due(now) for window in main)
-    return "reset_due" if state == "limited" and is_due and not still_limited else state
+    return "reset_due" if state == "limited" and is_due and not spent and not _lasts(reason, main, now) else state
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
     """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    providers = (row["provider"], "")
-    same = [account for account in accounts if account.mail == row["email"] and account.provider in providers]
+    same = [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
     if len(same) > 1:
         same = [account for account in same if account.plan == (row["plan"] or "")]
     return same[0].name if len(same) == 1 else None
@@ -4576,27 +4571,19 @@ class QuotaRefresher:
         if not self._running.acquire(blocking=False):
             self._log.line("refresh_quota: already running")
             raise ApiError(409, "refresh_running", "refresh_quota: already running")
-        try:
-            found = self._files_to_ask()
-        except BaseException:
+        wait_s = self.cooldown_s()
+        found = ([], []) if wait_s else self._find_files()
+        if all(file.disabled for file in found[0]):
             self._running.release()
-            raise
+            if wait_s:
+                message = f"the quota was refreshed just now; try again in {wait_s} s"
+                raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
         thread.start()
         return thread
-
-    def _files_to_ask(self) -> tuple[list[AccountFile], list[str]]:
-        wait_s = self.cooldown_s()
-        if wait_s:
-            message = f"the quota was refreshed just now; try again in {wait_s} s"
-            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
-        found = self._find_files()
-        self._log.line(f"refresh_quota: found {len(found[0])} auth files")
-        if all(file.disabled for file in found[0]):
-            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
-            raise ApiError(409, "no_account_files", message)
-        return found
 
     def register_accounts(self, found: Any = None) -> None:
         """List the accounts of all files, or of those ``found``, in the quota table before they are asked."""
@@ -4625,6 +4612,7 @@ class QuotaRefresher:
 
     def _refresh_all(self, files: list[AccountFile], problems: list[str]) -> None:
         self.register_accounts((files, problems))
+        self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
