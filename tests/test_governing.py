@@ -16,9 +16,10 @@ FAILED = {"failed": True, "fail": {"status_code": 429, "body": '{"error": {"type
 
 
 def case(name: str):
-    """Return a shape from the field; in it ``@+N`` is NOW + N, in epoch seconds."""
+    """Return a shape from the field; in it ``@+N`` is NOW + N in epoch seconds, ``$@+N`` the same as text."""
     text = json.dumps(json.loads((DATA / "quota-cases.json").read_text(encoding="utf-8"))[name])
-    return json.loads(re.sub(r'"(\$?)@\+(\d+)"', lambda m: f"{m[1] and chr(34)}{int(NOW) + int(m[2])}{m[1] and chr(34)}", text))
+    text = re.sub(r'"\$@\+(\d+)"', lambda match: f'"{int(NOW) + int(match[1])}"', text)
+    return json.loads(re.sub(r'"@\+(\d+)"', lambda match: str(int(NOW) + int(match[1])), text))
 
 
 class Field(Site):
@@ -45,7 +46,8 @@ class Field(Site):
     def request(self, headers, after_s=0.0, **changes):
         """Take one request's record, as the collector does."""
         self.now = max(self.now, NOW + after_s)
-        sent = record(**{"timestamp": app.utc_text(NOW + after_s), "source": AN, "response_headers": headers, **changes})
+        told = {"timestamp": app.utc_text(NOW + after_s), "source": AN, "response_headers": headers}
+        sent = record(**{**told, **changes})
         parsed = app.parse_events([json.dumps(sent).encode()])
         self.store.store_batch(parsed, self.store.counts["sequence"] + 1, self.now)
         self.traffic.note(parsed.events)
@@ -103,6 +105,29 @@ def test_requests_of_one_minute_to_two_meters_are_both_read(field):
     assert field.shown()[1] == {"7d": 51, f"{SPARK} 5h": 22, f"{SPARK} 7d": 11}
     field.refresh({**case("spark-reply"), "additional_rate_limits": None}, 90)
     assert field.shown()[1] == {"7d": 50}
+
+
+def test_own_windows_are_read_although_their_reply_tells_less_of_a_meter_than_is_known(field):
+    field.request(case("spark-headers"), 100)
+    field.shown()
+    field.now += 100
+    both = {name: value for name, value in case("spark-headers").items() if "Bengalfox" in name}
+    field.request({**both, **case("ordinary-headers")}, 90)
+    assert field.shown()[1]["7d"] == 51
+
+
+def test_meters_of_a_reply_that_are_one_are_told_once_and_none_is_taken_for_the_budget(field):
+    reply = case("spark-reply")
+    (spark,) = reply["additional_rate_limits"]
+    again = {**spark, "limit_name": "gpt_5.3_CODEX-Spark", "metered_feature": "other"}
+    limit = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": NOW + 60}
+    budget = {"limit_name": "Budget", "rate_limit": {"primary_window": limit}}
+    field.refresh({**reply, "additional_rate_limits": [spark, again, budget]})
+    row, windows = field.shown()
+    assert windows == {"7d": 50, f"{SPARK} 5h": 17, f"{SPARK} 7d": 8, "Budget meter 5h": 100}
+    assert (row["state"], row["remaining_percent"]) == ("ok", 50)
+    field.request(case("ordinary-headers"), 3)
+    assert field.shown()[1]["Budget meter 5h"] == 100
 
 
 def test_reading_of_a_meter_that_is_older_than_the_known_one_is_dropped(field):
@@ -228,15 +253,18 @@ CLAUDE = {"Status": "allowed", "Reset": "@100", "5h-Status": "allowed", "5h-Util
 
 def claude(**changes):
     told = {**CLAUDE, **{name.replace("__", "-"): text for name, text in changes.items()}}
-    filled = {name: re.sub("^@", "", text) if text[:1] != "@" else str(int(NOW) + int(text[1:])) for name, text in told.items()}
-    return {f"Anthropic-Ratelimit-Unified-{name}": [text] for name, text in filled.items()}
+    return {
+        f"Anthropic-Ratelimit-Unified-{name}": [str(int(NOW) + int(text[1:])) if text[:1] == "@" else text]
+        for name, text in told.items()
+    }
 
 
 BEN = {"provider": "claude", "source": "ben@example.com", "auth_index": "cc", "model": "claude-opus-4-5"}
 
 
 def row_of(field, mail="ben@example.com", provider="claude"):
-    return next((r for r in field.json("/api/quota")["quotas"] if (r["email"], r["provider"]) == (mail, provider)), None)
+    rows = field.json("/api/quota")["quotas"]
+    return next((row for row in rows if (row["email"], row["provider"]) == (mail, provider)), None)
 
 
 def test_windows_of_claude_come_with_its_replies(field):
@@ -286,8 +314,9 @@ def test_claude_with_the_mail_of_a_codex_account_is_a_row_of_its_own_that_a_refr
 ODD = ["-0.1", "34", "x", "", "nan", "1e400", "9" * 90, "1" + "0" * 400]
 
 
-@pytest.mark.parametrize(("name", "text"), [*(("5h__Utilization", text) for text in ODD), ("5h__Reset", "-5"),
-                                            ("5h__Reset", "1e400"), ("5h__Reset", "soon"), ("5h__Reset", "")])  # fmt: skip
+@pytest.mark.parametrize(("name", "text"), [
+    *(("5h__Utilization", text) for text in ODD), *(("5h__Reset", text) for text in ("-5", "1e400", "soon", "")),
+])  # fmt: skip
 def test_odd_number_of_claude_is_no_window(field, name, text):
     field.request(claude(**{name: text}), 3, **BEN)
     assert (row_of(field)["primary_used_percent"], row_of(field)["secondary_used_percent"]) == (None, 80.5)
@@ -296,5 +325,6 @@ def test_odd_number_of_claude_is_no_window(field, name, text):
 def test_reset_may_be_a_time_in_words_and_status_beyond_doubt(field):
     field.request(claude(**{"5h__Reset": "2026-11-02T00:00:00Z"}), 3, **BEN)
     assert row_of(field)["primary_reset_at"] == "2026-11-02T00:00:00Z"
-    field.request({**claude(), "Anthropic-Ratelimit-Unified-Status": ["allowed", "rejected"]}, 3, **{**BEN, "source": "c@d.ef"})
+    doubt = {**claude(), "Anthropic-Ratelimit-Unified-Status": ["allowed", "rejected"]}
+    field.request(doubt, 3, **{**BEN, "source": "c@d.ef"})
     assert row_of(field, "c@d.ef") is None
