@@ -3091,15 +3091,15 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
     if before is None:
         return row
     fresh, known = windows_of(row), windows_of(before)
-    told = [window for window in fresh if window.meter is None] or fresh
-    same = [old for old in known if any(old.names & new.names for new in told)]
+    own = [window for window in fresh if window.meter is None]
+    same = [old for old in known if any(old.names & new.names for new in own or fresh)]
     times = [_epoch(old.more.get("read_at")) or before["ts_epoch"] for old in same]
     if any(row["ts_epoch"] < read_at <= now for read_at in times):
         return None
     kept = [old for old in known if not any(old.names & new.names for new in fresh)]
     fresh = [window if window.meter is None else _as_known(window, known, row["timestamp"]) for window in fresh]
     facts, last = content_of(row), content_of(before)
-    if fresh[0].meter is not None:
+    if not own:
         return {**before, "state": "never", "windows": _windows_json(kept + fresh, last)}
     kept = [old._replace(more={"read_at": before["timestamp"], **old.more}) for old in kept]
     merged = {**row, **({} if row["credits_balance"] else {"credits_balance": before["credits_balance"]})}
