@@ -3151,11 +3151,11 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        if index != event.context.auth_index or not event.failed:
-            return index == event.context.auth_index
+        if not event.failed or event.status_code != 429:
+            return index == event.context.auth_index and not event.failed
         reading = self._reading_of(event, event.ts_epoch)
         used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
-        return event.status_code == 429 and used_up
+        return index == event.context.auth_index and used_up
 
     @staticmethod
     def _reading_of(event: Event, read_at: float) -> Reading:
@@ -4578,6 +4578,7 @@ class QuotaRefresher:
             if wait_s:
                 message = f"the quota was refreshed just now; try again in {wait_s} s"
                 raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            self._log.line(f"refresh_quota: found {len(found[0])} auth files")
             message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
             raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
