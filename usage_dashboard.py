@@ -2699,9 +2699,8 @@ def parse_quota(payload: Any, now: float) -> Reading:
     budget = _budget_windows(payload, now)
     reason = _reason_of(payload, budget)
     # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
-    binding = [window for window in main if window.label != "5h" or not allowed]
-    is_used_up = not limits.get("decides") and any(window.remaining_percent == 0 for window in binding)
-    if reached or allowed is False or reason or is_used_up:
+    binding = [window for window in main if not limits.get("decides") and (window.label != "5h" or not allowed)]
+    if reached or allowed is False or reason or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
         state = "ok" if main or budget else "no_windows"
@@ -3092,10 +3091,10 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
         return row
     fresh, known = windows_of(row), windows_of(before)
     own = [window for window in fresh if window.meter is None]
-    same = [old for old in known if any(old.names & new.names for new in own or fresh)]
-    times = [_epoch(old.more.get("read_at")) or before["ts_epoch"] for old in same]
-    if any(row["ts_epoch"] < read_at <= now for read_at in times):
-        return None
+    for old in known:
+        read_at = _epoch(old.more.get("read_at")) or before["ts_epoch"]
+        if row["ts_epoch"] < read_at <= now and any(old.names & new.names for new in own or fresh):
+            return None
     kept = [old for old in known if not any(old.names & new.names for new in fresh)]
     fresh = [window if window.meter is None else _as_known(window, known, row["timestamp"]) for window in fresh]
     facts, last = content_of(row), content_of(before)
