@@ -850,7 +850,7 @@ def compact(raw: Any) -> Any:
         is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
         kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
     if "response_headers" in kept:
-        headers = _quota_headers(kept["response_headers"]) or {}
+        headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
     return kept
 
@@ -921,7 +921,7 @@ def parse_event(content: Any) -> Event | None:
     status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, context.provider)
-    headers = _quota_headers(get("response_headers")) if context.provider == "codex" else None
+    headers = _quota_headers(get("response_headers"), context.provider)
     return Event(
         timestamp=timestamp,
         ts_epoch=ts_epoch,
@@ -1014,16 +1014,27 @@ def _failed_flag(value: Any, status: int | None) -> int:
     raise Rejected("failed is neither true nor false")
 
 
-def _quota_headers(headers: Any) -> dict[str, str] | None:
+# By provider: how the headers begin that tell of quota, and the one that decides what the others are about.
+QUOTA_HEADERS = {
+    "codex": ("X-Codex-", "X-Codex-Active-Limit"),
+    "claude": ("Anthropic-Ratelimit-Unified-", "Anthropic-Ratelimit-Unified-Status"),
+}
+
+
+def _quota_headers(headers: Any, provider: str) -> dict[str, str] | None:
     """Return the quota headers of a reply and no other: the rest contains cookies and ids."""
-    if not isinstance(headers, dict):
+    if provider not in QUOTA_HEADERS or not isinstance(headers, dict):
         return None
+    prefix, decisive = QUOTA_HEADERS[provider]
+    starts, size = (prefix, prefix.lower()), len(prefix)
     kept = {
         name.lower(): _printable(values[0][:100])
         for name, values in headers.items()
-        if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
+        if name[:size] in starts and isinstance(values, list) and values and isinstance(values[0], str)
     }
-    return kept if 0 < len(kept) <= 80 else None  # eight groups of ten
+    decision = headers.get(decisive, headers.get(decisive.lower()))
+    is_clear = decision is None or (isinstance(decision, list) and len(decision) == 1 and decisive.lower() in kept)
+    return kept if is_clear and 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
 class TokenCounts(NamedTuple):
@@ -2309,8 +2320,11 @@ class Store:
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
-            "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
-            "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
+            "plan = COALESCE(excluded.plan, plan), snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id), "
+            + ", ".join(  # what was never read says nothing against what is known
+                f"{name} = CASE excluded.state WHEN 'never' THEN {name} ELSE excluded.{name} END"
+                for name in ("message", "state_at", "state")
+            ),
             (email, tag, plan, state, message, at, snapshot_id),
         )
         if tag:  # the account id is known now: the row adopted by its mail alone is this one
@@ -2621,6 +2635,17 @@ class QuotaWindow(NamedTuple):
     used_percent: float | None
     reset_at: float | None
     meter: str | None
+    more: Mapping[str, Any] = {}  # a meter's other name as feature, its read_at (ISO); a budget's used, limit, unit
+
+    @property
+    def governs(self) -> bool:
+        """Return whether the account stops where this window is used up."""
+        return self.meter in (None, "budget")
+
+    @property
+    def names(self) -> set[str]:
+        """Return the meter's names, spelled alike; the account's own is one too."""
+        return {meter_key(name) for name in (self.meter, self.more.get("feature")) if name} or {""}
 
     @property
     def remaining_percent(self) -> float | None:
@@ -2633,7 +2658,13 @@ class QuotaWindow(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the window as the database and ``/api/quota`` hold it, its reset as ISO UTC text."""
-        return {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
+        shown = {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
+        return {**shown.pop("more"), **shown}
+
+
+def meter_key(name: str) -> str:
+    """Return what all spellings of a meter's name have in common: in headers ``codex_bengalfox`` is ``Bengalfox``."""
+    return re.sub(r"\Acodex_(?=.)", "", name.strip().lower().replace("-", "_"))
 
 
 class Reading(NamedTuple):
@@ -2647,6 +2678,9 @@ class Reading(NamedTuple):
     weekly: QuotaWindow | None
     windows: list[QuotaWindow]
     credits_balance: str | None
+    reason: str | None = None  # what limits it besides its windows, or lets it go on
+    reset_credits: int | None = None
+    has_credits: bool = False
 
 
 class QuotaFault(DashboardError):
@@ -2679,17 +2713,19 @@ def parse_quota(payload: Any, now: float) -> Reading:
     """Parse a reply of the usage endpoint, which is undocumented; impossible numbers are unknown. Raises QuotaFault."""
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
-    limits = payload.get("rate_limit")
-    limits = limits if isinstance(limits, dict) else {}
+    limits, credits = _member(payload, "rate_limit"), _member(payload, "credits")
     flags = (limits.get("allowed"), limits.get("limit_reached"))
     allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
+    budget = _budget_windows(payload, now)
+    reason = _reason_of(payload, budget)
     # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
-    binding = [window for window in main if window.label != "5h" or not allowed]
-    if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
+    binding = [window for window in main if not limits.get("decides") and (window.label != "5h" or not allowed)]
+    if reached or allowed is False or reason or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
-        state = "ok" if main else "no_windows"
+        state = "ok" if main or budget else "no_windows"
+    resets = _finite(_member(payload, "rate_limit_reset_credits").get("available_count"))
     return Reading(
         state,
         _word(payload.get("plan_type")).lower()[:32] or None,
@@ -2697,9 +2733,41 @@ def parse_quota(payload: Any, now: float) -> Reading:
         reached,
         _fullest(main, "5h"),
         _fullest(main, "7d"),
-        main + _extra_windows(payload, now),
-        _credits_balance(payload.get("credits")),
+        main + budget + _extra_windows(payload, now),
+        _credits_balance(credits),
+        reason,
+        int(resets) if resets is not None and resets >= 0 else None,
+        credits.get("has_credits") is True or credits.get("unlimited") is True,
     )
+
+
+def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object within an object, empty where there is none."""
+    member = content.get(name)
+    return member if isinstance(member, dict) else {}
+
+
+def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
+    """Return the account's own spending limit as a window, if it has one."""
+    limit = _member(_member(payload, "spend_control"), "individual_limit")
+    window = _quota_window(limit, 0, "budget", now, used_up=False)
+    more = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
+    more["unit"] = _printable(_word(limit.get("unit"))[:20]) or "credits"
+    is_known = window is not None and (window.used_percent is not None or more["limit"] is not None)
+    return [window._replace(label="budget", more=more)] if is_known else []
+
+
+def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str | None:
+    """Return the limit that a reply names as reached, as a code of plain words; None for none."""
+    kind = payload.get("rate_limit_reached_type")
+    kind = _word(kind.get("type") if isinstance(kind, dict) else kind)
+    is_spent = _member(payload, "spend_control").get("reached") is True
+    told = {
+        "spending_limit_reached": is_spent or any(window.remaining_percent == 0 for window in budget),
+        "overage_limit_reached": _member(payload, "credits").get("overage_limit_reached"),
+        kind if re.fullmatch("[a-z_]{3,60}", kind) else "limit_reached": bool(kind),
+    }
+    return next((reason for reason, is_reached in told.items() if is_reached is True), None)
 
 
 def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
@@ -2734,11 +2802,18 @@ def _tidy(number: float) -> float:
 
 def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
-    at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
+    sent, after_s = content.get("reset_at"), _finite(content.get("reset_after_seconds"))
+    at = _epoch(sent) if isinstance(sent, str) and "T" in sent else _finite(sent)
     if at is not None and at > 1e11:  # milliseconds
         at /= 1000
     later = now + after_s if after_s is not None and after_s >= 0 else None
     return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
+
+
+def _epoch(text: str | None) -> float | None:
+    with suppress(ValueError):
+        return parse_time(text or "")[0]
+    return None
 
 
 def window_label(seconds: int) -> str:
@@ -2764,16 +2839,18 @@ def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            meter = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            feature = _printable(_word(item.get("metered_feature"))[:60])
+            meter = _printable(_word(item.get("limit_name"))[:60]) or feature or "Other"
+            meter = f"{meter} meter" if meter.lower() == "budget" else meter  # it is not the account's
             unknown = QuotaWindow(meter, None, None, None, meter)
-            windows += _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+            found = _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+            found = [window._replace(more={"feature": feature} if feature else {}) for window in found]
+            windows += [] if any(found[0].names & window.names for window in windows) else found
     return windows
 
 
-def _credits_balance(credits: Any) -> str | None:
+def _credits_balance(credits: Mapping[str, Any]) -> str | None:
     """Return the credits as text; None where the reply has none."""
-    if not isinstance(credits, dict):
-        return None
     balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
     is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
     return _printable(str(balance)[:32]) if is_text else None
@@ -2781,20 +2858,34 @@ def _credits_balance(credits: Any) -> str | None:
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
     """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer."""
-    extra = []
-    for name in headers:
-        group = name[len("x-codex-") : -len("-limit-name")]
-        if name.endswith("-limit-name") and group not in ("", "primary", "secondary"):
-            extra.append({"limit_name": headers[name], "rate_limit": _limits_of_headers(headers, f"{group}-")})
+    groups = {match.group(1) for match in map(_GROUP_HEADER.fullmatch, headers) if match}
+    meters = {
+        meter_key(group): {
+            "limit_name": headers.get(f"x-codex-{group}-limit-name"),
+            "metered_feature": f"codex_{group}",
+            "rate_limit": _limits_of_headers(headers, f"{group}-"),
+        }
+        for group in sorted(groups - {"primary", "secondary"})
+    }
+    own, active = _limits_of_headers(headers, ""), headers.get("x-codex-active-limit", "").strip()
+    if meter_key(active) not in ("", "codex", "premium"):  # what has no group's name is that meter's
+        if re.fullmatch(r"[\w.-]+", active):
+            meters.setdefault(meter_key(active), {}).update(metered_feature=active, rate_limit=own)
+        own = {}
     return {
         "plan_type": headers.get("x-codex-plan-type"),
-        "rate_limit": _limits_of_headers(headers, ""),
-        "additional_rate_limits": extra,
+        "rate_limit": own,
+        "additional_rate_limits": list(meters.values()),
         "credits": {
+            "has_credits": headers.get("x-codex-credits-has-credits", "").lower() == "true",
             "unlimited": headers.get("x-codex-credits-unlimited", "").lower() == "true",
             "balance": headers.get("x-codex-credits-balance") or None,
         },
     }
+
+
+_GROUP_HEADER = re.compile(r"x-codex-(.+)-(?:limit-name|(?:primary|secondary)-used-percent)")
+_MEMBER_HEADER = re.compile(r"anthropic-ratelimit-unified-((\d{1,3})([hd])(?:_.+)?)-utilization")
 
 
 def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
@@ -2802,16 +2893,41 @@ def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]
     for slot in ("primary", "secondary"):
         prefix = f"x-codex-{group}{slot}-"
         minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
-        window = {
-            "used_percent": used,
-            "limit_window_seconds": 60 * (minutes or 0),
-            "reset_at": headers.get(prefix + "reset-at"),
-            "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
-        }
-        is_known = used is not None and 0 < window["limit_window_seconds"] <= _LONGEST_WINDOW_S
-        if is_known and _reset_at(window, _EARLIEST_AT) is not None:
-            limits[f"{slot}_window"] = window
+        resets = (headers.get(prefix + "reset-at"), headers.get(prefix + "reset-after-seconds"))
+        limits[f"{slot}_window"] = _window_of_headers(used, 60 * (minutes or 0), *resets)
     return limits
+
+
+def _window_of_headers(used: float | None, seconds: float, reset_at: Any, after_s: Any = None) -> dict[str, Any] | None:
+    """Return a window as the usage endpoint has it; None where percentage, length or reset is no sound one."""
+    resets = {"reset_at": reset_at, "reset_after_seconds": after_s}
+    is_known = used is not None and used >= 0 and 0 < seconds <= _LONGEST_WINDOW_S
+    if is_known and _reset_at(resets, _EARLIEST_AT) is not None:
+        return {"used_percent": used, "limit_window_seconds": seconds, **resets}
+    return None
+
+
+def payload_of_claude(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return Claude's ``anthropic-ratelimit-unified-…`` headers in the same shape; 5h and 7d are the account's."""
+    members: dict[str, Any] = {}
+    for match in filter(None, map(_MEMBER_HEADER.fullmatch, sorted(headers))):
+        member, length, unit = match.groups()
+        share, seconds = _finite(headers[match.group()]), int(length) * {"h": 3600, "d": 86400}[unit]
+        used = 100 * share if share is not None and share <= 2 else None  # beyond that it is no share of 1
+        members[member] = _window_of_headers(used, seconds, headers.get(f"{match.group()[:-12]}-reset"))
+    own = {"primary_window": members.pop("5h", None), "secondary_window": members.pop("7d", None)}
+    status = headers.get("anthropic-ratelimit-unified-status", "").lower()
+    reached = {"allowed": False, "allowed_warning": False, "rejected": True}.get(status)
+    extra = [{"limit_name": name, "rate_limit": {"primary_window": window}} for name, window in members.items()]
+    return {
+        "rate_limit": {**own, "limit_reached": reached, "decides": reached is not None},
+        "additional_rate_limits": extra,
+        "credits": {"has_credits": headers.get("anthropic-ratelimit-unified-overage-status", "").startswith("allowed")},
+    }
+
+
+# By provider, as in QUOTA_HEADERS: how its headers are put into the shape of the usage endpoint's answer.
+HEADER_READERS = {"codex": payload_of_headers, "claude": payload_of_claude}
 
 
 def classify_failure(status: int, body: bytes) -> str:
@@ -2917,11 +3033,15 @@ def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
 
 
 def reading_row(
-    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None
+    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None, provider="codex"
 ) -> dict[str, Any]:
     """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
-    unknown = QuotaWindow("", None, None, None, None)
-    five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
+    columns = {
+        f"{place}_{name}": window and window.as_json()[name]
+        for (place, _, _), window in zip(_PLACES, (reading.five_hour, reading.weekly))
+        for name in ("used_percent", "remaining_percent", "reset_at")
+    }
+    facts = {"provider": provider, "reason": reading.reason, "reset_credits": reading.reset_credits}
     return {
         "timestamp": utc_text(at),
         "ts_epoch": at,
@@ -2930,18 +3050,18 @@ def reading_row(
         "plan": reading.plan or plan or None,
         "allowed": None if reading.allowed is None else int(reading.allowed),
         "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
-        "primary_used_percent": five_hour.used_percent,
-        "primary_remaining_percent": five_hour.remaining_percent,
-        "primary_reset_at": utc_text(five_hour.reset_at),
-        "secondary_used_percent": weekly.used_percent,
-        "secondary_remaining_percent": weekly.remaining_percent,
-        "secondary_reset_at": utc_text(weekly.reset_at),
-        "windows": json.dumps([window.as_json() for window in reading.windows], ensure_ascii=False),
+        **columns,
+        "windows": _windows_json(reading.windows, facts),
         "credits_balance": reading.credits_balance,
         "raw_json": raw_json,
         "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
+        "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
     }
+
+
+def _windows_json(windows: Iterable[QuotaWindow], facts: Mapping[str, Any]) -> str:
+    return json.dumps({**facts, "windows": [window.as_json() for window in windows]}, ensure_ascii=False)
 
 
 def _without_identity(value: Any, depth: int = 0) -> Any:
@@ -2963,8 +3083,11 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
     """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
         return [
-            QuotaWindow(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"])
-            for item in json.loads(row["windows"])
+            QuotaWindow(
+                *(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"]),
+                {name: item[name] for name in ("feature", "read_at", "used", "limit", "unit") if name in item},
+            )
+            for item in content_of(row)["windows"]
         ]
     return [
         QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
@@ -2973,27 +3096,54 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
     ]
 
 
-def _epoch(text: str | None) -> float | None:
-    with suppress(ValueError):
-        return parse_time(text or "")[0]
-    return None
+def content_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored reading's windows, provider, reason and reset credits; 3.0.0 kept the windows alone."""
+    content = json.loads(row["windows"] or "[]")
+    unknown = {"provider": "codex", "reason": None, "reset_credits": None}
+    return {**unknown, **(content if isinstance(content, dict) else {"windows": content})}
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
-    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer."""
+    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer.
+
+    A reading of extra meters alone changes these and nothing else.
+    """
     if before is None:
         return row
-    if row["ts_epoch"] < before["ts_epoch"] <= now:
-        return None
-    windows = windows_of(row)
-    present = {None, *(window.meter for window in windows)}
-    windows += [window for window in windows_of(before) if window.meter not in present]
-    credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
-    text = json.dumps([window.as_json() for window in windows], ensure_ascii=False)
-    merged = {**row, "windows": text, "credits_balance": credits}
+    fresh, known = windows_of(row), windows_of(before)
+    own = [window for window in fresh if window.meter is None]
+    for old in known:
+        read_at = _epoch(old.more.get("read_at")) or before["ts_epoch"]
+        if row["ts_epoch"] < read_at <= now and any(old.names & new.names for new in own or fresh):
+            return None
+    kept = [old for old in known if not any(old.names & new.names for new in fresh)]
+    fresh = [window if window.meter is None else _as_known(window, known, row["timestamp"]) for window in fresh]
+    facts, last = content_of(row), content_of(before)
+    if not own:
+        return {**before, "state": "never", "windows": _windows_json(kept + fresh, last)}
+    kept = [old._replace(more={"read_at": before["timestamp"], **old.more}) for old in kept]
+    merged = {**row, **({} if row["credits_balance"] else {"credits_balance": before["credits_balance"]})}
+    if facts["reason"] is None and _lasts(last["reason"], kept, now):
+        facts["reason"] = last["reason"]
+        merged.update(state="limited", message=last["reason"].replace("_", " "))
+    merged["windows"] = _windows_json(fresh + kept, {**facts, "reset_credits": last["reset_credits"]})
     if before["source"] == "traffic" and before["ts_epoch"] // 300 == row["ts_epoch"] // 300:
         merged["id"] = before["id"]
     return merged
+
+
+def _as_known(window: QuotaWindow, known: Sequence[QuotaWindow], read_at: str) -> QuotaWindow:
+    """Return an extra meter's window with its time, by the name that it had, unless that was a mere code."""
+    old = next((old for old in known if old.names & window.names), window)
+    meter = window.meter if old.meter == old.more.get("feature") else old.meter
+    label = window.label.replace(window.meter, meter, 1)
+    return window._replace(meter=meter, label=label, more={**old.more, **window.more, "read_at": read_at})
+
+
+def _lasts(reason: str | None, windows: Sequence[QuotaWindow], now: float) -> bool:
+    """Return whether an account is still limited by what no headers tell."""
+    is_back = any(window.meter == "budget" and window.is_due(now) for window in windows)
+    return reason not in (None, "rate_limit_reached", "runs_on_credits") and not is_back
 
 
 class TrafficReadings:
@@ -3001,15 +3151,16 @@ class TrafficReadings:
 
     def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
         self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
-        self._waiting: dict[tuple[str | None, str], Event] = {}
+        self._waiting: dict[tuple[str | None, ...], Event] = {}
         self._next_s = float("-inf")
         self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
 
     def note(self, events: Iterable[Event]) -> None:
-        """Remember the newest reading of each account for save_due()."""
+        """Remember the newest reading of each account and meter for save_due()."""
         for event in events:
-            if event.quota_headers and self._is_own(event, event.quota_headers):
-                key = (event.context.auth_index, event.context.source)
+            headers = event.quota_headers
+            if headers and self._is_own(event, headers):
+                key = (event.context.auth_index, event.context.source, headers.get("x-codex-active-limit"))
                 if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
                     self._waiting[key] = event
 
@@ -3020,11 +3171,15 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        if index != event.context.auth_index:
-            return False
-        limits = _limits_of_headers(headers, "").values()
-        used_up = any(window["used_percent"] >= 100 for window in limits)
-        return not event.failed or (event.status_code == 429 and used_up)
+        if not event.failed or event.status_code != 429:
+            return index == event.context.auth_index and not event.failed
+        reading = self._reading_of(event, event.ts_epoch)
+        used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
+        return index == event.context.auth_index and used_up
+
+    @staticmethod
+    def _reading_of(event: Event, read_at: float) -> Reading:
+        return parse_quota(HEADER_READERS[event.context.provider](event.quota_headers or {}), read_at)
 
     def save_due(self) -> None:
         """Save the readings that wait, once a minute at most. Raises StoreError."""
@@ -3039,15 +3194,22 @@ class TrafficReadings:
     def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
+        reading = self._reading_of(event, read_at)
         owner = self._owner_of(event, reading.plan or "", files)
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
+        windows = [window for window in reading.windows if window.used_percent is not None]
+        own = [window for window in windows if window.meter is None]
+        if not own:
+            reading = reading._replace(state="never", windows=windows)
+        elif reading.has_credits and not event.failed and any(window.remaining_percent == 0 for window in own):
+            reading = reading._replace(state="ok", reason="runs_on_credits")
+        if windows and owner is not None:
+            row = reading_row(reading, owner, "", read_at, provider=event.context.provider)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
 
     def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
         """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
         accounts, mail = self._store.accounts(), event.context.source
+        files = files if event.context.provider == "codex" else []  # these are files of Codex accounts
         if not looks_like_mail(mail):  # an account whose file has none comes with a key
             same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
             mail = next(same_index, "") if event.context.auth_index else ""
@@ -3091,8 +3253,9 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
         for window in windows_of(row) if row["ts_epoch"] else ():
-            if window.meter is None and window.used_percent is not None and window.reset_at is not None:
-                point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
+            if window.governs and window.used_percent is not None and window.reset_at is not None:
+                read_at = _epoch(window.more.get("read_at")) or row["ts_epoch"]
+                point = UsagePoint(read_at, window.used_percent, window.reset_at)
                 points.setdefault(window.label, {})[point.at] = point
     return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
@@ -3122,46 +3285,54 @@ def _quota_json(
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
     windows = windows_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
+    facts = content_of(row)
+    state = state_at(row["state"], windows, now, facts["reason"])
+    facts["reason"] = facts["reason"] if state in ("ok", "limited") else None
+    answer = {**row, **facts, "state": state, "windows": []}
     for window in windows:
         due, pace = window.is_due(now), None
         if due:
             window = window._replace(used_percent=None)
-        elif window.meter is None:
+        elif window.governs:
             pace = forecast(points.get(window.label, ()), now)
         answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
     for place, label, _ in _PLACES:
         if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
+    left = [window["remaining_percent"] for window in answer["windows"] if window["meter"] in (None, "budget")]
+    answer["remaining_percent"] = min((percent for percent in left if percent is not None), default=None)
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
-    answer["account"] = _account_of_quota(row, accounts)
+    answer["account"] = _account_of_quota(answer, accounts)
     return answer
 
 
-def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
+def state_at(state: str, windows: Sequence[QuotaWindow], now: float, reason: str | None = None) -> str:
     """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
-    main = [window for window in windows if window.meter is None]
-    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
+    main = [window for window in windows if window.governs]
+    spent = [window for window in main if window.remaining_percent == 0 and not window.is_due(now)]
     is_due = any(window.is_due(now) for window in main)
-    return "reset_due" if state == "limited" and is_due and not still_limited else state
+    return "reset_due" if state == "limited" and is_due and not spent and not _lasts(reason, main, now) else state
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
     """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
+    same = [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
     if len(same) > 1:
         same = [account for account in same if account.plan == (row["plan"] or "")]
     return same[0].name if len(same) == 1 else None
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
+    """Sum up what governs all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
+        provider = row.get("provider", "codex")
         for window in row["windows"]:
-            if window["meter"] is None and row["state"] not in ("disabled", "deactivated", "relogin", "no_token"):
-                by_label.setdefault(window["label"], []).append((row, window))
+            is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
+            if is_of_use and window["meter"] in (None, "budget"):
+                label = window["label"] if provider == "codex" else f"{provider} {window['label']}"
+                by_label.setdefault(label, []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
     pools = (_pool_of_label(label, members, now) for label, members in ordered)
     return [pool for pool in pools if pool["accounts"]]
@@ -4477,25 +4648,29 @@ class QuotaRefresher:
             self._log.line("refresh_quota: already running")
             raise ApiError(409, "refresh_running", "refresh_quota: already running")
         wait_s = self.cooldown_s()
-        if wait_s:
+        found = ([], []) if wait_s else self._find_files()
+        if all(file.disabled for file in found[0]):
             self._running.release()
-            message = f"the quota was refreshed just now; try again in {wait_s} s"
-            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            if wait_s:
+                message = f"the quota was refreshed just now; try again in {wait_s} s"
+                raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            self._log.line(f"refresh_quota: found {len(found[0])} auth files")
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
-        thread = threading.Thread(target=self._round, name="quota", daemon=True)
+        thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
         thread.start()
         return thread
 
-    def register_accounts(self) -> tuple[list[AccountFile], list[str]]:
-        """List the accounts of all files in the quota table before they are asked; return files and problems."""
-        files, problems = self._find_files()
+    def register_accounts(self, found: Any = None) -> None:
+        """List the accounts of all files, or of those ``found``, in the quota table before they are asked."""
+        files, _ = found or self._find_files()
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
             (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
             for file, state in zip(files, states)
         ]
         self._store.register_quota_accounts(accounts, self._clock())
-        return files, problems
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4504,16 +4679,16 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def _round(self) -> None:
+    def _round(self, found: tuple[list[AccountFile], list[str]]) -> None:
         try:
-            self._refresh_all()
+            self._refresh_all(*found)
         except StoreError as error:
             self._log.event("refresh_quota", fault=error)
         finally:
             self._running.release()
 
-    def _refresh_all(self) -> None:
-        files, problems = self.register_accounts()
+    def _refresh_all(self, files: list[AccountFile], problems: list[str]) -> None:
+        self.register_accounts((files, problems))
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
@@ -4563,7 +4738,8 @@ class QuotaRefresher:
         gone = []
         for row in self._store.quotas():
             account = (row["email"], row["account_id_tag"])
-            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and row["email"] not in mails
+            has_file = row["email"] in mails and content_of(row)["provider"] == "codex"
+            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and not has_file
             if account not in kept and not is_seen:
                 gone.append(account)
         self._store.forget_quota_accounts(gone)
@@ -5766,8 +5942,6 @@ def run_quota(options: Any) -> int:
     if options.force:
         try:
             answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
-            if not answer["progress"]["total"]:
-                refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
         except DashboardError as error:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
