@@ -1544,8 +1544,9 @@ _STEP_6_MENDED = {
 }
 
 
-def _step_roll_ups(db) -> None:
+def _step_roll_ups(db) -> list[str]:
     """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
+    done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _mend_odd_values(db)
     _add_keys_and_reasons(db)
@@ -1560,7 +1561,8 @@ def _step_roll_ups(db) -> None:
         "ON CONFLICT(name) DO NOTHING"
     )
     db.execute("CREATE INDEX IF NOT EXISTS events_by_time ON events(ts_epoch)")
-    old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
+    names = ", ".join(f"'usage_by_{name}'" for name in ("time", "account", "model", "hour", "day"))
+    old = {row[0] for row in db.execute(f"SELECT name FROM sqlite_master WHERE name IN ({names})")}
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
@@ -1594,6 +1596,33 @@ def _step_roll_ups(db) -> None:
         "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') "
         "WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
     )
+    return done
+
+
+def _take_over(db, table: str) -> Iterator[str]:
+    """Keep only columns and rows of a table that another program declared, and yield what was removed."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND sql IS NOT NULL"
+    for kind, name, sql in db.execute(query, (table,)).fetchall():
+        if kind == "table":
+            body, _, rest = " ".join(sql.split()).partition("(")[2].rpartition(")")
+        elif name != "events_by_time":
+            db.execute('DROP {} "{}"'.format(kind, name.replace('"', '""')))
+            yield f"{table}: the {kind} {name} of another program is dropped"
+    ours = ["id INTEGER PRIMARY KEY", *_STEP_5_COLUMNS[table].split(", ")]
+    if not rest and set(body.split(", ")) <= {*ours}:
+        return
+    known = [column.split()[0] for column in ours]
+    found = db.execute(f"PRAGMA table_info({table})").fetchall()
+    more = {'"{}"'.format(row[1].replace('"', '""')): row[2] for row in found if row[1].lower() not in known}
+    keeps_ids = [(row[1].lower(), row[2].upper()) for row in found if row[5]] == [("id", "INTEGER")]
+    db.execute("PRAGMA legacy_alter_table = ON")  # views that name the table stay as they are
+    db.execute(f"CREATE TABLE rebuilt({', '.join([*ours, *map(' '.join, more.items())])})")
+    columns = ", ".join([*known[1:], *more])
+    ids = "id" if keeps_ids else "NULL"
+    count = db.execute(f"INSERT INTO rebuilt(id, {columns}) SELECT {ids}, {columns} FROM {table}").rowcount
+    db.execute(f"DROP TABLE {table}")
+    db.execute(f"ALTER TABLE rebuilt RENAME TO {table}")
+    yield f"{table}: {count:,} rows are kept without the constraints of another program"
 
 
 def _mend_odd_values(db) -> None:
@@ -1723,7 +1752,7 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = ((5, _step_tables), (6, _step_roll_ups))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -1931,22 +1960,23 @@ class Store:
         if rows:
             announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
-            if version < number:
-                self._run_step(number, step)
+            for line in self._run_step(number, step) if version < number else ():
+                announce(line)
         if rows:
             announce(f"adopted {rows:,} rows")
 
-    def _run_step(self, number: int, step: Callable[[Any], None]) -> None:
-        db = self._writer
+    def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
+        db, done = self._writer, None
         db.execute("BEGIN IMMEDIATE")
         try:
             if db.execute("PRAGMA user_version").fetchone()[0] < number:  # another process may have been faster
-                step(db)
+                done = step(db)
                 db.execute(f"PRAGMA user_version = {number}")
             db.execute("COMMIT")
         except BaseException:
             db.execute("ROLLBACK")
             raise
+        return done or ()
 
     def close(self) -> None:
         """Close the connections, also under a search; the write-ahead log is folded into the file."""

@@ -12,11 +12,11 @@ from support import (
     NOON,
     config_of,
     event,
-    make_original,
     payload,
     payloads,
     put,
     rows,
+    run_sql,
     spool_path,
     stored_ids,
     wait_a_while,
@@ -29,13 +29,10 @@ REJECTS = "SELECT reason FROM rejected_events ORDER BY id"
 
 @pytest.fixture
 def picky(tmp_path):
-    """A database of the original with a constraint that ours lacks."""
-    make_original(tmp_path / "usage.db", [])
-    db = sqlite3.connect(str(tmp_path / "usage.db"))
-    refuse = "WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END"
-    db.execute(f"CREATE TRIGGER picky BEFORE INSERT ON events {refuse}")
-    db.close()
+    """A database with a constraint that ours lacks."""
     store = app.Store(tmp_path / "usage.db")
+    refuse = "WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END"
+    run_sql(store.path, f"CREATE TRIGGER picky BEFORE INSERT ON events {refuse}")
     yield store
     store.close()
 

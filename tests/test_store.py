@@ -9,7 +9,7 @@ import threading
 from contextlib import closing
 
 import pytest
-from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, lock, make_original, put, reading, room, rows
+from support import ALWAYS, DATA, NOON, event, lock, make_original, put, reading, room, rows, run_sql
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
@@ -22,12 +22,6 @@ def store_of_300(tmp_path, open_store):
     """A file of 3.0.0 whose older events its retention has deleted, opened by this version."""
     run_sql(tmp_path / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
     return open_store()
-
-
-def run_sql(path, script):
-    """Change a database as another program would."""
-    with closing(sqlite3.connect(str(path))) as db:
-        db.executescript(script)
 
 
 def test_new_file_has_the_original_columns_first_and_is_private(store):
@@ -521,70 +515,3 @@ def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
     assert store.event_count == 1
     assert store.get_meta("events_floor") * 900 <= NOON
     assert store.find_faults() == []
-
-
-# ---- odd values in an adopted file: what they mean, or unknown ---------------------------------------------
-
-
-ODD_VALUES = [b"\xff\x00", b"gpt", float("inf"), float("-inf"), NOON * 1000, -5, 12.5, "text", "", 2**40, 2**63 - 1,
-              "1e999", "\ud83d", None]  # fmt: skip
-QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
-             "quota", "health")  # fmt: skip
-
-
-def put_odd_rows(path, table, column):
-    """Add a row for each odd value to a file, as an import would, with ids up to the greatest there is."""
-    with closing(sqlite3.connect(str(path))) as db:
-        names = ", ".join(row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()[1:])
-        for number, value in enumerate(ODD_VALUES):
-            odd = "CAST(x'ff80' AS TEXT)" if value == "\ud83d" else "?"  # text that is no UTF-8
-            db.execute(f"UPDATE {table} SET {column} = {odd} WHERE id = 1", () if odd != "?" else (value,))
-            db.execute(f"INSERT INTO {table} SELECT ?, {names} FROM {table} WHERE id = 1", (2**63 - 1 - number,))
-        db.commit()
-
-
-@pytest.mark.parametrize("before", ["original", "3.0.0"])
-@pytest.mark.parametrize("table", ["events", "quota_snapshots"])
-def test_adopted_file_with_odd_values_is_answered_from(tmp_path, table, before):
-    make_original(tmp_path / "seen.db", ORIGINAL_ROWS)
-    columns = [row[1] for row in rows(tmp_path / "seen.db", f"PRAGMA table_info({table})")[1:]]
-    for column in columns:
-        folder = tmp_path / column
-        folder.mkdir()
-        if before == "original":
-            make_original(folder / "usage.db", ORIGINAL_ROWS)
-        else:
-            run_sql(folder / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
-            run_sql(folder / "usage.db", f"UPDATE {table} SET id = 1 WHERE id = (SELECT MAX(id) FROM {table})")
-        put_odd_rows(folder / "usage.db", table, column)
-        site = Site(folder)
-        try:
-            put(site.store, event(at=NOON - 86400), event(at=NOON + 60), sequence=99)
-            put(site.store, event(at=NOON - 90), sequence=100)
-            while site.store.delete_some(NOON - 3600):
-                pass
-            assert site.store.find_faults() == [], column
-            for question in QUESTIONS:
-                reply, body = site.ask(f"/api/{question}")
-                assert reply.status == 200, (column, question, body)
-                assert not re.search(rb"\b(NaN|Infinity)\b", body), (column, question)
-            assert max(row["id"] for row in site.store.requests(500)) < 2**53
-        finally:
-            site.close()
-
-
-def test_odd_values_of_an_adopted_row_become_what_they_mean_or_unknown(tmp_path, open_store):
-    make_original(tmp_path / "usage.db", ORIGINAL_ROWS)
-    put_odd_rows(tmp_path / "usage.db", "events", "input_tokens")
-    with closing(sqlite3.connect(str(tmp_path / "usage.db"))) as db:
-        odd = [(NOON * 1000, b"gpt-5.4", 7, 10**12), (float("inf"), "m", 0, 1), (NOON + 9, "m", "true", 10**12 + 1)]
-        db.executemany("INSERT INTO events(ts_epoch, model, failed, total_tokens) VALUES (?, ?, ?, ?)", odd)
-        db.commit()
-    store = open_store()
-    counts = {row[0] for row in rows(store.path, "SELECT input_tokens FROM events WHERE id > 5")}
-    assert counts == {None}
-    found = "SELECT ts_epoch, model, failed, total_tokens FROM events WHERE source IS NULL AND id > 5"
-    assert sorted(rows(store.path, found), key=str) == [
-        (NOON, "gpt-5.4", 1, 10**12), (NOON + 9, "m", 1, None), (None, "m", 0, 1)]  # fmt: skip
-    assert [row["ts_epoch"] for row in store.requests(1)] == [NOON + 9]
-    assert store.event_count == 3 + len(ODD_VALUES) + 3 == len(store.requests(500)) + 1
