@@ -1464,7 +1464,8 @@ def lock_holder(database: Path) -> dict[str, int]:
 
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
-SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+_TOKEN_NAMES = "input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+SUM_NAMES = ["requests", "failed", "rate_limited", *_TOKEN_NAMES]
 
 
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
@@ -1534,7 +1535,8 @@ def _step_tables(db) -> None:
     )
 
 
-_STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 _STEP_6_MENDED = {
@@ -1690,7 +1692,8 @@ def _add_keys_and_reasons(db) -> None:
 
 def _sum_up_rows(db, floor: int) -> None:
     """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
-    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_SUMS.split(", ")[1:])
+    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
+    counts += ", SUM(failed AND status_code IS 429)"
     db.execute(
         "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
         "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
@@ -1711,15 +1714,15 @@ def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
     for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
         db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
-    db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
+    db.execute("INSERT INTO usage_by_time SELECT *, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
+        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0 "
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
     # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
     # so that every cell of the hour and every quarter of an account keep their sums.
-    tokens = ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    tokens = ", ".join(_STEP_6_OLD_SUMS.split(", ")[2:])
     queries = (
         (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
         (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
@@ -1732,7 +1735,7 @@ def _keep_old_sums(db, floor: int) -> None:
             for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
                 rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
         db.executemany(
-            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
             [
                 (bucket, key[1], model, status, requests, requests * status, *counts)
                 for (bucket, model, status), (requests, *counts) in rows.items()
@@ -1803,9 +1806,10 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, " + ", ".join(
-    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
-)
+_EVENT_SUMS = ", ".join([
+    "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
+    *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
+])
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -1863,7 +1867,7 @@ class Window(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
 
     account: str | None = None
     model: str | None = None
@@ -2525,7 +2529,11 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
-    if filters.status is not None:
+    if filters.status and filters.status.isdigit():
+        coded = "r.reason_id IN (SELECT id FROM reasons WHERE status_code = ?)"
+        parts.append("e.failed AND e.status_code = ?" if on_rows else coded)
+        values.append(int(filters.status))
+    elif filters.status is not None:
         column = "e.failed" if on_rows else "r.reason_id"
         parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
     if filters.text and on_rows:
@@ -4607,7 +4615,10 @@ class Query(dict):
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
-        return Filters(self.get("account"), self.get("model"), self.choice("status", ("ok", "failed")), self.get("q"))
+        status = self.get("status", "ok")
+        if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
+            raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
+        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""

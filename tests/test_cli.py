@@ -38,7 +38,7 @@ COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
-    "requests": 7, "failed": 1, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
+    "requests": 7, "failed": 1, "rate_limited": 0, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
     "cached_tokens": 332_962, "total_tokens": 355_035,
 }  # fmt: skip
 

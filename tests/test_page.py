@@ -77,6 +77,23 @@ def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, betw
     assert page.open(server=between).text("#sub-requests").endswith(told)
 
 
+@pytest.mark.parametrize("lang, told", [("en", "4 failed, 2 of them rate-limited · 20% succeeded"),
+                                        ("vi", "4 lỗi, trong đó 2 do giới hạn tốc độ · 20% thành công")])  # fmt: skip
+def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, site, lang, told):
+    codes = [429, 429, 500, 401]
+    put(site.store, event(at=site.now - 99), *[
+        event(at=site.now - 60 - n, failed=1, status_code=code, error=f"{code} told") for n, code in enumerate(codes)])
+    page.open("?range=24h")
+    page.speak(lang)
+    assert page.text("#sub-requests") == told
+    limited = told.split(" · ")[0]
+    assert page.js("document.querySelector('#models li button').title").endswith(limited)
+    assert limited in page.text("#chart-readout") and page.js("document.querySelector('#accounts .fl[title]').title") == limited
+    page.open("?range=24h&status=429")
+    assert (page.figure("requests"), len(page.all("#requests tr[data-id]", "e.textContent"))) == (2, 2)
+    assert "429" in page.text("#filters")
+
+
 def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
     fill(site)
     page.open()
