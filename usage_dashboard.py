@@ -569,7 +569,7 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 4:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        is_http = line.startswith(b"HTTP/")
+        is_http = line.startswith((b"HTTP/", b"<"))
         what = "an HTTP answer" if is_http else "bytes of another protocol"
         fault = NotResp(f"the queue sent {what} instead of a RESP reply")
         fault.is_no_failed_login = is_http
@@ -580,6 +580,8 @@ class RespReader:
         if not line.endswith(b"\r\n"):
             if len(line) >= self._max_line:
                 raise NotResp("the queue sent a line that is too long for a RESP reply")
+            if line.startswith((b"HTTP/", b"<")):  # as HTTP/1.0, or only the page, may end its lines
+                return line
             if line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that does not end like a RESP reply")
             raise ConnectionClosed(clean=clean and not line)
@@ -1876,7 +1878,6 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
-_ALL_TIMES = Window(_EARLIEST_AT, _LATEST_AT)
 Sums = Tuple[int, ...]
 
 
@@ -1926,11 +1927,13 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             raise StoreError(_store_reason(self.path, error)) from error
         try:
+            self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
             self._migrate(self._announce)
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
             for db in (self._reader, self._searcher):
+                db.execute("PRAGMA cache_size = -500")
                 db.execute("PRAGMA query_only = ON")
             self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
@@ -1941,13 +1944,7 @@ class Store:
 
     def _connect(self):
         timeout_s = self._busy_timeout_s
-        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-        except sqlite3.Error:
-            db.close()
-            raise
-        return db
+        return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
     def _migrate(self, announce: Callable[[str], None]) -> None:
         db = self._writer
@@ -1970,16 +1967,11 @@ class Store:
             announce(f"adopted {rows:,} rows")
 
     def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
-        db, done = self._writer, None
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            if db.execute("PRAGMA user_version").fetchone()[0] < number:  # another process may have been faster
-                done = step(db)
-                db.execute(f"PRAGMA user_version = {number}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
+        with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+            if db.execute("PRAGMA user_version").fetchone()[0] >= number:  # another process was faster
+                return ()
+            done = step(db)
+            db.execute(f"PRAGMA user_version = {number}")
         return done or ()
 
     def close(self) -> None:
@@ -2267,7 +2259,7 @@ class Store:
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or _ALL_TIMES
+        window = window or Window(_EARLIEST_AT, _LATEST_AT)
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
         with self._read(is_search=bool(filters.text)) as db:
@@ -3222,7 +3214,7 @@ class PopResult(NamedTuple):
 
 
 class RedisRefusal(QueueFault):
-    """A Redis server, not a proxy, refuses the password."""
+    """A Redis server, not a proxy, refuses the password, or has something else under the list's name."""
 
 
 class WaitFault(QueueFault):
@@ -3248,11 +3240,9 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
+    ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
 )
-_WRONG_KEYS = {
-    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
-    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
-}
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
@@ -3272,9 +3262,6 @@ def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     for words, kind, message, state in _REPLIES:
         if words in text:
             return kind(message, state)
-    for words, message in _WRONG_KEYS.items():
-        if words in text:
-            return QueueFault(message, "unreachable", says_remedy=True)
     if during_auth and "unknown command" in text:
         return NoQueue("the server there knows no AUTH")
     return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
@@ -3415,6 +3402,15 @@ class ProxyApi:
         fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
         raise fault
 
+    def has_example_keys(self) -> bool:
+        """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
+        try:
+            return b"Example API key detected" in self._exchange("/", lambda: None)[1]
+        except (OSError, HTTPException):
+            return False
+        finally:
+            self.close()  # the next call must count its login
+
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, bytes]:
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
@@ -3422,7 +3418,7 @@ class ProxyApi:
             self._connection.connect()
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
-        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
         # In pieces: older Pythons would allocate the most that is allowed at each poll.
         pieces, room = [reply.read(256 * 1024)], 64 * 1024 * 1024
@@ -3590,8 +3586,11 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     login = (host, port, password)
     try:
         _open_or_close(source, login, logins, connect)
-    except NotResp as no_resp:
-        if config.collect_mode != "auto" or not password:
+    except QueueFault as no_resp:
+        is_other = isinstance(no_resp, NotResp)
+        if (is_other or no_resp.state == "closed" and config.collect_mode == "http") and api.has_example_keys():
+            raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if not is_other or config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
@@ -3659,6 +3658,9 @@ STATE_REMEDIES = {
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
+    "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
+    "proxy's config.yaml; until then it serves nobody.",
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
@@ -3913,6 +3915,7 @@ class ProxyFacts:
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
         self.publishing: bool | None = None
+        self.has_example_keys = False
         self.version: str | None = None
         self.retention_s: float | None = None
         self.clock_ahead_s: float | None = None
@@ -3920,7 +3923,7 @@ class ProxyFacts:
 
     def connect(self, source: Any) -> None:
         """Begin with a new connection, and ask what can be asked."""
-        self._api, self.publishing, self.retention_s = source.api, None, None
+        self._api, self.publishing, self.has_example_keys, self.retention_s = source.api, None, False, None
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -3943,10 +3946,9 @@ class ProxyFacts:
                 known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
                 self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+            self.has_example_keys = self._api.has_example_keys()
         except QueueFault:
             self.disconnect()
-            return
-        self._api.close()
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
@@ -3959,7 +3961,8 @@ class ProxyFacts:
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
+        is_off = self.publishing is False or self.has_example_keys
+        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
 
@@ -3968,6 +3971,10 @@ class ProxyFacts:
         if self._api is not None:
             self._api.close()
             self._api = None
+
+    def state(self, otherwise: str) -> str:
+        """Return why nothing comes although the connection is well; else ``otherwise``."""
+        return "example_keys" if self.has_example_keys else "publishing_off" if self.publishing is False else otherwise
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4216,7 +4223,7 @@ class Collector:
             source = self._open()
             self._facts.connect(source)
             source.close()
-            self._enter("publishing_off" if self._facts.publishing is False else "waiting")
+            self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
             if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
@@ -4322,7 +4329,7 @@ class Collector:
         facts.ask_if_due()
         self._outages.note_publishing(facts.publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
+        self._enter(facts.state("waiting" if is_quiet else "recording"))
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -5359,10 +5366,13 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
 
 
 def _check_losses(store: Store) -> list[Finding]:
-    """Name the five newest outages of the last 24 hours that lasted longer than the queue remembers."""
-    now = time.time()
+    """Name what cost records in the last 24 hours: outages longer than the queue remembers, and a file that went."""
+    now, changed_at = time.time(), store.get_meta("file_changed_at") or 0
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
     findings = []
+    if now - changed_at < 86400:
+        found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
+        findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
         remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
         if outage["to"] is None:
@@ -5491,8 +5501,8 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 def _check_without_key(config: Config) -> list[Finding]:
     """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
     for port in _ports_of(config):
-        address = f"{config.cliproxy_host}:{port}"
-        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        host, tls, address = config.cliproxy_host, config.cliproxy_tls, f"{config.cliproxy_host}:{port}"
+        fault = _empty_command(tcp_connector(host, port, tls, timeout_s=2.0))
         if fault is None:
             found = "no management key is set, and the proxy needs one"
             return [Finding("fault", found, STATE_REMEDIES["no_password"])]
@@ -5500,6 +5510,8 @@ def _check_without_key(config: Config) -> list[Finding]:
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
         if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
+        if isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
+            return [Finding("fault", f"{address} shows nothing but a warning page", STATE_REMEDIES["example_keys"])]
     remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 

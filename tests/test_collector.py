@@ -207,7 +207,7 @@ def test_collector_on_a_redis_that_refuses_tries_once(collect, redis_with_passwo
 def test_collector_with_a_key_of_another_type_on_redis_says_so(collect, redis_server):
     redis_server.command("SET", "usage", "text")
     run = collect(redis_server)
-    run.wait_for_state("unreachable", "refused")
+    run.wait_for_state("wrong_queue_key", "refused")
     assert "no list" in run.status["message"] and redis_server.command("GET", "usage") == b"text"
 
 
@@ -224,14 +224,14 @@ def test_collector_behind_a_reverse_proxy_with_resp_only_is_not_resp(collect, pr
     proxy.answer_http_only = True
     run = collect(proxy, collect_mode=mode)
     run.wait_for_state("not_resp")
-    assert not any(method == "GET" for method, _ in proxy.http_requests)
+    assert {target for _, target in proxy.http_requests} == {"/"}
 
 
 def test_collector_behind_a_reverse_proxy_without_a_key_asks_nothing_over_http(collect, proxy):
     proxy.answer_http_only = True
     run = collect(proxy, management_password="")
     run.wait_for_state("not_resp")
-    assert (proxy.failures, proxy.http_requests) == (0, [])
+    assert proxy.failures == 0 and {target for _, target in proxy.http_requests} == {"/"}
 
 
 def test_collector_over_tls_stores_and_asks_the_api_over_tls(collect, monkeypatch):

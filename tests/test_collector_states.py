@@ -7,11 +7,24 @@ import json
 import os
 import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from fake_proxy import FakeProxy
-from support import ALWAYS, CUT, KEY, WRONG, Answering, config_of, free_port, lock, payload, wait_a_while
+from support import (
+    ALWAYS,
+    CUT,
+    KEY,
+    WRONG,
+    Answering,
+    SocketServer,
+    config_of,
+    free_port,
+    lock,
+    payload,
+    wait_a_while,
+)
 
 import usage_dashboard as app
 
@@ -223,7 +236,7 @@ def test_collector_with_nobody_there_is_unreachable_and_backs_off_doubling(colle
 def test_collector_whose_queue_key_is_unknown_says_so_and_backs_off_doubling(collect, proxy):
     run = collect(proxy, queue_key="queue")
     run.wait_for(lambda: len(run.stop.waits) >= 5)
-    assert "does not know this queue_key" in run.log and "state=unreachable" in run.log
+    assert "does not know this queue_key" in run.log and "state=wrong_queue_key" in run.log
     assert run.stop.waits[4] >= 12  # each login costs the proxy a bcrypt: 1, 2, 4, 8, 16
 
 
@@ -237,7 +250,37 @@ REFUSING = [  # the state, the proxy, the config, and what makes it well
     ("closed", {"home_mode": True, "version": "v7.1.16"}, {}, {"home_mode": False}),
     ("publishing_off", {"publishing": False}, {}, {}),
     ("remote_disabled", {"allow_remote": False, "seen_from": "10.0.0.9"}, {}, {"allow_remote": True}),
+    ("wrong_queue_key", {}, {"queue_key": "queue"}, {}),
+    ("example_keys", {"example_page": True}, {}, {}),
+    *[("example_keys", {"example_page": True, "answer_http_only": True, "management": False}, here,
+       {"example_page": False, "answer_http_only": False, "management": True})
+      for here in ({}, {"collect_mode": "http"}, {"collect_mode": "subscribe"})],
 ]
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"HTTP/1.0 400 Bad request\n\n",
+                                   b"<!DOCTYPE HTML>\n<html lang=\"en\">\n"])  # fmt: skip
+@pytest.mark.parametrize("mode", ["pop", "subscribe"])
+def test_web_server_of_any_age_is_not_resp_and_no_failed_login(collect, reply, mode):
+    class Old(SocketServer):
+        def serve(self, stream):
+            stream.fill()
+            stream.send(reply)
+
+    with Old() as server:
+        run = collect(config_of(cliproxy_port=server.port, management_password=KEY, collect_mode=mode))
+        run.wait_for(lambda: server.connections >= 12)
+        assert run.state == "not_resp" and app.STATE_REMEDIES["not_resp"] in run.status["message"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "pop"])
+def test_web_server_that_speaks_http_1_0_is_not_resp(collect, mode):
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        run = collect(config_of(cliproxy_port=server.server_port, management_password=KEY, collect_mode=mode))
+        run.wait_for(lambda: len(run.stop.waits) > 8)
+        server.shutdown()
+        assert run.state == "not_resp" and app.STATE_REMEDIES["not_resp"] in run.status["message"]
 
 
 @pytest.mark.parametrize(("state", "there", "here", "cure"), REFUSING)
