@@ -987,10 +987,8 @@ def _auth_index(value: Any) -> str | None:
 
 
 def _failed_flag(value: Any, status: int | None) -> int:
-    if value is None:
-        return int(status is not None and status >= 400)
-    if value in (True, False):
-        return int(value)
+    if value in (None, True, False):
+        return int(bool(value) or (status or 0) >= 400)
     raise Rejected("failed is neither true nor false")
 
 

@@ -101,7 +101,7 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
      ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
      ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
      ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
-     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4", "")),
+     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
      ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
      ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
      *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
@@ -162,24 +162,19 @@ def test_filters_narrow_every_part_of_the_summary(site):
     assert site.json("/api/summary?range=24h&account=nobody")["hours"] != []
 
 
-@pytest.mark.parametrize("is_swept", [False, True])
-def test_rate_limited_requests_are_counted_and_listed_by_their_code(site, is_swept):
-    codes = [(429, '{"error":{"code":"1302"}}'), (429, "x"), (500, "x"), (401, "x"), (499, "")]
-    sent = [payload(n, timestamp=app.utc_text(NOW - 7200 - n), failed=status != 499, provider="zai", model="glm-5.3",
-                    fail={"status_code": status, "body": body}) for n, (status, body) in enumerate(codes)]  # fmt: skip
-    sent.append(payload(9, timestamp=app.utc_text(NOW - 60)))
-    assert site.store.store_batch(app.parse_events(sent), 1, NOW)
-    if is_swept:  # only the roll-ups know them now
-        assert site.store.delete_some(NOW) == 5
-    answer = site.json("/api/summary?range=24h")
-    for rows in ([answer["summary"]], answer["hours"], answer["models"], answer["accounts"]):
-        assert [sum(row[name] for row in rows) for name in ("requests", "failed", "rate_limited")] == [6, 5, 2]
-    for status, count in ((429, 2), (500, 1), (401, 1), (499, 1), (503, 0), ("failed", 5), ("ok", 1)):
-        assert site.json(f"/api/summary?range=24h&status={status}")["summary"]["requests"] == count
-        listed = site.json(f"/api/requests?status={status}")["requests"]
-        assert len(listed) == (count if not is_swept or status == "ok" else 0)
-        assert all(row["status_code"] == status for row in listed if isinstance(status, int))
-    assert site.store.find_faults() == []
+def test_rate_limited_requests_are_counted_and_listed_by_their_code(site):
+    sent = [payload(n, timestamp=app.utc_text(NOW - 7200 - n), provider="zai", model="glm-5.3", failed=code != 499,
+                    fail={"status_code": code, "body": "x"}) for n, code in enumerate((429, 429, 500, 401, 499))]
+    assert site.store.store_batch(app.parse_events([*sent, payload(9, timestamp=app.utc_text(NOW - 60))]), 1, NOW)
+    for is_swept in (False, True):  # then only the roll-ups know them
+        answer = site.json("/api/summary?range=24h")
+        for rows in ([answer["summary"]], answer["hours"], answer["models"], answer["accounts"]):
+            assert [sum(row[name] for row in rows) for name in ("requests", "failed", "rate_limited")] == [6, 5, 2]
+        for code, count in ((429, 2), (500, 1), (401, 1), (499, 1), (503, 0)):
+            assert site.json(f"/api/summary?range=24h&status={code}")["summary"]["requests"] == count
+            listed = site.json(f"/api/requests?status={code}")["requests"]
+            assert [row["status_code"] for row in listed] == [code] * count * (not is_swept)
+        assert site.store.find_faults() == [] and site.store.delete_some(NOW) == 5 * (not is_swept)
 
 
 def test_requests_have_the_promised_fields_and_a_cursor(site):
