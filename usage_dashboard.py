@@ -569,7 +569,7 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        is_http = line.startswith(b"HTTP/")
+        is_http = line.startswith((b"HTTP/", b"<"))
         what = "an HTTP answer" if is_http else "bytes of another protocol"
         fault = NotResp(f"the queue sent {what} instead of a RESP reply")
         fault.is_no_failed_login = is_http
@@ -580,6 +580,8 @@ class RespReader:
         if not line.endswith(b"\r\n"):
             if len(line) >= self._max_line:
                 raise NotResp("the queue sent a line that is too long for a RESP reply")
+            if line.startswith((b"HTTP/", b"<")):  # as HTTP/1.0, or only the page, may end its lines
+                return line
             if line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that does not end like a RESP reply")
             raise ConnectionClosed(clean=clean and not line)
@@ -1007,10 +1009,8 @@ def _auth_index(value: Any) -> str | None:
 
 
 def _failed_flag(value: Any, status: int | None) -> int:
-    if value is None:
-        return int(status is not None and status >= 400)
-    if value in (True, False):
-        return int(value)
+    if value in (None, True, False):
+        return int(bool(value) or (status or 0) >= 400)
     raise Rejected("failed is neither true nor false")
 
 
@@ -1497,7 +1497,8 @@ def lock_holder(database: Path) -> dict[str, int]:
 
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
-SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+_TOKEN_NAMES = "input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+SUM_NAMES = ["requests", "failed", "rate_limited", *_TOKEN_NAMES]
 
 
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
@@ -1567,7 +1568,8 @@ def _step_tables(db) -> None:
     )
 
 
-_STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 _STEP_6_MENDED = {
@@ -1577,8 +1579,9 @@ _STEP_6_MENDED = {
 }
 
 
-def _step_roll_ups(db) -> None:
+def _step_roll_ups(db) -> list[str]:
     """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
+    done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _mend_odd_values(db)
     _add_keys_and_reasons(db)
@@ -1593,7 +1596,8 @@ def _step_roll_ups(db) -> None:
         "ON CONFLICT(name) DO NOTHING"
     )
     db.execute("CREATE INDEX IF NOT EXISTS events_by_time ON events(ts_epoch)")
-    old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
+    names = ", ".join(f"'usage_by_{name}'" for name in ("time", "account", "model", "hour", "day"))
+    old = {row[0] for row in db.execute(f"SELECT name FROM sqlite_master WHERE name IN ({names})")}
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
@@ -1627,6 +1631,33 @@ def _step_roll_ups(db) -> None:
         "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') "
         "WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
     )
+    return done
+
+
+def _take_over(db, table: str) -> Iterator[str]:
+    """Keep only columns and rows of a table that another program declared, and yield what was removed."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND sql IS NOT NULL"
+    for kind, name, sql in db.execute(query, (table,)).fetchall():
+        if kind == "table":
+            body, _, rest = " ".join(sql.split()).partition("(")[2].rpartition(")")
+        elif name != "events_by_time":
+            db.execute('DROP {} "{}"'.format(kind, name.replace('"', '""')))
+            yield f"{table}: the {kind} {name} of another program is dropped"
+    ours = ["id INTEGER PRIMARY KEY", *_STEP_5_COLUMNS[table].split(", ")]
+    if not rest and set(body.split(", ")) <= {*ours}:
+        return
+    known = [column.split()[0] for column in ours]
+    found = db.execute(f"PRAGMA table_info({table})").fetchall()
+    more = {'"{}"'.format(row[1].replace('"', '""')): row[2] for row in found if row[1].lower() not in known}
+    keeps_ids = [(row[1].lower(), row[2].upper()) for row in found if row[5]] == [("id", "INTEGER")]
+    db.execute("PRAGMA legacy_alter_table = ON")  # views that name the table stay as they are
+    db.execute(f"CREATE TABLE rebuilt({', '.join([*ours, *map(' '.join, more.items())])})")
+    columns = ", ".join([*known[1:], *more])
+    ids = "id" if keeps_ids else "NULL"
+    count = db.execute(f"INSERT INTO rebuilt(id, {columns}) SELECT {ids}, {columns} FROM {table}").rowcount
+    db.execute(f"DROP TABLE {table}")
+    db.execute(f"ALTER TABLE rebuilt RENAME TO {table}")
+    yield f"{table}: {count:,} rows are kept without the constraints of another program"
 
 
 def _mend_odd_values(db) -> None:
@@ -1694,7 +1725,8 @@ def _add_keys_and_reasons(db) -> None:
 
 def _sum_up_rows(db, floor: int) -> None:
     """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
-    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_SUMS.split(", ")[1:])
+    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
+    counts += ", SUM(failed AND status_code IS 429)"
     db.execute(
         "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
         "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
@@ -1715,15 +1747,15 @@ def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
     for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
         db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
-    db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
+    db.execute("INSERT INTO usage_by_time SELECT *, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
+        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0 "
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
     # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
     # so that every cell of the hour and every quarter of an account keep their sums.
-    tokens = ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    tokens = ", ".join(_STEP_6_OLD_SUMS.split(", ")[2:])
     queries = (
         (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
         (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
@@ -1736,7 +1768,7 @@ def _keep_old_sums(db, floor: int) -> None:
             for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
                 rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
         db.executemany(
-            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
             [
                 (bucket, key[1], model, status, requests, requests * status, *counts)
                 for (bucket, model, status), (requests, *counts) in rows.items()
@@ -1756,7 +1788,7 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = ((5, _step_tables), (6, _step_roll_ups))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -1807,9 +1839,10 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, " + ", ".join(
-    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
-)
+_EVENT_SUMS = ", ".join([
+    "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
+    *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
+])
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -1867,7 +1900,7 @@ class Window(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
 
     account: str | None = None
     model: str | None = None
@@ -1876,7 +1909,6 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
-_ALL_TIMES = Window(_EARLIEST_AT, _LATEST_AT)
 Sums = Tuple[int, ...]
 
 
@@ -1926,11 +1958,13 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             raise StoreError(_store_reason(self.path, error)) from error
         try:
+            self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
             self._migrate(self._announce)
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
             for db in (self._reader, self._searcher):
+                db.execute("PRAGMA cache_size = -500")
                 db.execute("PRAGMA query_only = ON")
             self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
@@ -1941,13 +1975,7 @@ class Store:
 
     def _connect(self):
         timeout_s = self._busy_timeout_s
-        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-        except sqlite3.Error:
-            db.close()
-            raise
-        return db
+        return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
     def _migrate(self, announce: Callable[[str], None]) -> None:
         db = self._writer
@@ -1964,22 +1992,18 @@ class Store:
         if rows:
             announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
-            if version < number:
-                self._run_step(number, step)
+            for line in self._run_step(number, step) if version < number else ():
+                announce(line)
         if rows:
             announce(f"adopted {rows:,} rows")
 
-    def _run_step(self, number: int, step: Callable[[Any], None]) -> None:
-        db = self._writer
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            if db.execute("PRAGMA user_version").fetchone()[0] < number:  # another process may have been faster
-                step(db)
-                db.execute(f"PRAGMA user_version = {number}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
+    def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
+        with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+            if db.execute("PRAGMA user_version").fetchone()[0] >= number:  # another process was faster
+                return ()
+            done = step(db)
+            db.execute(f"PRAGMA user_version = {number}")
+        return done or ()
 
     def close(self) -> None:
         """Close the connections, also under a search; the write-ahead log is folded into the file."""
@@ -2266,7 +2290,7 @@ class Store:
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or _ALL_TIMES
+        window = window or Window(_EARLIEST_AT, _LATEST_AT)
         end, row_id = before or (window.end, 0)
         rows: list[Any] = []
         with self._read(is_search=bool(filters.text)) as db:
@@ -2531,7 +2555,11 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
-    if filters.status is not None:
+    if filters.status and filters.status.isdigit():
+        coded = "r.reason_id IN (SELECT id FROM reasons WHERE status_code = ?)"
+        parts.append("e.failed AND e.status_code = ?" if on_rows else coded)
+        values.append(int(filters.status))
+    elif filters.status is not None:
         column = "e.failed" if on_rows else "r.reason_id"
         parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
     if filters.text and on_rows:
@@ -3377,7 +3405,7 @@ class PopResult(NamedTuple):
 
 
 class RedisRefusal(QueueFault):
-    """A Redis server, not a proxy, refuses the password."""
+    """A Redis server, not a proxy, refuses the password, or has something else under the list's name."""
 
 
 class WaitFault(QueueFault):
@@ -3403,11 +3431,9 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
+    ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
 )
-_WRONG_KEYS = {
-    "unsupported channel": 'the proxy does not know this queue_key; set "queue_key": "usage"',
-    "wrongtype": 'queue_key names something in that Redis that is no list; set "queue_key" to the list that is filled',
-}
 
 
 def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
@@ -3427,9 +3453,6 @@ def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     for words, kind, message, state in _REPLIES:
         if words in text:
             return kind(message, state)
-    for words, message in _WRONG_KEYS.items():
-        if words in text:
-            return QueueFault(message, "unreachable", says_remedy=True)
     if during_auth and "unknown command" in text:
         return NoQueue("the server there knows no AUTH")
     return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
@@ -3565,6 +3588,8 @@ class ProxyApi:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
             status, content = self._exchange(path, before_login)
+            if status == 200:
+                return content if isinstance(content, list) else _json_or_elements(content)
         except (OSError, HTTPException) as error:
             self.close()
             if hasattr(error, "verify_message"):
@@ -3574,8 +3599,6 @@ class ProxyApi:
             raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
-        if status == 200:
-            return content
         if status in (401, 403):
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
@@ -3587,15 +3610,24 @@ class ProxyApi:
         fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
         raise fault
 
+    def has_example_keys(self) -> bool:
+        """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
+        try:
+            return b"Example API key detected" in self._exchange("/", lambda: None)[1]
+        except (OSError, HTTPException, ValueError):
+            return False
+        finally:
+            self.close()  # the next call must count its login
+
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
-        """Return the status with the decoded JSON of a 200, else with the bytes of the answer."""
+        """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
             self._connection.connect()
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
-        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
@@ -3605,7 +3637,7 @@ class ProxyApi:
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
-        return reply.status, _json_or_elements(content) if reply.status == 200 else content
+        return reply.status, content
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
@@ -3761,8 +3793,11 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     login = (host, port, password)
     try:
         _open_or_close(source, login, logins, connect)
-    except NotResp as no_resp:
-        if config.collect_mode != "auto" or not password:
+    except QueueFault as no_resp:
+        is_other = isinstance(no_resp, NotResp)
+        if (is_other or (no_resp.state == "closed" and config.collect_mode == "http")) and api.has_example_keys():
+            raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if not is_other or config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
@@ -3830,6 +3865,9 @@ STATE_REMEDIES = {
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
+    "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
+    "proxy's config.yaml; until then it serves nobody.",
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
@@ -4127,6 +4165,7 @@ class ProxyFacts:
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
         self.publishing: bool | None = None
+        self.has_example_keys = False
         self.version: str | None = None
         self.retention_s: float | None = None
         self.clock_ahead_s: float | None = None
@@ -4134,7 +4173,7 @@ class ProxyFacts:
 
     def connect(self, source: Any) -> None:
         """Begin with a new connection, and ask what can be asked."""
-        self._api, self.publishing, self.retention_s = source.api, None, None
+        self._api, self.publishing, self.has_example_keys, self.retention_s = source.api, None, False, None
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -4157,10 +4196,9 @@ class ProxyFacts:
                 known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
                 self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+            self.has_example_keys = self._api.has_example_keys()
         except QueueFault:
             self.disconnect()
-            return
-        self._api.close()
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
@@ -4173,7 +4211,8 @@ class ProxyFacts:
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        pause_s = self._PAUSE_WHILE_OFF_S if self.publishing is False else self._PAUSE_S
+        is_off = self.publishing is False or self.has_example_keys
+        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
 
@@ -4182,6 +4221,10 @@ class ProxyFacts:
         if self._api is not None:
             self._api.close()
             self._api = None
+
+    def state(self, otherwise: str) -> str:
+        """Return why nothing comes although the connection is well; else ``otherwise``."""
+        return "example_keys" if self.has_example_keys else "publishing_off" if self.publishing is False else otherwise
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4424,7 +4467,7 @@ class Collector:
             source = self._open()
             self._facts.connect(source)
             source.close()
-            self._enter("publishing_off" if self._facts.publishing is False else "waiting")
+            self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
             if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
                 self._refused.remember(self._login(), fault.state)
@@ -4533,7 +4576,7 @@ class Collector:
         facts.ask_if_due()
         self._outages.note_publishing(facts.publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if facts.publishing is False else "waiting" if is_quiet else "recording")
+        self._enter(facts.state("waiting" if is_quiet else "recording"))
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -4831,7 +4874,10 @@ class Query(dict):
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
-        return Filters(self.get("account"), self.get("model"), self.choice("status", ("ok", "failed")), self.get("q"))
+        status = self.get("status", "ok")
+        if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
+            raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
+        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -5572,10 +5618,13 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
 
 
 def _check_losses(store: Store) -> list[Finding]:
-    """Name the five newest outages of the last 24 hours that lasted longer than the queue remembers."""
-    now = time.time()
+    """Name what cost records in the last 24 hours: outages longer than the queue remembers, and a file that went."""
+    now, changed_at = time.time(), store.get_meta("file_changed_at") or 0
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
     findings = []
+    if now - changed_at < 86400:
+        found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
+        findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
         remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
         if outage["to"] is None:
@@ -5704,8 +5753,8 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 def _check_without_key(config: Config) -> list[Finding]:
     """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
     for port in _ports_of(config):
-        address = f"{config.cliproxy_host}:{port}"
-        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        host, tls, address = config.cliproxy_host, config.cliproxy_tls, f"{config.cliproxy_host}:{port}"
+        fault = _empty_command(tcp_connector(host, port, tls, timeout_s=2.0))
         if fault is None:
             found = "no management key is set, and the proxy needs one"
             return [Finding("fault", found, STATE_REMEDIES["no_password"])]
@@ -5713,6 +5762,8 @@ def _check_without_key(config: Config) -> list[Finding]:
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
         if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
+        if isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
+            return [Finding("fault", f"{address} shows nothing but a warning page", STATE_REMEDIES["example_keys"])]
     remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 

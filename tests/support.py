@@ -154,6 +154,12 @@ def rows(path, sql) -> list[tuple[Any, ...]]:
         return db.execute(sql).fetchall()
 
 
+def run_sql(path, script):
+    """Change a database as another program would."""
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.executescript(script)
+
+
 def stored_ids(store) -> list[str]:
     """Return the request ids of what is stored, in the order of storing."""
     return [row[0] for row in rows(store.path, "SELECT request_id FROM events ORDER BY id")]
