@@ -50,7 +50,7 @@ from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnect
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Collection, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
@@ -729,6 +729,15 @@ class Context(NamedTuple):
     reasoning_effort: str
     service_tier: str
     api_key: str
+    account: str = ""  # as AccountFiles.account_of() has it
+
+
+class Contexts(dict):
+    """The contexts read so far, by the values sent, and the function that names their accounts."""
+
+    def __init__(self, account_of: Callable[[Context, str], str] = lambda context, token_hash: ""):
+        super().__init__()
+        self.account_of = account_of
 
 
 class Event(NamedTuple):
@@ -789,7 +798,7 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any]) -> Parsed:
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
@@ -799,7 +808,7 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
             try:
                 if isinstance(content, Rejected):
                     raise content
-                event = parse_event(content)
+                event = parse_event(content, _contexts if contexts is None else contexts)
             except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
@@ -851,7 +860,7 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
     fail = kept.get("fail")
@@ -889,7 +898,7 @@ def _loads(raw: bytes) -> Any:
     return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
-def parse_event(content: Any) -> Event | None:
+def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
@@ -904,7 +913,7 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    model, context = _context_of(content)
+    model, context = _context_of(content, contexts)
     status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, context.provider)
@@ -931,29 +940,32 @@ def parse_event(content: Any) -> Event | None:
     )
 
 
-_CONTEXT_NAMES = ("model", *Context._fields)
-_contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
+_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_contexts = Contexts()
 
 
-def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _context_of(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
     values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
-        return _contexts[values]
+        return contexts[values]
     except KeyError:
-        found = _read_context(content)
+        found = _read_context(content, contexts)
     except TypeError:  # a list or an object, where a text belongs
-        return _read_context(content)
+        return _read_context(content, contexts)
     # Texts alone are safe as keys: 1 and true are equal. Long ones are not worth their memory.
     is_safe = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in values)
-    return cache(_contexts, values, found) if is_safe else found
+    return cache(contexts, values, found) if is_safe else found
 
 
-def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     get = content.get
-    return _text(get("model"), "model") or "unknown", Context(
+    source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
+    is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
+    model = _text(get("model"), "model") or "unknown"
+    context = Context(
         auth_index=_auth_index(get("auth_index")),
-        source=_mask_source(_text(get("source"), "source", 512)),
+        source="" if is_clients_key else _mask_source(source),
         provider=_text(get("provider"), "provider").lower(),
         endpoint=_text(get("endpoint"), "endpoint"),
         auth_type=_text(get("auth_type"), "auth_type", 32),
@@ -962,6 +974,8 @@ def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
         service_tier=_text(get("service_tier"), "service_tier", 32),
         api_key=mask_key(_text(get("api_key"), "api_key", 512)),
     )
+    account = contexts.account_of(context, token_hash if isinstance(token_hash, str) else "")
+    return model, context._replace(account=account)
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1176,11 +1190,12 @@ _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class Identity(NamedTuple):
-    """One (auth_index, source) pair that events came with; times are epoch seconds."""
+    """One (auth_index, source, account) that events came with; times are epoch seconds."""
 
     id: int
     auth_index: str
     source: str
+    account: str
     provider: str
     plan: str
     first_at: float
@@ -1189,7 +1204,7 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """One row of the accounts table and the identities that count for it; times are epoch seconds."""
+    """One row of the accounts table and the identities that count for it; ``account`` is empty where no file told."""
 
     name: str
     mail: str
@@ -1200,9 +1215,14 @@ class Account:
     first_at: float
     last_at: float
     identity_ids: list[int]
+    account: str = ""
+    tag: str = ""
+    indexes: frozenset[str] = frozenset()
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
+        if self.account and old.account:
+            return False
         if self.provider and old.provider and self.provider != old.provider:
             return False
         if not self.auth_index or not old.auth_index:
@@ -1218,20 +1238,32 @@ class Account:
             self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
         self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
         self.identity_ids = self.identity_ids + new.identity_ids
+        self.indexes |= new.indexes
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
-    by_index: dict[tuple[str, str], list[Identity]] = {}
+    """Group identities into accounts; one of the quota table, which needs no requests, has the id 0.
+
+    What files decided is one account. Else an index is one, with those that it took over from (same mail, provider,
+    plan), unless two accounts of the mail are known: which of them it is, nothing but a file can tell.
+    """
+    groups: dict[tuple[str, ...], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
-        key = (identity.auth_index, "" if identity.auth_index else identity.source)
-        by_index.setdefault(key, []).append(identity)
+        index, source = identity.auth_index, identity.source
+        key = (tag_of(identity.account),) if identity.account else (index, "" if index else source)
+        groups.setdefault(key, []).append(identity)
+    grouped = [_account_of_group(group) for group in groups.values()]
+    unclear = {account.tag for account in grouped if not account.account}
+    grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
+    tags: dict[str, list[str]] = {}
+    for account in grouped:
+        tags.setdefault(account.mail, []).extend([account.tag] if account.account else [])
     accounts: list[Account] = []
     by_mail: dict[str, list[Account]] = {}
-    for group in by_index.values():
-        account = _account_of_index(group)
+    for account in grouped:
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        earlier = next((known for known in same_mail if account.takes_over(known)), None)
+        may_join = not account.account and len(tags[account.mail]) < 2
+        earlier = next((known for known in same_mail if may_join and account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
             same_mail.append(account)
@@ -1241,21 +1273,46 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     return accounts
 
 
-def _account_of_index(group: Sequence[Identity]) -> Account:
+def _account_of_group(group: Sequence[Identity]) -> Account:
     newest_first = sorted(group, key=lambda one: one.last_at, reverse=True)
+    newest, ids = newest_first[0], [one.id for one in group if one.id]
     mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
-    newest = newest_first[0]
-    name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    # The keys of several clients are none of the account's.
+    source = mail or (newest.source if len({one.source for one in group}) == 1 else "")
+    tag = tag_of(newest.account) or own_tag(min(ids), mail)
+    name = source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    if newest.account and not mail:
+        texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
+        name = next(texts, f"{newest.provider} {tag}")
     plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at, ids = min(one.first_at for one in group), [one.id for one in group]
-    return Account(
-        name, mail, mail or newest.source, newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids
-    )
+    times, indexes = (min(one.first_at for one in group), newest.last_at), frozenset(one.auth_index for one in group)
+    told = (newest.auth_index, newest.provider, plan, *times, ids, newest.account, tag, indexes)
+    return Account(name, mail, source, *told)
+
+
+def tag_of(account: str) -> str:
+    """Return the tag of what account files decided; empty where they decided nothing."""
+    return "#" + short_tag("", account) if account and not account.startswith("#") else account
+
+
+def own_tag(identity_id: int, mail: str) -> str:
+    """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
+    return "#" + short_tag(str(identity_id), mail)
+
+
+def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
+    """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
+    decided = "" if context.account.startswith("?") else context.account.lstrip("~")
+    if decided:
+        return next((one for one in accounts if one.account == decided), None)
+    index = context.auth_index or ""
+    same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
+    return max(same, key=lambda one: (one.account != "", one.last_at), default=None)
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
-    """Rename accounts that share a name: by plan, else provider, else a short tag of the index."""
-    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
+    """Rename accounts that share a name: by plan, else provider, else a short tag."""
+    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: one.tag):
         by_name: dict[str, list[Account]] = {}
         for account in accounts:
             by_name.setdefault(account.name, []).append(account)
@@ -1279,49 +1336,78 @@ class AccountFile(NamedTuple):
     freshness: str
     auth_index: str = ""
     subscription_until: str | None = None
+    seat: str = ""  # who, where several people share an account id
+    provider: str = "codex"
+    token_hash: str = ""
 
     @property
     def tag(self) -> str:
-        """Return a stable tag of the login, which does not reveal its id."""
-        return "#" + short_tag(self.account_id, self.email)
+        """Return a stable tag of the account, which does not reveal its id; by the mail where there is no id."""
+        return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
+
+    @property
+    def account(self) -> str:
+        """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
+        return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
 
     def __repr__(self) -> str:
         return f"AccountFile({self.name!r})"
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
-    problems: list[str] = []
-    for folder in folders:
-        found, odd = _read_folder(folder)
-        problems += odd
-        if found:
-            break
-    else:
-        folder = folders[0]
-    newest: dict[tuple[str, str], AccountFile] = {}
-    for file in sorted(found, key=lambda file: not file.account_id):
-        same_mail = [key for key in newest if key[1] == file.email]
-        # An old file without the id belongs to the only login with its mail.
-        key = same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
-        known = newest.get(key)
-        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[key] = file._replace(account_id=file.account_id or key[0])
+    """Return the first folder with account files, each Codex account's freshest one, and words for each odd one."""
+    folder, found, problems = _read_folders(folders, read_account_file)
+    newest = _freshest(file for file in found if file.provider == "codex")
     return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
 
 
-def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
-    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
-        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+def _freshest(files: Iterable[AccountFile]) -> dict[str, AccountFile]:
+    """Return the freshest file of each tag, an enabled one before all others."""
+    return {file.tag: file for file in sorted(files, key=lambda file: (not file.disabled, file.freshness))}
+
+
+def _read_folders(folders: Sequence[Path], read: Any) -> tuple[Path, list[AccountFile], list[str]]:
+    """Return the first folder with account files, all of them, and words for each odd one."""
+    problems: list[str] = []
+    for folder in folders:
+        found, odd = _read_folder(folder, read)
+        problems += odd
+        if found:
+            return folder, _completed(found), problems
+    return folders[0], [], problems
+
+
+def _completed(files: Sequence[AccountFile]) -> list[AccountFile]:
+    """Return files with the account id and seat that an old file lacks, as the only ones of its mail or id."""
+    ids: dict[str, set[str]] = {}
+    for file in files:
+        if file.account_id:
+            ids.setdefault(f"{file.provider} {file.email}", set()).add(file.account_id)
+            ids.setdefault(file.account_id, set()).update([file.seat] if file.seat else [])
+    completed = []
+    for file in files:
+        account_id = file.account_id or _only(ids.get(f"{file.provider} {file.email}"))
+        completed.append(file._replace(account_id=account_id, seat=file.seat or _only(ids.get(account_id))))
+    return completed
+
+
+def _only(texts: Collection[str] | None) -> str:
+    return next(iter(texts)) if texts and len(texts) == 1 else ""
+
+
+def _read_folder(folder: Path, read: Callable[[Path], AccountFile | None]) -> tuple[list[AccountFile], list[str]]:
+    def is_file(path: str) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
+        return os.path.isfile(path) or not os.path.exists(path)
 
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
+        names = sorted(name for name in os.listdir(str(folder)) if name.lower().endswith(".json"))
+        paths = [path for path in (os.path.join(str(folder), name) for name in names) if is_file(path)]
     except OSError as error:
         return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
     found, problems = [], []
-    for path in paths:
+    for path in map(Path, paths):
         try:
-            found.append(read_account_file(path))
+            found.append(read(path))
         except ValueError as error:
             masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
             problems.append(f"{_printable(masked_name)} is skipped: {error}")
@@ -1329,21 +1415,21 @@ def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
 
 
 def read_account_file(path: Path) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd."""
+    """Read one file; None where it is no account's. Raises ValueError that says what is odd."""
     try:
         content = _read_json_file(path)
     except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
         content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    if _word(content.get("type")).lower() != "codex":
+    provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
+    if provider != "codex" and not (provider and token):
         return None
     claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
     about = claims.get("https://api.openai.com/auth")
     about = about if isinstance(about, dict) else {}
-    token = _word(content.get("access_token"))
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not re.fullmatch(r"[!-~]*", token + account_id):
+    if provider == "codex" and not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
@@ -1354,14 +1440,72 @@ def read_account_file(path: Path) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
-        auth_index_of(os.path.abspath(str(path))),
+        auth_index_of(os.path.abspath(str(path)), provider),
         _any_time(about.get("chatgpt_subscription_active_until")),
+        _word(about.get("chatgpt_user_id")) or _word(about.get("user_id")),
+        provider,
+        hashlib.sha256(token.encode("utf-8", "replace")).hexdigest() if token else "",
     )
 
 
-def auth_index_of(path: str) -> str:
-    """Return the ``auth_index`` that proxies since v7.0.0 derive from a Codex account file's absolute path."""
-    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def auth_index_of(path: str, provider: str = "codex") -> str:
+    """Return the ``auth_index`` that proxies since v7.0.0 derive from an account file's absolute path."""
+    return hashlib.sha256(f"{provider}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class AccountFiles:
+    """The account files as they are, read again when they change, and whose an event is by them."""
+
+    def __init__(self, folders: Sequence[Path], monotonic: Callable[[], float] = monotonic_s):
+        self.contexts, self.changes, self._looked_s = Contexts(self.account_of), 0, float("-inf")
+        self.by_tag: dict[str, AccountFile] = {}
+        self.by_mail: dict[tuple[str, str], set[str]] = {}
+        self._folders, self._monotonic = folders, monotonic
+        self._read: dict[Path, tuple[Any, AccountFile | None]] = {}
+        self._by_hash: dict[str, str] = {}  # those of former tokens too: an event may have waited
+        self._by_index: dict[str, str] = {}
+
+    def look(self, pause_s: float = 2.0) -> None:
+        """Read the files that have changed since the last look, if that is at least so many seconds ago."""
+        now_s = self._monotonic()
+        if now_s - self._looked_s < pause_s:
+            return
+        self._looked_s, before, self._read = now_s, self._read, {}
+        files = _read_folders(self._folders, lambda path: self._read_again(path, before))[1]
+        if self._read == before:
+            return
+        self.contexts.clear()
+        self.changes += 1
+        self.by_tag, self.by_mail = _freshest(files), {}
+        self._by_index = {file.auth_index: file.account for file in files}
+        by_hash: dict[str, set[str]] = {}
+        for file in files:
+            self.by_mail.setdefault((file.provider, file.email.lower()), set()).add(file.account)
+            by_hash.setdefault(file.token_hash, set()).add(file.account)
+        known = [*self._by_hash.items(), *((text, _only(accounts)) for text, accounts in by_hash.items() if text)]
+        self._by_hash = dict(known[-10_000:])
+
+    def _read_again(self, path: Path, before: Mapping[Path, tuple[Any, AccountFile | None]]) -> AccountFile | None:
+        stamp, (known_stamp, file) = None, before.get(path, (None, None))
+        with suppress(OSError):
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp is None or stamp != known_stamp:
+            with suppress(ValueError):  # half-written: what it held before holds on
+                file = read_account_file(path)
+        self._read[path] = stamp, file
+        return file
+
+    def account_of(self, context: Context, token_hash: str) -> str:
+        """Return what the files tell of an event: an account id's tag, or the name of a file without id and mail.
+
+        The token decides, else the path, else the mail: then ``?`` stands in front, or ``~`` where no token was sent.
+        """
+        if token_hash and token_hash not in self._by_hash:
+            self.look(0.2)
+        account = self._by_hash.get(token_hash) or self._by_index.get(context.auth_index or "")
+        only = _only(self.by_mail.get((context.provider, context.source.lower())))
+        return account or (("?" if token_hash else "~") + only if only else "")
 
 
 def _read_json_file(path: Path) -> Any:
@@ -1688,7 +1832,28 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+def _step_accounts(db) -> None:
+    """Keep with an identity what account files decide of it, and no client's key as its source."""
+    db.execute(
+        "CREATE TABLE new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+        "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
+        "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))"
+    )
+    columns = "id, auth_index, source, provider, plan, first_at, last_at"
+    db.execute(f"INSERT INTO new_identities({columns}) SELECT {columns} FROM identities")
+    db.execute("DROP TABLE identities")
+    db.execute("ALTER TABLE new_identities RENAME TO identities")
+    db.execute(  # one of several clients' keys; the others stay, and name nobody beside it
+        "UPDATE OR IGNORE identities SET source = '' WHERE source NOT LIKE '%@%' "
+        "AND id IN (SELECT identity_id FROM contexts WHERE api_key = source) "
+        "AND id NOT IN (SELECT identity_id FROM contexts WHERE api_key <> source)"
+    )
+
+
+_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = (
+    *((5, _step_tables), (6, _step_roll_ups)),
+    (7, _step_accounts),
+)
 
 
 def _put_meta(db, key: str, value: Any) -> None:
@@ -1731,7 +1896,7 @@ class _Reasons:
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(IFNULL(e.failed, 0)) AS failed, " + ", ".join(
@@ -1967,8 +2132,8 @@ class Store:
     def _write(self, changes: bool = True) -> Iterator[Any]:
         """Open a transaction that writes; ``changes``: its commit can alter an answer."""
         with self._write_lock:  # held until what the commit makes true is counted
-            rows_before = self._writer.total_changes
             with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+                rows_before = db.total_changes
                 yield db
             self.changes += changes and self._writer.total_changes > rows_before
 
@@ -2042,12 +2207,46 @@ class Store:
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
-        identity = {"auth_index": values.pop("auth_index") or "", "source": values.pop("source")}
+        identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
+        identity["account"] = self._decide(db, identity["auth_index"], identity["account"])
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
+
+    def _decide(self, db, index: str, account: str) -> str:
+        """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
+        known = db.execute(
+            "SELECT account FROM identities WHERE auth_index = ? AND auth_index <> '' AND account <> '' "
+            "ORDER BY last_at DESC LIMIT 1",
+            (index,),
+        ).fetchone()
+        if known and (not account or account.startswith("?")):
+            return known[0]
+        account = account.lstrip("?~")
+        if account and known is None:
+            self._adopt(db, {index: account})
+        elif known and account != known[0]:
+            self._context_ids.clear()  # from now on the index is another account's
+        return account
+
+    def _adopt(self, db, decisions: Mapping[str, str]) -> None:
+        """Let decisions hold for what these indexes did before, and for quota readings of that time."""
+        columns = "id, auth_index, CAST(source AS TEXT)"
+        rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' AND auth_index <> ''").fetchall()
+        for identity_id, index, source in rows:
+            if decisions.get(index):
+                values = (decisions[index], identity_id)
+                self._move_quota(db, source, own_tag(identity_id, source), tag_of(decisions[index]))
+                db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", values)
+
+    def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
+        """Let the account files decide of what was stored before they were there."""
+        columns = "auth_index, CAST(source AS TEXT), provider"
+        with self._write() as db:
+            rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
+            self._adopt(db, {row[0]: account_of(Context(*row, *[""] * 6), "").lstrip("~") for row in rows})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
@@ -2159,10 +2358,17 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            columns = "id, auth_index, CAST(source AS TEXT), provider, plan, first_at, last_at"
-            rows = db.execute(f"SELECT {columns} FROM identities")
-            self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
+            self._accounts = (version, self._resolve(db))
         return self._accounts[1]
+
+    @staticmethod
+    def _resolve(db) -> list[Account]:
+        rows = db.execute(
+            "SELECT id, auth_index, CAST(source AS TEXT), account, provider, plan, first_at, last_at FROM identities "
+            "UNION ALL SELECT 0, '', CAST(email AS TEXT), account_id_tag, 'codex', IFNULL(plan, ''), 0, 0 "
+            "FROM quota_accounts WHERE account_id_tag <> ''"
+        )
+        return resolve_accounts(Identity(*row) for row in rows)
 
     def usage(
         self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
@@ -2223,6 +2429,7 @@ class Store:
     def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
+            self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
                 return
@@ -2263,6 +2470,25 @@ class Store:
         )
         if tag:  # the account id is known now: the row adopted by its mail alone is this one
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
+
+    @staticmethod
+    def _move_quota(db, email: str, former_tag: str, tag: str) -> None:
+        """Let the row that an account has under another mail, or under a former tag, be its row from now on."""
+        condition, values = "account_id_tag = ? OR (email = ? AND account_id_tag = ?)", (tag, email, former_tag)
+        rows = db.execute(
+            f"SELECT email, account_id_tag FROM quota_accounts WHERE {condition} ORDER BY snapshot_id IS NULL", values
+        ).fetchall()
+        if tag and rows:
+            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", rows[1:])
+        if tag and rows and rows[0] != (email, tag):
+            change = "UPDATE quota_accounts SET email = ?, account_id_tag = ? WHERE email = ? AND account_id_tag = ?"
+            db.execute(change, (email, tag, *rows[0]))
+
+    def follow_quota_accounts(self, files: Iterable[AccountFile]) -> None:
+        """Let the rows of the quota table follow their accounts to new mails, and from the tags of 3.0.0."""
+        with self._write() as db:
+            for file in files:
+                self._move_quota(db, file.email, "#" + short_tag(file.account_id, file.email), file.tag)
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
         """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
@@ -2427,7 +2653,7 @@ _SNAPSHOT_COLUMNS = (
     *("credits_balance", "raw_json", "source"),
 )
 
-_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
+_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
 _REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
     f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
@@ -2978,9 +3204,9 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
-        self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
-        self._waiting: dict[tuple[str | None, str], Event] = {}
+    def __init__(self, files: AccountFiles, store: Store, clock=time.time, monotonic=monotonic_s):
+        self._files, self._store, self._clock, self._monotonic = files, store, clock, monotonic
+        self._waiting: dict[tuple[str | None, str, str], Event] = {}
         self._next_s = float("-inf")
         self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
 
@@ -2988,7 +3214,7 @@ class TrafficReadings:
         """Remember the newest reading of each account for save_due()."""
         for event in events:
             if event.quota_headers and self._is_own(event, event.quota_headers):
-                key = (event.context.auth_index, event.context.source)
+                key = (event.context.auth_index, event.context.source, event.context.account)
                 if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
                     self._waiting[key] = event
 
@@ -3011,42 +3237,34 @@ class TrafficReadings:
         if not self._waiting or now_s < self._next_s:
             return
         self._next_s = now_s + 60
-        files = find_account_files(self._folders)[1]
-        while self._waiting:
-            self._save(self._waiting.popitem()[1], files)
+        waiting, self._waiting = self._waiting, {}
+        for event in waiting.values():
+            self._save(event)
 
-    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
+    def _save(self, event: Event) -> None:
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
-        owner = self._owner_of(event, reading.plan or "", files)
+        owner = self._owner_of(event.context, reading.plan or "")
         if reading.state != "no_windows" and owner is not None:
             row = reading_row(reading, owner, "", read_at)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
 
-    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
-        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        accounts, mail = self._store.accounts(), event.context.source
-        if not looks_like_mail(mail):  # an account whose file has none comes with a key
-            same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
-            mail = next(same_index, "") if event.context.auth_index else ""
-        by_index = [file for file in files if file.auth_index == event.context.auth_index]
-        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(candidates) > 1:
-            candidates = [file for file in candidates if file.plan == plan]
-            if len(candidates) != 1:
-                return None
-        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
-        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
-            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+    def _owner_of(self, context: Context, plan: str) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) of the account that has the request; None where that is not certain."""
+        account = account_of(context, self._store.accounts())
+        tag = account.tag if account else tag_of(context.account.lstrip("?~"))
+        file = self._files.by_tag.get(tag)
+        if file is not None:
+            # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
+            is_doubtful = context.account[:1] in ("?", "~") and account is not None and len(account.indexes) > 1
+            is_other = is_doubtful and file.plan not in ("", plan)
+            return None if file.disabled or is_other else (file.email, file.tag)
+        if account is None or not account.mail:
+            return None
+        # A file of this mail has an account id, and it is not known whether it is this account's.
+        is_unclear = not account.account and any(self._files.by_mail.get((context.provider, account.mail.lower()), ()))
+        return None if is_unclear else (account.mail, tag)
 
 
 class UsagePoint(NamedTuple):
@@ -3127,10 +3345,9 @@ def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [account for account in same if account.plan == (row["plan"] or "")]
+    """Return the name of the account that a quota row belongs to, if there is just one."""
+    same = [account for account in accounts if account.tag == row["account_id_tag"]]
+    same = same or [one for one in accounts if one.mail == row["email"] and one.provider in ("codex", "")]
     return same[0].name if len(same) == 1 else None
 
 
@@ -4105,9 +4322,10 @@ class Collector:
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
         self._alive_at = self.journal.spool.alive_at()
-        self._is_replayed = False
+        self._is_replayed, self._decided_changes = False, 0
         self._backoff = Backoff()
-        self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
+        self._files = AccountFiles(config.auth_dirs(), monotonic)
+        self._readings = TrafficReadings(self._files, store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
@@ -4255,13 +4473,22 @@ class Collector:
         """Parse and spool what was popped, and return whether there was a record in it."""
         if not values:
             return False
-        parsed = parse_events(values)
+        self._follow_files()
+        parsed = parse_events(values, self._files.contexts)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         return bool(parsed.events or parsed.rejects)
+
+    def _follow_files(self) -> None:
+        """Notice account files that have changed, and what they tell of events that are stored already."""
+        self._files.look()
+        if self._files.changes != self._decided_changes:
+            with suppress(StoreError):  # then at the next turn
+                self._store.decide_accounts(self._files.account_of)
+                self._decided_changes = self._files.changes
 
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
@@ -4271,6 +4498,7 @@ class Collector:
             self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
+        self._follow_files()
         self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
@@ -4417,6 +4645,7 @@ class QuotaRefresher:
             (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
             for file, state in zip(files, states)
         ]
+        self._store.follow_quota_accounts(files)
         self._store.register_quota_accounts(accounts, self._clock())
         return files, problems
 
@@ -5116,8 +5345,10 @@ class DemoWorld:
         self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
+        self._files = AccountFiles([self.auth_dir])
+        self._files.look()
+        self._traffic = TrafficReadings(self._files, self.store, clock)
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
         self._record()
@@ -5155,7 +5386,7 @@ class DemoWorld:
             payloads.append(self._payload(self._next_at))
             self._next_at = next(self._arrivals)
         for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000])
+            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
             self._last_event = parsed.events[-1].ts_epoch

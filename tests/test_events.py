@@ -24,7 +24,7 @@ EXPECTED_SAMPLES = [
     ("2026-07-25T07:10:00.120034Z", "dev.one@example.com", "gpt-5.4", 0, 0, 0, 0, 0, 0),
     ("2026-07-25T07:10:00.509117Z", "dev.two@example.org", "gpt-5.4", 4210, 950, 512, 2048, 0, 5160),
     ("2026-08-22T13:00:00.000000Z", "AIz…0001 #8d9271", "gemini-3-pro-preview", 1000, 420, 120, 400, 0, 1420),
-    ("2026-08-22T12:15:02.731000Z", "sk-…1111 #4bdca8", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
+    ("2026-08-22T12:15:02.731000Z", "", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
 ]
 
 
@@ -238,7 +238,7 @@ def test_failed_reply_tells_no_plan_since_its_headers_may_be_another_accounts():
 
 
 def identity(number, index, source, *, plan="", first=0.0, last=100.0, provider="codex"):
-    return app.Identity(number, index, source, provider, plan, first, last)
+    return app.Identity(number, index, source, "", provider, plan, first, last)
 
 
 def names(*identities):
