@@ -1346,6 +1346,11 @@ class AccountFile(NamedTuple):
         return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
 
     @property
+    def former_tag(self) -> str:
+        """Return the tag that 3.0.0 gave the account."""
+        return "#" + short_tag(self.account_id, self.email)
+
+    @property
     def account(self) -> str:
         """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
         return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
@@ -1356,62 +1361,33 @@ class AccountFile(NamedTuple):
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
     """Return the first folder with account files, each Codex account's freshest one, and words for each odd one."""
-    folder, found, problems = _read_folders(folders, read_account_file)
-    newest = _freshest(file for file in found if file.provider == "codex")
-    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+    files = AccountFiles(folders)
+    files.look()
+    codex = (file for file in files.by_tag.values() if file.provider == "codex")
+    return files.folder, sorted(codex, key=lambda file: (file.email, file.plan)), files.problems
 
 
-def _freshest(files: Iterable[AccountFile]) -> dict[str, AccountFile]:
-    """Return the freshest file of each tag, an enabled one before all others."""
-    return {file.tag: file for file in sorted(files, key=lambda file: (not file.disabled, file.freshness))}
-
-
-def _read_folders(folders: Sequence[Path], read: Any) -> tuple[Path, list[AccountFile], list[str]]:
-    """Return the first folder with account files, all of them, and words for each odd one."""
-    problems: list[str] = []
-    for folder in folders:
-        found, odd = _read_folder(folder, read)
-        problems += odd
-        if found:
-            return folder, _completed(found), problems
-    return folders[0], [], problems
-
-
-def _completed(files: Sequence[AccountFile]) -> list[AccountFile]:
-    """Return files with the account id and seat that an old file lacks, as the only ones of its mail or id."""
-    ids: dict[str, set[str]] = {}
+def _completed(files: Sequence[AccountFile]) -> Iterator[AccountFile]:
+    """Yield files with the account id and seat that an old file lacks, as the only ones of its mail or id."""
+    ids: dict[Any, set[str]] = {}
     for file in files:
-        if file.account_id:
-            ids.setdefault(f"{file.provider} {file.email}", set()).add(file.account_id)
-            ids.setdefault(file.account_id, set()).update([file.seat] if file.seat else [])
-    completed = []
+        ids.setdefault((file.provider, file.email), set()).update([file.account_id] if file.account_id else [])
+        ids.setdefault(file.account_id, set()).update([file.seat] if file.seat else [])
     for file in files:
-        account_id = file.account_id or _only(ids.get(f"{file.provider} {file.email}"))
-        completed.append(file._replace(account_id=account_id, seat=file.seat or _only(ids.get(account_id))))
-    return completed
+        account_id = file.account_id or _only(ids[file.provider, file.email])
+        yield file._replace(account_id=account_id, seat=file.seat or _only(ids.get(account_id)))
 
 
 def _only(texts: Collection[str] | None) -> str:
     return next(iter(texts)) if texts and len(texts) == 1 else ""
 
 
-def _read_folder(folder: Path, read: Callable[[Path], AccountFile | None]) -> tuple[list[AccountFile], list[str]]:
+def _paths_in(folder: Path) -> list[Path]:
     def is_file(path: str) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
         return os.path.isfile(path) or not os.path.exists(path)
 
-    try:
-        names = sorted(name for name in os.listdir(str(folder)) if name.lower().endswith(".json"))
-        paths = [path for path in (os.path.join(str(folder), name) for name in names) if is_file(path)]
-    except OSError as error:
-        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
-    found, problems = [], []
-    for path in map(Path, paths):
-        try:
-            found.append(read(path))
-        except ValueError as error:
-            masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
-            problems.append(f"{_printable(masked_name)} is skipped: {error}")
-    return [file for file in found if file is not None], problems
+    paths = (os.path.join(str(folder), name) for name in sorted(os.listdir(str(folder))))
+    return [Path(path) for path in paths if path.lower().endswith(".json") and is_file(path)]
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -1457,55 +1433,71 @@ class AccountFiles:
     """The account files as they are, read again when they change, and whose an event is by them."""
 
     def __init__(self, folders: Sequence[Path], monotonic: Callable[[], float] = monotonic_s):
-        self.contexts, self.changes, self._looked_s = Contexts(self.account_of), 0, float("-inf")
-        self.by_tag: dict[str, AccountFile] = {}
-        self.by_mail: dict[tuple[str, str], set[str]] = {}
-        self._folders, self._monotonic = folders, monotonic
+        self.contexts, self.changes, self.folder = Contexts(self.account_of), 0, folders[0]
+        self.problems: list[str] = []
+        self.by_tag: dict[str, AccountFile] = {}  # the freshest of each, an enabled one before all others
+        self._folders, self._monotonic, self._looked_s = folders, monotonic, float("-inf")
         self._read: dict[Path, tuple[Any, AccountFile | None]] = {}
-        self._by_hash: dict[str, str] = {}  # those of former tokens too: an event may have waited
-        self._by_index: dict[str, str] = {}
+        self._accounts: dict[Any, set[str]] = {}  # by the hash of a token, by index, and by (provider, mail)
 
     def look(self, pause_s: float = 2.0) -> None:
         """Read the files that have changed since the last look, if that is at least so many seconds ago."""
         now_s = self._monotonic()
         if now_s - self._looked_s < pause_s:
             return
-        self._looked_s, before, self._read = now_s, self._read, {}
-        files = _read_folders(self._folders, lambda path: self._read_again(path, before))[1]
+        self._looked_s, before, self._read, self.problems = now_s, self._read, {}, []
+        found = ((folder, self._read_folder(folder, before)) for folder in self._folders)
+        self.folder, files = next((pair for pair in found if pair[1]), (self._folders[0], []))
         if self._read == before:
             return
         self.contexts.clear()
         self.changes += 1
-        self.by_tag, self.by_mail = _freshest(files), {}
-        self._by_index = {file.auth_index: file.account for file in files}
-        by_hash: dict[str, set[str]] = {}
-        for file in files:
-            self.by_mail.setdefault((file.provider, file.email.lower()), set()).add(file.account)
-            by_hash.setdefault(file.token_hash, set()).add(file.account)
-        known = [*self._by_hash.items(), *((text, _only(accounts)) for text, accounts in by_hash.items() if text)]
-        self._by_hash = dict(known[-10_000:])
+        # An event may have waited: the hashes of former tokens are kept, the newest of them.
+        former = [item for item in self._accounts.items() if len(item[0]) == 64]
+        self._accounts, self.by_tag = dict(former[-10_000:]), {}
+        present: dict[Any, set[str]] = {}
+        for file in sorted(_completed(files), key=lambda file: (not file.disabled, file.freshness)):
+            self.by_tag[file.tag] = file
+            for key in (file.token_hash, file.auth_index, (file.provider, file.email.lower())):
+                present.setdefault(key, set()).add(file.account)
+        present.pop("", None)
+        self._accounts.update(present)
 
-    def _read_again(self, path: Path, before: Mapping[Path, tuple[Any, AccountFile | None]]) -> AccountFile | None:
-        stamp, (known_stamp, file) = None, before.get(path, (None, None))
-        with suppress(OSError):
-            status = path.stat()
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if stamp is None or stamp != known_stamp:
-            with suppress(ValueError):  # half-written: what it held before holds on
-                file = read_account_file(path)
-        self._read[path] = stamp, file
-        return file
+    def _read_folder(self, folder: Path, before: Mapping[Path, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
+        try:
+            paths = _paths_in(folder)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self.problems.append(f"{folder} cannot be read: {os_reason(error)}")
+            return []
+        for path in paths:
+            stamp, (known_stamp, file) = None, before.get(path, (None, None))
+            try:
+                with suppress(OSError):
+                    status = path.stat()
+                    stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+                if stamp is None or stamp != known_stamp:
+                    file = read_account_file(path)
+            except ValueError as error:  # perhaps half-written: what it held before holds on
+                masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
+                self.problems.append(f"{_printable(masked_name)} is skipped: {error}")
+            self._read[path] = stamp, file
+        return [file for path in paths for file in [self._read[path][1]] if file is not None]
 
     def account_of(self, context: Context, token_hash: str) -> str:
         """Return what the files tell of an event: an account id's tag, or the name of a file without id and mail.
 
         The token decides, else the path, else the mail: then ``?`` stands in front, or ``~`` where no token was sent.
         """
-        if token_hash and token_hash not in self._by_hash:
+        if token_hash and token_hash not in self._accounts:
             self.look(0.2)
-        account = self._by_hash.get(token_hash) or self._by_index.get(context.auth_index or "")
-        only = _only(self.by_mail.get((context.provider, context.source.lower())))
-        return account or (("?" if token_hash else "~") + only if only else "")
+        account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
+        by_mail = _only(self._accounts.get((context.provider, context.source.lower())))
+        return account or (("?" if token_hash else "~") + by_mail if by_mail else "")
+
+    def may_be_of(self, provider: str, mail: str) -> bool:
+        """Return whether an account of this mail may be one of a file with an account id."""
+        return any(self._accounts.get((provider, mail.lower()), ()))
 
 
 def _read_json_file(path: Path) -> Any:
@@ -2225,21 +2217,20 @@ class Store:
         if known and (not account or account.startswith("?")):
             return known[0]
         account = account.lstrip("?~")
-        if account and known is None:
+        if known is None:
             self._adopt(db, {index: account})
-        elif known and account != known[0]:
+        elif account != known[0]:
             self._context_ids.clear()  # from now on the index is another account's
         return account
 
     def _adopt(self, db, decisions: Mapping[str, str]) -> None:
         """Let decisions hold for what these indexes did before, and for quota readings of that time."""
-        columns = "id, auth_index, CAST(source AS TEXT)"
-        rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' AND auth_index <> ''").fetchall()
-        for identity_id, index, source in rows:
-            if decisions.get(index):
-                values = (decisions[index], identity_id)
-                self._move_quota(db, source, own_tag(identity_id, source), tag_of(decisions[index]))
-                db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", values)
+        rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
+        for index, source, identity_id in rows:
+            account = decisions.get(index) if index else None
+            if account:
+                self._move_quota(db, source, own_tag(identity_id, source), tag_of(account))
+                db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (account, identity_id))
 
     def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
         """Let the account files decide of what was stored before they were there."""
@@ -2358,17 +2349,13 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            self._accounts = (version, self._resolve(db))
+            rows = db.execute(
+                "SELECT id, auth_index, CAST(source AS TEXT), account, provider, plan, first_at, last_at "
+                "FROM identities UNION ALL SELECT 0, '', CAST(email AS TEXT), account_id_tag, 'codex', IFNULL(plan, ''), 0, 0 "
+                "FROM quota_accounts WHERE account_id_tag <> ''"
+            )
+            self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
-
-    @staticmethod
-    def _resolve(db) -> list[Account]:
-        rows = db.execute(
-            "SELECT id, auth_index, CAST(source AS TEXT), account, provider, plan, first_at, last_at FROM identities "
-            "UNION ALL SELECT 0, '', CAST(email AS TEXT), account_id_tag, 'codex', IFNULL(plan, ''), 0, 0 "
-            "FROM quota_accounts WHERE account_id_tag <> ''"
-        )
-        return resolve_accounts(Identity(*row) for row in rows)
 
     def usage(
         self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
@@ -2474,33 +2461,25 @@ class Store:
     @staticmethod
     def _move_quota(db, email: str, former_tag: str, tag: str) -> None:
         """Let the row that an account has under another mail, or under a former tag, be its row from now on."""
-        condition, values = "account_id_tag = ? OR (email = ? AND account_id_tag = ?)", (tag, email, former_tag)
-        rows = db.execute(
-            f"SELECT email, account_id_tag FROM quota_accounts WHERE {condition} ORDER BY snapshot_id IS NULL", values
-        ).fetchall()
-        if tag and rows:
-            db.executemany("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ?", rows[1:])
-        if tag and rows and rows[0] != (email, tag):
-            change = "UPDATE quota_accounts SET email = ?, account_id_tag = ? WHERE email = ? AND account_id_tag = ?"
-            db.execute(change, (email, tag, *rows[0]))
-
-    def follow_quota_accounts(self, files: Iterable[AccountFile]) -> None:
-        """Let the rows of the quota table follow their accounts to new mails, and from the tags of 3.0.0."""
-        with self._write() as db:
-            for file in files:
-                self._move_quota(db, file.email, "#" + short_tag(file.account_id, file.email), file.tag)
+        best = db.execute(
+            "SELECT email, account_id_tag FROM quota_accounts WHERE account_id_tag = ? OR (email = ? AND "
+            "account_id_tag = ?) ORDER BY snapshot_id IS NULL, state_at DESC",
+            (tag, email, former_tag),
+        ).fetchone()
+        if tag and best:
+            where = "WHERE email = ? AND account_id_tag = ?"
+            change = f"UPDATE OR REPLACE quota_accounts SET email = ?, account_id_tag = ? {where}"
+            db.execute(change, (email, tag, *best))
+            db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
+        """Add (email, tag, plan, state, message, paid until, former tag); known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until in accounts:
+            for email, tag, plan, state, message, paid_until, former_tag in accounts:
+                self._move_quota(db, email, former_tag, tag)
                 if mails.count(email) == 1:
-                    db.execute(
-                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
-                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
-                        (tag, email, email, tag),
-                    )
+                    self._move_quota(db, email, "", tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
@@ -3262,8 +3241,7 @@ class TrafficReadings:
             return None if file.disabled or is_other else (file.email, file.tag)
         if account is None or not account.mail:
             return None
-        # A file of this mail has an account id, and it is not known whether it is this account's.
-        is_unclear = not account.account and any(self._files.by_mail.get((context.provider, account.mail.lower()), ()))
+        is_unclear = not account.account and self._files.may_be_of(context.provider, account.mail)
         return None if is_unclear else (account.mail, tag)
 
 
@@ -4642,10 +4620,10 @@ class QuotaRefresher:
         files, problems = self._find_files()
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
-            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
+            + (file.subscription_until, file.former_tag)
             for file, state in zip(files, states)
         ]
-        self._store.follow_quota_accounts(files)
         self._store.register_quota_accounts(accounts, self._clock())
         return files, problems
 
