@@ -3215,24 +3215,27 @@ class TrafficReadings:
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
-        self._next_s = now_s + 60
-        waiting, self._waiting = self._waiting, {}
-        for event in waiting.values():
-            self._save(event)
+        accounts = self._store.accounts()
+        self._waiting = {key: event for key, event in self._waiting.items() if not self._save(event, accounts)}
+        self._next_s = now_s + 60 * (not self._waiting)
 
-    def _save(self, event: Event) -> None:
+    def _save(self, event: Event, accounts: Sequence[Account]) -> bool:
+        """Save the reading of an event, and return False where its account is known when it is committed."""
+        account = account_of(event.context, accounts)
+        tag = account.tag if account else tag_of(event.context.account.lstrip("?~"))
+        if account is None and tag not in self._files.by_tag:
+            return False
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
-        owner = self._owner_of(event.context, reading.plan or "")
+        owner = self._owner_of(event.context, account, tag, reading.plan or "")
         if reading.state != "no_windows" and owner is not None:
             row = reading_row(reading, owner, "", read_at)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+        return True
 
-    def _owner_of(self, context: Context, plan: str) -> tuple[str, str] | None:
+    def _owner_of(self, context: Context, account: Account | None, tag: str, plan: str) -> tuple[str, str] | None:
         """Return the quota row (mail, tag) of the account that has the request; None where that is not certain."""
-        account = account_of(context, self._store.accounts())
-        tag = account.tag if account else tag_of(context.account.lstrip("?~"))
         file = self._files.by_tag.get(tag)
         if file is not None:
             # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
