@@ -1274,7 +1274,7 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
 
 
 def _account_of_group(group: Sequence[Identity]) -> Account:
-    newest_first = sorted(group, key=lambda one: one.last_at, reverse=True)
+    newest_first = sorted(group, key=lambda one: (one.last_at, one.id), reverse=True)
     newest, ids = newest_first[0], [one.id for one in group if one.id]
     mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
     # The keys of several clients are none of the account's.
@@ -1302,9 +1302,8 @@ def own_tag(identity_id: int, mail: str) -> str:
 
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
     """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
-    decided = "" if context.account.startswith("?") else context.account.lstrip("~")
-    if decided:
-        return next((one for one in accounts if one.account == decided), None)
+    if context.account and not context.account.startswith("?"):
+        return next((one for one in accounts if one.account == context.account), None)
     index = context.auth_index or ""
     same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
     return max(same, key=lambda one: (one.account != "", one.last_at), default=None)
@@ -1487,13 +1486,13 @@ class AccountFiles:
     def account_of(self, context: Context, token_hash: str) -> str:
         """Return what the files tell of an event: an account id's tag, or the name of a file without id and mail.
 
-        The token decides, else the path, else the mail: then ``?`` stands in front, or ``~`` where no token was sent.
+        The token decides, else the path, else the mail: then ``?`` stands in front, and what is known of the index wins.
         """
         if token_hash and token_hash not in self._accounts:
             self.look(0.2)
         account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
         by_mail = _only(self._accounts.get((context.provider, context.source.lower())))
-        return account or (("?" if token_hash else "~") + by_mail if by_mail else "")
+        return account or ("?" + by_mail if by_mail else "")
 
     def may_be_of(self, provider: str, mail: str) -> bool:
         """Return whether an account of this mail may be one of a file with an account id."""
@@ -2216,7 +2215,7 @@ class Store:
         ).fetchone()
         if known and (not account or account.startswith("?")):
             return known[0]
-        account = account.lstrip("?~")
+        account = account.lstrip("?")
         if known is None:
             self._adopt(db, {index: account})
         elif account != known[0]:
@@ -2237,7 +2236,7 @@ class Store:
         columns = "auth_index, CAST(source AS TEXT), provider"
         with self._write() as db:
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
-            self._adopt(db, {row[0]: account_of(Context(*row, *[""] * 6), "").lstrip("~") for row in rows})
+            self._adopt(db, {row[0]: account_of(Context(*row, *[""] * 6), "").lstrip("?") for row in rows})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
@@ -3220,32 +3219,31 @@ class TrafficReadings:
         self._next_s = now_s + 60 * (not self._waiting)
 
     def _save(self, event: Event, accounts: Sequence[Account]) -> bool:
-        """Save the reading of an event, and return False where its account is known when it is committed."""
-        account = account_of(event.context, accounts)
-        tag = account.tag if account else tag_of(event.context.account.lstrip("?~"))
-        if account is None and tag not in self._files.by_tag:
+        """Save the reading of an event, and return False where its account is known only once it is committed."""
+        account, decided = account_of(event.context, accounts), event.context.account
+        if account is None and tag_of(decided) not in self._files.by_tag:
             return False
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
-        owner = self._owner_of(event.context, account, tag, reading.plan or "")
+        owner = self._owner_of(event.context, account, reading.plan or "")
         if reading.state != "no_windows" and owner is not None:
             row = reading_row(reading, owner, "", read_at)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
         return True
 
-    def _owner_of(self, context: Context, account: Account | None, tag: str, plan: str) -> tuple[str, str] | None:
+    def _owner_of(self, context: Context, account: Account | None, plan: str) -> tuple[str, str] | None:
         """Return the quota row (mail, tag) of the account that has the request; None where that is not certain."""
-        file = self._files.by_tag.get(tag)
+        is_certain = context.account != "" and not context.account.startswith("?")
+        file = self._files.by_tag.get(account.tag if account else tag_of(context.account))
         if file is not None:
             # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
-            is_doubtful = context.account[:1] in ("?", "~") and account is not None and len(account.indexes) > 1
-            is_other = is_doubtful and file.plan not in ("", plan)
+            is_other = not is_certain and account and len(account.indexes) > 1 and file.plan not in ("", plan)
             return None if file.disabled or is_other else (file.email, file.tag)
         if account is None or not account.mail:
             return None
-        is_unclear = not account.account and self._files.may_be_of(context.provider, account.mail)
-        return None if is_unclear else (account.mail, tag)
+        is_clear = is_certain or not self._files.may_be_of(context.provider, account.mail)
+        return (account.mail, account.tag) if is_clear else None
 
 
 class UsagePoint(NamedTuple):
