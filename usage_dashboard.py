@@ -40,6 +40,7 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -1345,11 +1346,6 @@ class AccountFile(NamedTuple):
         return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
 
     @property
-    def former_tag(self) -> str:
-        """Return the tag that 3.0.0 gave the account."""
-        return "#" + short_tag(self.account_id, self.email)
-
-    @property
     def account(self) -> str:
         """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
         return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
@@ -1379,14 +1375,6 @@ def _completed(files: Sequence[AccountFile]) -> Iterator[AccountFile]:
 
 def _only(texts: Collection[str] | None) -> str:
     return next(iter(texts)) if texts and len(texts) == 1 else ""
-
-
-def _paths_in(folder: Path) -> list[Path]:
-    def is_file(path: str) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
-        return os.path.isfile(path) or not os.path.exists(path)
-
-    paths = (os.path.join(str(folder), name) for name in sorted(os.listdir(str(folder))))
-    return [Path(path) for path in paths if path.lower().endswith(".json") and is_file(path)]
 
 
 def read_account_file(path: Path) -> AccountFile | None:
@@ -1436,10 +1424,10 @@ class AccountFiles:
         self.problems: list[str] = []
         self.by_tag: dict[str, AccountFile] = {}  # the freshest of each, an enabled one before all others
         self._folders, self._monotonic, self._looked_s = folders, monotonic, float("-inf")
-        self._read: dict[Path, tuple[Any, AccountFile | None]] = {}
+        self._read: dict[str, tuple[Any, AccountFile | None]] = {}
         self._accounts: dict[Any, set[str]] = {}  # by the hash of a token, by index, and by (provider, mail)
 
-    def look(self, pause_s: float = 2.0) -> None:
+    def look(self, pause_s: float = 0.0) -> None:
         """Read the files that have changed since the last look, if that is at least so many seconds ago."""
         now_s = self._monotonic()
         if now_s - self._looked_s < pause_s:
@@ -1462,42 +1450,43 @@ class AccountFiles:
         present.pop("", None)
         self._accounts.update(present)
 
-    def _read_folder(self, folder: Path, before: Mapping[Path, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
+    def _read_folder(self, folder: Path, before: Mapping[str, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
         try:
-            paths = _paths_in(folder)
+            names = sorted(name for name in os.listdir(str(folder)) if name.lower().endswith(".json"))
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 self.problems.append(f"{folder} cannot be read: {os_reason(error)}")
             return []
-        for path in paths:
-            stamp, (known_stamp, file) = None, before.get(path, (None, None))
+        found = (self._read_changed(os.path.join(str(folder), name), before) for name in names)
+        return [file for file in found if file is not None]
+
+    def _read_changed(self, path: str, before: Mapping[str, tuple[Any, AccountFile | None]]) -> AccountFile | None:
+        stamp, (known_stamp, file) = None, before.get(path, (None, None))
+        with suppress(OSError):  # a link that leads nowhere, or where this user may not look: reading it says so
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp is None or stamp != known_stamp:
             try:
-                with suppress(OSError):
-                    status = path.stat()
-                    stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-                if stamp is None or stamp != known_stamp:
-                    file = read_account_file(path)
+                file = read_account_file(Path(path))
             except ValueError as error:  # perhaps half-written: what it held before holds on
-                masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
+                masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", os.path.basename(path))
                 self.problems.append(f"{_printable(masked_name)} is skipped: {error}")
-            self._read[path] = stamp, file
-        return [file for path in paths for file in [self._read[path][1]] if file is not None]
+        self._read[path] = stamp, file
+        return file
 
     def account_of(self, context: Context, token_hash: str) -> str:
         """Return what the files tell of an event: an account id's tag, or the name of a file without id and mail.
 
-        The token decides, else the path, else the mail: then ``?`` stands in front, and what is known of the index wins.
+        The token decides, else the path. Else the mail, with ``?`` in front, for what is known of the index wins; a
+        mail of several accounts is a ``?`` alone.
         """
         if token_hash and token_hash not in self._accounts:
             self.look(0.2)
         account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
-        by_mail = _only(self._accounts.get((context.provider, context.source.lower())))
-        return account or ("?" + by_mail if by_mail else "")
-
-    def may_be_of(self, provider: str, mail: str) -> bool:
-        """Return whether an account of this mail may be one of a file with an account id."""
-        return any(self._accounts.get((provider, mail.lower()), ()))
-
+        same_mail = self._accounts.get((context.provider, context.source.lower()), set())
+        return account or ("?" + _only(same_mail) if any(same_mail) else "")
 
 def _read_json_file(path: Path) -> Any:
     try:
@@ -3240,10 +3229,8 @@ class TrafficReadings:
             # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
             is_other = not is_certain and account and len(account.indexes) > 1 and file.plan not in ("", plan)
             return None if file.disabled or is_other else (file.email, file.tag)
-        if account is None or not account.mail:
-            return None
-        is_clear = is_certain or not self._files.may_be_of(context.provider, account.mail)
-        return (account.mail, account.tag) if is_clear else None
+        is_clear = is_certain or not context.account
+        return (account.mail, account.tag) if account and account.mail and is_clear else None
 
 
 class UsagePoint(NamedTuple):
@@ -4452,7 +4439,7 @@ class Collector:
         """Parse and spool what was popped, and return whether there was a record in it."""
         if not values:
             return False
-        self._follow_files()
+        self._follow_files(2.0)
         parsed = parse_events(values, self._files.contexts)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
@@ -4461,9 +4448,9 @@ class Collector:
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         return bool(parsed.events or parsed.rejects)
 
-    def _follow_files(self) -> None:
+    def _follow_files(self, pause_s: float) -> None:
         """Notice account files that have changed, and what they tell of events that are stored already."""
-        self._files.look()
+        self._files.look(pause_s)
         if self._files.changes != self._decided_changes:
             with suppress(StoreError):  # then at the next turn
                 self._store.decide_accounts(self._files.account_of)
@@ -4477,7 +4464,7 @@ class Collector:
             self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
-        self._follow_files()
+        self._follow_files(10.0)
         self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
@@ -4622,7 +4609,7 @@ class QuotaRefresher:
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
             (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
-            + (file.subscription_until, file.former_tag)
+            + (file.subscription_until, "#" + short_tag(file.account_id, file.email))
             for file, state in zip(files, states)
         ]
         self._store.register_quota_accounts(accounts, self._clock())
