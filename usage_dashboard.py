@@ -8,7 +8,7 @@ base       errors, log, times, back-off, private files, masks and scrubbing of t
 config     settings from defaults, file, environment and flags, all faults in one error
 resp       the wire protocol of the queue: encoder, reader, client
 events     queue records parsed into events: masks, token rules of each provider
-accounts   account files, and which identities are one account
+accounts   account files, whose an event is by them, and which identities are one account
 store      the SQLite file, the only SQL: schema steps, writes, summaries
 quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
 readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
@@ -5933,7 +5933,7 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
 
     age = row["age_seconds"]
     return [
-        row["email"],
+        row["account"] or row["email"],
         row["plan"] or "—",
         percent(row["primary_remaining_percent"]),
         local(row["primary_reset_at"]),
