@@ -2205,9 +2205,9 @@ class Store:
         if known and (not account or account.startswith("?")):
             return known[0]
         account = account.lstrip("?")
-        if known is None:
+        if known is None and account:
             self._adopt(db, {index: account})
-        elif account != known[0]:
+        elif known and account != known[0]:
             self._context_ids.clear()  # from now on the index is another account's
         return account
 
@@ -2215,17 +2215,19 @@ class Store:
         """Let decisions hold for what these indexes did before, and for quota readings of that time."""
         rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
         for index, source, identity_id in rows:
-            account = decisions.get(index) if index else None
+            account, former = decisions.get(index) if index else None, own_tag(identity_id, source)
             if account:
-                self._move_quota(db, source, own_tag(identity_id, source), tag_of(account))
                 db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (account, identity_id))
+                if db.execute("SELECT 1 FROM quota_accounts WHERE account_id_tag = ?", (former,)).fetchone():
+                    self._move_quota(db, source, former, tag_of(account))
 
     def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
         """Let the account files decide of what was stored before they were there."""
         columns = "auth_index, CAST(source AS TEXT), provider"
         with self._write() as db:
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
-            self._adopt(db, {row[0]: account_of(Context(*row, *[""] * 6), "").lstrip("?") for row in rows})
+            found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
+            self._adopt(db, {index: account for index, account in found if account})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""

@@ -281,7 +281,8 @@ def test_one_mail_at_two_providers_is_two_accounts():
 
 JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]
 FIELDS = [*app.Context._fields, "timestamp", "model", "tokens", "token_breakdown", "latency_ms", "ttft_ms", "failed",
-          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version"]  # fmt: skip
+          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version",
+          "access_token_sha256"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)
