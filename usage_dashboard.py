@@ -1286,8 +1286,8 @@ def _account_of_group(group: Sequence[Identity]) -> Account:
         texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
         name = next(texts, f"{newest.provider} {tag}")
     plan = next((one.plan for one in newest_first if one.plan), "")
-    times, indexes = (min(one.first_at for one in group), newest.last_at), frozenset(one.auth_index for one in group)
-    told = (newest.auth_index, newest.provider, plan, *times, ids, newest.account, tag, indexes)
+    first_at, indexes = min(one.first_at for one in group), frozenset(one.auth_index for one in group if one.id)
+    told = (newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids, newest.account, tag, indexes)
     return Account(name, mail, source, *told)
 
 
