@@ -975,7 +975,7 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
         service_tier=_text(get("service_tier"), "service_tier", 32),
         api_key=mask_key(_text(get("api_key"), "api_key", 512)),
     )
-    account = contexts.account_of(context, token_hash if isinstance(token_hash, str) else "")
+    account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
     return model, context._replace(account=account)
 
 
