@@ -324,6 +324,8 @@ def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path
         former = "#" + app.short_tag("acc-1", "user1@example.com")
         db.execute("UPDATE quota_accounts SET account_id_tag = ?", (former,))
         db.execute("UPDATE identities SET source = 'user1@example.com' WHERE id = 1")  # of another plan and index
+        db.execute("UPDATE contexts SET api_key = 'sk-…1111 #4bdca8', alias = id WHERE identity_id = 2")
+        db.execute("UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2")  # a client's key, as it was named
         db.commit()
     store = open_store()
     before = store.usage(ALWAYS, 86400, 0)
@@ -341,7 +343,8 @@ def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path
     assert (after.buckets, after.models) == (before.buckets, before.models) and store.find_faults() == []
     sums = {account.name: total for account, total in after.accounts}
     joined = [total for account, total in before.accounts if account.mail == "user1@example.com"]
-    assert len(sums) == 2 and sums["user1@example.com"] == app.add_sums(joined)
+    assert set(sums) == {"user1@example.com", "index 1234567890123e45"}
+    assert sums["user1@example.com"] == app.add_sums(joined)
     (row,) = store.quotas()
     (file,) = files.by_tag.values()
     assert (row["account_id_tag"], row["primary_used_percent"] is not None) == (file.tag, True)
