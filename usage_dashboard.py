@@ -44,6 +44,7 @@ import stat
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -730,7 +731,7 @@ class Context(NamedTuple):
     reasoning_effort: str
     service_tier: str
     api_key: str
-    account: str = ""  # as AccountFiles.account_of() has it
+    account: str = ""  # of account files; after a "?" where their mail is all that tells, which alone says: one of them
 
 
 class Contexts(dict):
@@ -1222,8 +1223,6 @@ class Account:
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
-        if self.account and old.account:
-            return False
         if self.provider and old.provider and self.provider != old.provider:
             return False
         if not self.auth_index or not old.auth_index:
@@ -1243,10 +1242,9 @@ class Account:
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts; one of the quota table, which needs no requests, has the id 0.
+    """Group identities into accounts: by what files decided, else by index, with those that it took over from.
 
-    What files decided is one account. Else an index is one, with those that it took over from (same mail, provider,
-    plan), unless two accounts of the mail are known: which of them it is, nothing but a file can tell.
+    Of two known accounts with one mail, nothing but a file tells which it is. The id 0 is a row of the quota table.
     """
     groups: dict[tuple[str, ...], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
@@ -1256,14 +1254,12 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     grouped = [_account_of_group(group) for group in groups.values()]
     unclear = {account.tag for account in grouped if not account.account}
     grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
-    tags: dict[str, list[str]] = {}
-    for account in grouped:
-        tags.setdefault(account.mail, []).extend([account.tag] if account.account else [])
+    known_of = Counter(account.mail for account in grouped if account.account)
     accounts: list[Account] = []
     by_mail: dict[str, list[Account]] = {}
     for account in grouped:
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        may_join = not account.account and len(tags[account.mail]) < 2
+        may_join = not account.account and known_of[account.mail] < 2
         earlier = next((known for known in same_mail if may_join and account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
@@ -1346,6 +1342,11 @@ class AccountFile(NamedTuple):
         return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
 
     @property
+    def former_tag(self) -> str:
+        """Return the tag that 3.0.0 gave the account, or a colleague's own before there were two of them."""
+        return "#" + short_tag(self.account_id, "" if self.seat == self.email.lower() else self.email)
+
+    @property
     def account(self) -> str:
         """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
         return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
@@ -1363,14 +1364,17 @@ def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile]
 
 
 def _completed(files: Sequence[AccountFile]) -> Iterator[AccountFile]:
-    """Yield files with the account id and seat that an old file lacks, as the only ones of its mail or id."""
+    """Yield files with the account id and seat that some lack; several mails under one id are colleagues."""
     ids: dict[Any, set[str]] = {}
     for file in files:
         ids.setdefault((file.provider, file.email), set()).update([file.account_id] if file.account_id else [])
-        ids.setdefault(file.account_id, set()).update([file.seat] if file.seat else [])
+        ids.setdefault(("seats", file.account_id), set()).update([file.seat] if file.seat else [])
+        ids.setdefault(("mails", file.account_id), set()).add(file.email.lower())
     for file in files:
         account_id = file.account_id or _only(ids[file.provider, file.email])
-        yield file._replace(account_id=account_id, seat=file.seat or _only(ids.get(account_id)))
+        is_shared = len(ids["mails", account_id]) > 1
+        seat = file.seat or (file.email.lower() if is_shared else _only(ids["seats", account_id]))
+        yield file._replace(account_id=account_id, seat=seat)
 
 
 def _only(texts: Collection[str] | None) -> str:
@@ -1477,11 +1481,7 @@ class AccountFiles:
         return file
 
     def account_of(self, context: Context, token_hash: str) -> str:
-        """Return what the files tell of an event: an account id's tag, or the name of a file without id and mail.
-
-        The token decides, else the path. Else the mail, with ``?`` in front, for what is known of the index wins; a
-        mail of several accounts is a ``?`` alone.
-        """
+        """Return whose an event is by token, else path, else by mail with a ``?`` in front: a tag or a file's name."""
         if token_hash and token_hash not in self._accounts:
             self.look(0.2)
         account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
@@ -2198,9 +2198,8 @@ class Store:
     def _decide(self, db, index: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
         known = db.execute(
-            "SELECT account FROM identities WHERE auth_index = ? AND auth_index <> '' AND account <> '' "
-            "ORDER BY last_at DESC LIMIT 1",
-            (index,),
+            "SELECT account FROM identities WHERE auth_index = ? AND account <> '' ORDER BY last_at DESC",
+            (index or None,),
         ).fetchone()
         if known and (not account or account.startswith("?")):
             return known[0]
@@ -2341,8 +2340,8 @@ class Store:
         if self._accounts[0] != version:
             rows = db.execute(
                 "SELECT id, auth_index, CAST(source AS TEXT), account, provider, plan, first_at, last_at "
-                "FROM identities UNION ALL SELECT 0, '', CAST(email AS TEXT), account_id_tag, 'codex', IFNULL(plan, ''), 0, 0 "
-                "FROM quota_accounts WHERE account_id_tag <> ''"
+                "FROM identities UNION ALL SELECT 0, '', CAST(email AS TEXT), account_id_tag, 'codex', "
+                "IFNULL(plan, ''), 0, 0 FROM quota_accounts WHERE account_id_tag <> ''"
             )
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
@@ -4611,7 +4610,7 @@ class QuotaRefresher:
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
             (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
-            + (file.subscription_until, "#" + short_tag(file.account_id, file.email))
+            + (file.subscription_until, file.former_tag)
             for file, state in zip(files, states)
         ]
         self._store.register_quota_accounts(accounts, self._clock())

@@ -148,9 +148,10 @@ def test_accounts_of_one_mail_are_named_by_their_plans_where_these_differ(pool):
     assert pool.usage() == {f"{MAIL} (plus)": 1000, f"{MAIL} (team)": 1000}
 
 
-def test_colleagues_in_one_workspace_are_two_accounts(pool):
-    pool.file("one", "id-1", mail="a@x.com", user="u1")
-    pool.file("two", "id-1", mail="b@x.com", user="u2")
+@pytest.mark.parametrize("users", [("u1", "u2"), ("", "")])
+def test_colleagues_in_one_workspace_are_two_accounts(pool, users):
+    pool.file("one", "id-1", mail="a@x.com", user=users[0])
+    pool.file("two", "id-1", mail="b@x.com", user=users[1])
     pool.take(pool.event(used=10, source="a@x.com"), pool.event(used=20, source="b@x.com", auth_index="b2", tokens=5))
     pool.read()
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 5} and pool.quota() == {"a@x.com": 10, "b@x.com": 20}
