@@ -8,7 +8,7 @@ base       errors, log, times, back-off, private files, masks and scrubbing of t
 config     settings from defaults, file, environment and flags, all faults in one error
 resp       the wire protocol of the queue: encoder, reader, client
 events     queue records parsed into events: masks, token rules of each provider
-accounts   account files, and which identities are one account
+accounts   account files, whose an event is by them, and which identities are one account
 store      the SQLite file, the only SQL: schema steps, writes, summaries
 quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
 readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
@@ -40,9 +40,11 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -50,7 +52,7 @@ from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnect
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Collection, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
@@ -722,6 +724,15 @@ class Context(NamedTuple):
     reasoning_effort: str
     service_tier: str
     api_key: str
+    account: str = ""  # of account files; after a "?" where their mail is all that tells, which alone says: one of them
+
+
+class Contexts(dict):
+    """The contexts read so far, by the values sent, and the function that names their accounts."""
+
+    def __init__(self, account_of: Callable[[Context, str], str] = lambda context, token_hash: ""):
+        super().__init__()
+        self.account_of = account_of
 
 
 class Event(NamedTuple):
@@ -782,7 +793,7 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any]) -> Parsed:
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
@@ -792,7 +803,7 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
             try:
                 if isinstance(content, Rejected):
                     raise content
-                event = parse_event(content)
+                event = parse_event(content, _contexts if contexts is None else contexts)
             except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
@@ -844,7 +855,7 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
     fail = kept.get("fail")
@@ -904,7 +915,7 @@ def _loads(raw: bytes) -> Any:
     return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
-def parse_event(content: Any) -> Event | None:
+def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
@@ -919,7 +930,7 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    model, context = _context_of(content)
+    model, context = _context_of(content, contexts)
     status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
     usage = _usage(content, context.provider)
@@ -946,29 +957,32 @@ def parse_event(content: Any) -> Event | None:
     )
 
 
-_CONTEXT_NAMES = ("model", *Context._fields)
-_contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
+_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_contexts = Contexts()
 
 
-def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _context_of(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
     values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
-        return _contexts[values]
+        return contexts[values]
     except KeyError:
-        found = _read_context(content)
+        found = _read_context(content, contexts)
     except TypeError:  # a list or an object, where a text belongs
-        return _read_context(content)
+        return _read_context(content, contexts)
     # Texts alone are safe as keys: 1 and true are equal. Long ones are not worth their memory.
     is_safe = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in values)
-    return cache(_contexts, values, found) if is_safe else found
+    return cache(contexts, values, found) if is_safe else found
 
 
-def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     get = content.get
-    return _text(get("model"), "model") or "unknown", Context(
+    source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
+    is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
+    model = _text(get("model"), "model") or "unknown"
+    context = Context(
         auth_index=_auth_index(get("auth_index")),
-        source=_mask_source(_text(get("source"), "source", 512)),
+        source="" if is_clients_key else _mask_source(source),
         provider=_text(get("provider"), "provider").lower(),
         endpoint=_text(get("endpoint"), "endpoint"),
         auth_type=_text(get("auth_type"), "auth_type", 32),
@@ -977,6 +991,8 @@ def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
         service_tier=_text(get("service_tier"), "service_tier", 32),
         api_key=mask_key(_text(get("api_key"), "api_key", 512)),
     )
+    account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
+    return model, context._replace(account=account)
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1200,11 +1216,12 @@ _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
 class Identity(NamedTuple):
-    """One (auth_index, source) pair that events came with; times are epoch seconds."""
+    """One (auth_index, source, account) that events came with; times are epoch seconds."""
 
     id: int
     auth_index: str
     source: str
+    account: str
     provider: str
     plan: str
     first_at: float
@@ -1213,7 +1230,7 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """One row of the accounts table and the identities that count for it; times are epoch seconds."""
+    """One row of the accounts table and the identities that count for it; ``account`` is empty where no file told."""
 
     name: str
     mail: str
@@ -1224,6 +1241,9 @@ class Account:
     first_at: float
     last_at: float
     identity_ids: list[int]
+    account: str = ""
+    tag: str = ""
+    indexes: frozenset[str] = frozenset()
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
@@ -1242,20 +1262,29 @@ class Account:
             self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
         self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
         self.identity_ids = self.identity_ids + new.identity_ids
+        self.indexes |= new.indexes
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
-    by_index: dict[tuple[str, str], list[Identity]] = {}
+    """Group identities into accounts: by what files decided, else by index, with those that it took over from.
+
+    Of two known accounts with one mail, nothing but a file tells which it is. The id 0 is a row of the quota table.
+    """
+    groups: dict[tuple[str, ...], list[Identity]] = {}
     for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
-        key = (identity.auth_index, "" if identity.auth_index else identity.source)
-        by_index.setdefault(key, []).append(identity)
+        index, source = identity.auth_index, identity.source
+        key = (tag_of(identity.account),) if identity.account else (index, "" if index else source)
+        groups.setdefault(key, []).append(identity)
+    grouped = [_account_of_group(group) for group in groups.values()]
+    unclear = {account.tag for account in grouped if not account.account}
+    grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
+    known_of = Counter(account.mail for account in grouped if account.account)
     accounts: list[Account] = []
     by_mail: dict[str, list[Account]] = {}
-    for group in by_index.values():
-        account = _account_of_index(group)
+    for account in grouped:
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        earlier = next((known for known in same_mail if account.takes_over(known)), None)
+        may_join = not account.account and known_of[account.mail] < 2
+        earlier = next((known for known in same_mail if may_join and account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
             same_mail.append(account)
@@ -1265,21 +1294,45 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
     return accounts
 
 
-def _account_of_index(group: Sequence[Identity]) -> Account:
-    newest_first = sorted(group, key=lambda one: one.last_at, reverse=True)
+def _account_of_group(group: Sequence[Identity]) -> Account:
+    newest_first = sorted(group, key=lambda one: (one.last_at, one.id), reverse=True)
+    newest, ids = newest_first[0], [one.id for one in group if one.id]
     mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
-    newest = newest_first[0]
-    name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    # The keys of several clients are none of the account's.
+    source = mail or (newest.source if len({one.source for one in group}) == 1 else "")
+    tag = tag_of(newest.account) or own_tag(min(ids), mail)
+    name = source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
+    if newest.account and not mail:
+        texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
+        name = next(texts, f"{newest.provider} {tag}")
     plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at, ids = min(one.first_at for one in group), [one.id for one in group]
-    return Account(
-        name, mail, mail or newest.source, newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids
-    )
+    first_at, indexes = min(one.first_at for one in group), frozenset(one.auth_index for one in group if one.id)
+    told = (newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids, newest.account, tag, indexes)
+    return Account(name, mail, source, *told)
+
+
+def tag_of(account: str) -> str:
+    """Return the tag of what account files decided; empty where they decided nothing."""
+    return "#" + short_tag("", account) if account and not account.startswith("#") else account
+
+
+def own_tag(identity_id: int, mail: str) -> str:
+    """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
+    return "#" + short_tag(str(identity_id), mail)
+
+
+def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
+    """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
+    if context.account and not context.account.startswith("?"):
+        return next((one for one in accounts if one.account == context.account), None)
+    index = context.auth_index or ""
+    same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
+    return max(same, key=lambda one: (one.account != "", one.last_at), default=None)
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
-    """Rename accounts that share a name: by plan, else provider, else a short tag of the index."""
-    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
+    """Rename accounts that share a name: by plan, else provider, else a short tag."""
+    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: one.tag):
         by_name: dict[str, list[Account]] = {}
         for account in accounts:
             by_name.setdefault(account.name, []).append(account)
@@ -1303,71 +1356,71 @@ class AccountFile(NamedTuple):
     freshness: str
     auth_index: str = ""
     subscription_until: str | None = None
+    seat: str = ""  # who, where several people share an account id
+    provider: str = "codex"
+    token_hash: str = ""
 
     @property
     def tag(self) -> str:
-        """Return a stable tag of the login, which does not reveal its id."""
-        return "#" + short_tag(self.account_id, self.email)
+        """Return a stable tag of the account, which does not reveal its id; by the mail where there is no id."""
+        return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
+
+    @property
+    def former_tag(self) -> str:
+        """Return the tag that 3.0.0 gave the account, or a colleague's own before there were two of them."""
+        return "#" + short_tag(self.account_id, "" if self.seat == self.email.lower() else self.email)
+
+    @property
+    def account(self) -> str:
+        """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
+        return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
 
     def __repr__(self) -> str:
         return f"AccountFile({self.name!r})"
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
-    problems: list[str] = []
-    for folder in folders:
-        found, odd = _read_folder(folder)
-        problems += odd
-        if found:
-            break
-    else:
-        folder = folders[0]
-    newest: dict[tuple[str, str], AccountFile] = {}
-    for file in sorted(found, key=lambda file: not file.account_id):
-        same_mail = [key for key in newest if key[1] == file.email]
-        # An old file without the id belongs to the only login with its mail.
-        key = same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
-        known = newest.get(key)
-        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[key] = file._replace(account_id=file.account_id or key[0])
-    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+    """Return the first folder with account files, each Codex account's freshest one, and words for each odd one."""
+    files = AccountFiles(folders)
+    files.look()
+    codex = (file for file in files.by_tag.values() if file.provider == "codex")
+    return files.folder, sorted(codex, key=lambda file: (file.email, file.plan)), files.problems
 
 
-def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
-    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
-        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+def _completed(files: Sequence[AccountFile]) -> Iterator[AccountFile]:
+    """Yield files with the account id and seat that some lack; several mails under one id are colleagues."""
+    ids: dict[Any, set[str]] = {}
+    for file in files:
+        ids.setdefault((file.provider, file.email), set()).update([file.account_id] if file.account_id else [])
+        ids.setdefault(("seats", file.account_id), set()).update([file.seat] if file.seat else [])
+        ids.setdefault(("mails", file.account_id), set()).add(file.email.lower())
+    for file in files:
+        account_id = file.account_id or _only(ids[file.provider, file.email])
+        is_shared = len(ids["mails", account_id]) > 1
+        seat = file.seat or (file.email.lower() if is_shared else _only(ids["seats", account_id]))
+        yield file._replace(account_id=account_id, seat=seat)
 
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
-    except OSError as error:
-        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
-    found, problems = [], []
-    for path in paths:
-        try:
-            found.append(read_account_file(path))
-        except ValueError as error:
-            masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
-            problems.append(f"{_printable(masked_name)} is skipped: {error}")
-    return [file for file in found if file is not None], problems
+
+def _only(texts: Collection[str] | None) -> str:
+    return next(iter(texts)) if texts and len(texts) == 1 else ""
 
 
 def read_account_file(path: Path) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd."""
+    """Read one file; None where it is no account's. Raises ValueError that says what is odd."""
     try:
         content = _read_json_file(path)
     except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
         content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    if _word(content.get("type")).lower() != "codex":
+    provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
+    if provider != "codex" and not (provider and token):
         return None
     claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
     about = claims.get("https://api.openai.com/auth")
     about = about if isinstance(about, dict) else {}
-    token = _word(content.get("access_token"))
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not re.fullmatch(r"[!-~]*", token + account_id):
+    if provider == "codex" and not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
@@ -1378,15 +1431,86 @@ def read_account_file(path: Path) -> AccountFile | None:
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
         _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
-        auth_index_of(os.path.abspath(str(path))),
+        auth_index_of(os.path.abspath(str(path)), provider),
         _any_time(about.get("chatgpt_subscription_active_until")),
+        _word(about.get("chatgpt_user_id")) or _word(about.get("user_id")),
+        provider,
+        hashlib.sha256(token.encode("utf-8", "replace")).hexdigest() if token else "",
     )
 
 
-def auth_index_of(path: str) -> str:
-    """Return the ``auth_index`` that proxies since v7.0.0 derive from a Codex account file's absolute path."""
-    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def auth_index_of(path: str, provider: str = "codex") -> str:
+    """Return the ``auth_index`` that proxies since v7.0.0 derive from an account file's absolute path."""
+    return hashlib.sha256(f"{provider}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
+
+class AccountFiles:
+    """The account files as they are, read again when they change, and whose an event is by them."""
+
+    def __init__(self, folders: Sequence[Path], monotonic: Callable[[], float] = monotonic_s):
+        self.contexts, self.changes, self.folder = Contexts(self.account_of), 0, folders[0]
+        self.problems: list[str] = []
+        self.by_tag: dict[str, AccountFile] = {}  # the freshest of each, an enabled one before all others
+        self._folders, self._monotonic, self._looked_s = folders, monotonic, float("-inf")
+        self._read: dict[str, tuple[Any, AccountFile | None]] = {}
+        self._accounts: dict[Any, set[str]] = {}  # by the hash of a token, by index, and by (provider, mail)
+
+    def look(self, pause_s: float = 0.0) -> None:
+        """Read the files that have changed since the last look, if that is at least so many seconds ago."""
+        now_s = self._monotonic()
+        if now_s - self._looked_s < pause_s:
+            return
+        self._looked_s, before, self._read, self.problems = now_s, self._read, {}, []
+        found = ((folder, self._read_folder(folder, before)) for folder in self._folders)
+        self.folder, files = next((pair for pair in found if pair[1]), (self._folders[0], []))
+        if self._read == before:
+            return
+        self.contexts.clear()
+        self.changes += 1
+        # An event may have waited: the hashes of former tokens are kept, the newest of them.
+        former = [item for item in self._accounts.items() if len(item[0]) == 64]
+        self._accounts, self.by_tag = dict(former[-10_000:]), {}
+        present: dict[Any, set[str]] = {}
+        for file in sorted(_completed(files), key=lambda file: (not file.disabled, file.freshness)):
+            self.by_tag[file.tag] = file
+            for key in (file.token_hash, file.auth_index, (file.provider, file.email.lower())):
+                present.setdefault(key, set()).add(file.account)
+        present.pop("", None)
+        self._accounts.update(present)
+
+    def _read_folder(self, folder: Path, before: Mapping[str, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
+        try:
+            names = sorted(name for name in os.listdir(str(folder)) if name.lower().endswith(".json"))
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self.problems.append(f"{folder} cannot be read: {os_reason(error)}")
+            return []
+        found = (self._read_changed(os.path.join(str(folder), name), before) for name in names)
+        return [file for file in found if file is not None]
+
+    def _read_changed(self, path: str, before: Mapping[str, tuple[Any, AccountFile | None]]) -> AccountFile | None:
+        stamp, (known_stamp, file) = None, before.get(path, (None, None))
+        with suppress(OSError):  # a link that leads nowhere, or where this user may not look: reading it says so
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp is None or stamp != known_stamp:
+            try:
+                file = read_account_file(Path(path))
+            except ValueError as error:  # perhaps half-written: what it held before holds on
+                masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", os.path.basename(path))
+                self.problems.append(f"{_printable(masked_name)} is skipped: {error}")
+        self._read[path] = stamp, file
+        return file
+
+    def account_of(self, context: Context, token_hash: str) -> str:
+        """Return whose an event is by token, else path, else by mail with a ``?`` in front: a tag or a file's name."""
+        if token_hash and token_hash not in self._accounts:
+            self.look(0.2)
+        account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
+        same_mail = self._accounts.get((context.provider, context.source.lower()), set())
+        return account or ("?" + _only(same_mail) if any(same_mail) else "")
 
 def _read_json_file(path: Path) -> Any:
     try:
@@ -1788,7 +1912,28 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+def _step_accounts(db) -> None:
+    """Keep with an identity what account files decide of it, and no client's key as its source."""
+    db.execute(
+        "CREATE TABLE new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+        "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
+        "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))"
+    )
+    columns = "id, auth_index, source, provider, plan, first_at, last_at"
+    db.execute(f"INSERT INTO new_identities({columns}) SELECT {columns} FROM identities")
+    db.execute("DROP TABLE identities")
+    db.execute("ALTER TABLE new_identities RENAME TO identities")
+    db.execute(  # one of several clients' keys; the others stay, and name nobody beside it
+        "UPDATE OR IGNORE identities SET source = '' WHERE source NOT LIKE '%@%' "
+        "AND id IN (SELECT identity_id FROM contexts WHERE api_key = source) "
+        "AND id NOT IN (SELECT identity_id FROM contexts WHERE api_key <> source)"
+    )
+
+
+_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = (
+    *((5, _step_tables), (6, _step_roll_ups)),
+    (7, _step_accounts),
+)
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -1836,7 +1981,7 @@ class _Reasons:
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _EVENT_SUMS = ", ".join([
@@ -2140,12 +2285,46 @@ class Store:
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
-        identity = {"auth_index": values.pop("auth_index") or "", "source": values.pop("source")}
+        identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
+        identity["account"] = self._decide(db, identity["auth_index"], identity["account"])
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
+
+    def _decide(self, db, index: str, account: str) -> str:
+        """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
+        known = db.execute(
+            "SELECT account FROM identities WHERE auth_index = ? AND account <> '' ORDER BY last_at DESC",
+            (index or None,),
+        ).fetchone()
+        if known and (not account or account.startswith("?")):
+            return known[0]
+        account = account.lstrip("?")
+        if known is None and account:
+            self._adopt(db, {index: account})
+        elif known and account != known[0]:
+            self._context_ids.clear()  # from now on the index is another account's
+        return account
+
+    def _adopt(self, db, decisions: Mapping[str, str]) -> None:
+        """Let decisions hold for what these indexes did before, and for quota readings of that time."""
+        rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
+        for index, source, identity_id in rows:
+            account, former = decisions.get(index) if index else None, own_tag(identity_id, source)
+            if account:
+                db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (account, identity_id))
+                if db.execute("SELECT 1 FROM quota_accounts WHERE account_id_tag = ?", (former,)).fetchone():
+                    self._move_quota(db, source, former, tag_of(account))
+
+    def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
+        """Let the account files decide of what was stored before they were there."""
+        columns = "auth_index, CAST(source AS TEXT), provider"
+        with self._write() as db:
+            rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
+            found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
+            self._adopt(db, {index: account for index, account in found if account})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
@@ -2254,8 +2433,11 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            columns = "id, auth_index, source, provider, plan, first_at, last_at"
-            rows = db.execute(f"SELECT {columns} FROM identities")
+            rows = db.execute(
+                "SELECT id, auth_index, source, account, provider, plan, first_at, last_at "
+                "FROM identities UNION ALL SELECT 0, '', email, account_id_tag, 'codex', "
+                "IFNULL(plan, ''), 0, 0 FROM quota_accounts WHERE account_id_tag <> ''"
+            )
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -2310,6 +2492,7 @@ class Store:
     def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
+            self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
                 return
@@ -2354,17 +2537,28 @@ class Store:
         if tag:  # the account id is known now: the row adopted by its mail alone is this one
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
+    @staticmethod
+    def _move_quota(db, email: str, former_tag: str, tag: str) -> None:
+        """Let the row that an account has under another mail, or under a former tag, be its row from now on."""
+        best = db.execute(
+            "SELECT email, account_id_tag FROM quota_accounts WHERE account_id_tag = ? OR (email = ? AND "
+            "account_id_tag = ?) ORDER BY snapshot_id IS NULL, state_at DESC",
+            (tag, email, former_tag),
+        ).fetchone()
+        if tag and best:
+            where = "WHERE email = ? AND account_id_tag = ?"
+            change = f"UPDATE OR REPLACE quota_accounts SET email = ?, account_id_tag = ? {where}"
+            db.execute(change, (email, tag, *best))
+            db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
+
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
+        """Add (email, tag, plan, state, message, paid until, former tag); known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until in accounts:
+            for email, tag, plan, state, message, paid_until, former_tag in accounts:
+                self._move_quota(db, email, former_tag, tag)
                 if mails.count(email) == 1:
-                    db.execute(
-                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
-                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
-                        (tag, email, email, tag),
-                    )
+                    self._move_quota(db, email, "", tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
@@ -2509,7 +2703,7 @@ _SNAPSHOT_COLUMNS = (
     *("credits_balance", "raw_json", "source"),
 )
 
-_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
+_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
 _REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
     f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
@@ -3177,8 +3371,8 @@ def _lasts(reason: str | None, windows: Sequence[QuotaWindow], now: float) -> bo
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
-        self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
+    def __init__(self, files: AccountFiles, store: Store, clock=time.time, monotonic=monotonic_s):
+        self._files, self._store, self._clock, self._monotonic = files, store, clock, monotonic
         self._waiting: dict[tuple[str | None, ...], Event] = {}
         self._next_s = float("-inf")
         self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
@@ -3188,7 +3382,8 @@ class TrafficReadings:
         for event in events:
             headers = event.quota_headers
             if headers and self._is_own(event, headers):
-                key = (event.context.auth_index, event.context.source, headers.get("x-codex-active-limit"))
+                context, meter = event.context, headers.get("x-codex-active-limit")
+                key = (context.auth_index, context.source, context.account, meter)
                 if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
                     self._waiting[key] = event
 
@@ -3214,16 +3409,19 @@ class TrafficReadings:
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
-        self._next_s = now_s + 60
-        files = find_account_files(self._folders)[1]
-        while self._waiting:
-            self._save(self._waiting.popitem()[1], files)
+        accounts = self._store.accounts()
+        self._waiting = {key: event for key, event in self._waiting.items() if not self._save(event, accounts)}
+        self._next_s = now_s + 60 * (not self._waiting)
 
-    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
+    def _save(self, event: Event, accounts: Sequence[Account]) -> bool:
+        """Save the reading of an event, and return False where its account is known only once it is committed."""
+        account, decided = account_of(event.context, accounts), event.context.account
+        if account is None and tag_of(decided) not in self._files.by_tag:
+            return False
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = self._reading_of(event, read_at)
-        owner = self._owner_of(event, reading.plan or "", files)
+        owner = self._owner_of(event.context, account, reading.plan or "")
         windows = [window for window in reading.windows if window.used_percent is not None]
         own = [window for window in windows if window.meter is None]
         if not own:
@@ -3233,31 +3431,18 @@ class TrafficReadings:
         if windows and owner is not None:
             row = reading_row(reading, owner, "", read_at, provider=event.context.provider)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+        return True
 
-    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
-        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        accounts, mail = self._store.accounts(), event.context.source
-        files = files if event.context.provider == "codex" else []  # these are files of Codex accounts
-        if not looks_like_mail(mail):  # an account whose file has none comes with a key
-            same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
-            mail = next(same_index, "") if event.context.auth_index else ""
-        by_index = [file for file in files if file.auth_index == event.context.auth_index]
-        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(candidates) > 1:
-            candidates = [file for file in candidates if file.plan == plan]
-            if len(candidates) != 1:
-                return None
-        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
-        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
-            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+    def _owner_of(self, context: Context, account: Account | None, plan: str) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) of the account that has the request; None where that is not certain."""
+        is_certain = context.account != "" and not context.account.startswith("?")
+        file = self._files.by_tag.get(account.tag if account else tag_of(context.account))
+        if file is not None:
+            # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
+            is_other = not is_certain and account and len(account.indexes) > 1 and file.plan not in ("", plan)
+            return None if file.disabled or is_other else (file.email, file.tag)
+        is_clear = is_certain or not context.account
+        return (account.mail, account.tag) if account and account.mail and is_clear else None
 
 
 class UsagePoint(NamedTuple):
@@ -3344,10 +3529,9 @@ def state_at(state: str, windows: Sequence[QuotaWindow], now: float, reason: str
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
-    if len(same) > 1:
-        same = [account for account in same if account.plan == (row["plan"] or "")]
+    """Return the name of the account that a quota row belongs to, if there is just one."""
+    same = [account for account in accounts if account.tag == row["account_id_tag"]]
+    same = same or [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
     return same[0].name if len(same) == 1 else None
 
 
@@ -4399,8 +4583,10 @@ class Collector:
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
         self._alive_at = self.journal.spool.alive_at()
+        self._decided_changes = 0
         self._backoff = Backoff()
-        self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
+        self._files = AccountFiles(config.auth_dirs(), monotonic)
+        self._readings = TrafficReadings(self._files, store, clock, monotonic)
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
@@ -4546,13 +4732,22 @@ class Collector:
         """Parse and spool what was popped, and return whether there was a record in it."""
         if not values:
             return False
-        parsed = parse_events(values)
+        self._follow_files(2.0)
+        parsed = parse_events(values, self._files.contexts)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         return bool(parsed.events or parsed.rejects)
+
+    def _follow_files(self, pause_s: float) -> None:
+        """Notice account files that have changed, and what they tell of events that are stored already."""
+        self._files.look(pause_s)
+        if self._files.changes != self._decided_changes:
+            with suppress(StoreError):  # then at the next turn
+                self._store.decide_accounts(self._files.account_of)
+                self._decided_changes = self._files.changes
 
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
@@ -4562,6 +4757,7 @@ class Collector:
             self.journal.spool.touch(self._clock())
         except OSError as error:
             self._log.once("spool", fault=os_reason(error))
+        self._follow_files(10.0)
         self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
@@ -4710,7 +4906,8 @@ class QuotaRefresher:
         files, _ = found or self._find_files()
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
-            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
+            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
+            + (file.subscription_until, file.former_tag)
             for file, state in zip(files, states)
         ]
         self._store.register_quota_accounts(accounts, self._clock())
@@ -5416,8 +5613,10 @@ class DemoWorld:
         self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
+        self._files = AccountFiles([self.auth_dir])
+        self._files.look()
+        self._traffic = TrafficReadings(self._files, self.store, clock)
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
         self._record()
@@ -5455,7 +5654,7 @@ class DemoWorld:
             payloads.append(self._payload(self._next_at))
             self._next_at = next(self._arrivals)
         for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000])
+            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
             self._last_event = parsed.events[-1].ts_epoch
@@ -6039,7 +6238,7 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
 
     age = row["age_seconds"]
     return [
-        row["email"],
+        row["account"] or row["email"],
         row["plan"] or "—",
         percent(row["primary_remaining_percent"]),
         local(row["primary_reset_at"]),
