@@ -143,7 +143,7 @@ def test_database_of_another_dashboard_opens_and_its_own_tables_stay(tmp_path, o
     headers = {f"X-Codex-{name}": [value] for name, value in headers.items()}
     sent = record(source="old@example.com", timestamp=app.utc_text(NOON), response_headers=headers)
     parsed = app.parse_events([json.dumps(sent).encode()])
-    traffic = app.TrafficReadings([tmp_path], store, lambda: NOON)
+    traffic = app.TrafficReadings(app.AccountFiles([tmp_path]), store, lambda: NOON)
     assert store.store_batch(parsed, 1, NOON)
     traffic.note(parsed.events)
     traffic.save_due()

@@ -30,7 +30,8 @@ class Field(Site):
         (folder / "accounts").mkdir()
         write_account(folder / "accounts", email=AN)
         (self.file,) = app.find_account_files([folder / "accounts"])[1]
-        self.traffic = app.TrafficReadings([folder / "accounts"], self.store, lambda: self.now, lambda: self.now)
+        self.files = app.AccountFiles([folder / "accounts"])
+        self.traffic = app.TrafficReadings(self.files, self.store, lambda: self.now, lambda: self.now)
         self.refresher.register_accounts()
 
     def refresh(self, reply, after_s=0.0):
@@ -48,7 +49,8 @@ class Field(Site):
         self.now = max(self.now, NOW + after_s)
         told = {"timestamp": app.utc_text(NOW + after_s), "source": AN, "response_headers": headers}
         sent = record(**{**told, **changes})
-        parsed = app.parse_events([json.dumps(sent).encode()])
+        self.files.look(0)
+        parsed = app.parse_events([json.dumps(sent).encode()], self.files.contexts)
         self.store.store_batch(parsed, self.store.counts["sequence"] + 1, self.now)
         self.traffic.note(parsed.events)
 
