@@ -1243,7 +1243,7 @@ class Account:
     identity_ids: list[int]
     account: str = ""
     tag: str = ""
-    indexes: frozenset[str] = frozenset()
+    indexes: Mapping[str, float] = field(default_factory=dict)  # and when each was last seen
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
@@ -1262,7 +1262,7 @@ class Account:
             self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
         self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
         self.identity_ids = self.identity_ids + new.identity_ids
-        self.indexes |= new.indexes
+        self.indexes = {**self.indexes, **new.indexes}
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
@@ -1306,7 +1306,8 @@ def _account_of_group(group: Sequence[Identity]) -> Account:
         texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
         name = next(texts, f"{newest.provider} {tag}")
     plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at, indexes = min(one.first_at for one in group), frozenset(one.auth_index for one in group if one.id)
+    first_at = min(one.first_at for one in group)
+    indexes = {one.auth_index: one.last_at for one in reversed(newest_first) if one.id}
     told = (newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids, newest.account, tag, indexes)
     return Account(name, mail, source, *told)
 
@@ -1327,7 +1328,7 @@ def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
         return next((one for one in accounts if one.account == context.account), None)
     index = context.auth_index or ""
     same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
-    return max(same, key=lambda one: (one.account != "", one.last_at), default=None)
+    return max(same, key=lambda one: (one.account != "", one.indexes[index]), default=None)
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
@@ -1366,9 +1367,10 @@ class AccountFile(NamedTuple):
         return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
 
     @property
-    def former_tag(self) -> str:
-        """Return the tag that 3.0.0 gave the account, or a colleague's own before there were two of them."""
-        return "#" + short_tag(self.account_id, "" if self.seat == self.email.lower() else self.email)
+    def former_tags(self) -> set[str]:
+        """Return the tags that the account may have had: in 3.0.0, or while less was known of its seat."""
+        seats = ("", self.email, self.email.lower())
+        return {"#" + short_tag(self.account_id, seat) for seat in seats if self.account_id} - {self.tag}
 
     @property
     def account(self) -> str:
@@ -1471,12 +1473,19 @@ class AccountFiles:
         former = [item for item in self._accounts.items() if len(item[0]) == 64]
         self._accounts, self.by_tag = dict(former[-10_000:]), {}
         present: dict[Any, set[str]] = {}
-        for file in sorted(_completed(files), key=lambda file: (not file.disabled, file.freshness)):
+        ordered = sorted(files, key=lambda file: (file.provider == "codex", not file.disabled, file.freshness))
+        for file in _completed(ordered):
             self.by_tag[file.tag] = file
             for key in (file.token_hash, file.auth_index, (file.provider, file.email.lower())):
                 present.setdefault(key, set()).add(file.account)
         present.pop("", None)
         self._accounts.update(present)
+
+    @property
+    def renamed(self) -> dict[tuple[str, str], str]:
+        """By an account's former tag and its mail, the one that it has now."""
+        files = self.by_tag.values()
+        return {(tag, file.email.lower()): file.tag for file in files for tag in file.former_tags - {*self.by_tag}}
 
     def _read_folder(self, folder: Path, before: Mapping[str, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
         try:
@@ -2286,25 +2295,26 @@ class Store:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
         identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
-        identity["account"] = self._decide(db, identity["auth_index"], identity["account"])
+        identity["account"] = self._decide(db, **identity)
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
 
-    def _decide(self, db, index: str, account: str) -> str:
+    def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
         known = db.execute(
-            "SELECT account FROM identities WHERE auth_index = ? AND account <> '' ORDER BY last_at DESC",
-            (index or None,),
-        ).fetchone()
-        if known and (not account or account.startswith("?")):
-            return known[0]
+            "SELECT account, source FROM identities WHERE auth_index = ? AND account <> '' ORDER BY last_at DESC",
+            (auth_index or None,),
+        ).fetchall()
+        is_same_mail = bool(known) and (known[0][0], source) in known
+        if known and (account in ("", "?") or account.startswith("?") and is_same_mail):
+            return known[0][0]
         account = account.lstrip("?")
-        if known is None and account:
-            self._adopt(db, {index: account})
-        elif known and account != known[0]:
+        if not known and account:
+            self._adopt(db, {auth_index: account})
+        elif known and account != known[0][0]:
             self._context_ids.clear()  # from now on the index is another account's
         return account
 
@@ -2318,10 +2328,13 @@ class Store:
                 if db.execute("SELECT 1 FROM quota_accounts WHERE account_id_tag = ?", (former,)).fetchone():
                     self._move_quota(db, source, former, tag_of(account))
 
-    def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
-        """Let the account files decide of what was stored before they were there."""
+    def decide_accounts(self, account_of: Callable[[Context, str], str], renamed: Mapping[Any, str] = {}) -> None:
+        """Let the account files decide of what was stored before they were there, or by an account's former tag."""
         columns = "auth_index, CAST(source AS TEXT), provider"
         with self._write() as db:
+            known = db.execute("SELECT account, CAST(source AS TEXT), id FROM identities WHERE account <> ''").fetchall()
+            found = ((renamed.get((row[0], row[1].lower())), row[2]) for row in known)
+            db.executemany("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (row for row in found if row[0]))
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
             found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
             self._adopt(db, {index: account for index, account in found if account})
@@ -2552,13 +2565,12 @@ class Store:
             db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
 
     def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until, former tag); known ones get ``disabled`` alone."""
+        """Add (email, tag, plan, state, message, paid until, former tags); known ones get ``disabled`` alone."""
         mails = [account[0] for account in accounts]
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until, former_tag in accounts:
-                self._move_quota(db, email, former_tag, tag)
-                if mails.count(email) == 1:
-                    self._move_quota(db, email, "", tag)
+            for email, tag, plan, state, message, paid_until, former_tags in accounts:
+                for former_tag in (*former_tags, *(("", tag_of(email)) if mails.count(email) == 1 else ())):
+                    self._move_quota(db, email, former_tag, tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
@@ -4732,8 +4744,9 @@ class Collector:
         """Parse and spool what was popped, and return whether there was a record in it."""
         if not values:
             return False
-        self._follow_files(2.0)
+        self._files.look(2.0)
         parsed = parse_events(values, self._files.contexts)
+        self._follow_files(2.0)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
         if parsed.events:
@@ -4746,7 +4759,7 @@ class Collector:
         self._files.look(pause_s)
         if self._files.changes != self._decided_changes:
             with suppress(StoreError):  # then at the next turn
-                self._store.decide_accounts(self._files.account_of)
+                self._store.decide_accounts(self._files.account_of, self._files.renamed)
                 self._decided_changes = self._files.changes
 
     def _after_turn(self, got_values: bool) -> None:
@@ -4907,7 +4920,7 @@ class QuotaRefresher:
         states = ["disabled" if file.disabled else "never" for file in files]
         accounts = [
             (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
-            + (file.subscription_until, file.former_tag)
+            + (file.subscription_until, file.former_tags)
             for file, state in zip(files, states)
         ]
         self._store.register_quota_accounts(accounts, self._clock())

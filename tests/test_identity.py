@@ -182,6 +182,26 @@ def test_index_that_is_used_again_keeps_its_history_at_the_old_account(pool, res
     assert pool.usage() == {"a@x.com": 1010, "b@x.com": 7} and pool.quota() == {"a@x.com": None, "b@x.com": 30}
 
 
+def test_index_of_an_account_with_another_mail_is_the_one_of_that_mail_without_a_token_too(pool):
+    pool.file("work", "id-1", mail="a@x.com")
+    pool.take(used=10, source="a@x.com", ago=900)
+    pool.read()
+    pool.file("work", "id-2", mail="b@x.com", token="two")
+    pool.take(used=50, source="b@x.com", tokens=7)
+    pool.read()
+    assert pool.usage() == {"a@x.com": 1000, "b@x.com": 7} and pool.quota() == {"a@x.com": 10, "b@x.com": 50}
+
+
+def test_reading_without_a_token_belongs_to_the_account_that_had_its_index_last(pool):
+    two_workspaces(pool)
+    pool.take(pool.event("token-one", ago=5000), pool.event("token-two", 33, ago=4000))
+    pool.take(pool.event("token-one", 44, ago=10, auth_index="b5"))
+    pool.read()
+    pool.take(pool.event(used=35, ago=100, tokens=1))
+    pool.read()
+    assert pool.usage() == {ONE: 2000, TWO: 1001} and pool.quota() == {ONE: 44, TWO: 35}
+
+
 def test_index_that_follows_from_a_path_decides_without_a_token(pool):
     two_workspaces(pool)
     index = app.auth_index_of(str((pool.folder / "two.json").absolute()))
@@ -232,6 +252,20 @@ def test_account_that_changed_its_mail_stays_one_with_its_quota(pool):
     assert pool.usage() == {"new@x.com": 1001} and pool.quota() == {"new@x.com": 40}
 
 
+@pytest.mark.parametrize("then", ["colleague", "user", "id"])
+def test_account_of_which_more_is_known_later_stays_one(pool, then):
+    pool.file("one", "" if then == "id" else "id-1", mail="a@x.com")
+    pool.take(pool.event("token-one", 10, source="a@x.com", ago=900))
+    pool.read()
+    pool.file("one", "id-1", mail="a@x.com", user="u1" if then == "user" else "")
+    if then == "colleague":
+        pool.file("two", "id-1", mail="b@x.com")
+    pool.take(pool.event("token-one", 20, source="a@x.com", tokens=5))
+    pool.read()
+    assert pool.usage() == {"a@x.com": 1005} and pool.quota().pop("b@x.com", None) is None
+    assert pool.quota()["a@x.com"] == 20 and len(pool.quota()) == 1 + (then == "colleague")
+
+
 def test_event_that_waited_while_its_token_was_renewed_finds_its_account(pool):
     two_workspaces(pool)
     pool.take(pool.event("token-one"))
@@ -265,6 +299,12 @@ def test_reading_of_another_plan_than_the_files_is_taken_where_no_other_account_
 
 
 # ---- names without a mail, files of any kind ----------------------------------------------------------------------
+
+
+def test_codex_file_without_an_id_is_asked_beside_another_providers_of_its_mail(pool):
+    pool.file("cx")
+    pool.file("cl", odd={"type": "claude", "last_refresh": "2026-05-01T12:00:00Z"})
+    assert [file.name for file in app.find_account_files([pool.folder])[1]] == ["cx.json"]
 
 
 @pytest.mark.parametrize(
