@@ -2984,8 +2984,10 @@ def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
     """Return the account's own spending limit as a window, if it has one."""
     limit = _member(_member(payload, "spend_control"), "individual_limit")
+    more: dict[str, Any] = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
+    if _finite(limit.get("used_percent")) is None and None not in more.values() and more["limit"] > 0:
+        limit = {**limit, "used_percent": 100 * more["used"] / more["limit"]}
     window = _quota_window(limit, 0, "budget", now, used_up=False)
-    more = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
     more["unit"] = _printable(_word(limit.get("unit"))[:20]) or "credits"
     is_known = window is not None and (window.used_percent is not None or more["limit"] is not None)
     return [window._replace(label="budget", more=more)] if is_known else []
@@ -3512,8 +3514,11 @@ def _quota_json(
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     facts = content_of(row)
     state = state_at(row["state"], windows, now, facts["reason"])
-    facts["reason"] = facts["reason"] if state in ("ok", "limited") else None
+    spent = [window for window in windows if window.governs and window.remaining_percent == 0 and not window.is_due(now)]
+    facts["reason"] = facts["reason"] if state == "limited" or state == "ok" and spent else None
     answer = {**row, **facts, "state": state, "windows": []}
+    if state in ("ok", "reset_due") and not facts["reason"]:
+        answer["message"] = None
     for window in windows:
         due, pace = window.is_due(now), None
         if due:

@@ -185,7 +185,10 @@ def test_account_over_its_window_is_limited_until_a_request_succeeds_on_credits(
     row, windows = field.shown()
     assert (row["state"], row["message"], row["reason"]) == ("ok", "runs on credits", "runs_on_credits")
     assert (windows, row["remaining_percent"], row["credits_balance"]) == ({"7d": 100}, 0, "489.00")
-    field.now += 61
+    field.now += 10 * 86400  # its window came back
+    row = field.shown()[0]
+    assert (row["state"], row["message"], row["reason"]) == ("ok", None, None)
+    field.now += 61 - 10 * 86400
     field.request({**case("credits-headers"), "X-Codex-Credits-Has-Credits": ["False"]}, 140)
     assert (field.shown()[0]["state"], field.shown()[0]["reason"]) == ("limited", None)
 
@@ -198,6 +201,15 @@ def test_budget_alone_governs_the_account(field):
     assert (budget["meter"], budget["used"], budget["limit"]) == ("budget", 3831.746052503586, 15000)
     assert (budget["unit"], budget["reset_at"]) == ("credits", app.utc_text(NOW + 920777))
     assert [(pool["label"], pool["remaining_percent"]) for pool in field.json("/api/quota")["pool"]] == [("budget", 74)]
+
+
+@pytest.mark.parametrize(("used", "limit", "percent", "state"), [
+    ("3900", "15000", 26, "ok"), (10, "10", 100, "limited"), (3, 0, None, "ok"), (None, 10, None, "ok"),
+])  # fmt: skip
+def test_budget_without_a_percentage_is_known_by_what_is_used_of_it(field, used, limit, percent, state):
+    field.refresh({**case("spark-reply"), **control(individual_limit={"used": used, "limit": limit})})
+    row, windows = field.shown()
+    assert (row["state"], windows["budget"]) == (state, percent)
 
 
 def test_account_told_both_allowed_and_reached_is_limited(field):
@@ -239,7 +251,7 @@ def test_scarcest_window_that_governs_is_what_is_left_until_it_comes_back(field)
     field.refresh({**case("spark-reply"), **control(reached=True)})
     field.now = NOW + 501
     row = field.shown()[0]
-    assert (row["state"], row["remaining_percent"], row["reason"]) == ("reset_due", 50, None)
+    assert (row["state"], row["remaining_percent"], row["reason"], row["message"]) == ("reset_due", 50, None, None)
     field.request(case("ordinary-headers"), 502)
     row, windows = field.shown()
     assert (row["state"], row["message"], windows["7d"], windows["budget"]) == ("ok", None, 51, None)
