@@ -1644,7 +1644,7 @@ _ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": B
 
 
 def _columns_of(db, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+    return [row[1].lower() for row in db.execute(f"PRAGMA table_xinfo({table})")]  # those that are computed too
 
 
 def _add_columns(db, table: str, columns: str) -> None:
@@ -1683,11 +1683,12 @@ _STEP_5_TABLES = (
 )
 
 
-def _step_tables(db) -> None:
-    """Make the tables of 3.0.0, or complete those of the original."""
+def _step_tables(db) -> list[str]:
+    """Make the tables of 3.0.0, or complete those of the original and of other programs."""
     for table, columns in _STEP_5_COLUMNS.items():
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
         _add_columns(db, table, columns)
+    done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     for table in _STEP_5_TABLES:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
     _add_columns(db, "outages", "lost INTEGER")
@@ -1699,6 +1700,7 @@ def _step_tables(db) -> None:
         "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email) "
         "AND NOT EXISTS (SELECT 1 FROM quota_accounts)"
     )
+    return done
 
 
 _STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
@@ -1773,23 +1775,24 @@ def _take_over(db, table: str) -> Iterator[str]:
     for kind, name, sql in db.execute(query, (table,)).fetchall():
         if kind == "table":
             body, _, rest = " ".join(sql.split()).partition("(")[2].rpartition(")")
-        elif name != "events_by_time":
+        elif sql != "CREATE INDEX events_by_time ON events(ts_epoch)":
             db.execute('DROP {} "{}"'.format(kind, name.replace('"', '""')))
             yield f"{table}: the {kind} {name} of another program is dropped"
     ours = ["id INTEGER PRIMARY KEY", *_STEP_5_COLUMNS[table].split(", ")]
-    if not rest and set(body.split(", ")) <= {*ours}:
-        return
     known = [column.split()[0] for column in ours]
     found = db.execute(f"PRAGMA table_info({table})").fetchall()
     more = {'"{}"'.format(row[1].replace('"', '""')): row[2] for row in found if row[1].lower() not in known}
+    declared = [*ours, *map(" ".join, more.items())]
+    if not rest and {ours[0]} <= {*body.strip().split(", ")} <= {*declared}:
+        return
     keeps_ids = [(row[1].lower(), row[2].upper()) for row in found if row[5]] == [("id", "INTEGER")]
     db.execute("PRAGMA legacy_alter_table = ON")  # views that name the table stay as they are
-    db.execute(f"CREATE TABLE rebuilt({', '.join([*ours, *map(' '.join, more.items())])})")
+    db.execute(f"CREATE TABLE rebuilt_{table}({', '.join(declared)})")
     columns = ", ".join([*known[1:], *more])
     ids = "id" if keeps_ids else "NULL"
-    count = db.execute(f"INSERT INTO rebuilt(id, {columns}) SELECT {ids}, {columns} FROM {table}").rowcount
+    count = db.execute(f"INSERT INTO rebuilt_{table}(id, {columns}) SELECT {ids}, {columns} FROM {table}").rowcount
     db.execute(f"DROP TABLE {table}")
-    db.execute(f"ALTER TABLE rebuilt RENAME TO {table}")
+    db.execute(f"ALTER TABLE rebuilt_{table} RENAME TO {table}")
     yield f"{table}: {count:,} rows are kept without the constraints of another program"
 
 
@@ -1843,7 +1846,8 @@ def _add_keys_and_reasons(db) -> None:
         "UNIQUE(status_code, error))"
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
-    db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
+    _add_columns(db, "events", "reason_id INTEGER")
+    db.execute("UPDATE events SET reason_id = NULL WHERE reason_id IS NOT NULL")  # another program's
     reasons, next_id = _Reasons(db), -(1 << 63)
     while True:
         rows = db.execute(
@@ -2332,8 +2336,8 @@ class Store:
         """Let the account files decide of what was stored before they were there, or by an account's former tag."""
         columns = "auth_index, CAST(source AS TEXT), provider"
         with self._write() as db:
-            known = db.execute("SELECT account, CAST(source AS TEXT), id FROM identities WHERE account <> ''").fetchall()
-            found = ((renamed.get((row[0], row[1].lower())), row[2]) for row in known)
+            known = db.execute("SELECT account, CAST(source AS TEXT), id FROM identities WHERE account <> ''")
+            found = [(renamed.get((row[0], row[1].lower())), row[2]) for row in known]
             db.executemany("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (row for row in found if row[0]))
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
             found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
@@ -3514,8 +3518,8 @@ def _quota_json(
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     facts = content_of(row)
     state = state_at(row["state"], windows, now, facts["reason"])
-    spent = [window for window in windows if window.governs and window.remaining_percent == 0 and not window.is_due(now)]
-    facts["reason"] = facts["reason"] if state == "limited" or state == "ok" and spent else None
+    is_spent = any(window.governs and window.remaining_percent == 0 and not window.is_due(now) for window in windows)
+    facts["reason"] = facts["reason"] if state == "limited" or state == "ok" and is_spent else None
     answer = {**row, **facts, "state": state, "windows": []}
     if state in ("ok", "reset_due") and not facts["reason"]:
         answer["message"] = None

@@ -92,6 +92,9 @@ DECLARED = {
     "more columns": (f"{OURS}, \"my \"\"note\" VARCHAR(9) DEFAULT 'x'", ""),
     "trigger": (OURS, "CREATE TRIGGER \"no \"\"more\" BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'no'); END"),
     "view": (STRICT, "CREATE VIEW seen AS SELECT id FROM events"),
+    "unique index of our name": (OURS, "CREATE UNIQUE INDEX events_by_time ON events(ts_epoch)"),
+    "names of ours": (f"{OURS.replace('model', 'MODEL')}, reason_id NOT NULL DEFAULT 7", "CREATE TABLE rebuilt(a)"),
+    "computed": (f"{OURS}, cached_tokens INTEGER AS (total_tokens / 2), CHECK(1)", ""),
 }
 
 
@@ -117,6 +120,15 @@ def test_adopted_table_keeps_rows_and_ids_without_what_ours_does_not_declare(tmp
         assert rows(path, 'SELECT "my ""note" FROM events WHERE id < 3') == [("x",)] * 2
 
 
+def test_adopted_tables_without_an_id_are_given_one(tmp_path, open_store):
+    run_sql(tmp_path / "usage.db", f"""CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch);
+        INSERT INTO events(ts_epoch, model) VALUES ({NOON}, 'm');
+        INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9)""")
+    store = open_store()
+    assert [(row["id"], row["ts_epoch"]) for row in store.requests(5)] == [(1, NOON)]
+    assert [(row["email"], row["id"]) for row in store.quotas()] == [("a@x.com", 1)]
+
+
 def test_start_that_is_killed_while_a_table_is_rebuilt_can_be_run_again(tmp_path, open_store):
     path = tmp_path / "usage.db"
     run_sql(path, f"""CREATE TABLE events(id INTEGER PRIMARY KEY, {STRICT});
@@ -130,7 +142,7 @@ def test_start_that_is_killed_while_a_table_is_rebuilt_can_be_run_again(tmp_path
         program.communicate()
     assert (open_store().event_count, open_store().find_faults()) == (60000, [])
     assert rows(path, "SELECT MAX(id), SUM(total_tokens) FROM events") == [(60000, 180000)]
-    assert rows(path, "SELECT name FROM sqlite_master WHERE name = 'rebuilt'") == []
+    assert rows(path, "SELECT name FROM sqlite_master WHERE name LIKE 'rebuilt%'") == []
 
 
 def test_database_of_another_dashboard_opens_and_its_own_tables_stay(tmp_path, open_store):
