@@ -4957,12 +4957,14 @@ class QuotaRefresher:
             self._store.put_meta("quota_round_at", self._round_at)
         asked = [file for file in files if not file.disabled]
         skipped = len(files) - len(asked)
+        mails = [file.email for file in files]
         for number, file in enumerate(asked):
             self._progress = (skipped + number, len(files))
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
+            is_clear = "@" in file.email and mails.count(file.email) == 1
             try:
-                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
+                self._refresh(file, mask_mail(file.email, mails) + ("" if is_clear else f" ({file.tag})"))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
@@ -5833,7 +5835,9 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
             remedy = "move the file away; a new one is made"
             faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
             well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
-            return [*(faults or [well]), *_check_losses(store)], store.quotas()
+            names = {account.tag: account.name for account in store.accounts()}
+            quotas = [{**row, "account": names.get(row["account_id_tag"])} for row in store.quotas()]
+            return [*(faults or [well]), *_check_losses(store)], quotas
     except StoreError as error:
         return [Finding("fault", str(error), "see the sentence above")], []
 
@@ -5867,11 +5871,12 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     if not files:
         remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
-    stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
+    stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
     odd = []
     for file in files:
-        state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
-        name = f"{file.email} ({file.plan})" if file.plan else file.email
+        row = stored.get((file.email, file.tag), {})
+        state = "disabled" if file.disabled else row.get("state") if file.access_token else "no_token"
+        name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
         if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
             odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
         elif state == "disabled":  # as somebody wanted it

@@ -526,6 +526,19 @@ def test_check_names_accounts_that_need_a_person(program, chatgpt):
     assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
 
 
+def test_two_workspaces_under_one_mail_are_told_apart_in_the_terminal(program, chatgpt):
+    folder = write_accounts(program, 2)
+    for path in folder.iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "email": "pair@example.com"}))
+    configure(program)
+    chatgpt.answer(None, 401, body={"error": {"code": "token_invalidated"}})
+    done = program.run("quota", "--force", env=chatgpt.environment)
+    tags = {tag for tag in re.findall(r"fetching quota for \S+ \((#\w{6})\)\.\.\.", done.stdout + done.stderr)}
+    check = program.run("check").stdout
+    assert len(tags) == 2 and all(f"pair@example.com ({tag})" in done.stdout for tag in tags)
+    assert all(f"warning pair@example.com ({tag}): relogin" in check for tag in tags)
+
+
 def test_check_names_the_losses_of_the_last_day(program):
     configure(program)
     with opened(program) as store:
