@@ -3435,7 +3435,7 @@ class TrafficReadings:
         """Save the reading of an event, and return False where its account is known only once it is committed."""
         account, decided = account_of(event.context, accounts), event.context.account
         if account is None and tag_of(decided) not in self._files.by_tag:
-            return False
+            return (decided, event.context.source.lower()) in self._files.renamed  # nothing is stored under this one
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
         reading = self._reading_of(event, read_at)

@@ -256,7 +256,8 @@ def test_account_that_changed_its_mail_stays_one_with_its_quota(pool):
 def test_account_of_which_more_is_known_later_stays_one(pool, then):
     pool.file("one", "" if then == "id" else "id-1", mail="a@x.com")
     pool.take(pool.event("token-one", 10, source="a@x.com", ago=900))
-    pool.read()
+    pool.run.wait_for(lambda: not pool.run.collector._readings._waiting)
+    pool.take(pool.event("token-one", 15, source="a@x.com", ago=800, tokens=0))  # its reading waits meanwhile
     pool.file("one", "id-1", mail="a@x.com", user="u1" if then == "user" else "")
     if then == "colleague":
         pool.file("two", "id-1", mail="b@x.com")
