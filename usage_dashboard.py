@@ -1689,6 +1689,7 @@ def _step_tables(db) -> list[str]:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
         _add_columns(db, table, columns)
     done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
+    db.execute("UPDATE quota_snapshots SET windows = NULL WHERE windows IS NOT NULL")  # another program's
     for table in _STEP_5_TABLES:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
     _add_columns(db, "outages", "lost INTEGER")

@@ -121,12 +121,12 @@ def test_adopted_table_keeps_rows_and_ids_without_what_ours_does_not_declare(tmp
 
 
 def test_adopted_tables_without_an_id_are_given_one(tmp_path, open_store):
-    run_sql(tmp_path / "usage.db", f"""CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch);
+    run_sql(tmp_path / "usage.db", f"""CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
         INSERT INTO events(ts_epoch, model) VALUES ({NOON}, 'm');
-        INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9)""")
+        INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9, 'two')""")
     store = open_store()
     assert [(row["id"], row["ts_epoch"]) for row in store.requests(5)] == [(1, NOON)]
-    assert [(row["email"], row["id"]) for row in store.quotas()] == [("a@x.com", 1)]
+    assert [(row["email"], row["id"], row["windows"]) for row in store.quotas()] == [("a@x.com", 1, None)]
 
 
 def test_start_that_is_killed_while_a_table_is_rebuilt_can_be_run_again(tmp_path, open_store):
