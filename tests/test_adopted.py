@@ -121,7 +121,8 @@ def test_adopted_table_keeps_rows_and_ids_without_what_ours_does_not_declare(tmp
 
 
 def test_adopted_tables_without_an_id_are_given_one(tmp_path, open_store):
-    run_sql(tmp_path / "usage.db", f"""CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
+    run_sql(tmp_path / "usage.db", f"""
+        CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
         INSERT INTO events(ts_epoch, model) VALUES ({NOON}, 'm');
         INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9, 'two')""")
     store = open_store()
