@@ -2323,12 +2323,12 @@ class Store:
             self._context_ids.clear()  # from now on the index is another account's
         return account
 
-    def _adopt(self, db, decisions: Mapping[str, str]) -> None:
-        """Let decisions hold for what these indexes did before, and for quota readings of that time."""
+    def _adopt(self, db, decisions: Mapping[Any, str]) -> None:
+        """Let decisions, by index or (index, source), hold for what was before, and for quota readings of that time."""
         rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
         for index, source, identity_id in rows:
-            account, former = decisions.get(index) if index else None, own_tag(identity_id, source)
-            if account:
+            account, former = decisions.get((index, source)) or decisions.get(index), own_tag(identity_id, source)
+            if account and index:
                 db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (account, identity_id))
                 if db.execute("SELECT 1 FROM quota_accounts WHERE account_id_tag = ?", (former,)).fetchone():
                     self._move_quota(db, source, former, tag_of(account))
@@ -2341,8 +2341,9 @@ class Store:
             found = [(renamed.get((row[0], row[1].lower())), row[2]) for row in known]
             db.executemany("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (row for row in found if row[0]))
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
-            found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
-            self._adopt(db, {index: account for index, account in found if account})
+            found = [(*row[:2], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows]
+            by_index = {index: account for index, _, account in found if account}
+            self._adopt(db, {**by_index, **{(index, source): account for index, source, account in found}})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""

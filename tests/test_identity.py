@@ -192,6 +192,14 @@ def test_index_of_an_account_with_another_mail_is_the_one_of_that_mail_without_a
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 7} and pool.quota() == {"a@x.com": 10, "b@x.com": 50}
 
 
+def test_history_of_an_index_with_two_mails_is_each_ones_own_where_both_have_files(pool):
+    pool.take(pool.event(source="a@x.com", ago=900), pool.event(source="b@x.com", tokens=7))
+    pool.file("one", "id-1", mail="a@x.com")
+    pool.file("two", "id-2", mail="b@x.com")
+    pool.take(pool.event("token-two", 20, source="b@x.com", tokens=1))
+    assert pool.usage() == {"a@x.com": 1000, "b@x.com": 8}
+
+
 def test_reading_without_a_token_belongs_to_the_account_that_had_its_index_last(pool):
     two_workspaces(pool)
     pool.take(pool.event("token-one", ago=5000), pool.event("token-two", 33, ago=4000))
