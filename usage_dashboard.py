@@ -5869,7 +5869,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
         options = _parse_arguments(arguments)
-        return options.run(options)
+        exit_code = options.run(options)
+        if options.run in (run_start, run_demo):
+            os._exit(exit_code)  # while the interpreter ends, a second signal could change the exit code
+        return exit_code
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
@@ -5951,6 +5954,7 @@ def run_start(options: Any) -> int:
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    log.close()
     return exit_code
 
 
@@ -5971,7 +5975,9 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        return _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+        exit_code = _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+    log.close()
+    return exit_code
 
 
 def _stop_on_signal() -> threading.Event:
@@ -6034,7 +6040,6 @@ def _run_until_stopped(
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
-    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
     return exit_code
 
 
