@@ -48,6 +48,7 @@ from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -145,10 +146,12 @@ class ConsoleLog(Log):
                     data = data[os.write(self._fd, data) :]
 
 
-_RFC3339 = re.compile(r"(\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}):(\d{2}(?:\.\d{1,9})?)([Zz]|[+-]\d{2}:\d{2})\Z", re.ASCII)
+_HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
+_RFC3339 = re.compile(
+    rf"(\d\d\d\d-\d\d-\d\d[Tt ]{_HOUR_MINUTE}):([0-5]\d(?:\.\d{{1,9}})?)([Zz]|[+-]{_HOUR_MINUTE})\Z", re.ASCII
+)
 _EARLIEST_AT = 1577836800.0  # 2020-01-01, before which no proxy of this kind existed
 _LATEST_AT = 4102444800.0  # 2100-01-01
-_minutes: dict[tuple[str, str], tuple[int, str]] = {}
 
 
 def cache(values: dict[Any, Any], key: Any, value: Any, limit: int = 4096) -> Any:
@@ -165,34 +168,23 @@ def parse_time(text: str) -> tuple[float, str]:
     if match is None:
         raise ValueError("not an RFC 3339 time")
     minute, seconds, zone = match.groups()
-    if seconds >= "60":
-        raise ValueError("the seconds are over 59")
-    epoch, utc = _minutes.get((minute, zone)) or _read_minute(minute, zone)
+    epoch, utc = _read_minute(minute, zone)
     return epoch + float(seconds), f"{utc}{seconds[:2]}.{seconds[3:9]:0<6}Z"
 
 
+@lru_cache(maxsize=500)
 def _read_minute(minute: str, zone: str) -> tuple[int, str]:
     """Return a minute's epoch second and its UTC text up to the seconds; events of one minute share this work."""
-    year, month, day, hour, minutes = (int(minute[i:j]) for i, j in ((0, 4), (5, 7), (8, 10), (11, 13), (14, 16)))
-    epoch = int(datetime(year, month, day, hour, minutes, tzinfo=timezone.utc).timestamp())
-    if zone not in "Zz":
-        offset_hours, offset_minutes = int(zone[1:3]), int(zone[4:])
-        if offset_hours > 23 or offset_minutes > 59:
-            raise ValueError("the offset is not a time of day")
-        offset = offset_hours * 3600 + offset_minutes * 60
-        epoch += -offset if zone[0] == "+" else offset
+    at = datetime.fromisoformat(minute + zone.upper().replace("Z", "+00:00"))
+    epoch = int(at.timestamp())
     if not _EARLIEST_AT <= epoch < _LATEST_AT:
         raise ValueError("outside 2020 to 2100")
-    return cache(_minutes, (minute, zone), (epoch, _utc_second(epoch)[:-2]), limit=500)
-
-
-def _utc_second(epoch_s: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
+    return epoch, f"{at.astimezone(timezone.utc):%Y-%m-%dT%H:%M:}"
 
 
 def utc_text(epoch_s: float | None) -> str | None:
     """Format epoch seconds as ISO UTC text to the second; None stays None."""
-    return None if epoch_s is None else _utc_second(epoch_s) + "Z"
+    return None if epoch_s is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s))
 
 
 def local_minute(epoch_s: float) -> str:
@@ -207,21 +199,11 @@ def monotonic_s() -> float:
     return time.monotonic()
 
 
-class Backoff:
-    """Waiting times that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
-
-    def __init__(self, first_s: float = 1.0, limit_s: float = 60.0, jitter: Callable[[], float] = random.random):
-        self.first_s, self.limit_s, self._jitter = first_s, limit_s, jitter
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """Return the seconds to wait now; the next wait is twice as long."""
-        wait_s, self._next_s = self._next_s, min(self._next_s * 2, self.limit_s)
-        return wait_s * (1 - 0.25 * self._jitter())
-
-    def reset(self) -> None:
-        """Start again from the first wait."""
-        self._next_s = self.first_s
+def backoff(first_s: float = 1.0, limit_s: float = 60.0, jitter=random.random) -> Iterator[float]:
+    """Yield waits that double from ``first_s`` to ``limit_s`` seconds, each cut by up to a quarter at random."""
+    while True:
+        yield first_s * (1 - 0.25 * jitter())
+        first_s = min(first_s * 2, limit_s)
 
 
 def make_private(path: Path) -> None:
@@ -313,12 +295,10 @@ _LONGEST_ERROR = 256 * 1024
 
 def _json_error(body: Any) -> tuple[str, str]:
     """Return (code, message) of a body in the error shapes of OpenAI, Claude and Gemini; empty where there is none."""
-    if not isinstance(body, str) or len(body) > _LONGEST_ERROR or not body.lstrip().startswith(("{", "[")):
-        return "", ""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
+    content: Any = None
+    if isinstance(body, str) and len(body) <= _LONGEST_ERROR and body.lstrip().startswith(("{", "[")):
+        with suppress(ValueError, RecursionError):
+            content = json.loads(body)
     if isinstance(content, list) and content:
         content = content[0]
     if not isinstance(content, dict):
@@ -347,7 +327,6 @@ class ConfigError(DashboardError):
     """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
 
     exit_code = 2
-    code = "bad_config"
 
     def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
         self.faults, self.warnings = list(faults), list(warnings)
@@ -404,6 +383,13 @@ _RANGES = {
 }
 
 
+_HOST_FAULTS = {
+    "/": 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path',
+    r"\A[^:\s]+:\d+\Z": "must be a host name or address alone; the port has a key of its own",
+    r"\s": "must not hold spaces",
+}
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
     if key in _RANGES:
@@ -422,15 +408,8 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "must not hold line breaks or other control characters"
     if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
-    return _fault_of_host(value.strip()) if key.endswith("_host") else None
-
-
-def _fault_of_host(host: str) -> str | None:
-    if "/" in host:
-        return 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path'
-    if re.match(r"[^:\s]+:\d+\Z", host):
-        return "must be a host name or address alone; the port has a key of its own"
-    return "must not hold spaces" if re.search(r"\s", host) else None
+    faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
+    return next(faults, None) if key.endswith("_host") else None
 
 
 def load_config(
@@ -459,10 +438,8 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         fault = "does not exist; copy config.example.json there or leave out --config" if required else None
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError:
-        fault = "cannot be read: it is not UTF-8 text"
+    except (OSError, UnicodeDecodeError) as error:
+        fault = f"cannot be read: {getattr(error, 'strerror', 'it is not UTF-8 text')}"
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno} column {error.colno}: {error.msg}" if hasattr(error, "lineno") else ""
         fault = f"is not valid JSON{where}; compare it with config.example.json"
@@ -498,14 +475,18 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
 class QueueFault(DashboardError):
     """The queue cannot be read; ``state`` is the collector's state that shows it to people."""
 
-    http_status = 502
-    code = "queue_fault"
     state = "unreachable"
-    is_no_failed_login = False  # known from the answer; a key without an answer may have been counted as wrong
 
-    def __init__(self, message: str, state: str | None = None, says_remedy: bool = False):
+    def __init__(
+        self, message: str, state: str | None = None, is_no_failed_login: bool = False, lasts_s: float | None = None
+    ):
         super().__init__(message)
-        self.state, self.says_remedy = state or self.state, says_remedy
+        self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
+        self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
+
+
+class Misconfigured(QueueFault):
+    """A fault whose own words say what to change."""
 
 
 class ConnectionClosed(QueueFault):
@@ -538,11 +519,8 @@ class Oversized(int):
 
 def encode_command(*words: Any) -> bytes:
     """Encode one command as a RESP array of bulk strings; words are bytes, text (sent as UTF-8) or numbers."""
-    parts = [b"*%d\r\n" % len(words)]
-    for word in words:
-        data = word if isinstance(word, bytes) else str(word).encode("utf-8")
-        parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
-    return b"".join(parts)
+    encoded = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(data), data) for data in encoded)
 
 
 class RespReader:
@@ -573,19 +551,15 @@ class RespReader:
             return [self.read_reply(depth + 1) for _ in range(count)]
         is_http = line.startswith((b"HTTP/", b"<"))
         what = "an HTTP answer" if is_http else "bytes of another protocol"
-        fault = NotResp(f"the queue sent {what} instead of a RESP reply")
-        fault.is_no_failed_login = is_http
-        raise fault
+        raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
         if not line.endswith(b"\r\n"):
-            if len(line) >= self._max_line:
-                raise NotResp("the queue sent a line that is too long for a RESP reply")
-            if line.startswith((b"HTTP/", b"<")):  # as HTTP/1.0, or only the page, may end its lines
-                return line
-            if line.endswith(b"\n"):
-                raise NotResp("the queue sent a line that does not end like a RESP reply")
+            if line.startswith((b"HTTP/", b"<")) and len(line) < self._max_line:
+                return line  # HTTP/1.0, or a page alone, may end its lines so
+            if len(line) >= self._max_line or line.endswith(b"\n"):
+                raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
         return line[:-2]
 
@@ -594,30 +568,22 @@ class RespReader:
             return None
         if not 0 <= length <= self._max_skipped:
             raise NotResp(f"the queue announced a value of {length} bytes")
-        if length > self._max_bulk:
-            self._skip(length)
-            value: Any = Oversized(length)
-        else:
-            value = self._stream.read(length)
-            if len(value) < length:
-                raise ConnectionClosed(clean=False)
-        end = self._stream.read(2)
-        if len(end) < 2:
-            raise ConnectionClosed(clean=False)
-        if end != b"\r\n":
-            raise NotResp("the queue sent a value whose length does not fit")
-        return value
-
-    def _skip(self, length: int) -> None:
-        while length:
-            piece = self._stream.read(min(length, 64 * 1024))
+        left = length + 2  # with the end of the line
+        while length > self._max_bulk and left > 2:
+            piece = self._stream.read(min(left - 2, 64 * 1024))
             if not piece:
                 raise ConnectionClosed(clean=False)
-            length -= len(piece)
+            left -= len(piece)
+        data = self._stream.read(left)
+        if len(data) < left:
+            raise ConnectionClosed(clean=False)
+        if data[-2:] != b"\r\n":
+            raise NotResp("the queue sent a value whose length does not fit")
+        return Oversized(length) if length > self._max_bulk else data[:-2]
 
 
 def _reply_number(text: bytes) -> int:
-    if not re.match(rb"[+-]?\d{1,19}\Z", text):
+    if not (text.isdigit() and len(text) < 20) and not re.match(rb"[+-]\d{1,19}\Z", text):
         raise NotResp("the queue sent a length or number that is none")
     return int(text)
 
@@ -644,21 +610,20 @@ def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
     # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except ssl.SSLCertVerificationError as error:
-        plain.close()
-        raise _untrusted(host, port, error) from error
     except (OSError, ValueError) as error:
         plain.close()
-        message = f'{host}:{port} does not speak TLS; set "cliproxy_tls": false'
-        raise QueueFault(message, "closed", says_remedy=True) from error
+        no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
+        raise _distrust(host, port, error) or no_tls from error
 
 
-def _untrusted(host: str, port: int, error: Any) -> QueueFault:
+def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
+    if not hasattr(error, "verify_message"):
+        return None
     message = (
         f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
         "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
     )
-    return QueueFault(message, "closed", says_remedy=True)
+    return Misconfigured(message, "closed")
 
 
 class RespClient:
@@ -1521,6 +1486,7 @@ class AccountFiles:
         same_mail = self._accounts.get((context.provider, context.source.lower()), set())
         return account or ("?" + _only(same_mail) if any(same_mail) else "")
 
+
 def _read_json_file(path: Path) -> Any:
     try:
         with open(str(path), "rb") as stream:
@@ -1998,10 +1964,12 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = ", ".join([
-    "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
-    *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
-])
+_EVENT_SUMS = ", ".join(
+    [
+        "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
+        *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
+    ]
+)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -2173,7 +2141,7 @@ class Store:
 
     def follow_file(self) -> str | None:
         """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
-        if self._file_ids()[0] == self._opened_files[0] is not None:
+        if not self.is_elsewhere:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
             with suppress(sqlite3.Error):  # or a file that was renamed would miss what is in its log
@@ -2188,6 +2156,11 @@ class Store:
             self.changes += 1
         self.put_meta("file_changed_at", time.time())
         return f"{self.path.name} {event}; what is at its path now is used"
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether what is at the path is another file than the open one, or none."""
+        return self._opened_files[0] is None or self._file_ids()[0] != self._opened_files[0]
 
     @property
     def _paths(self) -> list[Path]:
@@ -3615,24 +3588,16 @@ class RedisRefusal(QueueFault):
     """A Redis server, not a proxy, refuses the password, or has something else under the list's name."""
 
 
-class WaitFault(QueueFault):
-    """A fault that lasts for a known number of seconds; nothing is sent before."""
-
-    def __init__(self, message: str, state: str, seconds: float):
-        super().__init__(message, state)
-        self.seconds = seconds
-
-
 class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
-# Words in an error reply of a proxy or a Redis, what they mean, and the state.
-_REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
+# Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
+_REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
-    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", "not_resp"),
+    ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
     ("noauth", QueueFault, "a management key is needed", "no_password"),
     ("missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
@@ -3640,36 +3605,30 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str], ...] = (
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
     ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
+    (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
+    (r"unknown command\W+subscribe", Misconfigured, 'SUBSCRIBE is unknown; set "collect_mode": "auto"', "not_resp"),
 )
 
 
-def _fault_of_reply(reply: str, during_auth: bool) -> QueueFault:
+def _fault_of_reply(reply: str) -> QueueFault:
     """Return what an error reply means; its own words are shown where they are unknown, without secrets."""
-    fault = _meaning_of(reply, during_auth)
-    fault.is_no_failed_login = fault.state not in _REFUSALS
-    return fault
-
-
-def _meaning_of(reply: str, during_auth: bool) -> QueueFault:
     text = reply.lower()
+    known = (kind(message, state) for pattern, kind, message, state in _REPLIES if re.search(pattern, text))
+    fault = next(known, None) or QueueFault(f"the queue answered: {without_secrets(reply, 100)}")
     if "ip banned due to too many failed attempts" in text:  # "Try again in 29m59s", as Go writes durations
         match = re.search(r"again in (?:(\d{1,9})h)?(?:(\d{1,9})m)?(\d{1,9})s", text)
         hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 30, 0)
         left_s = min(hours * 3600 + minutes * 60 + seconds, int(_DAY_S))
-        return WaitFault(f"the login was answered with a ban of {left_s} more seconds", "banned", float(left_s))
-    for words, kind, message, state in _REPLIES:
-        if words in text:
-            return kind(message, state)
-    if during_auth and "unknown command" in text:
-        return NoQueue("the server there knows no AUTH")
-    return QueueFault(f"the queue answered: {without_secrets(reply, 100)}", "unreachable")
+        fault = QueueFault(f"the login was answered with a ban of {left_s} more seconds", "banned", lasts_s=left_s)
+    fault.is_no_failed_login = fault.state not in _REFUSALS
+    return fault
 
 
 def _log_in(client: RespClient, password: str) -> None:
     """Send AUTH; a Redis that needs no password is fine. Raises QueueFault."""
     reply = client.call("AUTH", password)
     if isinstance(reply, ErrorReply) and not re.search("without any password|no password is set", reply.lower()):
-        raise _fault_of_reply(reply, during_auth=True)
+        raise _fault_of_reply(reply)
     if not isinstance(reply, str):
         raise NotResp("the login was answered with something else than OK")
 
@@ -3683,9 +3642,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
-
-    def before_login(self) -> None:
-        """Called when connected, before the key goes out; what it raises keeps the key here."""
+    before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
         """Connect and log in, without taking anything. Raises QueueFault."""
@@ -3726,7 +3683,7 @@ class PopSource(Source):
         if not self._password:
             reply = self._client.call("RPOP", self._key)
             if isinstance(reply, ErrorReply):
-                raise _fault_of_reply(reply, during_auth=True)
+                raise _fault_of_reply(reply)
             self._early = [] if reply is None else [reply]
             self.list_length = len(self._early)
             return
@@ -3736,7 +3693,7 @@ class PopSource(Source):
         if isinstance(length, int):
             self.list_length = length
         elif not self.is_proxy:
-            raise _fault_of_reply(str(length), during_auth=False)
+            raise _fault_of_reply(str(length))
 
     def take(self, count: int) -> PopResult:
         """Send so many pops and read their replies."""
@@ -3746,7 +3703,7 @@ class PopSource(Source):
             for _ in range(count):
                 reply = self._client.receive()
                 if isinstance(reply, ErrorReply):
-                    fault = fault or _fault_of_reply(reply, during_auth=False)
+                    fault = fault or _fault_of_reply(reply)
                 elif reply is None:
                     empty = True
                 else:
@@ -3756,8 +3713,7 @@ class PopSource(Source):
         return PopResult(values, not empty and fault is None, fault)
 
     def drain(self) -> list[Any]:
-        left, self._early = self._early, []
-        return left
+        return self._early
 
     def close(self) -> None:
         if self._client is not None:
@@ -3799,23 +3755,21 @@ class ProxyApi:
                 return content if isinstance(content, list) else _json_or_elements(content)
         except (OSError, HTTPException) as error:
             self.close()
-            if hasattr(error, "verify_message"):
-                raise _untrusted(self._host, self._port, error) from error
+            said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
-                raise QueueFault("the management API broke off in the middle of an answer") from error
-            raise QueueFault(f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}") from error
+                said = "the management API broke off in the middle of an answer"
+            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
-            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"), during_auth=True)
+            fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
-        fault = QueueFault(f"the management API answered with status {status}")
         if status == 404:
-            fault = QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed")
-        fault.is_no_failed_login = status in (404, 502, 503)  # the latter of a web server that did not reach the proxy
-        raise fault
+            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+        is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
+        raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
     def has_example_keys(self) -> bool:
         """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
@@ -3848,10 +3802,8 @@ class ProxyApi:
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
-        connection = getattr(self._connection, "sock", None)
-        if connection is not None:
-            with suppress(OSError):  # the other side was quicker
-                connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3877,10 +3829,10 @@ class HttpSource(Source):
         """Ask for so many; the answer is whole or none."""
         try:
             values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            if not isinstance(values, list):
+                raise NotResp("the management API did not answer with a list")
         except QueueFault as fault:
             return PopResult([], False, fault)
-        if not isinstance(values, list):
-            return PopResult([], False, NotResp("the management API did not answer with a list"))
         return PopResult(values, len(values) >= count, None)
 
 
@@ -3891,7 +3843,7 @@ class SubscribeSource(Source):
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._backlog: PopSource | None = PopSource(connect, password, key)
+        self._backlog: Any = PopSource(connect, password, key)  # until it is empty
         self._client: Any = None
         self._inbox: Any = queue.Queue(2_000)
 
@@ -3902,23 +3854,19 @@ class SubscribeSource(Source):
         if self._password:
             _log_in(self._client, self._password)
         reply = self._client.call("SUBSCRIBE", self._key)
-        if isinstance(reply, ErrorReply) and "unknown command" in reply.lower():
-            message = 'this version of the proxy cannot be subscribed to; set "collect_mode": "auto"'
-            raise QueueFault(message, "not_resp", says_remedy=True)
         if isinstance(reply, ErrorReply):
-            raise _fault_of_reply(reply, during_auth=True)
-        assert self._backlog is not None
+            raise _fault_of_reply(reply)
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
+        self._client.wait_for_ever()
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
         while True:
             try:
-                client.wait_for_ever()
                 frame = client.receive()
-            except (QueueFault, OSError) as fault:
-                self._inbox.put(fault if isinstance(fault, QueueFault) else QueueFault(os_reason(fault)))
+            except QueueFault as fault:
+                self._inbox.put(fault)
                 return
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
                 self._inbox.put(compact(frame[2]))
@@ -3938,14 +3886,11 @@ class SubscribeSource(Source):
             return result
         values: list[Any] = []
         with suppress(queue.Empty):
-            value = self._inbox.get(timeout=self._wait_s)
-            while not isinstance(value, QueueFault):
-                values.append(value)
-                if len(values) >= count:
-                    return PopResult(values, self.unread > 0, None)
-                value = self._inbox.get_nowait()
-            return PopResult(values, False, value)
-        return PopResult(values, self.unread > 0, None)
+            values.append(self._inbox.get(timeout=self._wait_s))
+            while len(values) < count and not isinstance(values[-1], QueueFault):
+                values.append(self._inbox.get_nowait())
+        fault = values.pop() if values and isinstance(values[-1], QueueFault) else None
+        return PopResult(values, self.unread > 0 and fault is None, fault)
 
     def drain(self) -> list[Any]:
         left = [] if self._backlog is None else self._backlog.drain()
@@ -3961,28 +3906,26 @@ class SubscribeSource(Source):
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
     """Return the source at the configured queue or, while both keys are at their defaults, at the proxy's own port."""
-    found, first = None, None
+    found, first = Source(), None
     try:
         found = _open_at(config, config.cliproxy_port, on_endpoint, logins)
+        if not config.has_default_queue or found.is_proxy or found.list_length:
+            return found
     except QueueFault as fault:
         if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
             raise
         first = fault
-    if found is not None and (not config.has_default_queue or found.is_proxy or found.list_length):
-        return found
     try:
         better = _open_at(config, PROXY_PORT, on_endpoint, logins)
     except QueueFault as fault:
-        if fault.state in _NOT_THERE and found is not None:
+        if fault.state in _NOT_THERE and first is None:
             on_endpoint(f"{config.cliproxy_host}:{config.cliproxy_port}")
             return found
-        if found is not None:
-            found.close()
-        if fault.state not in _NOT_THERE or first is None:
+        found.close()
+        if fault.state not in _NOT_THERE:
             raise
         raise QueueFault(f"{first}, nor does port {PROXY_PORT} answer", first.state) from fault
-    if found is not None:
-        found.close()
+    found.close()
     return better
 
 
@@ -4021,12 +3964,12 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
     used, wait_s, states = logins.used(login)
     if wait_s:
         said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
-        used_up = WaitFault(said, (states[-1] or "unreachable").replace("shut", "closed"), wait_s)
+        used_up = QueueFault(said, (states[-1] or "unreachable").replace("shut", "closed"), lasts_s=wait_s)
         fault = _empty_command(connect) if set(states) == {"shut"} else used_up
         if fault is not None:
             raise fault if isinstance(fault, ConnectionClosed) else used_up
         logins.forget()  # they met a proxy that was closed to everybody, and now it is open
-    source.before_login = lambda: logins.spend(login)  # type: ignore[method-assign]
+    source.before_login = lambda: logins.spend(login)
     try:
         source.open()
     except BaseException as fault:
@@ -4080,6 +4023,7 @@ STATE_REMEDIES = {
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
 
+_open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
@@ -4106,39 +4050,32 @@ class Spool:
     """Batches on their way into the database, each a line: check sum and JSON. Its time tells of the last turn."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._touched_at = 0.0
-        self.odd_path = Path(f"{path}.unreadable")
+        self.odd_path, self.odd_lines = Path(f"{path}.unreadable"), 0
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
-        self._write(self._path, os.O_APPEND, _line_of_batch(sequence, parsed))
+        with open(str(self.path), "ab", opener=_open_private) as stream:
+            stream.write(_line_of_batch(sequence, parsed))
 
     def replace(self, batches: Iterable[tuple[int, Parsed]]) -> None:
         """Write these batches in place of all others, in one step. Raises OSError."""
-        path = Path(f"{self._path}.new")
-        self._write(path, os.O_TRUNC, b"".join(itertools.starmap(_line_of_batch, batches)))
-        os.replace(str(path), str(self._path))
-
-    @staticmethod
-    def _write(path: Path, mode: int, line: bytes) -> None:
-        handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | mode, 0o600)
-        try:
-            while line:
-                line = line[os.write(handle, line) :]
-        finally:
-            os.close(handle)
+        path = f"{self.path}.new"
+        with open(path, "wb", opener=_open_private) as stream:
+            stream.writelines(itertools.starmap(_line_of_batch, batches))
+        os.replace(path, str(self.path))
 
     def sync(self) -> None:
         """Bring what was appended onto the disk. Raises OSError."""
-        with open(str(self._path), "rb") as stream:
+        with open(str(self.path), "rb") as stream:
             os.fsync(stream.fileno())
 
-    def read(self) -> Iterator[tuple[int, Parsed] | bytes]:
-        """Yield the batches that a previous run left and, as they are, lines that are none. Raises OSError."""
-        if not self._path.exists():
+    def read(self) -> Iterator[tuple[int, Parsed]]:
+        """Yield the batches that a previous run left, and keep lines of another version aside. Raises OSError."""
+        if not self.path.exists():
             return
-        with open(str(self._path), "rb") as stream:
+        with open(str(self.path), "rb") as stream:
             for line in iter(lambda: stream.readline(8 << 20), b""):
                 if len(line) == 8 << 20:  # no batch is as long; its copies would take the memory
                     continue
@@ -4148,31 +4085,22 @@ class Spool:
                 try:
                     yield _batch_of_json(json.loads(text))
                 except Exception:  # a right check sum, and still none: of another version, or of somebody else
-                    yield line
-
-    def set_aside(self, line: bytes) -> None:
-        """Keep a line that is no batch of this version. Raises OSError."""
-        make_private(self.odd_path)
-        with open(str(self.odd_path), "ab") as stream:
-            stream.write(line)
+                    make_private(self.odd_path)
+                    with open(str(self.odd_path), "ab") as aside:
+                        aside.write(line)
+                    self.odd_lines += 1
 
     def clear(self) -> None:
         """Forget all batches; the file stays, for its time."""
-        if self._path.exists():
-            os.truncate(str(self._path), 0)
-
-    def alive_at(self) -> float | None:
-        """Return when recording was last alive (epoch seconds); None where it never was."""
-        with suppress(OSError):
-            return self._path.stat().st_mtime
-        return None
+        if self.path.exists():
+            os.truncate(str(self.path), 0)
 
     def touch(self, now: float) -> None:
         """Record that recording is alive, at most every 15 seconds."""
         if not 0 <= now - self._touched_at < 15:
             self._touched_at = now
-            make_private(self._path)
-            os.utime(str(self._path), (now, now))
+            make_private(self.path)
+            os.utime(str(self.path), (now, now))
 
 
 def _line_of_batch(sequence: int, parsed: Parsed) -> bytes:
@@ -4254,30 +4182,31 @@ class Journal:
     def sync(self) -> None:
         """Bring the spool onto the disk, once a poll."""
         if self._batches and not self._unspooled:
-            with self._logged_fault():
+            with self.logged_fault():
                 self.spool.sync()
 
     def flush(self) -> None:
         """Commit all that waits, first what a previous run left. Raises StoreError."""
         with self._committing:
-            self._is_stuck = True
-            self._follow_file()
-            self._replay()
-            waiting = list(self._batches)
-            if waiting:
-                batches = [parsed for _, parsed in waiting]
-                events = [event for parsed in batches for event in parsed.events]
-                rejects = [reject for parsed in batches for reject in parsed.rejects]
-                merged = Parsed(events, rejects, sum(parsed.ignored for parsed in batches))
-                self._store.store_batch(merged, waiting[-1][0], self._clock())
-                self._forget(len(waiting))
+            try:
+                self._follow_file()
+                self._replay()
+                self._commit(list(self._batches))
+            except StoreError:
+                self._is_stuck = True
+                raise
             self._is_stuck = False
 
-    def _forget(self, count: int) -> None:
-        """Forget the first batches, which are committed; the spool is emptied when that is all of it."""
-        with self._lock, self._logged_fault():
-            del self._batches[:count]
-            if not self._batches:
+    def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
+        if not waiting:
+            return
+        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+        joined = itertools.chain.from_iterable
+        merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
+        self._store.store_batch(merged, waiting[-1][0], self._clock())
+        with self._lock, self.logged_fault():
+            del self._batches[: len(waiting)]
+            if not self._batches:  # some may have come meanwhile
                 self._unspooled = 0
                 self.spool.clear()
 
@@ -4289,15 +4218,16 @@ class Journal:
                 self._store.check_writable()
 
     def flush_for_reader(self, patience_s: float = 0.2) -> None:
-        """Commit for somebody who reads, if that is possible soon; what cannot be stored waits on."""
-        if not self._committing.acquire(timeout=patience_s):
+        """Commit for somebody who reads, and wait for it so long; while nothing can be stored, do not even try."""
+        if self._is_stuck or not (self._batches or self._store.is_elsewhere):
             return
-        try:
-            if not self._is_stuck:  # otherwise the collector says so, and tries again
-                with suppress(StoreError):
-                    self.flush()
-        finally:
-            self._committing.release()
+        commit = threading.Thread(target=self._flush_quietly, daemon=True)
+        commit.start()
+        commit.join(patience_s)
+
+    def _flush_quietly(self) -> None:
+        with suppress(StoreError):  # the collector meets it too, and says so
+            self.flush()
 
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
@@ -4314,7 +4244,7 @@ class Journal:
         if self._is_replayed:
             return
         replayed = 0
-        with self._logged_fault():
+        with self.logged_fault():
             for sequence, parsed in self._left_behind():
                 self._store.store_batch(parsed, sequence, self._clock())
                 self._sequence = sequence
@@ -4325,16 +4255,11 @@ class Journal:
             self._log.event("spool", replayed=replayed)
 
     def _left_behind(self) -> Iterator[tuple[int, Parsed]]:
-        """Yield the batches on the spool above the mark, each once; lines that are none are set aside."""
-        odd = 0
-        for item in self.spool.read():
-            if isinstance(item, bytes):
-                self.spool.set_aside(item)
-                odd += 1
-            elif item[0] > self._sequence:
-                yield item
-        if odd:
-            self._log.event("spool", fault=f"{odd} lines are no batches", kept_in=self.spool.odd_path.name)
+        """Yield the batches on the spool above the mark, each once."""
+        yield from (batch for batch in self.spool.read() if batch[0] > self._sequence)
+        if self.spool.odd_lines:
+            fault = f"{self.spool.odd_lines} lines are no batches"
+            self._log.event("spool", fault=fault, kept_in=self.spool.odd_path.name)
 
     def _follow_file(self) -> None:
         """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
@@ -4342,12 +4267,12 @@ class Journal:
         if event is None:
             return
         self._log.event("store", fault=event)
-        with self._logged_fault():
+        with self.logged_fault():
             if not self._is_replayed:
                 self._batches = [*dict(self._left_behind()).items()]
         # Numbers count from this file's mark, so that what waits is above it.
         mark = self._store.counts["sequence"]
-        with self._lock, self._logged_fault():
+        with self._lock, self.logged_fault():
             self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
             self._sequence, self._is_replayed = mark + len(self._batches), True
             self._unspooled = len(self._batches)
@@ -4355,7 +4280,8 @@ class Journal:
             self._unspooled = 0
 
     @contextmanager
-    def _logged_fault(self) -> Iterator[None]:
+    def logged_fault(self) -> Iterator[None]:
+        """Log an OSError of the spool instead of raising it."""
         try:
             yield
         except OSError as error:
@@ -4363,24 +4289,21 @@ class Journal:
 
 
 class ProxyFacts:
-    """What is known of the proxy on this connection; asked with a key that just worked, never again after a refusal."""
+    """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
     _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
 
-    def __init__(self, store: Store, log: Log, poll_interval_s: float, clock: Callable[[], float]):
-        self._store, self._log, self._poll_interval_s, self._clock = store, log, poll_interval_s, clock
+    def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
+        self._status, self._store, self._log, self._clock = status, store, log, clock
+        self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
-        self.publishing: bool | None = None
         self.has_example_keys = False
-        self.version: str | None = None
-        self.retention_s: float | None = None
-        self.clock_ahead_s: float | None = None
-        self.is_retention_short = False
 
-    def connect(self, source: Any) -> None:
+    def connect(self, source: Source) -> None:
         """Begin with a new connection, and ask what can be asked."""
-        self._api, self.publishing, self.has_example_keys, self.retention_s = source.api, None, False, None
+        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
+        self.has_example_keys = False
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -4395,14 +4318,15 @@ class ProxyFacts:
         try:
             answer = self._api.get("/v0/management/usage-statistics-enabled")
             publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            self.publishing = publishing if isinstance(publishing, bool) else None
-            self.version, self.clock_ahead_s = self._api.version, self._api.clock_ahead_s
-            if self.retention_s is None:
+            status = self._status
+            status.publishing = publishing if isinstance(publishing, bool) else None
+            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            if status.retention_seconds is None:
                 config = self._api.get("/v0/management/config")
-                seconds = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0
+                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
+                seconds = _finite(told) or 0.0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(float(seconds), 3600.0) if known else SHORTEST_RETENTION_S)
+                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
             self.has_example_keys = self._api.has_example_keys()
         except QueueFault:
             self.disconnect()
@@ -4410,15 +4334,15 @@ class ProxyFacts:
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
-            self.publishing = None
-        elif self.publishing is not False:
-            self.publishing, self._asked_at = True, self._clock()
+            self._status.publishing = None
+        elif self._status.publishing is not False:
+            self._status.publishing, self._asked_at = True, self._clock()
         else:  # left from before it was switched off, or it is on again
             self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        is_off = self.publishing is False or self.has_example_keys
+        is_off = self._status.publishing is False or self.has_example_keys
         pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
@@ -4431,16 +4355,23 @@ class ProxyFacts:
 
     def state(self, otherwise: str) -> str:
         """Return why nothing comes although the connection is well; else ``otherwise``."""
-        return "example_keys" if self.has_example_keys else "publishing_off" if self.publishing is False else otherwise
+        return (
+            "example_keys"
+            if self.has_example_keys
+            else "publishing_off"
+            if self._status.publishing is False
+            else otherwise
+        )
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
         if self._store.get_meta("retention_s") != seconds:
             self._store.put_meta("retention_s", seconds)
-        is_short = seconds < 2 * self._poll_interval_s
-        if is_short and not self.is_retention_short:
+        warning = "retention_short" if seconds < 2 * self._poll_interval_s else None
+        if warning and not self._status.warning:
             self._log.event("collector", warning=retention_warning(seconds, self._poll_interval_s))
-        self.retention_s, self.is_retention_short = seconds, is_short
+        self._status.warning = warning
+        self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
 class OutageLog:
@@ -4453,7 +4384,6 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
-        self._is_publishing_off = False
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4466,15 +4396,13 @@ class OutageLog:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
         self._store.end_outage(self._clock())
-        self._reason, self._is_publishing_off = None, False
-
-    def end_storage_error(self) -> None:
-        """End an outage that the database was the reason for: it takes writes again."""
-        if self._reason == "storage_error":
-            self.end()
+        self._reason = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+        self._write_begin()
+        if self._reason == "storage_error":  # which is over: the database takes writes again
+            self.end()
         before, self._turn_s = self._turn_s, self._monotonic()
         ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
         if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
@@ -4486,10 +4414,9 @@ class OutageLog:
 
     def note_publishing(self, publishing: bool | None) -> None:
         """Record a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
-        if publishing is False and not self._is_publishing_off:
-            self._store.begin_outage(self._clock(), "publishing_off")
-            self._is_publishing_off = True
-        elif publishing is not False and self._is_publishing_off:
+        if publishing is False and self._reason is None:
+            self.begin("publishing_off")
+        elif publishing is not False and self._reason == "publishing_off":
             self.end()
 
     def _write_begin(self) -> None:
@@ -4540,8 +4467,9 @@ class RefusedLogins:
 
     def remember(self, login: Sequence[Any], state: str) -> None:
         """Remember a refused login with the state that says why. Raises StoreError."""
-        salt = os.urandom(16).hex()
-        self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
+        if self.state_of(login) is None:
+            salt = os.urandom(16).hex()
+            self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
 
     def forget(self) -> None:
         """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
@@ -4605,36 +4533,31 @@ class Collector:
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
-        self._alive_at = self.journal.spool.alive_at()
+        self._alive_at: float | None = None  # in a run before
+        with suppress(OSError):
+            self._alive_at = self.journal.spool.path.stat().st_mtime
         self._decided_changes = 0
-        self._backoff = Backoff()
+        self._backoff = backoff()
         self._files = AccountFiles(config.auth_dirs(), monotonic)
         self._readings = TrafficReadings(self._files, store, clock, monotonic)
-        self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
-        self._source: Source | None = None
+        self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
-        span = store.span()
-        self._status.last_event = span[1] if span else None
+        self._status.last_event = (store.span() or [None])[-1]
+        self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
-        facts = self._facts
         with self._lock:
             status = replace(
                 self._status,
                 since=min(self._status.since, self._clock()),  # the clock may have been set back meanwhile
                 message=self._status.message.replace(str(self._store.path), self._store.path.name),
-                publishing=facts.publishing,
-                proxy_version=facts.version,
-                retention_seconds=None if facts.retention_s == _FOR_EVER_S else facts.retention_s,
-                clock_ahead_seconds=facts.clock_ahead_s,
-                warning="retention_short" if facts.is_retention_short else None,
             )
         return status.as_json(self._store.counts)
 
@@ -4646,7 +4569,7 @@ class Collector:
                     self._turn()
                 except Exception as error:  # the thread's loop: an unforeseen fault must be seen, and not end it
                     self._enter("unreachable", f"the dashboard has a fault of its own: {where_raised(error)}")
-                    self._stop.wait(self._backoff.next())
+                    self._stop.wait(next(self._backoff))
         finally:
             self.journal.close()
 
@@ -4655,18 +4578,21 @@ class Collector:
         try:
             self._session()
         except QueueFault as fault:
-            self._enter_fault(fault)
+            self._enter(fault.state, fault)
             self._outages.begin(fault.state)
-            self._wait_after(fault)
+            if fault.lasts_s is not None:
+                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
+            elif fault.state in _REFUSALS:
+                self._wait_for_change(math.inf, fault.state)
+            else:
+                self._stop.wait(next(self._backoff))
         except StoreError as error:
             self._enter_storage_error(error)
-            self._stop.wait(self._backoff.next())
+            self._stop.wait(next(self._backoff))
 
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
-        source = self._source
-        if source is not None:
-            source.abort()
+        self._source.abort()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
@@ -4678,9 +4604,9 @@ class Collector:
             source.close()
             self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
-            if fault.state in _REFUSALS and not isinstance(fault, WaitFault):
+            if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
-            self._enter_fault(fault)
+            self._enter(fault.state, fault)
         return self.status()
 
     # One connection
@@ -4697,7 +4623,7 @@ class Collector:
             self._facts.connect(source)
             self._collect(source)
         finally:
-            self._source = None
+            self._source = Source()
             source.close()
             self._facts.disconnect()
             self._hold(source.drain())
@@ -4706,11 +4632,7 @@ class Collector:
         state = self._refused.state_of(self._login())
         if state is not None:
             raise QueueFault("the management key was refused before", state)
-
-        def show(endpoint: str) -> None:
-            self._status.endpoint = endpoint
-
-        return open_source(self._config, show, self._refused)
+        return open_source(self._config, partial(setattr, self._status, "endpoint"), self._refused)
 
     def _collect(self, source: Source) -> None:
         """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
@@ -4733,7 +4655,7 @@ class Collector:
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
-        waits, fault = Backoff(0.5, 10.0), None
+        waits, fault = backoff(0.5, 10.0), None
         while not self._stop.is_set():
             try:
                 if self.journal.is_due:
@@ -4743,7 +4665,7 @@ class Collector:
                 break
             except StoreError as error:
                 self._enter_storage_error(error)
-            self._stop.wait(waits.next())
+            self._stop.wait(next(waits))
             if source.unread:
                 result = source.take(source.largest_batch)
                 fault = fault or result.fault
@@ -4777,26 +4699,24 @@ class Collector:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
-        try:
+        with self.journal.logged_fault():
             self.journal.spool.touch(self._clock())
-        except OSError as error:
-            self._log.once("spool", fault=os_reason(error))
         self._follow_files(10.0)
-        self._outages.end_storage_error()
         if not self._is_proven:
             self._is_proven = True
-            self._backoff.reset()
+            self._backoff = backoff()
             self._refused.forget()
             self._outages.end()
         self._outages.turn()
-        now, facts = self._clock(), self._facts
+        now = self._clock()
         if got_values:
             self._recorded_at = now
-            facts.note_events()
-        facts.ask_if_due()
-        self._outages.note_publishing(facts.publishing)
+            self._facts.note_events()
+        self._facts.ask_if_due()
+        publishing = self._status.publishing
+        self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter(facts.state("waiting" if is_quiet else "recording"))
+        self._enter(self._facts.state("waiting" if is_quiet else "recording"))
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -4804,47 +4724,29 @@ class Collector:
 
     # States and waiting
 
-    def _enter(self, state: str, detail: str = "", until: float | None = None, says_remedy: bool = False) -> None:
-        """Change the state; a change is logged once."""
-        message = ". ".join(filter(None, [detail, "" if says_remedy else STATE_REMEDIES[state]]))
+    def _enter(self, state: str, detail: Any = "") -> None:
+        """Change the state, with a text or the fault that it is for; a change is logged once."""
+        remedy = "" if isinstance(detail, Misconfigured) else STATE_REMEDIES[state]
+        message = ". ".join(filter(None, [str(detail), remedy]))
+        lasts_s = getattr(detail, "lasts_s", None)
+        until = None if lasts_s is None else self._clock() + lasts_s
         with self._lock:
             status = self._status
-            changed = (status.state, status.message) != (state, message)
             if status.state != state:
                 status.since = self._clock()
             status.state, status.message, status.until = state, message, until
-        if changed:
-            self._log.event("collector", state=state, endpoint=self._status.endpoint, message=message)
-
-    def _enter_fault(self, fault: QueueFault) -> None:
-        until = self._clock() + fault.seconds if isinstance(fault, WaitFault) else None
-        self._enter(fault.state, str(fault), until, fault.says_remedy)
+        self._log.once("collector", state=state, endpoint=status.endpoint, message=message)
 
     def _enter_storage_error(self, error: StoreError) -> None:
-        self._enter("storage_error", str(error))
+        self._enter("storage_error", error)
         self._outages.begin("storage_error")
-
-    def _wait_after(self, fault: QueueFault) -> None:
-        if isinstance(fault, WaitFault):
-            self._wait_for_change(fault.seconds + 1 if fault.state == "banned" else self._backoff.next())
-        elif fault.state in _REFUSALS:
-            self._wait_for_change(math.inf, fault.state)
-        else:
-            self._stop.wait(self._backoff.next())
-
-    def _reload(self) -> None:
-        try:
-            self._config = self._load()
-        except ConfigError as error:
-            self._log.once("config", fault=error)
 
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
-        config = self._config
-        try:
-            written_at = self._config_path.stat().st_mtime_ns if self._config_path else 0
-        except OSError:
-            written_at = 0
+        config, written_at = self._config, 0
+        if self._config_path is not None:
+            with suppress(OSError):
+                written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
@@ -4852,17 +4754,17 @@ class Collector:
         before = self._login()
         while seconds > 0:
             if refused is not None:
-                try:
+                with suppress(StoreError):  # it is tried again
                     self._refused.remember(before, refused)
-                    refused = None
-                except StoreError as error:
-                    self._log.once("store", fault=error)
             if self._stop.wait(min(3.0, seconds)):
                 return
             seconds -= 3.0
-            self._reload()
+            try:
+                self._config = self._load()
+            except ConfigError as error:
+                self._log.once("config", fault=error)
             if self._login() != before:
-                self._backoff.reset()
+                self._backoff = backoff()
                 return
 
 
@@ -5292,10 +5194,10 @@ class Connections:
     def add(self, connection: Any) -> bool:
         """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
         with self._lock:
-            has_place = len(self._open) < self._most or self.end_longest()
-            if has_place:
-                self._open[connection] = math.inf, 0
-            return has_place
+            if len(self._open) >= self._most and not self.end_longest():
+                return False
+            self._open[connection] = math.inf, 0
+            return True
 
     def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
         """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
@@ -5369,12 +5271,8 @@ class Server(ThreadingMixIn, TCPServer):
                 time.sleep(0.03)
             raise
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.connections.add(request):
-            self.connections.wait(request, Handler.idle_s)
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self.connections.add(request) and self.connections.wait(request, Handler.idle_s)
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.remove(request)
@@ -5464,10 +5362,9 @@ class Handler(BaseHTTPRequestHandler):
         import hmac
 
         kind, _, coded = self.headers.get("Authorization", "").partition(" ")
-        try:
+        sent = b""
+        with suppress(ValueError):
             sent = base64.b64decode(coded.strip(), validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            sent = b""
         return hmac.compare_digest(sent.partition(b":")[2], password.encode("utf-8"))
 
     def _route(self) -> None:
@@ -5489,7 +5386,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse_other_sites()
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
-            self._send(200, Answer.of(answer(app, query)))
+            self._send_head(200, *self._packed(Answer.of(answer(app, query))))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
@@ -5519,10 +5416,6 @@ class Handler(BaseHTTPRequestHandler):
             headers, body = self._packed(make())
         self._send_head(200, headers, body)
 
-    def _send(self, status: int, answer: Answer, more: Mapping[str, str] = {}) -> None:
-        headers, body = self._packed(answer)
-        self._send_head(status, {**headers, **more}, body)
-
     def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
         """Return the headers that tell of an answer, and its body as this client takes it."""
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
@@ -5540,10 +5433,11 @@ class Handler(BaseHTTPRequestHandler):
         return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
-        message, more = str(error), getattr(error, "headers", {})
+        message = str(error)
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        self._send(error.http_status, Answer.of({"error": message, "code": error.code}), more)
+        headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
+        self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
@@ -5636,7 +5530,6 @@ class DemoWorld:
         self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
         self._arrivals = self._arrive(self._born_at - 7 * 86400)
         self._next_at = next(self._arrivals)
-        self._last_event: float | None = None
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
         self._write_account_files()
@@ -5683,7 +5576,6 @@ class DemoWorld:
             parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
-            self._last_event = parsed.events[-1].ts_epoch
 
     def live(self, stop: threading.Event) -> None:
         """Let requests arrive at the pace of the week until ``stop``."""
@@ -5753,7 +5645,7 @@ class DemoWorld:
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
         since, message = self._born_at - 7 * 86400, "These data are made up."
-        status = CollectorStatus("recording", since, message, "demo", last_event=self._last_event, publishing=True)
+        status = CollectorStatus("recording", since, message, "demo", last_event=self.store.span()[1], publishing=True)
         return status.as_json(self.store.counts)
 
 
@@ -5992,7 +5884,7 @@ def _check_without_key(config: Config) -> list[Finding]:
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
         if isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
             return [Finding("fault", f"{address} shows nothing but a warning page", STATE_REMEDIES["example_keys"])]
-    remedy = "see the sentence above" if fault.says_remedy else STATE_REMEDIES[fault.state]
+    remedy = "see the sentence above" if isinstance(fault, Misconfigured) else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 
 
@@ -6006,7 +5898,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal may take ASCII only
     try:
         options = _parse_arguments(arguments)
-        return options.run(options)
+        exit_code = options.run(options)
+        if options.run in (run_start, run_demo):
+            os._exit(exit_code)  # while the interpreter ends, a second signal could change the exit code
+        return exit_code
     except DashboardError as error:
         print(f"usage_dashboard: {error}", file=sys.stderr)
         return error.exit_code
@@ -6088,6 +5983,7 @@ def run_start(options: Any) -> int:
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
+    log.close()
     return exit_code
 
 
@@ -6108,7 +6004,9 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        return _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+        exit_code = _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+    log.close()
+    return exit_code
 
 
 def _stop_on_signal() -> threading.Event:
@@ -6171,7 +6069,6 @@ def _run_until_stopped(
             thread.join(0.3)
     if not any(thread.is_alive() for thread in threads):
         app.store.close()
-    _handle_stop_signals(signal.SIG_IGN)  # a second signal, while the interpreter ends, must not change the exit code
     return exit_code
 
 
@@ -6231,10 +6128,9 @@ def run_quota(options: Any) -> int:
         print(_table(heads, [_quota_line(row) for row in answer["quotas"]]))
     elif refusal is None:
         print("No account has been asked yet; see: usage_dashboard.py quota --force")
-    if refusal is None:
-        return 0
-    print(f"usage_dashboard: {refusal}", file=sys.stderr)
-    return 1
+    if refusal is not None:
+        raise DashboardError(refusal)
+    return 0
 
 
 def _refresh_at_dashboard(config: Config) -> dict[str, Any] | None:
@@ -6256,26 +6152,16 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    def percent(value: float | None) -> str:
-        return "—" if value is None else f"{value} %"
-
-    def local(text: str | None) -> str:
-        at = _epoch(text)
-        if at is None or at <= time.time():
-            return "—" if at is None else "reset due"
-        return time.strftime("%a %H:%M", time.localtime(at))
-
-    age = row["age_seconds"]
-    return [
-        row["account"] or row["email"],
-        row["plan"] or "—",
-        percent(row["primary_remaining_percent"]),
-        local(row["primary_reset_at"]),
-        percent(row["secondary_remaining_percent"]),
-        local(row["secondary_reset_at"]),
-        {"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")),
-        "never" if age is None else f"{age // 60} min ago" + (", from a request" if row["source"] == "traffic" else ""),
-    ]
+    cells = [row["account"] or row["email"], row["plan"] or "—"]
+    for window in ("primary", "secondary"):
+        left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
+        cells.append("—" if left is None else f"{left} %")
+        resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
+        cells.append("—" if at is None else resets)
+    cells.append({"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")))
+    age, origin = row["age_seconds"], ", from a request" if row["source"] == "traffic" else ""
+    cells.append("never" if age is None else f"{age // 60} min ago{origin}")
+    return cells
 
 
 def run_check(options: Any) -> int:

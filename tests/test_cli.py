@@ -54,7 +54,7 @@ def serve(program, proxy):
     for running in started:
         if running.process.poll() is None:
             assert running.terminate(timeout=3) == 0
-        assert not any("Traceback" in line for line in running.lines)
+        assert not any("Traceback" in line for line in running.lines), "\n".join(running.lines)
 
 
 def wait_for_events(running, count):

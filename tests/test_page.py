@@ -75,9 +75,9 @@ def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, betw
     assert page.open(server=between).text("#sub-requests").endswith(told)
 
 
-def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, site):
+def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, empty):
     codes = enumerate([429, 429, 500, 401])
-    put(site.store, event(at=site.now - 99), *[event(at=site.now - n, failed=1, status_code=code) for n, code in codes])
+    put(empty.store, event(at=empty.now - 99), *[event(at=empty.now - n, failed=1, status_code=code) for n, code in codes])
     for lang, told in (("vi", "4 lỗi, trong đó 2 do giới hạn tốc độ"), ("en", "4 failed, 2 of them rate-limited")):
         page.open("?range=24h").speak(lang)
         assert page.text("#sub-requests").startswith(f"{told} · 20%") and told in page.text("#chart-readout")

@@ -167,24 +167,24 @@ def slot(used, seconds, in_s=4 * HOUR):
     return {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": in_s}
 
 
-def test_every_reason_is_told_in_both_languages(page, site):
+def test_every_reason_is_told_in_both_languages(page, empty):
     told = {key[len("quota.reason.") :]: words for key, words in WORDS.items() if key.startswith("quota.reason.")}
     told.update(new_limit_reached=told["limit_reached"])
     for reason in told:
-        save_reply(site, f"{reason}@example.com", rate_limit_reached_type={"type": reason})
+        save_reply(empty, f"{reason}@example.com", rate_limit_reached_type={"type": reason})
     page.open()
     for n, lang in enumerate(LANGS):
         page.speak(lang)
         assert [reason for reason in told if told[reason][n] not in page.account(f"{reason}@example.com")] == []
 
 
-def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, site):
+def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, empty):
     spark = {"limit_name": "GPT-5.3-Codex-Spark", "metered_feature": "codex_bengalfox", "rate_limit": {
         "primary_window": slot(17, 18000), "secondary_window": slot(8, 604800)}}  # fmt: skip
     limit = {"used_percent": 26, "used": "3831.746", "limit": "15000", "reset_after_seconds": 9 * 24 * HOUR}
-    save_reply(site, AN, rate_limit={"primary_window": slot(50, 604800)}, additional_rate_limits=[spark, spark],
+    save_reply(empty, AN, rate_limit={"primary_window": slot(50, 604800)}, additional_rate_limits=[spark, spark],
                credits={"balance": "489.25"}, rate_limit_reset_credits={"available_count": 2})  # fmt: skip
-    save_reply(site, B, spend_control={"individual_limit": limit})
+    save_reply(empty, B, spend_control={"individual_limit": limit})
     page.open()
     more = "e.querySelector('.more').innerText.replace(/\\s+/g, ' ')"
     assert page.account(AN, more).count("Spark") == 1 and "83%" in page.account(AN, more)
@@ -194,9 +194,9 @@ def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, site):
     page.wait_for_text("#accounts", "đã dùng 3.832/15.000 credits")
 
 
-def test_account_that_runs_on_credits_is_active_with_nothing_left_in_its_window(page, site):
-    save_quota(site, AN, 50, 0, state="ok", limit_reached=1)
-    save_quota(site, B, 50, 0, state="limited", limit_reached=1)
+def test_account_that_runs_on_credits_is_active_with_nothing_left_in_its_window(page, empty):
+    save_quota(empty, AN, 50, 0, state="ok", limit_reached=1)
+    save_quota(empty, B, 50, 0, state="limited", limit_reached=1)
     page.open()
     assert "Active" in page.account(AN) and "0%" in page.account(AN) and "Limited" in page.account(B)
 

@@ -197,7 +197,7 @@ class Fuzzer:
                 "IP banned due to too many failed attempts. Try again in 29m58s", "ERR invalid management key",
                 "again in 99999999h0m0s", "again in 1s"]  # fmt: skip
         text = dice.damaged(dice.choice(said).encode()) + dice.choice(TEXTS).encode("utf-8", "replace")
-        fault = app._fault_of_reply(text.decode("utf-8", "replace"), dice.random() < 0.5)
+        fault = app._fault_of_reply(text.decode("utf-8", "replace"))
         assert isinstance(fault, app.QueueFault) and fault.state and "sk-abcdefgh1" not in str(fault)
 
     def fuzz_spool(self, dice: Dice) -> None:
