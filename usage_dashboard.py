@@ -2681,7 +2681,7 @@ def _store_reason(path: Path, error: BaseException) -> str:
         return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
     if "not a database" in text or "malformed" in text:
         return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
-    return f"{path} cannot be used: {error}"
+    return f"{path} cannot be used: {error}; if another program made it, set \"database\" to another file"
 
 
 _WINDOW_COLUMNS = (
