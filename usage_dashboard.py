@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -746,10 +746,10 @@ class Event(NamedTuple):
     output_tokens: int | None
     reasoning_tokens: int | None
     total_tokens: int | None
-    latency_ms: int | None
-    failed: int
     cached_tokens: int | None
     cache_write_tokens: int | None
+    latency_ms: int | None
+    failed: int
     ttft_ms: int | None
     status_code: int | None
     error: str | None
@@ -933,21 +933,12 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     model, context = _context_of(content, contexts)
     status = _status_of(get("fail"))
     failed = _failed_flag(get("failed"), status)
-    usage = _usage(content, context.provider)
     headers = _quota_headers(get("response_headers"), context.provider)
     return Event(
-        timestamp=timestamp,
-        ts_epoch=ts_epoch,
-        context=context,
-        model=model,
-        input_tokens=usage.input,
-        output_tokens=usage.output,
-        reasoning_tokens=usage.reasoning,
-        total_tokens=usage.total,
+        *(timestamp, ts_epoch, context, model),
+        *_usage(content, context.provider),
         latency_ms=_number(get("latency_ms"), "latency_ms"),
         failed=failed,
-        cached_tokens=usage.cached,
-        cache_write_tokens=usage.cache_write,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status_code=status,
         error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
@@ -1079,26 +1070,19 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
-    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        counts = _claude_usage(sent)
-    else:
-        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-        counts = _inclusive_usage(sent, thoughts_apart)
+    is_claude = provider == "claude" or content.get("executor_type") == "ClaudeExecutor"
+    counts = _claude_usage(sent) if is_claude else _inclusive_usage(sent, provider in _THOUGHTS_APART)
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
 
 
-class _SentTokens(NamedTuple):
-    """The members of ``tokens`` as sent; their meaning differs by provider and release."""
-
-    input_tokens: int | None
-    output_tokens: int | None
-    reasoning_tokens: int | None
-    total_tokens: int | None
-    cached_tokens: int | None
-    cache_read_tokens: int | None
-    cache_creation_tokens: int | None
+# The members of "tokens" as sent; their meaning differs by provider and release.
+_SentTokens = namedtuple(
+    "_SentTokens",
+    "input_tokens output_tokens reasoning_tokens total_tokens cached_tokens cache_read_tokens cache_creation_tokens",
+)
+_THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
@@ -1230,20 +1214,33 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """One row of the accounts table and the identities that count for it; ``account`` is empty where no file told."""
+    """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
-    name: str
-    mail: str
-    source: str
-    auth_index: str
-    provider: str
-    plan: str
-    first_at: float
-    last_at: float
-    identity_ids: list[int]
-    account: str = ""
-    tag: str = ""
-    indexes: frozenset[str] = frozenset()
+    identities: list[Identity]
+
+    def __post_init__(self) -> None:
+        self.add(())
+
+    def add(self, identities: Iterable[Identity]) -> None:
+        """Count identities for this account, and derive what all of them tell; the newest knows best."""
+        self.identities = sorted([*self.identities, *identities], key=lambda one: (one.last_at, one.id), reverse=True)
+
+        def latest(name: str, accepted: Callable[[str], bool] = bool) -> str:
+            return next(filter(accepted, (getattr(one, name) for one in self.identities)), "")
+
+        self.provider, self.plan, self.account = latest("provider"), latest("plan"), latest("account")
+        self.auth_index, self.mail = latest("auth_index"), latest("source", looks_like_mail)
+        self.first_at, self.last_at = min(one.first_at for one in self.identities), self.identities[0].last_at
+        self.identity_ids = [one.id for one in self.identities if one.id]
+        self.indexes = {one.auth_index for one in self.identities if one.id}
+        self.tag = tag_of(self.account) or own_tag(min(self.identity_ids), self.mail)
+        sources = [one.source for one in self.identities]
+        # The keys of several clients are none of the account's.
+        self.source = self.mail or (sources[0] if len(set(sources)) == 1 else "")
+        self.name = self.source or (f"index {self.auth_index}" if self.auth_index else "unknown")
+        if self.account and not self.mail:
+            texts = (text for text in (self.account, sources[0]) if text != self.tag and tag_of(text) == self.tag)
+            self.name = next(texts, f"{self.provider} {self.tag}")
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
@@ -1254,15 +1251,6 @@ class Account:
         same_plan = self.plan == old.plan or not self.plan or not old.plan
         # A new login's first request may start before the old one's last stream ends.
         return same_plan and old.last_at <= self.first_at + 900
-
-    def join(self, new: Account) -> None:
-        """Add the identities of a newer login of this account, and what it tells."""
-        if new.last_at >= self.last_at:
-            self.auth_index, self.source = new.auth_index or self.auth_index, new.source
-            self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
-        self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
-        self.identity_ids = self.identity_ids + new.identity_ids
-        self.indexes |= new.indexes
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
@@ -1275,7 +1263,7 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
         index, source = identity.auth_index, identity.source
         key = (tag_of(identity.account),) if identity.account else (index, "" if index else source)
         groups.setdefault(key, []).append(identity)
-    grouped = [_account_of_group(group) for group in groups.values()]
+    grouped = [Account(group) for group in groups.values()]
     unclear = {account.tag for account in grouped if not account.account}
     grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
     known_of = Counter(account.mail for account in grouped if account.account)
@@ -1289,26 +1277,9 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
             accounts.append(account)
             same_mail.append(account)
         else:
-            earlier.join(account)
+            earlier.add(account.identities)
     _name_apart(accounts)
     return accounts
-
-
-def _account_of_group(group: Sequence[Identity]) -> Account:
-    newest_first = sorted(group, key=lambda one: (one.last_at, one.id), reverse=True)
-    newest, ids = newest_first[0], [one.id for one in group if one.id]
-    mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
-    # The keys of several clients are none of the account's.
-    source = mail or (newest.source if len({one.source for one in group}) == 1 else "")
-    tag = tag_of(newest.account) or own_tag(min(ids), mail)
-    name = source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
-    if newest.account and not mail:
-        texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
-        name = next(texts, f"{newest.provider} {tag}")
-    plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at, indexes = min(one.first_at for one in group), frozenset(one.auth_index for one in group if one.id)
-    told = (newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids, newest.account, tag, indexes)
-    return Account(name, mail, source, *told)
 
 
 def tag_of(account: str) -> str:
@@ -1324,7 +1295,8 @@ def own_tag(identity_id: int, mail: str) -> str:
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
     """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
     if context.account and not context.account.startswith("?"):
-        return next((one for one in accounts if one.account == context.account), None)
+        tag = tag_of(context.account)
+        return next((one for one in accounts if one.account and one.tag == tag), None)
     index = context.auth_index or ""
     same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
     return max(same, key=lambda one: (one.account != "", one.last_at), default=None)
@@ -1416,7 +1388,7 @@ def read_account_file(path: Path) -> AccountFile | None:
     provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
     if provider != "codex" and not (provider and token):
         return None
-    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
+    claims = _claims(_word(content.get("id_token"))) or _claims(token)
     about = claims.get("https://api.openai.com/auth")
     about = about if isinstance(about, dict) else {}
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
@@ -1430,9 +1402,9 @@ def read_account_file(path: Path) -> AccountFile | None:
         token,
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
-        _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
+        utc_text(_epoch(content.get("last_refresh")) or _epoch(content.get("expired"))) or "",
         auth_index_of(os.path.abspath(str(path)), provider),
-        _any_time(about.get("chatgpt_subscription_active_until")),
+        utc_text(_epoch(about.get("chatgpt_subscription_active_until"))),
         _word(about.get("chatgpt_user_id")) or _word(about.get("user_id")),
         provider,
         hashlib.sha256(token.encode("utf-8", "replace")).hexdigest() if token else "",
@@ -1512,6 +1484,7 @@ class AccountFiles:
         same_mail = self._accounts.get((context.provider, context.source.lower()), set())
         return account or ("?" + _only(same_mail) if any(same_mail) else "")
 
+
 def _read_json_file(path: Path) -> Any:
     try:
         with open(str(path), "rb") as stream:
@@ -1542,13 +1515,13 @@ def _claims(token: str) -> dict[str, Any]:
     return claims if isinstance(claims, dict) else {}
 
 
-def _any_time(value: Any) -> str | None:
-    """Format a time in RFC 3339 or epoch seconds as ISO UTC text; None where it is neither."""
-    try:
-        return utc_text(parse_time(_word(value))[0])
-    except ValueError:
-        at = _finite(value)
-        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+def _epoch(value: Any) -> float | None:
+    """Return a time in RFC 3339, epoch seconds or milliseconds as epoch seconds; None outside 2020 to 2100."""
+    with suppress(AttributeError, ValueError):
+        return parse_time(value.strip())[0]
+    at = _finite(value) or 0.0
+    seconds = at / 1000 if at > 1e11 else at
+    return seconds if _EARLIEST_AT <= seconds < _LATEST_AT else None
 
 
 # ------------------------------------------------------------------ store
@@ -1984,10 +1957,12 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = ", ".join([
-    "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
-    *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
-])
+_EVENT_SUMS = ", ".join(
+    [
+        "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
+        *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
+    ]
+)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -3024,18 +2999,8 @@ def _tidy(number: float) -> float:
 
 def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
-    sent, after_s = content.get("reset_at"), _finite(content.get("reset_after_seconds"))
-    at = _epoch(sent) if isinstance(sent, str) and "T" in sent else _finite(sent)
-    if at is not None and at > 1e11:  # milliseconds
-        at /= 1000
-    later = now + after_s if after_s is not None and after_s >= 0 else None
-    return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
-
-
-def _epoch(text: str | None) -> float | None:
-    with suppress(ValueError):
-        return parse_time(text or "")[0]
-    return None
+    after_s = _finite(content.get("reset_after_seconds"))
+    return _epoch(content.get("reset_at")) or _epoch(None if after_s is None or after_s < 0 else now + after_s)
 
 
 def window_label(seconds: int) -> str:
