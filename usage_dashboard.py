@@ -1808,14 +1808,14 @@ def _add_keys_and_reasons(db) -> None:
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
-    reasons, next_id = _Reasons(db), -(1 << 63)
+    known, next_id = {}, -(1 << 63)
     while True:
         rows = db.execute(
             "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
         ).fetchall()
         if not rows:
             return
-        updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
+        updates = [(_reason_id(db, known, status, error), row_id) for row_id, status, error in rows]
         db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
         next_id = rows[-1][0] + 1
 
@@ -1903,10 +1903,7 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = (
-    *((5, _step_tables), (6, _step_roll_ups)),
-    (7, _step_accounts),
-)
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -1929,40 +1926,36 @@ def _id_of(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = 
     return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
 
 
-class _Reasons:
-    """The ids of failures' reasons; beyond the limit a new one is counted as its status' "other"."""
+def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None) -> int:
+    """Return the id of a failure's reason, inserted if it is new; beyond 2,000 it is counted as its status' "other"."""
+    if (status, error) in known:
+        return known[status, error]
+    reason = {"status_code": status, "error": failure_kind(status, error)}
+    row = db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+    if not row.fetchone() and db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= 2000:
+        reason["error"] = "other"
+    return cache(known, (status, error), _id_of(db, "reasons", reason))
 
-    _MOST = 2000
 
-    def __init__(self, db):
-        self._db = db
-        self._ids: dict[tuple[Any, Any], int] = {}
+def _list(table: str, columns: Iterable[str]) -> str:
+    return ", ".join(f"{table}.{name}" for name in columns)
 
-    def id_of(self, status: int | None, error: str | None) -> int:
-        """Return the id of a failure's reason, inserted if it is new."""
-        known = self._ids.get((status, error))
-        if known is not None:
-            return known
-        reason = {"status_code": status, "error": failure_kind(status, error)}
-        row = self._db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
-        if not row.fetchone() and self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
-            reason["error"] = "other"
-        return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
+
+def _dicts(cursor) -> list[dict[str, Any]]:
+    """Return the rows of a query by the names of its columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor.fetchall()]
 
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = ", ".join(
-    [
-        "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
-        *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
-    ]
-)
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
+_EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -1972,7 +1965,7 @@ _INSERT_EVENT = (
 )
 _TOUCH_IDENTITY = (
     "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
-    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
+    "plan = IFNULL(?, plan) WHERE id = ?"
 )
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
@@ -2066,6 +2059,7 @@ class Store:
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._reason_ids: dict[Any, int] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
@@ -2079,7 +2073,7 @@ class Store:
             raise StoreError(_store_reason(self.path, error)) from error
         try:
             self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
-            self._migrate(self._announce)
+            self._migrate()
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
@@ -2097,7 +2091,7 @@ class Store:
         timeout_s = self._busy_timeout_s
         return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
-    def _migrate(self, announce: Callable[[str], None]) -> None:
+    def _migrate(self) -> None:
         db = self._writer
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _SCHEMA_STEPS[-1][0]:
@@ -2110,12 +2104,12 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
+            self._announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             for line in self._run_step(number, step) if version < number else ():
-                announce(line)
+                self._announce(line)
         if rows:
-            announce(f"adopted {rows:,} rows")
+            self._announce(f"adopted {rows:,} rows")
 
     def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
         with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
@@ -2179,7 +2173,7 @@ class Store:
     def _forget_ids(self) -> None:
         self._context_ids.clear()
         self._models.clear()
-        self._reasons = _Reasons(self._writer)
+        self._reason_ids.clear()
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2244,7 +2238,7 @@ class Store:
         for event in events:
             context = event.context
             identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
-            reason_id = self._reasons.id_of(event.status_code, event.error) if event.failed else None
+            reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
             if event.model not in self._models:
@@ -2285,7 +2279,7 @@ class Store:
 
     def _adopt(self, db, decisions: Mapping[str, str]) -> None:
         """Let decisions hold for what these indexes did before, and for quota readings of that time."""
-        rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
+        rows = db.execute("SELECT auth_index, source, id FROM identities WHERE account = ''").fetchall()
         for index, source, identity_id in rows:
             account, former = decisions.get(index) if index else None, own_tag(identity_id, source)
             if account:
@@ -2295,9 +2289,9 @@ class Store:
 
     def decide_accounts(self, account_of: Callable[[Context, str], str]) -> None:
         """Let the account files decide of what was stored before they were there."""
-        columns = "auth_index, CAST(source AS TEXT), provider"
         with self._write() as db:
-            rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
+            query = "SELECT auth_index, source, provider FROM identities WHERE account = '' ORDER BY last_at"
+            rows = db.execute(query).fetchall()
             found = ((row[0], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows)
             self._adopt(db, {index: account for index, account in found if account})
 
@@ -2449,14 +2443,14 @@ class Store:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
         window = window or Window(_EARLIEST_AT, _LATEST_AT)
         end, row_id = before or (window.end, 0)
-        rows: list[Any] = []
+        rows: list[dict[str, Any]] = []
         with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
-                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                rows += _dicts(db.execute(_LIST_EVENTS.format(condition), bound))
                 if len(rows) >= limit:
                     break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
@@ -2482,13 +2476,12 @@ class Store:
 
     @staticmethod
     def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", *_SNAPSHOT_COLUMNS)
-        row = db.execute(
-            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
+        rows = db.execute(
+            f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_accounts a "
             "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
             (account["email"], account["account_id_tag"]),
-        ).fetchone()
-        return dict(zip(columns, row)) if row else None
+        )
+        return next(iter(_dicts(rows)), None)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2553,27 +2546,24 @@ class Store:
 
     def quotas(self) -> list[dict[str, Any]]:
         """List each account's state with the columns of its last good reading, None where it has none, by mail."""
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
-        read = ("id", *_SNAPSHOT_COLUMNS[3:])
+        query = (
+            "SELECT a.email, a.account_id_tag, COALESCE(NULLIF(s.plan, ''), a.plan) AS plan, a.state, a.message, "
+            f"a.state_at, a.subscription_until, s.id, {_list('s', _SNAPSHOT_COLUMNS[3:])} "
+            "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
+        )
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
-                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
-            ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+            return _dicts(db.execute(query))
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
-        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
+        query = (
+            f"SELECT email, account_id_tag, ts_epoch, {', '.join(_WINDOW_COLUMNS)} FROM quota_snapshots "
+            "WHERE ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
+        )
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
-                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
-            ).fetchall()
-        for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            for row in _dicts(db.execute(query, (since, most))):
+                readings.setdefault((row["email"], row["account_id_tag"] or ""), []).append(row)
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2632,8 +2622,8 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
     """Return what a batch's events of one identity tell of it, as _TOUCH_IDENTITY binds it."""
     times = [event.ts_epoch for event in events]
     provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
-    plan = next(filter(None, (event.plan for event in reversed(events))), "")
-    return min(times), max(times), provider, plan, plan, identity_id
+    plan = next(filter(None, (event.plan for event in reversed(events))), None)
+    return min(times), max(times), provider, plan, identity_id
 
 
 def events_to_adopt(path: Path) -> int:
@@ -2674,15 +2664,13 @@ _WINDOW_COLUMNS = (
 )
 _SNAPSHOT_COLUMNS = (
     *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
-    *_WINDOW_COLUMNS,
-    *("credits_balance", "raw_json", "source"),
+    *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
 )
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
-_REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
-    f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
-    f"{', '.join(f'c.{name}' for name in _CONTEXT_COLUMNS)}, CAST(e.auth_index AS TEXT), {_IDENTITY_OF}, i.auth_index "
+    f"SELECT e.id, {_list('e', _OWN_EVENT_COLUMNS)}, e.source, {_list('c', _CONTEXT_COLUMNS)}, "
+    f"IFNULL(i.auth_index, CAST(e.auth_index AS TEXT)) AS auth_index, {_IDENTITY_OF} AS identity_id "
     f"FROM {_EVENTS} LEFT JOIN identities i ON i.id = c.identity_id "
     "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
     "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
@@ -2691,10 +2679,10 @@ _LIST_EVENTS = (
 
 def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
     """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
-    if filters._replace(text=None) == _NO_FILTERS:
+    condition, values = _conditions(filters, accounts, on_rows=False)
+    if not condition:
         yield window
         return
-    condition, values = _conditions(filters, accounts, on_rows=False)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
@@ -2704,14 +2692,11 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
 
 
-def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
-    *values, shown_index, identity_id, sent_index = row
-    request = dict(zip(_REQUEST_NAMES, values))
-    for name in _CONTEXT_COLUMNS:
-        request[name] = request[name] or None
-    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
-    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
-    return request
+def _request_of(row: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    for name in (*_CONTEXT_COLUMNS, "auth_index"):
+        row[name] = row[name] or None
+    row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+    return row
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -2757,7 +2742,6 @@ class _UsagePlan:
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._has_filters = filters._replace(text=None) != _NO_FILTERS
         self._event_conditions = _conditions(filters, accounts, on_rows=True)
         self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
 
@@ -2765,7 +2749,7 @@ class _UsagePlan:
         """Return sums by local bucket number."""
         sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
         levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
-        if levels and not self._has_filters:
+        if levels and not self._roll_up_conditions[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
@@ -2798,8 +2782,6 @@ class _UsagePlan:
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = "k1, k2" if ", " in in_roll_up else "k1"
-        if not parts:
-            return db.execute("SELECT NULL WHERE 0")
         with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
