@@ -1808,16 +1808,11 @@ def _add_keys_and_reasons(db) -> None:
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
-    known, next_id = {}, -(1 << 63)
-    while True:
-        rows = db.execute(
-            "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
-        ).fetchall()
-        if not rows:
-            return
-        updates = [(_reason_id(db, known, status, error), row_id) for row_id, status, error in rows]
-        db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
-        next_id = rows[-1][0] + 1
+    known: dict[Any, int] = {}
+    for status, error in db.execute("SELECT DISTINCT status_code, error FROM events WHERE failed <> 0"):
+        _reason_id(db, known, status, error)
+    db.create_function("reason_id_of", 2, lambda status, error: _reason_id(db, known, status, error))
+    db.execute("UPDATE events SET reason_id = reason_id_of(status_code, error) WHERE failed <> 0")
 
 
 def _sum_up_rows(db, floor: int) -> None:
@@ -2905,6 +2900,7 @@ def parse_quota(payload: Any, now: float) -> Reading:
     else:
         state = "ok" if main or budget else "no_windows"
     resets = _finite(_member(payload, "rate_limit_reset_credits").get("available_count"))
+    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
     return Reading(
         state,
         _word(payload.get("plan_type")).lower()[:32] or None,
@@ -2913,7 +2909,7 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _fullest(main, "5h"),
         _fullest(main, "7d"),
         main + budget + _extra_windows(payload, now),
-        _credits_balance(credits),
+        None if balance is None or isinstance(balance, (bool, dict, list)) else _printable(str(balance)[:32]),
         reason,
         int(resets) if resets is not None and resets >= 0 else None,
         credits.get("has_credits") is True or credits.get("unlimited") is True,
@@ -2931,7 +2927,7 @@ def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]
     limit = _member(_member(payload, "spend_control"), "individual_limit")
     window = _quota_window(limit, 0, "budget", now, used_up=False)
     more = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
-    more["unit"] = _printable(_word(limit.get("unit"))[:20]) or "credits"
+    more["unit"] = _word(limit.get("unit"))[:20] or "credits"
     is_known = window is not None and (window.used_percent is not None or more["limit"] is not None)
     return [window._replace(label="budget", more=more)] if is_known else []
 
@@ -3008,21 +3004,14 @@ def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            feature = _printable(_word(item.get("metered_feature"))[:60])
-            meter = _printable(_word(item.get("limit_name"))[:60]) or feature or "Other"
+            feature = _word(item.get("metered_feature"))[:60]
+            meter = _word(item.get("limit_name"))[:60] or feature or "Other"
             meter = f"{meter} meter" if meter.lower() == "budget" else meter  # it is not the account's
             unknown = QuotaWindow(meter, None, None, None, meter)
             found = _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
             found = [window._replace(more={"feature": feature} if feature else {}) for window in found]
             windows += [] if any(found[0].names & window.names for window in windows) else found
     return windows
-
-
-def _credits_balance(credits: Mapping[str, Any]) -> str | None:
-    """Return the credits as text; None where the reply has none."""
-    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
-    is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
-    return _printable(str(balance)[:32]) if is_text else None
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -3217,8 +3206,8 @@ def reading_row(
         "email": account[0],
         "account_id_tag": account[1],
         "plan": reading.plan or plan or None,
-        "allowed": None if reading.allowed is None else int(reading.allowed),
-        "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "allowed": reading.allowed,
+        "limit_reached": reading.limit_reached,
         **columns,
         "windows": _windows_json(reading.windows, facts),
         "credits_balance": reading.credits_balance,
@@ -3291,7 +3280,7 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
     if not own:
         return {**before, "state": "never", "windows": _windows_json(kept + fresh, last)}
     kept = [old._replace(more={"read_at": before["timestamp"], **old.more}) for old in kept]
-    merged = {**row, **({} if row["credits_balance"] else {"credits_balance": before["credits_balance"]})}
+    merged = {**row, "credits_balance": row["credits_balance"] or before["credits_balance"]}
     if facts["reason"] is None and _lasts(last["reason"], kept, now):
         facts["reason"] = last["reason"]
         merged.update(state="limited", message=last["reason"].replace("_", " "))
@@ -3341,11 +3330,11 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        if not event.failed or event.status_code != 429:
-            return index == event.context.auth_index and not event.failed
+        if index != event.context.auth_index or not event.failed:
+            return index == event.context.auth_index
         reading = self._reading_of(event, event.ts_epoch)
         used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
-        return index == event.context.auth_index and used_up
+        return event.status_code == 429 and used_up
 
     @staticmethod
     def _reading_of(event: Event, read_at: float) -> Reading:
@@ -3443,27 +3432,28 @@ def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
-    windows = windows_of(row)
+    windows, facts = windows_of(row), content_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    facts = content_of(row)
     state = state_at(row["state"], windows, now, facts["reason"])
     facts["reason"] = facts["reason"] if state in ("ok", "limited") else None
-    answer = {**row, **facts, "state": state, "windows": []}
-    for window in windows:
-        due, pace = window.is_due(now), None
-        if due:
-            window = window._replace(used_percent=None)
-        elif window.governs:
-            pace = forecast(points.get(window.label, ()), now)
-        answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
+    current = [window._replace(used_percent=None) if window.is_due(now) else window for window in windows]
+    left = (window.remaining_percent for window in current if window.governs)
+    answer = {
+        **row,
+        **facts,
+        "account": _account_of_quota({**row, **facts}, accounts),
+        "state": state,
+        "remaining_percent": min((percent for percent in left if percent is not None), default=None),
+        "windows": [
+            {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
+            for window in current
+        ],
+    }
     for place, label, _ in _PLACES:
         if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    left = [window["remaining_percent"] for window in answer["windows"] if window["meter"] in (None, "budget")]
-    answer["remaining_percent"] = min((percent for percent in left if percent is not None), default=None)
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
-    answer["account"] = _account_of_quota(answer, accounts)
     return answer
 
 
@@ -3486,9 +3476,9 @@ def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]
     """Sum up what governs all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
+        is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
         provider = row.get("provider", "codex")
         for window in row["windows"]:
-            is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
             if is_of_use and window["meter"] in (None, "budget"):
                 label = window["label"] if provider == "codex" else f"{provider} {window['label']}"
                 by_label.setdefault(label, []).append((row, window))
@@ -5095,10 +5085,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "accounts": [
             {
                 "account": account.name,
-                "source": account.source or None,
-                "auth_index": account.auth_index or None,
-                "plan": account.plan or None,
-                "provider": account.provider or None,
+                **{name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")},
                 **dict(zip(SUM_NAMES, sums)),
             }
             for account, sums in accounts
