@@ -1389,8 +1389,7 @@ def read_account_file(path: Path) -> AccountFile | None:
     if provider != "codex" and not (provider and token):
         return None
     claims = _claims(_word(content.get("id_token"))) or _claims(token)
-    about = claims.get("https://api.openai.com/auth")
-    about = about if isinstance(about, dict) else {}
+    about = _member(claims, "https://api.openai.com/auth")
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
     if provider == "codex" and not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
@@ -1503,16 +1502,18 @@ def _word(value: Any) -> str:
     return _printable(value.strip()) if isinstance(value, str) else ""
 
 
-def _claims(token: str) -> dict[str, Any]:
+def _claims(token: str) -> Mapping[str, Any]:
     """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+    with suppress(ValueError, RecursionError):
+        _, text, _ = token.split(".")
+        return _member({"claims": json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))}, "claims")
+    return {}
+
+
+def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object within an object, empty where there is none."""
+    member = content.get(name)
+    return member if isinstance(member, dict) else {}
 
 
 def _epoch(value: Any) -> float | None:
@@ -2514,24 +2515,25 @@ class Store:
             db.execute(change, (email, tag, *best))
             db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
 
-    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until, former tag); known ones get ``disabled`` alone."""
-        mails = [account[0] for account in accounts]
+    def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
+        """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
+        mails = Counter(file.email for file in files)
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until, former_tag in accounts:
-                self._move_quota(db, email, former_tag, tag)
-                if mails.count(email) == 1:
-                    self._move_quota(db, email, "", tag)
+            for file in files:
+                state = "disabled" if file.disabled else "never"
+                self._move_quota(db, file.email, file.former_tag, file.tag)
+                if mails[file.email] == 1:
+                    self._move_quota(db, file.email, "", file.tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
                     "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
                     "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
-                    (email, tag, plan, state, message, now),
+                    (file.email, file.tag, file.plan or None, state, messages[state], now),
                 )
                 db.execute(
                     "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
-                    (paid_until, email, tag),
+                    (file.subscription_until, file.email, file.tag),
                 )
 
     def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
@@ -2593,9 +2595,8 @@ _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted
 
 
 def _counts_in(db) -> dict[str, int]:
-    marks = ", ".join("?" * len(_COUNT_NAMES))
-    rows = dict(db.execute(f"SELECT key, value FROM meta WHERE key IN ({marks})", _COUNT_NAMES).fetchall())
-    return {name: rows.get(name, 0) for name in _COUNT_NAMES}
+    values = dict(db.execute("SELECT key, value FROM meta"))
+    return {name: values.get(name, 0) for name in _COUNT_NAMES}
 
 
 def _count(db, **added: int) -> None:
@@ -2914,12 +2915,6 @@ def parse_quota(payload: Any, now: float) -> Reading:
         int(resets) if resets is not None and resets >= 0 else None,
         credits.get("has_credits") is True or credits.get("unlimited") is True,
     )
-
-
-def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object within an object, empty where there is none."""
-    member = content.get(name)
-    return member if isinstance(member, dict) else {}
 
 
 def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
@@ -4838,16 +4833,10 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def register_accounts(self, found: Any = None) -> None:
-        """List the accounts of all files, or of those ``found``, in the quota table before they are asked."""
-        files, _ = found or self._find_files()
-        states = ["disabled" if file.disabled else "never" for file in files]
-        accounts = [
-            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
-            + (file.subscription_until, file.former_tag)
-            for file, state in zip(files, states)
-        ]
-        self._store.register_quota_accounts(accounts, self._clock())
+    def register_accounts(self, files: Sequence[AccountFile] | None = None) -> None:
+        """List the accounts of all files, or of these, in the quota table before they are asked."""
+        files = self._find_files()[0] if files is None else files
+        self._store.register_quota_accounts(files, QUOTA_MESSAGES, self._clock())
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4865,7 +4854,7 @@ class QuotaRefresher:
             self._running.release()
 
     def _refresh_all(self, files: list[AccountFile], problems: list[str]) -> None:
-        self.register_accounts((files, problems))
+        self.register_accounts(files)
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
@@ -5053,6 +5042,9 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     return name, Window(start, end)
 
 
+_ACCOUNT_NAMES = ("source", "auth_index", "plan", "provider")
+
+
 def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
@@ -5064,6 +5056,10 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     nothing = add_sums([])
+
+    def row(sums: Sums, **columns: Any) -> dict[str, Any]:
+        return {**columns, **dict(zip(SUM_NAMES, sums))}
+
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
@@ -5072,22 +5068,14 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": dict(zip(SUM_NAMES, add_sums(buckets.values()))),
+        "summary": row(add_sums(buckets.values())),
         "hours": [
-            {
-                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
-                "start": at,
-                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
-            }
+            row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [{"model": model, **dict(zip(SUM_NAMES, sums))} for model, sums in models],
+        "models": [row(sums, model=model) for model, sums in models],
         "accounts": [
-            {
-                "account": account.name,
-                **{name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")},
-                **dict(zip(SUM_NAMES, sums)),
-            }
+            row(sums, account=account.name, **{name: getattr(account, name) or None for name in _ACCOUNT_NAMES})
             for account, sums in accounts
         ],
         "outages": app.store.outages(window, now),
@@ -5848,25 +5836,23 @@ def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Findi
     return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
 
 
-def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Finding]:
+def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[Finding]:
     """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
-    findings, retention_s, ahead_s = [], status["retention_seconds"], status["clock_ahead_seconds"]
+    retention_s, ahead_s = status["retention_seconds"], status["clock_ahead_seconds"]
     if status["publishing"]:
-        findings.append(Finding("ok", "the proxy publishes its usage"))
+        yield Finding("ok", "the proxy publishes its usage")
     elif status["publishing"] is False:
-        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+        yield Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
     if retention_s is not None and retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        findings.append(Finding("warning", found, remedy))
+        yield Finding("warning", found, remedy)
     elif retention_s is not None:
-        found = f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s"
-        findings.append(Finding("ok", found))
+        yield Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")
     if ahead_s is not None and abs(ahead_s) < 60:
-        findings.append(Finding("ok", "the proxy's clock and this machine's agree"))
+        yield Finding("ok", "the proxy's clock and this machine's agree")
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-        findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
-    return findings
+        yield Finding("warning", found, "let both machines set their clocks by NTP")
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
