@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter, namedtuple
+from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -1066,23 +1066,10 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    try:
-        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
-    except Rejected as fault:
-        raise Rejected(f"tokens.{fault}") from None
-    is_claude = provider == "claude" or content.get("executor_type") == "ClaudeExecutor"
-    counts = _claude_usage(sent) if is_claude else _inclusive_usage(sent, provider in _THOUGHTS_APART)
+    counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
-
-
-# The members of "tokens" as sent; their meaning differs by provider and release.
-_SentTokens = namedtuple(
-    "_SentTokens",
-    "input_tokens output_tokens reasoning_tokens total_tokens cached_tokens cache_read_tokens cache_creation_tokens",
-)
-_THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
@@ -1104,26 +1091,28 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(sent: _SentTokens) -> TokenCounts:
-    """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes where nothing was read.
-    read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
-    whole_input = None if sent.input_tokens is None else _sum(sent.input_tokens, read, sent.cache_creation_tokens)
-    total = sent.total_tokens
-    if not total or total == _sum(sent.input_tokens, sent.output_tokens):
-        total = _sum(whole_input, sent.output_tokens)
-    return TokenCounts(whole_input, sent.output_tokens, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+_SENT_COUNTS = tuple(
+    f"{name}_tokens" for name in ("input", "output", "reasoning", "total", "cached", "cache_read", "cache_creation")
+)
+_THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
-def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
-    """Return OpenAI's counts as they are; Gemini's output leaves the thoughts out, so they are added."""
-    output = sent.output_tokens
-    if thoughts_apart and output is not None:
-        output = _sum(output, sent.reasoning_tokens)
-    total = sent.total_tokens or _sum(sent.input_tokens, output)
-    # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    read = sent.cache_read_tokens or sent.cached_tokens
-    return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
+    """Return counts whose meaning depends on provider and release: Claude's input leaves the cache out."""
+    try:
+        into, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, _SENT_COUNTS), _SENT_COUNTS)
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if is_claude or provider == "claude":
+        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats writes where nothing was read.
+        read = cached if read is None else read
+        if total == _sum(into, out):  # before v7.1.26, without the cache
+            total = None
+        into = None if into is None else _sum(into, read, written)
+    else:
+        read = read or cached  # from v7.0.3 to v7.2.66 cache_read_tokens stays 0 although cached_tokens is filled
+        out = _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
+    return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
 
 
 def _status_of(fail: Any) -> int | None:
@@ -1535,10 +1524,10 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-def _flock(handle: int) -> None:
+def _flock(handle: int, is_shared: bool = False) -> None:
     import fcntl
 
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _lock_path(database: Path) -> Path:
@@ -1582,11 +1571,9 @@ class DatabaseLock:
 def lock_holder(database: Path) -> dict[str, int]:
     """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
     with suppress(OSError, ImportError, ValueError, AttributeError):
-        import fcntl
-
         with _lock_path(database).open("rb") as stream:
             try:
-                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _flock(stream.fileno(), is_shared=True)
             except BlockingIOError:
                 told = json.loads(stream.read(200))
                 return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
@@ -1904,7 +1891,7 @@ _SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return row[0] if row else unknown
+    return unknown if row is None or row[0] is None else row[0]
 
 
 def _put_meta(db, key: str, value: Any) -> None:
@@ -2336,12 +2323,9 @@ class Store:
             return _meta_in(db, key)
 
     def put_meta(self, key: str, value: Any) -> None:
-        """Write a small value; None removes it."""
+        """Write a small value; None is none."""
         with self._write(changes=False) as db:
-            if value is None:
-                db.execute("DELETE FROM meta WHERE key = ?", (key,))
-            else:
-                _put_meta(db, key, value)
+            _put_meta(db, key, value)
 
     # Outages
 
@@ -2461,7 +2445,7 @@ class Store:
             merged = row if merge is None else merge(self._newest_reading(db, row))
             if merged is None:
                 return
-            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            columns = ("id", *_SNAPSHOT_COLUMNS)
             inserted = db.execute(
                 f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
                 f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
@@ -2743,8 +2727,7 @@ class _UsagePlan:
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
-        sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
-        levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
+        levels = [table for table in self._levels if bucket_s % _ROLL_UPS[table] == offset_s % _ROLL_UPS[table] == 0]
         if levels and not self._roll_up_conditions[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
@@ -2940,9 +2923,9 @@ def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str
     return next((reason for reason, is_reached in told.items() if is_reached is True), None)
 
 
-def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
-    if not isinstance(limits, dict):
-        return []
+def _windows_of_limits(
+    limits: Mapping[str, Any], meter: str | None, now: float, used_up: bool = False
+) -> list[QuotaWindow]:
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
     windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
     return [window for window in windows if window is not None]
@@ -2995,7 +2978,7 @@ def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
 
 
 def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
-    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
+    windows = _windows_of_limits(_member(payload, "code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
@@ -3003,7 +2986,7 @@ def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
             meter = _word(item.get("limit_name"))[:60] or feature or "Other"
             meter = f"{meter} meter" if meter.lower() == "budget" else meter  # it is not the account's
             unknown = QuotaWindow(meter, None, None, None, meter)
-            found = _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+            found = _windows_of_limits(_member(item, "rate_limit"), meter, now) or [unknown]
             found = [window._replace(more={"feature": feature} if feature else {}) for window in found]
             windows += [] if any(found[0].names & window.names for window in windows) else found
     return windows
@@ -3383,11 +3366,6 @@ class UsagePoint(NamedTuple):
     used_percent: float
     reset_at: float
 
-    def runs_out_at(self, rise: float, lasted_s: float) -> float | None:
-        """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
-        at = self.at + (100 - self.used_percent) / rise * lasted_s if rise > 0 else self.reset_at
-        return at if at < self.reset_at else None
-
 
 PACE_S = 3600.0  # the pace is that of the last hour
 
@@ -3417,7 +3395,8 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
     if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
         return None
-    slow, likely, fast = (last.runs_out_at(rise + off, lasted_s) for off in (-1, 0, 1))
+    ends = [last.at + (100 - last.used_percent) / max(rise + off, 1e-9) * lasted_s for off in (-1, 0, 1)]
+    slow, likely, fast = (at if at < last.reset_at else None for at in ends)
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
@@ -5042,9 +5021,6 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     return name, Window(start, end)
 
 
-_ACCOUNT_NAMES = ("source", "auth_index", "plan", "provider")
-
-
 def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
     now, zone = app.clock(), query.zone()
@@ -5055,7 +5031,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing = add_sums([])
+    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
 
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
@@ -5075,7 +5051,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         ],
         "models": [row(sums, model=model) for model, sums in models],
         "accounts": [
-            row(sums, account=account.name, **{name: getattr(account, name) or None for name in _ACCOUNT_NAMES})
+            row(sums, account=account.name, **{name: getattr(account, name) or None for name in told})
             for account, sums in accounts
         ],
         "outages": app.store.outages(window, now),
