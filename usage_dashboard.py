@@ -931,8 +931,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
-    status = _status_of(get("fail"))
-    failed = _failed_flag(get("failed"), status)
+    failed, status, error = _outcome(get("failed"), get("fail"))
     headers = _quota_headers(get("response_headers"), context.provider)
     return Event(
         *(timestamp, ts_epoch, context, model),
@@ -941,7 +940,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
         failed=failed,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status_code=status,
-        error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
+        error=error,
         request_id=_text(get("request_id"), "request_id", 64) or None,
         plan="" if failed or not headers else headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers=headers,
@@ -1015,12 +1014,6 @@ def _auth_index(value: Any) -> str | None:
     raise Rejected("auth_index is neither a text nor a whole number")
 
 
-def _failed_flag(value: Any, status: int | None) -> int:
-    if value in (None, True, False):
-        return int(bool(value) or (status or 0) >= 400)
-    raise Rejected("failed is neither true nor false")
-
-
 # By provider: how the headers begin that tell of quota, and the one that decides what the others are about.
 QUOTA_HEADERS = {
     "codex": ("X-Codex-", "X-Codex-Active-Limit"),
@@ -1074,14 +1067,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
     sent, answer = breakdown["input"], breakdown["output"]
-    counts = (
-        sent["total_tokens"],
-        answer["total_tokens"],
-        answer["reasoning_tokens"],
-        breakdown["total_tokens"],
-        sent["cache_read_tokens"],
-        sent["cache_write_tokens"],
-    )
+    counts = (sent["total_tokens"], answer["total_tokens"], answer["reasoning_tokens"], breakdown["total_tokens"])
+    counts += (sent["cache_read_tokens"], sent["cache_write_tokens"])
     return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
@@ -1115,13 +1102,15 @@ def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> T
     return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
 
 
-def _status_of(fail: Any) -> int | None:
-    """Return the HTTP status in ``fail``; None where it is 0 or absent."""
-    if fail is None:
-        return None
-    if not isinstance(fail, dict):
+def _outcome(flag: Any, fail: Any) -> tuple[int, int | None, str | None]:
+    """Return whether an attempt failed, with its HTTP status, None where that is 0 or absent, and the reason."""
+    if fail is not None and not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    return _number(fail.get("status_code"), "fail.status_code") or None
+    if flag not in (None, True, False):
+        raise Rejected("failed is neither true nor false")
+    status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
+    failed = bool(flag) or (status or 0) >= 400
+    return int(failed), status, failure_reason(status, fail and fail.get("body")) if failed else None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
@@ -1153,14 +1142,11 @@ def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = _KEPT_OF_REJECT.split()
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
-    for name in ("source", "api_key"):
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT.split() if name in content}
+    kept.update((name, _numbers_only(content[name])) for name in ("tokens", "token_breakdown") if name in content)
+    for name, mask in (("source", _mask_source), ("api_key", mask_key)):
         if isinstance(content.get(name), str):
-            kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
-    for name in ("tokens", "token_breakdown"):
-        if name in content:
-            kept[name] = _numbers_only(content[name])
+            kept[name] = mask(content[name][:512])
     if isinstance(content.get("fail"), dict):
         kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
     return json.dumps(kept, ensure_ascii=True)
@@ -1757,8 +1743,8 @@ def _mend_odd_values(db) -> None:
         text = f"as_text(CAST({name} AS BLOB))"  # with the id, because another row may have this text
         db.execute(f"UPDATE {table} SET {name} = {text} || ' #' || id WHERE {name} IS NOT {text}")
     for table in _STEP_5_COLUMNS:  # behind the greatest id there is, SQLite gives new ones at random
-        last, limit = db.execute(f"SELECT IFNULL(MAX(id), 0), 1 << 50 FROM {table} WHERE id < 1 << 50").fetchone()
-        ids = db.execute(f"SELECT id FROM {table} WHERE id >= ? ORDER BY id", (limit,)).fetchall()
+        (last,) = db.execute(f"SELECT IFNULL(MAX(id), 0) FROM {table} WHERE id < 1 << 50").fetchone()
+        ids = db.execute(f"SELECT id FROM {table} WHERE id >= 1 << 50 ORDER BY id").fetchall()
         pairs = [(last + number, old) for number, (old,) in enumerate(ids, 1)]
         db.executemany(f"UPDATE {table} SET id = ? WHERE id = ?", pairs)
     db.execute(  # the newest reading with a time that is known
@@ -1953,9 +1939,7 @@ _TOUCH_IDENTITY = (
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = (
-    "CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, " + ", ".join(SUM_NAMES) + ")"
-)
+_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
     f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
@@ -2442,7 +2426,8 @@ class Store:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
-            merged = row if merge is None else merge(self._newest_reading(db, row))
+            newest = db.execute(_NEWEST_READING, (row["email"], row["account_id_tag"]))
+            merged = merge(next(iter(_dicts(newest)), None)) if merge else row
             if merged is None:
                 return
             columns = ("id", *_SNAPSHOT_COLUMNS)
@@ -2453,15 +2438,6 @@ class Store:
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
             self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
-
-    @staticmethod
-    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        rows = db.execute(
-            f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_accounts a "
-            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
-            (account["email"], account["account_id_tag"]),
-        )
-        return next(iter(_dicts(rows)), None)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2624,9 +2600,8 @@ def _store_reason(path: Path, error: BaseException) -> str:
     """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
-        return (
-            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
-        )
+        reason = os_reason(error)
+        return f'{path} cannot be opened: {reason}; give this user the right to write there, or set "database"'
     if "locked" in text or "busy" in text:
         return f"{path} is locked by another program; close it there, recording goes on by itself"
     if "full" in text:
@@ -2645,6 +2620,11 @@ _WINDOW_COLUMNS = (
 _SNAPSHOT_COLUMNS = (
     *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
     *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
+)
+
+_NEWEST_READING = (
+    f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_snapshots s "
+    "JOIN quota_accounts a ON a.snapshot_id = s.id WHERE a.email = ? AND a.account_id_tag = ?"
 )
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
@@ -2767,19 +2747,17 @@ class _UsagePlan:
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
     """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
-    if start >= end:
-        return
-    if not levels:
+    if start < end and not levels:
         yield None, start, end
-        return
-    size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
-    first, last = -int(-start // size_s), int(end // size_s)
-    if first >= last:
-        yield from _cut(levels[1:], start, end)
-        return
-    yield from _cut(levels[1:], start, first * size_s)
-    yield levels[0], first, last
-    yield from _cut(levels[1:], last * size_s, end)
+    elif start < end:
+        size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
+        first, last = -int(-start // size_s), int(end // size_s)
+        if first < last:
+            yield from _cut(levels[1:], start, first * size_s)
+            yield levels[0], first, last
+            yield from _cut(levels[1:], last * size_s, end)
+        else:
+            yield from _cut(levels[1:], start, end)
 
 
 # ------------------------------------------------------------------ quota
@@ -2923,9 +2901,7 @@ def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str
     return next((reason for reason, is_reached in told.items() if is_reached is True), None)
 
 
-def _windows_of_limits(
-    limits: Mapping[str, Any], meter: str | None, now: float, used_up: bool = False
-) -> list[QuotaWindow]:
+def _windows_of_limits(limits: Mapping[str, Any], meter: str | None, now: float, used_up=False) -> list[QuotaWindow]:
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
     windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
     return [window for window in windows if window is not None]
@@ -3412,17 +3388,13 @@ def _quota_json(
     facts["reason"] = facts["reason"] if state in ("ok", "limited") else None
     current = [window._replace(used_percent=None) if window.is_due(now) else window for window in windows]
     left = (window.remaining_percent for window in current if window.governs)
-    answer = {
-        **row,
-        **facts,
-        "account": _account_of_quota({**row, **facts}, accounts),
-        "state": state,
-        "remaining_percent": min((percent for percent in left if percent is not None), default=None),
-        "windows": [
-            {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
-            for window in current
-        ],
-    }
+    answer = {**row, **facts, "state": state}
+    answer["account"] = _account_of_quota(answer, accounts)
+    answer["remaining_percent"] = min((percent for percent in left if percent is not None), default=None)
+    answer["windows"] = [
+        {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
+        for window in current
+    ]
     for place, label, _ in _PLACES:
         if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
@@ -4858,8 +4830,8 @@ class QuotaRefresher:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            plan = file.plan or None
-            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
+            account = (file.email, file.tag, file.plan or None)
+            self._store.save_quota_state(*account, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
         else:
             self._store.save_reading(row)
