@@ -711,10 +711,10 @@ class Event(NamedTuple):
     output_tokens: int | None
     reasoning_tokens: int | None
     total_tokens: int | None
-    latency_ms: int | None
-    failed: int
     cached_tokens: int | None
     cache_write_tokens: int | None
+    latency_ms: int | None
+    failed: int
     ttft_ms: int | None
     status_code: int | None
     error: str | None
@@ -896,26 +896,16 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
-    status = _status_of(get("fail"))
-    failed = _failed_flag(get("failed"), status)
-    usage = _usage(content, context.provider)
+    failed, status, error = _outcome(get("failed"), get("fail"))
     headers = _quota_headers(get("response_headers"), context.provider)
     return Event(
-        timestamp=timestamp,
-        ts_epoch=ts_epoch,
-        context=context,
-        model=model,
-        input_tokens=usage.input,
-        output_tokens=usage.output,
-        reasoning_tokens=usage.reasoning,
-        total_tokens=usage.total,
+        *(timestamp, ts_epoch, context, model),
+        *_usage(content, context.provider),
         latency_ms=_number(get("latency_ms"), "latency_ms"),
         failed=failed,
-        cached_tokens=usage.cached,
-        cache_write_tokens=usage.cache_write,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status_code=status,
-        error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
+        error=error,
         request_id=_text(get("request_id"), "request_id", 64) or None,
         plan="" if failed or not headers else headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers=headers,
@@ -989,12 +979,6 @@ def _auth_index(value: Any) -> str | None:
     raise Rejected("auth_index is neither a text nor a whole number")
 
 
-def _failed_flag(value: Any, status: int | None) -> int:
-    if value in (None, True, False):
-        return int(bool(value) or (status or 0) >= 400)
-    raise Rejected("failed is neither true nor false")
-
-
 # By provider: how the headers begin that tell of quota, and the one that decides what the others are about.
 QUOTA_HEADERS = {
     "codex": ("X-Codex-", "X-Codex-Active-Limit"),
@@ -1040,42 +1024,16 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    try:
-        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
-    except Rejected as fault:
-        raise Rejected(f"tokens.{fault}") from None
-    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        counts = _claude_usage(sent)
-    else:
-        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-        counts = _inclusive_usage(sent, thoughts_apart)
+    counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
 
 
-class _SentTokens(NamedTuple):
-    """The members of ``tokens`` as sent; their meaning differs by provider and release."""
-
-    input_tokens: int | None
-    output_tokens: int | None
-    reasoning_tokens: int | None
-    total_tokens: int | None
-    cached_tokens: int | None
-    cache_read_tokens: int | None
-    cache_creation_tokens: int | None
-
-
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
     sent, answer = breakdown["input"], breakdown["output"]
-    counts = (
-        sent["total_tokens"],
-        answer["total_tokens"],
-        answer["reasoning_tokens"],
-        breakdown["total_tokens"],
-        sent["cache_read_tokens"],
-        sent["cache_write_tokens"],
-    )
+    counts = (sent["total_tokens"], answer["total_tokens"], answer["reasoning_tokens"], breakdown["total_tokens"])
+    counts += (sent["cache_read_tokens"], sent["cache_write_tokens"])
     return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
@@ -1085,35 +1043,39 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(sent: _SentTokens) -> TokenCounts:
-    """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes where nothing was read.
-    read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
-    whole_input = None if sent.input_tokens is None else _sum(sent.input_tokens, read, sent.cache_creation_tokens)
-    total = sent.total_tokens
-    if not total or total == _sum(sent.input_tokens, sent.output_tokens):
-        total = _sum(whole_input, sent.output_tokens)
-    return TokenCounts(whole_input, sent.output_tokens, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+_SENT_COUNTS = tuple(
+    f"{name}_tokens" for name in ("input", "output", "reasoning", "total", "cached", "cache_read", "cache_creation")
+)
+_THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
-def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
-    """Return OpenAI's counts as they are; Gemini's output leaves the thoughts out, so they are added."""
-    output = sent.output_tokens
-    if thoughts_apart and output is not None:
-        output = _sum(output, sent.reasoning_tokens)
-    total = sent.total_tokens or _sum(sent.input_tokens, output)
-    # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    read = sent.cache_read_tokens or sent.cached_tokens
-    return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
+    """Return counts whose meaning depends on provider and release: Claude's input leaves the cache out."""
+    try:
+        into, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, _SENT_COUNTS), _SENT_COUNTS)
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if is_claude or provider == "claude":
+        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats writes where nothing was read.
+        read = cached if read is None else read
+        if total == _sum(into, out):  # before v7.1.26, without the cache
+            total = None
+        into = None if into is None else _sum(into, read, written)
+    else:
+        read = read or cached  # from v7.0.3 to v7.2.66 cache_read_tokens stays 0 although cached_tokens is filled
+        out = _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
+    return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
 
 
-def _status_of(fail: Any) -> int | None:
-    """Return the HTTP status in ``fail``; None where it is 0 or absent."""
-    if fail is None:
-        return None
-    if not isinstance(fail, dict):
+def _outcome(flag: Any, fail: Any) -> tuple[int, int | None, str | None]:
+    """Return whether an attempt failed, with its HTTP status, None where that is 0 or absent, and the reason."""
+    if fail is not None and not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    return _number(fail.get("status_code"), "fail.status_code") or None
+    if flag not in (None, True, False):
+        raise Rejected("failed is neither true nor false")
+    status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
+    failed = bool(flag) or (status or 0) >= 400
+    return int(failed), status, failure_reason(status, fail and fail.get("body")) if failed else None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
@@ -1145,14 +1107,11 @@ def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = _KEPT_OF_REJECT.split()
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
-    for name in ("source", "api_key"):
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT.split() if name in content}
+    kept.update((name, _numbers_only(content[name])) for name in ("tokens", "token_breakdown") if name in content)
+    for name, mask in (("source", _mask_source), ("api_key", mask_key)):
         if isinstance(content.get(name), str):
-            kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
-    for name in ("tokens", "token_breakdown"):
-        if name in content:
-            kept[name] = _numbers_only(content[name])
+            kept[name] = mask(content[name][:512])
     if isinstance(content.get("fail"), dict):
         kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
     return json.dumps(kept, ensure_ascii=True)
@@ -1195,20 +1154,34 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """One row of the accounts table and the identities that count for it; ``account`` is empty where no file told."""
+    """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
-    name: str
-    mail: str
-    source: str
-    auth_index: str
-    provider: str
-    plan: str
-    first_at: float
-    last_at: float
-    identity_ids: list[int]
-    account: str = ""
-    tag: str = ""
-    indexes: Mapping[str, float] = field(default_factory=dict)  # and when each was last seen
+    identities: list[Identity]
+
+    def __post_init__(self) -> None:
+        self.add(())
+
+    def add(self, identities: Iterable[Identity]) -> None:
+        """Count identities for this account, and derive what all of them tell; the newest knows best."""
+        self.identities = sorted([*self.identities, *identities], key=lambda one: (one.last_at, one.id), reverse=True)
+
+        def latest(name: str, accepted: Callable[[str], bool] = bool) -> str:
+            return next(filter(accepted, (getattr(one, name) for one in self.identities)), "")
+
+        self.provider, self.plan, self.account = latest("provider"), latest("plan"), latest("account")
+        self.auth_index, self.mail = latest("auth_index"), latest("source", looks_like_mail)
+        self.first_at, self.last_at = min(one.first_at for one in self.identities), self.identities[0].last_at
+        self.identity_ids = [one.id for one in self.identities if one.id]
+        # Each with when it was last seen.
+        self.indexes = {one.auth_index: one.last_at for one in reversed(self.identities) if one.id}
+        self.tag = tag_of(self.account) or own_tag(min(self.identity_ids), self.mail)
+        sources = [one.source for one in self.identities]
+        # The keys of several clients are none of the account's.
+        self.source = self.mail or (sources[0] if len(set(sources)) == 1 else "")
+        self.name = self.source or (f"index {self.auth_index}" if self.auth_index else "unknown")
+        if self.account and not self.mail:
+            texts = (text for text in (self.account, sources[0]) if text != self.tag and tag_of(text) == self.tag)
+            self.name = next(texts, f"{self.provider} {self.tag}")
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
@@ -1219,15 +1192,6 @@ class Account:
         same_plan = self.plan == old.plan or not self.plan or not old.plan
         # A new login's first request may start before the old one's last stream ends.
         return same_plan and old.last_at <= self.first_at + 900
-
-    def join(self, new: Account) -> None:
-        """Add the identities of a newer login of this account, and what it tells."""
-        if new.last_at >= self.last_at:
-            self.auth_index, self.source = new.auth_index or self.auth_index, new.source
-            self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
-        self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
-        self.identity_ids = self.identity_ids + new.identity_ids
-        self.indexes = {**self.indexes, **new.indexes}
 
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
@@ -1240,7 +1204,7 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
         index, source = identity.auth_index, identity.source
         key = (tag_of(identity.account),) if identity.account else (index, "" if index else source)
         groups.setdefault(key, []).append(identity)
-    grouped = [_account_of_group(group) for group in groups.values()]
+    grouped = [Account(group) for group in groups.values()]
     unclear = {account.tag for account in grouped if not account.account}
     grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
     known_of = Counter(account.mail for account in grouped if account.account)
@@ -1254,27 +1218,9 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
             accounts.append(account)
             same_mail.append(account)
         else:
-            earlier.join(account)
+            earlier.add(account.identities)
     _name_apart(accounts)
     return accounts
-
-
-def _account_of_group(group: Sequence[Identity]) -> Account:
-    newest_first = sorted(group, key=lambda one: (one.last_at, one.id), reverse=True)
-    newest, ids = newest_first[0], [one.id for one in group if one.id]
-    mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
-    # The keys of several clients are none of the account's.
-    source = mail or (newest.source if len({one.source for one in group}) == 1 else "")
-    tag = tag_of(newest.account) or own_tag(min(ids), mail)
-    name = source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
-    if newest.account and not mail:
-        texts = (text for text in (newest.account, newest.source) if text != tag and tag_of(text) == tag)
-        name = next(texts, f"{newest.provider} {tag}")
-    plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at = min(one.first_at for one in group)
-    indexes = {one.auth_index: one.last_at for one in reversed(newest_first) if one.id}
-    told = (newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids, newest.account, tag, indexes)
-    return Account(name, mail, source, *told)
 
 
 def tag_of(account: str) -> str:
@@ -1290,7 +1236,8 @@ def own_tag(identity_id: int, mail: str) -> str:
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
     """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
     if context.account and not context.account.startswith("?"):
-        return next((one for one in accounts if one.account == context.account), None)
+        tag = tag_of(context.account)
+        return next((one for one in accounts if one.account and one.tag == tag), None)
     index = context.auth_index or ""
     same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
     return max(same, key=lambda one: (one.account != "", one.indexes[index]), default=None)
@@ -1383,9 +1330,8 @@ def read_account_file(path: Path) -> AccountFile | None:
     provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
     if provider != "codex" and not (provider and token):
         return None
-    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
-    about = claims.get("https://api.openai.com/auth")
-    about = about if isinstance(about, dict) else {}
+    claims = _claims(_word(content.get("id_token"))) or _claims(token)
+    about = _member(claims, "https://api.openai.com/auth")
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
     if provider == "codex" and not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
@@ -1397,9 +1343,9 @@ def read_account_file(path: Path) -> AccountFile | None:
         token,
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
-        _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
+        utc_text(_epoch(content.get("last_refresh")) or _epoch(content.get("expired"))) or "",
         auth_index_of(os.path.abspath(str(path)), provider),
-        _any_time(about.get("chatgpt_subscription_active_until")),
+        utc_text(_epoch(about.get("chatgpt_subscription_active_until"))),
         _word(about.get("chatgpt_user_id")) or _word(about.get("user_id")),
         provider,
         hashlib.sha256(token.encode("utf-8", "replace")).hexdigest() if token else "",
@@ -1505,25 +1451,27 @@ def _word(value: Any) -> str:
     return _printable(value.strip()) if isinstance(value, str) else ""
 
 
-def _claims(token: str) -> dict[str, Any]:
+def _claims(token: str) -> Mapping[str, Any]:
     """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+    with suppress(ValueError, RecursionError):
+        _, text, _ = token.split(".")
+        return _member({"claims": json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))}, "claims")
+    return {}
 
 
-def _any_time(value: Any) -> str | None:
-    """Format a time in RFC 3339 or epoch seconds as ISO UTC text; None where it is neither."""
-    try:
-        return utc_text(parse_time(_word(value))[0])
-    except ValueError:
-        at = _finite(value)
-        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object within an object, empty where there is none."""
+    member = content.get(name)
+    return member if isinstance(member, dict) else {}
+
+
+def _epoch(value: Any) -> float | None:
+    """Return a time in RFC 3339, epoch seconds or milliseconds as epoch seconds; None outside 2020 to 2100."""
+    with suppress(AttributeError, ValueError):
+        return parse_time(value.strip())[0]
+    at = _finite(value) or 0.0
+    seconds = at / 1000 if at > 1e11 else at
+    return seconds if _EARLIEST_AT <= seconds < _LATEST_AT else None
 
 
 # ------------------------------------------------------------------ store
@@ -1536,10 +1484,10 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-def _flock(handle: int) -> None:
+def _flock(handle: int, is_shared: bool = False) -> None:
     import fcntl
 
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _lock_path(database: Path) -> Path:
@@ -1583,11 +1531,9 @@ class DatabaseLock:
 def lock_holder(database: Path) -> dict[str, int]:
     """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
     with suppress(OSError, ImportError, ValueError, AttributeError):
-        import fcntl
-
         with _lock_path(database).open("rb") as stream:
             try:
-                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _flock(stream.fileno(), is_shared=True)
             except BlockingIOError:
                 told = json.loads(stream.read(200))
                 return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
@@ -1775,8 +1721,8 @@ def _mend_odd_values(db) -> None:
         text = f"as_text(CAST({name} AS BLOB))"  # with the id, because another row may have this text
         db.execute(f"UPDATE {table} SET {name} = {text} || ' #' || id WHERE {name} IS NOT {text}")
     for table in _STEP_5_COLUMNS:  # behind the greatest id there is, SQLite gives new ones at random
-        last, limit = db.execute(f"SELECT IFNULL(MAX(id), 0), 1 << 50 FROM {table} WHERE id < 1 << 50").fetchone()
-        ids = db.execute(f"SELECT id FROM {table} WHERE id >= ? ORDER BY id", (limit,)).fetchall()
+        (last,) = db.execute(f"SELECT IFNULL(MAX(id), 0) FROM {table} WHERE id < 1 << 50").fetchone()
+        ids = db.execute(f"SELECT id FROM {table} WHERE id >= 1 << 50 ORDER BY id").fetchall()
         pairs = [(last + number, old) for number, (old,) in enumerate(ids, 1)]
         db.executemany(f"UPDATE {table} SET id = ? WHERE id = ?", pairs)
     db.execute(  # the newest reading with a time that is known
@@ -1815,16 +1761,11 @@ def _add_keys_and_reasons(db) -> None:
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     _add_columns(db, "events", "reason_id INTEGER")
     db.execute("UPDATE events SET reason_id = NULL WHERE reason_id IS NOT NULL")  # another program's
-    reasons, next_id = _Reasons(db), -(1 << 63)
-    while True:
-        rows = db.execute(
-            "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
-        ).fetchall()
-        if not rows:
-            return
-        updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
-        db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
-        next_id = rows[-1][0] + 1
+    known: dict[Any, int] = {}
+    for status, error in db.execute("SELECT DISTINCT status_code, error FROM events WHERE failed <> 0"):
+        _reason_id(db, known, status, error)
+    db.create_function("reason_id_of", 2, lambda status, error: _reason_id(db, known, status, error))
+    db.execute("UPDATE events SET reason_id = reason_id_of(status_code, error) WHERE failed <> 0")
 
 
 def _sum_up_rows(db, floor: int) -> None:
@@ -1910,15 +1851,12 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], Any]], ...] = (
-    *((5, _step_tables), (6, _step_roll_ups)),
-    (7, _step_accounts),
-)
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return row[0] if row else unknown
+    return unknown if row is None or row[0] is None else row[0]
 
 
 def _put_meta(db, key: str, value: Any) -> None:
@@ -1936,40 +1874,36 @@ def _id_of(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = 
     return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
 
 
-class _Reasons:
-    """The ids of failures' reasons; beyond the limit a new one is counted as its status' "other"."""
+def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None) -> int:
+    """Return the id of a failure's reason, inserted if it is new; beyond 2,000 it is counted as its status' "other"."""
+    if (status, error) in known:
+        return known[status, error]
+    reason = {"status_code": status, "error": failure_kind(status, error)}
+    row = db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+    if not row.fetchone() and db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= 2000:
+        reason["error"] = "other"
+    return cache(known, (status, error), _id_of(db, "reasons", reason))
 
-    _MOST = 2000
 
-    def __init__(self, db):
-        self._db = db
-        self._ids: dict[tuple[Any, Any], int] = {}
+def _list(table: str, columns: Iterable[str]) -> str:
+    return ", ".join(f"{table}.{name}" for name in columns)
 
-    def id_of(self, status: int | None, error: str | None) -> int:
-        """Return the id of a failure's reason, inserted if it is new."""
-        known = self._ids.get((status, error))
-        if known is not None:
-            return known
-        reason = {"status_code": status, "error": failure_kind(status, error)}
-        row = self._db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
-        if not row.fetchone() and self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
-            reason["error"] = "other"
-        return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
+
+def _dicts(cursor) -> list[dict[str, Any]]:
+    """Return the rows of a query by the names of its columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor.fetchall()]
 
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') LIMIT 1))"
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = ", ".join(
-    [
-        "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited",
-        *(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES),
-    ]
-)
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
+_EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -1979,14 +1913,12 @@ _INSERT_EVENT = (
 )
 _TOUCH_IDENTITY = (
     "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
-    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
+    "plan = IFNULL(?, plan) WHERE id = ?"
 )
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = (
-    "CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, " + ", ".join(SUM_NAMES) + ")"
-)
+_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
     f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
@@ -2073,6 +2005,7 @@ class Store:
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._reason_ids: dict[Any, int] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
@@ -2086,7 +2019,7 @@ class Store:
             raise StoreError(_store_reason(self.path, error)) from error
         try:
             self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
-            self._migrate(self._announce)
+            self._migrate()
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
@@ -2104,7 +2037,7 @@ class Store:
         timeout_s = self._busy_timeout_s
         return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
-    def _migrate(self, announce: Callable[[str], None]) -> None:
+    def _migrate(self) -> None:
         db = self._writer
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _SCHEMA_STEPS[-1][0]:
@@ -2117,12 +2050,12 @@ class Store:
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
+            self._announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
             for line in self._run_step(number, step) if version < number else ():
-                announce(line)
+                self._announce(line)
         if rows:
-            announce(f"adopted {rows:,} rows")
+            self._announce(f"adopted {rows:,} rows")
 
     def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
         with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
@@ -2191,7 +2124,7 @@ class Store:
     def _forget_ids(self) -> None:
         self._context_ids.clear()
         self._models.clear()
-        self._reasons = _Reasons(self._writer)
+        self._reason_ids.clear()
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2256,7 +2189,7 @@ class Store:
         for event in events:
             context = event.context
             identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
-            reason_id = self._reasons.id_of(event.status_code, event.error) if event.failed else None
+            reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
             if event.model not in self._models:
@@ -2287,7 +2220,7 @@ class Store:
             (auth_index or None,),
         ).fetchall()
         is_same_mail = bool(known) and (known[0][0], source) in known
-        if known and (account in ("", "?") or account.startswith("?") and is_same_mail):
+        if known and (account in ("", "?") or (account.startswith("?") and is_same_mail)):
             return known[0][0]
         account = account.lstrip("?")
         if not known and account:
@@ -2298,7 +2231,7 @@ class Store:
 
     def _adopt(self, db, decisions: Mapping[Any, str]) -> None:
         """Let decisions, by index or (index, source), hold for what was before, and for quota readings of that time."""
-        rows = db.execute("SELECT auth_index, CAST(source AS TEXT), id FROM identities WHERE account = ''").fetchall()
+        rows = db.execute("SELECT auth_index, source, id FROM identities WHERE account = ''").fetchall()
         for index, source, identity_id in rows:
             account, former = decisions.get((index, source)) or decisions.get(index), own_tag(identity_id, source)
             if account and index:
@@ -2308,9 +2241,9 @@ class Store:
 
     def decide_accounts(self, account_of: Callable[[Context, str], str], renamed: Mapping[Any, str] = {}) -> None:
         """Let the account files decide of what was stored before they were there, or by an account's former tag."""
-        columns = "auth_index, CAST(source AS TEXT), provider"
+        columns = "auth_index, source, provider"
         with self._write() as db:
-            known = db.execute("SELECT account, CAST(source AS TEXT), id FROM identities WHERE account <> ''")
+            known = db.execute("SELECT account, source, id FROM identities WHERE account <> ''")
             found = [(renamed.get((row[0], row[1].lower())), row[2]) for row in known]
             db.executemany("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (row for row in found if row[0]))
             rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
@@ -2363,12 +2296,9 @@ class Store:
             return _meta_in(db, key)
 
     def put_meta(self, key: str, value: Any) -> None:
-        """Write a small value; None removes it."""
+        """Write a small value; None is none."""
         with self._write(changes=False) as db:
-            if value is None:
-                db.execute("DELETE FROM meta WHERE key = ?", (key,))
-            else:
-                _put_meta(db, key, value)
+            _put_meta(db, key, value)
 
     # Outages
 
@@ -2466,14 +2396,14 @@ class Store:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
         window = window or Window(_EARLIEST_AT, _LATEST_AT)
         end, row_id = before or (window.end, 0)
-        rows: list[Any] = []
+        rows: list[dict[str, Any]] = []
         with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
-                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                rows += _dicts(db.execute(_LIST_EVENTS.format(condition), bound))
                 if len(rows) >= limit:
                     break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
@@ -2485,10 +2415,11 @@ class Store:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
-            merged = row if merge is None else merge(self._newest_reading(db, row))
+            newest = db.execute(_NEWEST_READING, (row["email"], row["account_id_tag"]))
+            merged = merge(next(iter(_dicts(newest)), None)) if merge else row
             if merged is None:
                 return
-            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            columns = ("id", *_SNAPSHOT_COLUMNS)
             inserted = db.execute(
                 f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
                 f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
@@ -2496,16 +2427,6 @@ class Store:
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
             self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
-
-    @staticmethod
-    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", *_SNAPSHOT_COLUMNS)
-        row = db.execute(
-            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
-            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
-            (account["email"], account["account_id_tag"]),
-        ).fetchone()
-        return dict(zip(columns, row)) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2543,23 +2464,25 @@ class Store:
             db.execute(change, (email, tag, *best))
             db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
 
-    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until, former tags); known ones get ``disabled`` alone."""
-        mails = [account[0] for account in accounts]
+    def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
+        """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
+        mails = Counter(file.email for file in files)
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until, former_tags in accounts:
-                for former_tag in (*former_tags, *(("", tag_of(email)) if mails.count(email) == 1 else ())):
-                    self._move_quota(db, email, former_tag, tag)
+            for file in files:
+                state = "disabled" if file.disabled else "never"
+                by_mail = ("", tag_of(file.email)) if mails[file.email] == 1 else ()
+                for former_tag in (*file.former_tags, *by_mail):
+                    self._move_quota(db, file.email, former_tag, file.tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
                     "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
                     "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
-                    (email, tag, plan, state, message, now),
+                    (file.email, file.tag, file.plan or None, state, messages[state], now),
                 )
                 db.execute(
                     "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
-                    (paid_until, email, tag),
+                    (file.subscription_until, file.email, file.tag),
                 )
 
     def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
@@ -2569,27 +2492,24 @@ class Store:
 
     def quotas(self) -> list[dict[str, Any]]:
         """List each account's state with the columns of its last good reading, None where it has none, by mail."""
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
-        read = ("id", *_SNAPSHOT_COLUMNS[3:])
+        query = (
+            "SELECT a.email, a.account_id_tag, COALESCE(NULLIF(s.plan, ''), a.plan) AS plan, a.state, a.message, "
+            f"a.state_at, a.subscription_until, s.id, {_list('s', _SNAPSHOT_COLUMNS[3:])} "
+            "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
+        )
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
-                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
-            ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+            return _dicts(db.execute(query))
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
-        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
+        query = (
+            f"SELECT email, account_id_tag, ts_epoch, {', '.join(_WINDOW_COLUMNS)} FROM quota_snapshots "
+            "WHERE ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
+        )
         readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
-                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
-            ).fetchall()
-        for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
+            for row in _dicts(db.execute(query, (since, most))):
+                readings.setdefault((row["email"], row["account_id_tag"] or ""), []).append(row)
         return readings
 
     def downsample_snapshots(self, before: float) -> None:
@@ -2624,9 +2544,8 @@ _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted
 
 
 def _counts_in(db) -> dict[str, int]:
-    marks = ", ".join("?" * len(_COUNT_NAMES))
-    rows = dict(db.execute(f"SELECT key, value FROM meta WHERE key IN ({marks})", _COUNT_NAMES).fetchall())
-    return {name: rows.get(name, 0) for name in _COUNT_NAMES}
+    values = dict(db.execute("SELECT key, value FROM meta"))
+    return {name: values.get(name, 0) for name in _COUNT_NAMES}
 
 
 def _count(db, **added: int) -> None:
@@ -2648,8 +2567,8 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
     """Return what a batch's events of one identity tell of it, as _TOUCH_IDENTITY binds it."""
     times = [event.ts_epoch for event in events]
     provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
-    plan = next(filter(None, (event.plan for event in reversed(events))), "")
-    return min(times), max(times), provider, plan, plan, identity_id
+    plan = next(filter(None, (event.plan for event in reversed(events))), None)
+    return min(times), max(times), provider, plan, identity_id
 
 
 def events_to_adopt(path: Path) -> int:
@@ -2670,9 +2589,8 @@ def _store_reason(path: Path, error: BaseException) -> str:
     """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
-        return (
-            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
-        )
+        reason = os_reason(error)
+        return f'{path} cannot be opened: {reason}; give this user the right to write there, or set "database"'
     if "locked" in text or "busy" in text:
         return f"{path} is locked by another program; close it there, recording goes on by itself"
     if "full" in text:
@@ -2681,7 +2599,7 @@ def _store_reason(path: Path, error: BaseException) -> str:
         return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
     if "not a database" in text or "malformed" in text:
         return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
-    return f"{path} cannot be used: {error}; if another program made it, set \"database\" to another file"
+    return f'{path} cannot be used: {error}; if another program made it, set "database" to another file'
 
 
 _WINDOW_COLUMNS = (
@@ -2690,15 +2608,18 @@ _WINDOW_COLUMNS = (
 )
 _SNAPSHOT_COLUMNS = (
     *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
-    *_WINDOW_COLUMNS,
-    *("credits_balance", "raw_json", "source"),
+    *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
+)
+
+_NEWEST_READING = (
+    f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_snapshots s "
+    "JOIN quota_accounts a ON a.snapshot_id = s.id WHERE a.email = ? AND a.account_id_tag = ?"
 )
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
-_REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
 _LIST_EVENTS = (
-    f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
-    f"{', '.join(f'c.{name}' for name in _CONTEXT_COLUMNS)}, CAST(e.auth_index AS TEXT), {_IDENTITY_OF}, i.auth_index "
+    f"SELECT e.id, {_list('e', _OWN_EVENT_COLUMNS)}, e.source, {_list('c', _CONTEXT_COLUMNS)}, "
+    f"IFNULL(i.auth_index, CAST(e.auth_index AS TEXT)) AS auth_index, {_IDENTITY_OF} AS identity_id "
     f"FROM {_EVENTS} LEFT JOIN identities i ON i.id = c.identity_id "
     "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
     "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
@@ -2707,10 +2628,10 @@ _LIST_EVENTS = (
 
 def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
     """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
-    if filters._replace(text=None) == _NO_FILTERS:
+    condition, values = _conditions(filters, accounts, on_rows=False)
+    if not condition:
         yield window
         return
-    condition, values = _conditions(filters, accounts, on_rows=False)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
@@ -2720,14 +2641,11 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
 
 
-def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
-    *values, shown_index, identity_id, sent_index = row
-    request = dict(zip(_REQUEST_NAMES, values))
-    for name in _CONTEXT_COLUMNS:
-        request[name] = request[name] or None
-    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
-    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
-    return request
+def _request_of(row: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    for name in (*_CONTEXT_COLUMNS, "auth_index"):
+        row[name] = row[name] or None
+    row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+    return row
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -2773,15 +2691,13 @@ class _UsagePlan:
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._has_filters = filters._replace(text=None) != _NO_FILTERS
         self._event_conditions = _conditions(filters, accounts, on_rows=True)
         self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
-        sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
-        levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
-        if levels and not self._has_filters:
+        levels = [table for table in self._levels if bucket_s % _ROLL_UPS[table] == offset_s % _ROLL_UPS[table] == 0]
+        if levels and not self._roll_up_conditions[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
@@ -2814,27 +2730,23 @@ class _UsagePlan:
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = "k1, k2" if ", " in in_roll_up else "k1"
-        if not parts:
-            return db.execute("SELECT NULL WHERE 0")
         with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
     """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
-    if start >= end:
-        return
-    if not levels:
+    if start < end and not levels:
         yield None, start, end
-        return
-    size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
-    first, last = -int(-start // size_s), int(end // size_s)
-    if first >= last:
-        yield from _cut(levels[1:], start, end)
-        return
-    yield from _cut(levels[1:], start, first * size_s)
-    yield levels[0], first, last
-    yield from _cut(levels[1:], last * size_s, end)
+    elif start < end:
+        size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
+        first, last = -int(-start // size_s), int(end // size_s)
+        if first < last:
+            yield from _cut(levels[1:], start, first * size_s)
+            yield levels[0], first, last
+            yield from _cut(levels[1:], last * size_s, end)
+        else:
+            yield from _cut(levels[1:], start, end)
 
 
 # ------------------------------------------------------------------ quota
@@ -2939,6 +2851,7 @@ def parse_quota(payload: Any, now: float) -> Reading:
     else:
         state = "ok" if main or budget else "no_windows"
     resets = _finite(_member(payload, "rate_limit_reset_credits").get("available_count"))
+    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
     return Reading(
         state,
         _word(payload.get("plan_type")).lower()[:32] or None,
@@ -2947,17 +2860,11 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _fullest(main, "5h"),
         _fullest(main, "7d"),
         main + budget + _extra_windows(payload, now),
-        _credits_balance(credits),
+        None if balance is None or isinstance(balance, (bool, dict, list)) else _printable(str(balance)[:32]),
         reason,
         int(resets) if resets is not None and resets >= 0 else None,
         credits.get("has_credits") is True or credits.get("unlimited") is True,
     )
-
-
-def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return an object within an object, empty where there is none."""
-    member = content.get(name)
-    return member if isinstance(member, dict) else {}
 
 
 def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
@@ -2985,9 +2892,7 @@ def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str
     return next((reason for reason, is_reached in told.items() if is_reached is True), None)
 
 
-def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
-    if not isinstance(limits, dict):
-        return []
+def _windows_of_limits(limits: Mapping[str, Any], meter: str | None, now: float, used_up=False) -> list[QuotaWindow]:
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
     windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
     return [window for window in windows if window is not None]
@@ -3017,18 +2922,8 @@ def _tidy(number: float) -> float:
 
 def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
-    sent, after_s = content.get("reset_at"), _finite(content.get("reset_after_seconds"))
-    at = _epoch(sent) if isinstance(sent, str) and "T" in sent else _finite(sent)
-    if at is not None and at > 1e11:  # milliseconds
-        at /= 1000
-    later = now + after_s if after_s is not None and after_s >= 0 else None
-    return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
-
-
-def _epoch(text: str | None) -> float | None:
-    with suppress(ValueError):
-        return parse_time(text or "")[0]
-    return None
+    after_s = _finite(content.get("reset_after_seconds"))
+    return _epoch(content.get("reset_at")) or _epoch(None if after_s is None or after_s < 0 else now + after_s)
 
 
 def window_label(seconds: int) -> str:
@@ -3050,25 +2945,18 @@ def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
 
 
 def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
-    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
+    windows = _windows_of_limits(_member(payload, "code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            feature = _printable(_word(item.get("metered_feature"))[:60])
-            meter = _printable(_word(item.get("limit_name"))[:60]) or feature or "Other"
+            feature = _word(item.get("metered_feature"))[:60]
+            meter = _word(item.get("limit_name"))[:60] or feature or "Other"
             meter = f"{meter} meter" if meter.lower() == "budget" else meter  # it is not the account's
             unknown = QuotaWindow(meter, None, None, None, meter)
-            found = _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+            found = _windows_of_limits(_member(item, "rate_limit"), meter, now) or [unknown]
             found = [window._replace(more={"feature": feature} if feature else {}) for window in found]
             windows += [] if any(found[0].names & window.names for window in windows) else found
     return windows
-
-
-def _credits_balance(credits: Mapping[str, Any]) -> str | None:
-    """Return the credits as text; None where the reply has none."""
-    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
-    is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
-    return _printable(str(balance)[:32]) if is_text else None
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -3263,8 +3151,8 @@ def reading_row(
         "email": account[0],
         "account_id_tag": account[1],
         "plan": reading.plan or plan or None,
-        "allowed": None if reading.allowed is None else int(reading.allowed),
-        "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
+        "allowed": reading.allowed,
+        "limit_reached": reading.limit_reached,
         **columns,
         "windows": _windows_json(reading.windows, facts),
         "credits_balance": reading.credits_balance,
@@ -3337,7 +3225,7 @@ def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None,
     if not own:
         return {**before, "state": "never", "windows": _windows_json(kept + fresh, last)}
     kept = [old._replace(more={"read_at": before["timestamp"], **old.more}) for old in kept]
-    merged = {**row, **({} if row["credits_balance"] else {"credits_balance": before["credits_balance"]})}
+    merged = {**row, "credits_balance": row["credits_balance"] or before["credits_balance"]}
     if facts["reason"] is None and _lasts(last["reason"], kept, now):
         facts["reason"] = last["reason"]
         merged.update(state="limited", message=last["reason"].replace("_", " "))
@@ -3387,11 +3275,11 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        if not event.failed or event.status_code != 429:
-            return index == event.context.auth_index and not event.failed
+        if index != event.context.auth_index or not event.failed:
+            return index == event.context.auth_index
         reading = self._reading_of(event, event.ts_epoch)
         used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
-        return index == event.context.auth_index and used_up
+        return event.status_code == 429 and used_up
 
     @staticmethod
     def _reading_of(event: Event, read_at: float) -> Reading:
@@ -3445,11 +3333,6 @@ class UsagePoint(NamedTuple):
     used_percent: float
     reset_at: float
 
-    def runs_out_at(self, rise: float, lasted_s: float) -> float | None:
-        """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
-        at = self.at + (100 - self.used_percent) / rise * lasted_s if rise > 0 else self.reset_at
-        return at if at < self.reset_at else None
-
 
 PACE_S = 3600.0  # the pace is that of the last hour
 
@@ -3479,7 +3362,8 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
     if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
         return None
-    slow, likely, fast = (last.runs_out_at(rise + off, lasted_s) for off in (-1, 0, 1))
+    ends = [last.at + (100 - last.used_percent) / max(rise + off, 1e-9) * lasted_s for off in (-1, 0, 1)]
+    slow, likely, fast = (at if at < last.reset_at else None for at in ends)
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
@@ -3489,30 +3373,26 @@ def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
-    windows = windows_of(row)
+    windows, facts = windows_of(row), content_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    facts = content_of(row)
     state = state_at(row["state"], windows, now, facts["reason"])
-    is_spent = any(window.governs and window.remaining_percent == 0 and not window.is_due(now) for window in windows)
-    facts["reason"] = facts["reason"] if state == "limited" or state == "ok" and is_spent else None
-    answer = {**row, **facts, "state": state, "windows": []}
+    current = [window._replace(used_percent=None) if window.is_due(now) else window for window in windows]
+    left = [window.remaining_percent for window in current if window.governs and window.remaining_percent is not None]
+    facts["reason"] = facts["reason"] if state == "limited" or (state == "ok" and 0 in left) else None
+    answer = {**row, **facts, "state": state}
     if state in ("ok", "reset_due") and not facts["reason"]:
         answer["message"] = None
-    for window in windows:
-        due, pace = window.is_due(now), None
-        if due:
-            window = window._replace(used_percent=None)
-        elif window.governs:
-            pace = forecast(points.get(window.label, ()), now)
-        answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
+    answer["account"] = _account_of_quota(answer, accounts)
+    answer["remaining_percent"] = min(left, default=None)
+    answer["windows"] = [
+        {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
+        for window in current
+    ]
     for place, label, _ in _PLACES:
         if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
-    left = [window["remaining_percent"] for window in answer["windows"] if window["meter"] in (None, "budget")]
-    answer["remaining_percent"] = min((percent for percent in left if percent is not None), default=None)
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
-    answer["account"] = _account_of_quota(answer, accounts)
     return answer
 
 
@@ -3535,9 +3415,9 @@ def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]
     """Sum up what governs all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
+        is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
         provider = row.get("provider", "codex")
         for window in row["windows"]:
-            is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
             if is_of_use and window["meter"] in (None, "budget"):
                 label = window["label"] if provider == "codex" else f"{provider} {window['label']}"
                 by_label.setdefault(label, []).append((row, window))
@@ -4827,16 +4707,10 @@ class QuotaRefresher:
         thread.start()
         return thread
 
-    def register_accounts(self, found: Any = None) -> None:
-        """List the accounts of all files, or of those ``found``, in the quota table before they are asked."""
-        files, _ = found or self._find_files()
-        states = ["disabled" if file.disabled else "never" for file in files]
-        accounts = [
-            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state])
-            + (file.subscription_until, file.former_tags)
-            for file, state in zip(files, states)
-        ]
-        self._store.register_quota_accounts(accounts, self._clock())
+    def register_accounts(self, files: Sequence[AccountFile] | None = None) -> None:
+        """List the accounts of all files, or of these, in the quota table before they are asked."""
+        files = self._find_files()[0] if files is None else files
+        self._store.register_quota_accounts(files, QUOTA_MESSAGES, self._clock())
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4854,7 +4728,7 @@ class QuotaRefresher:
             self._running.release()
 
     def _refresh_all(self, files: list[AccountFile], problems: list[str]) -> None:
-        self.register_accounts((files, problems))
+        self.register_accounts(files)
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
@@ -4881,8 +4755,8 @@ class QuotaRefresher:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            plan = file.plan or None
-            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
+            account = (file.email, file.tag, file.plan or None)
+            self._store.save_quota_state(*account, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
         else:
             self._store.save_reading(row)
@@ -5054,7 +4928,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing = add_sums([])
+    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
+
+    def row(sums: Sums, **columns: Any) -> dict[str, Any]:
+        return {**columns, **dict(zip(SUM_NAMES, sums))}
+
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
@@ -5063,25 +4941,14 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": dict(zip(SUM_NAMES, add_sums(buckets.values()))),
+        "summary": row(add_sums(buckets.values())),
         "hours": [
-            {
-                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
-                "start": at,
-                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
-            }
+            row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [{"model": model, **dict(zip(SUM_NAMES, sums))} for model, sums in models],
+        "models": [row(sums, model=model) for model, sums in models],
         "accounts": [
-            {
-                "account": account.name,
-                "source": account.source or None,
-                "auth_index": account.auth_index or None,
-                "plan": account.plan or None,
-                "provider": account.provider or None,
-                **dict(zip(SUM_NAMES, sums)),
-            }
+            row(sums, account=account.name, **{name: getattr(account, name) or None for name in told})
             for account, sums in accounts
         ],
         "outages": app.store.outages(window, now),
@@ -5835,25 +5702,23 @@ def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Findi
     return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
 
 
-def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Finding]:
+def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[Finding]:
     """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
-    findings, retention_s, ahead_s = [], status["retention_seconds"], status["clock_ahead_seconds"]
+    retention_s, ahead_s = status["retention_seconds"], status["clock_ahead_seconds"]
     if status["publishing"]:
-        findings.append(Finding("ok", "the proxy publishes its usage"))
+        yield Finding("ok", "the proxy publishes its usage")
     elif status["publishing"] is False:
-        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+        yield Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
     if retention_s is not None and retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        findings.append(Finding("warning", found, remedy))
+        yield Finding("warning", found, remedy)
     elif retention_s is not None:
-        found = f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s"
-        findings.append(Finding("ok", found))
+        yield Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")
     if ahead_s is not None and abs(ahead_s) < 60:
-        findings.append(Finding("ok", "the proxy's clock and this machine's agree"))
+        yield Finding("ok", "the proxy's clock and this machine's agree")
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-        findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
-    return findings
+        yield Finding("warning", found, "let both machines set their clocks by NTP")
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
