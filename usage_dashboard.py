@@ -1018,7 +1018,10 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
         with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
-            return _breakdown_usage(breakdown)
+            into, out = breakdown["input"], breakdown["output"]
+            counts = (into["total_tokens"], out["total_tokens"], out["reasoning_tokens"], breakdown["total_tokens"])
+            counts += (into["cache_read_tokens"], into["cache_write_tokens"])
+            return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
     tokens = content.get("tokens")
     if tokens is None:
         return TokenCounts()
@@ -1028,13 +1031,6 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
-
-
-def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
-    sent, answer = breakdown["input"], breakdown["output"]
-    counts = (sent["total_tokens"], answer["total_tokens"], answer["reasoning_tokens"], breakdown["total_tokens"])
-    counts += (sent["cache_read_tokens"], sent["cache_write_tokens"])
-    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1139,6 +1135,14 @@ _LARGEST_BODY = 1024 * 1024
 _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
+def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Return the values of each key, both in the order of their coming."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 class Identity(NamedTuple):
     """One (auth_index, source, account) that events came with; times are epoch seconds."""
 
@@ -1199,12 +1203,12 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
 
     Of two known accounts with one mail, nothing but a file tells which it is. The id 0 is a row of the quota table.
     """
-    groups: dict[tuple[str, ...], list[Identity]] = {}
-    for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
-        index, source = identity.auth_index, identity.source
-        key = (tag_of(identity.account),) if identity.account else (index, "" if index else source)
-        groups.setdefault(key, []).append(identity)
-    grouped = [Account(group) for group in groups.values()]
+
+    def key_of(one: Identity) -> tuple[str, ...]:
+        return (tag_of(one.account),) if one.account else (one.auth_index, "" if one.auth_index else one.source)
+
+    ordered = sorted(identities, key=lambda one: (one.first_at, one.id))
+    grouped = [Account(group) for group in by_key((key_of(one), one) for one in ordered).values()]
     unclear = {account.tag for account in grouped if not account.account}
     grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
     known_of = Counter(account.mail for account in grouped if account.account)
@@ -1246,10 +1250,7 @@ def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
 def _name_apart(accounts: Sequence[Account]) -> None:
     """Rename accounts that share a name: by plan, else provider, else a short tag."""
     for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: one.tag):
-        by_name: dict[str, list[Account]] = {}
-        for account in accounts:
-            by_name.setdefault(account.name, []).append(account)
-        for twins in by_name.values():
+        for twins in by_key((one.name, one) for one in accounts).values():
             marks = [mark(one) for one in twins]
             if len(twins) > 1 and all(marks) and len(set(marks)) > 1:
                 for one, text in zip(twins, marks):
@@ -1978,10 +1979,7 @@ def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
 
 def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
     """Add up the sums of each key."""
-    parts: dict[Any, list[Sums]] = {}
-    for key, sums in rows:
-        parts.setdefault(key, []).append(sums)
-    return [(key, add_sums(members)) for key, members in parts.items()]
+    return [(key, add_sums(parts)) for key, parts in by_key(rows).items()]
 
 
 class Usage(NamedTuple):
@@ -2041,10 +2039,8 @@ class Store:
         db = self._writer
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _SCHEMA_STEPS[-1][0]:
-            raise StoreError(
-                f"{self.path} was written by a newer version of this dashboard; install that version, or name "
-                'another file with "database"'
-            )
+            message = f"{self.path} was written by a newer version of this dashboard; install that version"
+            raise StoreError(f'{message}, or name another file with "database"')
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
@@ -2506,11 +2502,9 @@ class Store:
             f"SELECT email, account_id_tag, ts_epoch, {', '.join(_WINDOW_COLUMNS)} FROM quota_snapshots "
             "WHERE ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
         )
-        readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with self._read() as db:
-            for row in _dicts(db.execute(query, (since, most))):
-                readings.setdefault((row["email"], row["account_id_tag"] or ""), []).append(row)
-        return readings
+            rows = _dicts(db.execute(query, (since, most)))
+        return by_key(((row["email"], row["account_id_tag"] or ""), row) for row in rows)
 
     def downsample_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
@@ -2908,10 +2902,10 @@ def _quota_window(content: Any, slot_seconds: int, meter: str | None, now: float
     if seconds > _LONGEST_WINDOW_S:
         return None
     used, reset_at = _finite(content.get("used_percent")), _reset_at(content, now)
-    if used is None and used_up and reset_at is not None:
-        used = 100.0
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
+    elif used_up and reset_at is not None:
+        used = 100
     label = window_label(seconds if seconds > 0 else slot_seconds)
     return QuotaWindow(f"{meter} {label}" if meter else label, seconds if seconds > 0 else None, used, reset_at, meter)
 
@@ -3344,8 +3338,7 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
         for window in windows_of(row) if row["ts_epoch"] else ():
             if window.governs and window.used_percent is not None and window.reset_at is not None:
                 read_at = _epoch(window.more.get("read_at")) or row["ts_epoch"]
-                point = UsagePoint(read_at, window.used_percent, window.reset_at)
-                points.setdefault(window.label, {})[point.at] = point
+                points.setdefault(window.label, {})[read_at] = UsagePoint(read_at, window.used_percent, window.reset_at)
     return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
@@ -3416,11 +3409,10 @@ def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
         is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
-        provider = row.get("provider", "codex")
+        prefix = "" if row.get("provider", "codex") == "codex" else f"{row['provider']} "
         for window in row["windows"]:
             if is_of_use and window["meter"] in (None, "budget"):
-                label = window["label"] if provider == "codex" else f"{provider} {window['label']}"
-                by_label.setdefault(label, []).append((row, window))
+                by_label.setdefault(prefix + window["label"], []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
     pools = (_pool_of_label(label, members, now) for label, members in ordered)
     return [pool for pool in pools if pool["accounts"]]
@@ -4779,11 +4771,10 @@ class QuotaRefresher:
         now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
         gone = []
         for row in self._store.quotas():
-            account = (row["email"], row["account_id_tag"])
             has_file = row["email"] in mails and content_of(row)["provider"] == "codex"
             is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and not has_file
-            if account not in kept and not is_seen:
-                gone.append(account)
+            if (row["email"], row["account_id_tag"]) not in kept and not is_seen:
+                gone.append((row["email"], row["account_id_tag"]))
         self._store.forget_quota_accounts(gone)
 
 
@@ -4961,9 +4952,8 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     in_window = any(name in query for name in ("range", "start", "end"))
     window = _window(app, query, app.clock())[1] if in_window else None
     rows = app.store.requests(limit + 1, window, query.filters(), before)
-    more = len(rows) > limit
-    rows = rows[:limit]
-    return {"requests": rows, "next": f"{rows[-1]['ts_epoch']!r}_{rows[-1]['id']}" if more else None}
+    shown, last = rows[:limit], rows[limit - 1] if len(rows) > limit else None
+    return {"requests": shown, "next": f"{last['ts_epoch']!r}_{last['id']}" if last else None}
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
