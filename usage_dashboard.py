@@ -8,7 +8,7 @@ base       errors, log, times, back-off, private files, masks and scrubbing of t
 config     settings from defaults, file, environment and flags, all faults in one error
 resp       the wire protocol of the queue: encoder, reader, client
 events     queue records parsed into events: masks, token rules of each provider
-accounts   account files, and which identities are one account
+accounts   account files, whose an event is by them, and which identities are one account
 store      the SQLite file, the only SQL: schema steps, writes, summaries
 quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
 readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
@@ -40,9 +40,11 @@ import re
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -51,7 +53,7 @@ from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnect
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Collection, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "3.0.0"
@@ -547,13 +549,15 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        is_http = line.startswith(b"HTTP/")
+        is_http = line.startswith((b"HTTP/", b"<"))
         what = "an HTTP answer" if is_http else "bytes of another protocol"
         raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
         if not line.endswith(b"\r\n"):
+            if line.startswith((b"HTTP/", b"<")) and len(line) < self._max_line:
+                return line  # HTTP/1.0, or a page alone, may end its lines so
             if len(line) >= self._max_line or line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
@@ -685,6 +689,15 @@ class Context(NamedTuple):
     reasoning_effort: str
     service_tier: str
     api_key: str
+    account: str = ""  # of account files; after a "?" where their mail is all that tells, which alone says: one of them
+
+
+class Contexts(dict):
+    """The contexts read so far, by the values sent, and the function that names their accounts."""
+
+    def __init__(self, account_of: Callable[[Context, str], str] = lambda context, token_hash: ""):
+        super().__init__()
+        self.account_of = account_of
 
 
 class Event(NamedTuple):
@@ -698,10 +711,10 @@ class Event(NamedTuple):
     output_tokens: int | None
     reasoning_tokens: int | None
     total_tokens: int | None
-    latency_ms: int | None
-    failed: int
     cached_tokens: int | None
     cache_write_tokens: int | None
+    latency_ms: int | None
+    failed: int
     ttft_ms: int | None
     status_code: int | None
     error: str | None
@@ -745,7 +758,7 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any]) -> Parsed:
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
@@ -755,7 +768,7 @@ def parse_events(raws: Sequence[Any]) -> Parsed:
             try:
                 if isinstance(content, Rejected):
                     raise content
-                event = parse_event(content)
+                event = parse_event(content, _contexts if contexts is None else contexts)
             except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
@@ -807,7 +820,7 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*Context._fields, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
     fail = kept.get("fail")
@@ -815,7 +828,7 @@ def compact(raw: Any) -> Any:
         is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
         kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
     if "response_headers" in kept:
-        headers = _quota_headers(kept["response_headers"]) or {}
+        headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
     return kept
 
@@ -867,7 +880,7 @@ def _loads(raw: bytes) -> Any:
     return json.loads(raw.decode("utf-8"), parse_constant=refuse)
 
 
-def parse_event(content: Any) -> Event | None:
+def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
@@ -882,56 +895,49 @@ def parse_event(content: Any) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
-    model, context = _context_of(content)
-    status = _status_of(get("fail"))
-    failed = _failed_flag(get("failed"), status)
-    usage = _usage(content, context.provider)
-    headers = _quota_headers(get("response_headers")) if context.provider == "codex" else None
+    model, context = _context_of(content, contexts)
+    failed, status, error = _outcome(get("failed"), get("fail"))
+    headers = _quota_headers(get("response_headers"), context.provider)
     return Event(
-        timestamp=timestamp,
-        ts_epoch=ts_epoch,
-        context=context,
-        model=model,
-        input_tokens=usage.input,
-        output_tokens=usage.output,
-        reasoning_tokens=usage.reasoning,
-        total_tokens=usage.total,
+        *(timestamp, ts_epoch, context, model),
+        *_usage(content, context.provider),
         latency_ms=_number(get("latency_ms"), "latency_ms"),
         failed=failed,
-        cached_tokens=usage.cached,
-        cache_write_tokens=usage.cache_write,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status_code=status,
-        error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
+        error=error,
         request_id=_text(get("request_id"), "request_id", 64) or None,
         plan="" if failed or not headers else headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers=headers,
     )
 
 
-_CONTEXT_NAMES = ("model", *Context._fields)
-_contexts: dict[tuple[Any, ...], tuple[str, Context]] = {}
+_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_contexts = Contexts()
 
 
-def _context_of(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _context_of(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     """Return (model, context) of an event, cleaned once for all events with the same values."""
     values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
-        return _contexts[values]
+        return contexts[values]
     except KeyError:
-        found = _read_context(content)
+        found = _read_context(content, contexts)
     except TypeError:  # a list or an object, where a text belongs
-        return _read_context(content)
+        return _read_context(content, contexts)
     # Texts alone are safe as keys: 1 and true are equal. Long ones are not worth their memory.
     is_safe = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in values)
-    return cache(_contexts, values, found) if is_safe else found
+    return cache(contexts, values, found) if is_safe else found
 
 
-def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
+def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
     get = content.get
-    return _text(get("model"), "model") or "unknown", Context(
+    source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
+    is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
+    model = _text(get("model"), "model") or "unknown"
+    context = Context(
         auth_index=_auth_index(get("auth_index")),
-        source=_mask_source(_text(get("source"), "source", 512)),
+        source="" if is_clients_key else _mask_source(source),
         provider=_text(get("provider"), "provider").lower(),
         endpoint=_text(get("endpoint"), "endpoint"),
         auth_type=_text(get("auth_type"), "auth_type", 32),
@@ -940,6 +946,8 @@ def _read_context(content: Mapping[str, Any]) -> tuple[str, Context]:
         service_tier=_text(get("service_tier"), "service_tier", 32),
         api_key=mask_key(_text(get("api_key"), "api_key", 512)),
     )
+    account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
+    return model, context._replace(account=account)
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -971,24 +979,27 @@ def _auth_index(value: Any) -> str | None:
     raise Rejected("auth_index is neither a text nor a whole number")
 
 
-def _failed_flag(value: Any, status: int | None) -> int:
-    if value is None:
-        return int(status is not None and status >= 400)
-    if value in (True, False):
-        return int(value)
-    raise Rejected("failed is neither true nor false")
+# By provider: how the headers begin that tell of quota, and the one that decides what the others are about.
+QUOTA_HEADERS = {
+    "codex": ("X-Codex-", "X-Codex-Active-Limit"),
+    "claude": ("Anthropic-Ratelimit-Unified-", "Anthropic-Ratelimit-Unified-Status"),
+}
 
 
-def _quota_headers(headers: Any) -> dict[str, str] | None:
+def _quota_headers(headers: Any, provider: str) -> dict[str, str] | None:
     """Return the quota headers of a reply and no other: the rest contains cookies and ids."""
-    if not isinstance(headers, dict):
+    if provider not in QUOTA_HEADERS or not isinstance(headers, dict):
         return None
+    prefix, decisive = QUOTA_HEADERS[provider]
+    starts, size = (prefix, prefix.lower()), len(prefix)
     kept = {
         name.lower(): _printable(values[0][:100])
         for name, values in headers.items()
-        if name[:8] in ("X-Codex-", "x-codex-") and isinstance(values, list) and values and isinstance(values[0], str)
+        if name[:size] in starts and isinstance(values, list) and values and isinstance(values[0], str)
     }
-    return kept if 0 < len(kept) <= 80 else None  # eight groups of ten
+    decision = headers.get(decisive, headers.get(decisive.lower()))
+    is_clear = decision is None or (isinstance(decision, list) and len(decision) == 1 and decisive.lower() in kept)
+    return kept if is_clear and 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
 class TokenCounts(NamedTuple):
@@ -1007,49 +1018,19 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
         with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
-            return _breakdown_usage(breakdown)
+            into, out = breakdown["input"], breakdown["output"]
+            counts = (into["total_tokens"], out["total_tokens"], out["reasoning_tokens"], breakdown["total_tokens"])
+            counts += (into["cache_read_tokens"], into["cache_write_tokens"])
+            return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
     tokens = content.get("tokens")
     if tokens is None:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    try:
-        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
-    except Rejected as fault:
-        raise Rejected(f"tokens.{fault}") from None
-    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        counts = _claude_usage(sent)
-    else:
-        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-        counts = _inclusive_usage(sent, thoughts_apart)
+    counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
-
-
-class _SentTokens(NamedTuple):
-    """The members of ``tokens`` as sent; their meaning differs by provider and release."""
-
-    input_tokens: int | None
-    output_tokens: int | None
-    reasoning_tokens: int | None
-    total_tokens: int | None
-    cached_tokens: int | None
-    cache_read_tokens: int | None
-    cache_creation_tokens: int | None
-
-
-def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
-    sent, answer = breakdown["input"], breakdown["output"]
-    counts = (
-        sent["total_tokens"],
-        answer["total_tokens"],
-        answer["reasoning_tokens"],
-        breakdown["total_tokens"],
-        sent["cache_read_tokens"],
-        sent["cache_write_tokens"],
-    )
-    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1058,35 +1039,39 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(sent: _SentTokens) -> TokenCounts:
-    """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes where nothing was read.
-    read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
-    whole_input = None if sent.input_tokens is None else _sum(sent.input_tokens, read, sent.cache_creation_tokens)
-    total = sent.total_tokens
-    if not total or total == _sum(sent.input_tokens, sent.output_tokens):
-        total = _sum(whole_input, sent.output_tokens)
-    return TokenCounts(whole_input, sent.output_tokens, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+_SENT_COUNTS = tuple(
+    f"{name}_tokens" for name in ("input", "output", "reasoning", "total", "cached", "cache_read", "cache_creation")
+)
+_THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
-def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
-    """Return OpenAI's counts as they are; Gemini's output leaves the thoughts out, so they are added."""
-    output = sent.output_tokens
-    if thoughts_apart and output is not None:
-        output = _sum(output, sent.reasoning_tokens)
-    total = sent.total_tokens or _sum(sent.input_tokens, output)
-    # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    read = sent.cache_read_tokens or sent.cached_tokens
-    return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
+    """Return counts whose meaning depends on provider and release: Claude's input leaves the cache out."""
+    try:
+        into, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, _SENT_COUNTS), _SENT_COUNTS)
+    except Rejected as fault:
+        raise Rejected(f"tokens.{fault}") from None
+    if is_claude or provider == "claude":
+        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats writes where nothing was read.
+        read = cached if read is None else read
+        if total == _sum(into, out):  # before v7.1.26, without the cache
+            total = None
+        into = None if into is None else _sum(into, read, written)
+    else:
+        read = read or cached  # from v7.0.3 to v7.2.66 cache_read_tokens stays 0 although cached_tokens is filled
+        out = _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
+    return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
 
 
-def _status_of(fail: Any) -> int | None:
-    """Return the HTTP status in ``fail``; None where it is 0 or absent."""
-    if fail is None:
-        return None
-    if not isinstance(fail, dict):
+def _outcome(flag: Any, fail: Any) -> tuple[int, int | None, str | None]:
+    """Return whether an attempt failed, with its HTTP status, None where that is 0 or absent, and the reason."""
+    if fail is not None and not isinstance(fail, dict):
         raise Rejected("fail is not an object")
-    return _number(fail.get("status_code"), "fail.status_code") or None
+    if flag not in (None, True, False):
+        raise Rejected("failed is neither true nor false")
+    status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
+    failed = bool(flag) or (status or 0) >= 400
+    return int(failed), status, failure_reason(status, fail and fail.get("body")) if failed else None
 
 
 def failure_reason(status: int | None, body: Any) -> str | None:
@@ -1118,14 +1103,11 @@ def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    names = _KEPT_OF_REJECT.split()
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
-    for name in ("source", "api_key"):
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT.split() if name in content}
+    kept.update((name, _numbers_only(content[name])) for name in ("tokens", "token_breakdown") if name in content)
+    for name, mask in (("source", _mask_source), ("api_key", mask_key)):
         if isinstance(content.get(name), str):
-            kept[name] = mask_key(content[name]) if name == "api_key" else _mask_source(content[name][:512])
-    for name in ("tokens", "token_breakdown"):
-        if name in content:
-            kept[name] = _numbers_only(content[name])
+            kept[name] = mask(content[name][:512])
     if isinstance(content.get("fail"), dict):
         kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
     return json.dumps(kept, ensure_ascii=True)
@@ -1153,12 +1135,21 @@ _LARGEST_BODY = 1024 * 1024
 _FIVE_HOURS_S, _WEEK_S = 5 * 3600, 7 * 86400
 
 
+def by_key(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Return the values of each key, both in the order of their coming."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 class Identity(NamedTuple):
-    """One (auth_index, source) pair that events came with; times are epoch seconds."""
+    """One (auth_index, source, account) that events came with; times are epoch seconds."""
 
     id: int
     auth_index: str
     source: str
+    account: str
     provider: str
     plan: str
     first_at: float
@@ -1167,17 +1158,34 @@ class Identity(NamedTuple):
 
 @dataclass
 class Account:
-    """One row of the accounts table and the identities that count for it; times are epoch seconds."""
+    """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
-    name: str
-    mail: str
-    source: str
-    auth_index: str
-    provider: str
-    plan: str
-    first_at: float
-    last_at: float
-    identity_ids: list[int]
+    identities: list[Identity]
+
+    def __post_init__(self) -> None:
+        self.add(())
+
+    def add(self, identities: Iterable[Identity]) -> None:
+        """Count identities for this account, and derive what all of them tell; the newest knows best."""
+        self.identities = sorted([*self.identities, *identities], key=lambda one: (one.last_at, one.id), reverse=True)
+
+        def latest(name: str, accepted: Callable[[str], bool] = bool) -> str:
+            return next(filter(accepted, (getattr(one, name) for one in self.identities)), "")
+
+        self.provider, self.plan, self.account = latest("provider"), latest("plan"), latest("account")
+        self.auth_index, self.mail = latest("auth_index"), latest("source", looks_like_mail)
+        self.first_at, self.last_at = min(one.first_at for one in self.identities), self.identities[0].last_at
+        self.identity_ids = [one.id for one in self.identities if one.id]
+        # Each with when it was last seen.
+        self.indexes = {one.auth_index: one.last_at for one in reversed(self.identities) if one.id}
+        self.tag = tag_of(self.account) or own_tag(min(self.identity_ids), self.mail)
+        sources = [one.source for one in self.identities]
+        # The keys of several clients are none of the account's.
+        self.source = self.mail or (sources[0] if len(set(sources)) == 1 else "")
+        self.name = self.source or (f"index {self.auth_index}" if self.auth_index else "unknown")
+        if self.account and not self.mail:
+            texts = (text for text in (self.account, sources[0]) if text != self.tag and tag_of(text) == self.tag)
+            self.name = next(texts, f"{self.provider} {self.tag}")
 
     def takes_over(self, old: Account) -> bool:
         """Return whether this newer login of the same mail replaces the older one."""
@@ -1189,55 +1197,60 @@ class Account:
         # A new login's first request may start before the old one's last stream ends.
         return same_plan and old.last_at <= self.first_at + 900
 
-    def join(self, new: Account) -> None:
-        """Add the identities of a newer login of this account, and what it tells."""
-        if new.last_at >= self.last_at:
-            self.auth_index, self.source = new.auth_index or self.auth_index, new.source
-            self.plan, self.provider = new.plan or self.plan, new.provider or self.provider
-        self.first_at, self.last_at = min(self.first_at, new.first_at), max(self.last_at, new.last_at)
-        self.identity_ids = self.identity_ids + new.identity_ids
-
 
 def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
-    """Group identities into accounts: an index, with those that it took over from (same mail, provider, plan)."""
-    by_index: dict[tuple[str, str], list[Identity]] = {}
-    for identity in sorted(identities, key=lambda one: (one.first_at, one.id)):
-        key = (identity.auth_index, "" if identity.auth_index else identity.source)
-        by_index.setdefault(key, []).append(identity)
+    """Group identities into accounts: by what files decided, else by index, with those that it took over from.
+
+    Of two known accounts with one mail, nothing but a file tells which it is. The id 0 is a row of the quota table.
+    """
+
+    def key_of(one: Identity) -> tuple[str, ...]:
+        return (tag_of(one.account),) if one.account else (one.auth_index, "" if one.auth_index else one.source)
+
+    ordered = sorted(identities, key=lambda one: (one.first_at, one.id))
+    grouped = [Account(group) for group in by_key((key_of(one), one) for one in ordered).values()]
+    unclear = {account.tag for account in grouped if not account.account}
+    grouped = [account for account in grouped if account.account not in unclear]  # else its readings alone
+    known_of = Counter(account.mail for account in grouped if account.account)
     accounts: list[Account] = []
     by_mail: dict[str, list[Account]] = {}
-    for group in by_index.values():
-        account = _account_of_index(group)
+    for account in grouped:
         same_mail = by_mail.setdefault(account.mail, []) if account.mail else []
-        earlier = next((known for known in same_mail if account.takes_over(known)), None)
+        may_join = not account.account and known_of[account.mail] < 2
+        earlier = next((known for known in same_mail if may_join and account.takes_over(known)), None)
         if earlier is None:
             accounts.append(account)
             same_mail.append(account)
         else:
-            earlier.join(account)
+            earlier.add(account.identities)
     _name_apart(accounts)
     return accounts
 
 
-def _account_of_index(group: Sequence[Identity]) -> Account:
-    newest_first = sorted(group, key=lambda one: one.last_at, reverse=True)
-    mail = next((one.source for one in newest_first if looks_like_mail(one.source)), "")
-    newest = newest_first[0]
-    name = mail or newest.source or (f"index {newest.auth_index}" if newest.auth_index else "unknown")
-    plan = next((one.plan for one in newest_first if one.plan), "")
-    first_at, ids = min(one.first_at for one in group), [one.id for one in group]
-    return Account(
-        name, mail, mail or newest.source, newest.auth_index, newest.provider, plan, first_at, newest.last_at, ids
-    )
+def tag_of(account: str) -> str:
+    """Return the tag of what account files decided; empty where they decided nothing."""
+    return "#" + short_tag("", account) if account and not account.startswith("#") else account
+
+
+def own_tag(identity_id: int, mail: str) -> str:
+    """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
+    return "#" + short_tag(str(identity_id), mail)
+
+
+def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
+    """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
+    if context.account and not context.account.startswith("?"):
+        tag = tag_of(context.account)
+        return next((one for one in accounts if one.account and one.tag == tag), None)
+    index = context.auth_index or ""
+    same = [one for one in accounts if index in one.indexes and (index or one.source == context.source)]
+    return max(same, key=lambda one: (one.account != "", one.indexes[index]), default=None)
 
 
 def _name_apart(accounts: Sequence[Account]) -> None:
-    """Rename accounts that share a name: by plan, else provider, else a short tag of the index."""
-    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: "#" + short_tag(one.auth_index)):
-        by_name: dict[str, list[Account]] = {}
-        for account in accounts:
-            by_name.setdefault(account.name, []).append(account)
-        for twins in by_name.values():
+    """Rename accounts that share a name: by plan, else provider, else a short tag."""
+    for mark in (lambda one: one.plan, lambda one: one.provider, lambda one: one.tag):
+        for twins in by_key((one.name, one) for one in accounts).values():
             marks = [mark(one) for one in twins]
             if len(twins) > 1 and all(marks) and len(set(marks)) > 1:
                 for one, text in zip(twins, marks):
@@ -1257,71 +1270,71 @@ class AccountFile(NamedTuple):
     freshness: str
     auth_index: str = ""
     subscription_until: str | None = None
+    seat: str = ""  # who, where several people share an account id
+    provider: str = "codex"
+    token_hash: str = ""
 
     @property
     def tag(self) -> str:
-        """Return a stable tag of the login, which does not reveal its id."""
-        return "#" + short_tag(self.account_id, self.email)
+        """Return a stable tag of the account, which does not reveal its id; by the mail where there is no id."""
+        return "#" + (short_tag(self.account_id, self.seat) if self.account_id else short_tag("", self.email))
+
+    @property
+    def former_tags(self) -> set[str]:
+        """Return the tags that the account may have had: in 3.0.0, or while less was known of its seat."""
+        seats = ("", self.email, self.email.lower())
+        return {"#" + short_tag(self.account_id, seat) for seat in seats if self.account_id} - {self.tag}
+
+    @property
+    def account(self) -> str:
+        """Return what this file decides: the tag of its account id; nothing, where its mail is all; else its name."""
+        return self.tag if self.account_id else "" if looks_like_mail(self.email) else self.email
 
     def __repr__(self) -> str:
         return f"AccountFile({self.name!r})"
 
 
 def find_account_files(folders: Sequence[Path]) -> tuple[Path, list[AccountFile], list[str]]:
-    """Return the first folder with Codex account files, the freshest of each login, and words for each odd one."""
-    problems: list[str] = []
-    for folder in folders:
-        found, odd = _read_folder(folder)
-        problems += odd
-        if found:
-            break
-    else:
-        folder = folders[0]
-    newest: dict[tuple[str, str], AccountFile] = {}
-    for file in sorted(found, key=lambda file: not file.account_id):
-        same_mail = [key for key in newest if key[1] == file.email]
-        # An old file without the id belongs to the only login with its mail.
-        key = same_mail[0] if not file.account_id and len(same_mail) == 1 else (file.account_id, file.email)
-        known = newest.get(key)
-        if known is None or (not file.disabled, file.freshness) > (not known.disabled, known.freshness):
-            newest[key] = file._replace(account_id=file.account_id or key[0])
-    return folder, sorted(newest.values(), key=lambda file: (file.email, file.plan)), problems
+    """Return the first folder with account files, each Codex account's freshest one, and words for each odd one."""
+    files = AccountFiles(folders)
+    files.look()
+    codex = (file for file in files.by_tag.values() if file.provider == "codex")
+    return files.folder, sorted(codex, key=lambda file: (file.email, file.plan)), files.problems
 
 
-def _read_folder(folder: Path) -> tuple[list[AccountFile], list[str]]:
-    def is_file(path: Path) -> bool:  # or a link that leads nowhere, or where this user may not look: it is named
-        return os.path.isfile(str(path)) or not os.path.exists(str(path))
+def _completed(files: Sequence[AccountFile]) -> Iterator[AccountFile]:
+    """Yield files with the account id and seat that some lack; several mails under one id are colleagues."""
+    ids: dict[Any, set[str]] = {}
+    for file in files:
+        ids.setdefault((file.provider, file.email), set()).update([file.account_id] if file.account_id else [])
+        ids.setdefault(("seats", file.account_id), set()).update([file.seat] if file.seat else [])
+        ids.setdefault(("mails", file.account_id), set()).add(file.email.lower())
+    for file in files:
+        account_id = file.account_id or _only(ids[file.provider, file.email])
+        is_shared = len(ids["mails", account_id]) > 1
+        seat = file.seat or (file.email.lower() if is_shared else _only(ids["seats", account_id]))
+        yield file._replace(account_id=account_id, seat=seat)
 
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and is_file(path))
-    except OSError as error:
-        return [], [] if isinstance(error, FileNotFoundError) else [f"{folder} cannot be read: {os_reason(error)}"]
-    found, problems = [], []
-    for path in paths:
-        try:
-            found.append(read_account_file(path))
-        except ValueError as error:
-            masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", path.name)
-            problems.append(f"{_printable(masked_name)} is skipped: {error}")
-    return [file for file in found if file is not None], problems
+
+def _only(texts: Collection[str] | None) -> str:
+    return next(iter(texts)) if texts and len(texts) == 1 else ""
 
 
 def read_account_file(path: Path) -> AccountFile | None:
-    """Read one file; None where it is of another provider. Raises ValueError that says what is odd."""
+    """Read one file; None where it is no account's. Raises ValueError that says what is odd."""
     try:
         content = _read_json_file(path)
     except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
         content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    if _word(content.get("type")).lower() != "codex":
+    provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
+    if provider != "codex" and not (provider and token):
         return None
-    claims = _claims(_word(content.get("id_token"))) or _claims(_word(content.get("access_token")))
-    about = claims.get("https://api.openai.com/auth")
-    about = about if isinstance(about, dict) else {}
-    token = _word(content.get("access_token"))
+    claims = _claims(_word(content.get("id_token"))) or _claims(token)
+    about = _member(claims, "https://api.openai.com/auth")
     account_id = _word(content.get("account_id")) or _word(about.get("chatgpt_account_id"))
-    if not re.fullmatch(r"[!-~]*", token + account_id):
+    if provider == "codex" and not re.fullmatch(r"[!-~]*", token + account_id):
         raise ValueError("its token or account id holds letters that cannot be sent")
     return AccountFile(
         path.name,
@@ -1331,15 +1344,94 @@ def read_account_file(path: Path) -> AccountFile | None:
         token,
         content.get("disabled") is True,
         _word(content.get("proxy_url")),
-        _any_time(content.get("last_refresh")) or _any_time(content.get("expired")) or "",
-        auth_index_of(os.path.abspath(str(path))),
-        _any_time(about.get("chatgpt_subscription_active_until")),
+        utc_text(_epoch(content.get("last_refresh")) or _epoch(content.get("expired"))) or "",
+        auth_index_of(os.path.abspath(str(path)), provider),
+        utc_text(_epoch(about.get("chatgpt_subscription_active_until"))),
+        _word(about.get("chatgpt_user_id")) or _word(about.get("user_id")),
+        provider,
+        hashlib.sha256(token.encode("utf-8", "replace")).hexdigest() if token else "",
     )
 
 
-def auth_index_of(path: str) -> str:
-    """Return the ``auth_index`` that proxies since v7.0.0 derive from a Codex account file's absolute path."""
-    return hashlib.sha256(f"codex:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def auth_index_of(path: str, provider: str = "codex") -> str:
+    """Return the ``auth_index`` that proxies since v7.0.0 derive from an account file's absolute path."""
+    return hashlib.sha256(f"{provider}:{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class AccountFiles:
+    """The account files as they are, read again when they change, and whose an event is by them."""
+
+    def __init__(self, folders: Sequence[Path], monotonic: Callable[[], float] = monotonic_s):
+        self.contexts, self.changes, self.folder = Contexts(self.account_of), 0, folders[0]
+        self.problems: list[str] = []
+        self.by_tag: dict[str, AccountFile] = {}  # the freshest of each, an enabled one before all others
+        self._folders, self._monotonic, self._looked_s = folders, monotonic, float("-inf")
+        self._read: dict[str, tuple[Any, AccountFile | None]] = {}
+        self._accounts: dict[Any, set[str]] = {}  # by the hash of a token, by index, and by (provider, mail)
+
+    def look(self, pause_s: float = 0.0) -> None:
+        """Read the files that have changed since the last look, if that is at least so many seconds ago."""
+        now_s = self._monotonic()
+        if now_s - self._looked_s < pause_s:
+            return
+        self._looked_s, before, self._read, self.problems = now_s, self._read, {}, []
+        found = ((folder, self._read_folder(folder, before)) for folder in self._folders)
+        self.folder, files = next((pair for pair in found if pair[1]), (self._folders[0], []))
+        if self._read == before:
+            return
+        self.contexts.clear()
+        self.changes += 1
+        # An event may have waited: the hashes of former tokens are kept, the newest of them.
+        former = [item for item in self._accounts.items() if len(item[0]) == 64]
+        self._accounts, self.by_tag = dict(former[-10_000:]), {}
+        present: dict[Any, set[str]] = {}
+        ordered = sorted(files, key=lambda file: (file.provider == "codex", not file.disabled, file.freshness))
+        for file in _completed(ordered):
+            self.by_tag[file.tag] = file
+            for key in (file.token_hash, file.auth_index, (file.provider, file.email.lower())):
+                present.setdefault(key, set()).add(file.account)
+        present.pop("", None)
+        self._accounts.update(present)
+
+    @property
+    def renamed(self) -> dict[tuple[str, str], str]:
+        """By an account's former tag and its mail, the one that it has now."""
+        files = self.by_tag.values()
+        return {(tag, file.email.lower()): file.tag for file in files for tag in file.former_tags - {*self.by_tag}}
+
+    def _read_folder(self, folder: Path, before: Mapping[str, tuple[Any, AccountFile | None]]) -> list[AccountFile]:
+        try:
+            names = sorted(name for name in os.listdir(str(folder)) if name.lower().endswith(".json"))
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self.problems.append(f"{folder} cannot be read: {os_reason(error)}")
+            return []
+        found = (self._read_changed(os.path.join(str(folder), name), before) for name in names)
+        return [file for file in found if file is not None]
+
+    def _read_changed(self, path: str, before: Mapping[str, tuple[Any, AccountFile | None]]) -> AccountFile | None:
+        stamp, (known_stamp, file) = None, before.get(path, (None, None))
+        with suppress(OSError):  # a link that leads nowhere, or where this user may not look: reading it says so
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp is None or stamp != known_stamp:
+            try:
+                file = read_account_file(Path(path))
+            except ValueError as error:  # perhaps half-written: what it held before holds on
+                masked_name = re.sub(r"^(\w+-)?([^@]?)[^@]*@", r"\1\2***@", os.path.basename(path))
+                self.problems.append(f"{_printable(masked_name)} is skipped: {error}")
+        self._read[path] = stamp, file
+        return file
+
+    def account_of(self, context: Context, token_hash: str) -> str:
+        """Return whose an event is by token, else path, else by mail with a ``?`` in front: a tag or a file's name."""
+        if token_hash and token_hash not in self._accounts:
+            self.look(0.2)
+        account = _only(self._accounts.get(token_hash)) or _only(self._accounts.get(context.auth_index or ""))
+        same_mail = self._accounts.get((context.provider, context.source.lower()), set())
+        return account or ("?" + _only(same_mail) if any(same_mail) else "")
 
 
 def _read_json_file(path: Path) -> Any:
@@ -1360,25 +1452,27 @@ def _word(value: Any) -> str:
     return _printable(value.strip()) if isinstance(value, str) else ""
 
 
-def _claims(token: str) -> dict[str, Any]:
+def _claims(token: str) -> Mapping[str, Any]:
     """Decode the claims of a JWT without checking its signature, for display only; {} where it is none."""
-    parts = token.split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+    with suppress(ValueError, RecursionError):
+        _, text, _ = token.split(".")
+        return _member({"claims": json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))}, "claims")
+    return {}
 
 
-def _any_time(value: Any) -> str | None:
-    """Format a time in RFC 3339 or epoch seconds as ISO UTC text; None where it is neither."""
-    try:
-        return utc_text(parse_time(_word(value))[0])
-    except ValueError:
-        at = _finite(value)
-        return utc_text(at) if at is not None and _EARLIEST_AT <= at < _LATEST_AT else None
+def _member(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object within an object, empty where there is none."""
+    member = content.get(name)
+    return member if isinstance(member, dict) else {}
+
+
+def _epoch(value: Any) -> float | None:
+    """Return a time in RFC 3339, epoch seconds or milliseconds as epoch seconds; None outside 2020 to 2100."""
+    with suppress(AttributeError, ValueError):
+        return parse_time(value.strip())[0]
+    at = _finite(value) or 0.0
+    seconds = at / 1000 if at > 1e11 else at
+    return seconds if _EARLIEST_AT <= seconds < _LATEST_AT else None
 
 
 # ------------------------------------------------------------------ store
@@ -1391,10 +1485,10 @@ class StoreError(DashboardError):
     code = "storage_error"
 
 
-def _flock(handle: int) -> None:
+def _flock(handle: int, is_shared: bool = False) -> None:
     import fcntl
 
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _lock_path(database: Path) -> Path:
@@ -1438,11 +1532,9 @@ class DatabaseLock:
 def lock_holder(database: Path) -> dict[str, int]:
     """Return the ``pid`` and ``port`` of the dashboard that records into a database; {} where none is known of."""
     with suppress(OSError, ImportError, ValueError, AttributeError):
-        import fcntl
-
         with _lock_path(database).open("rb") as stream:
             try:
-                fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _flock(stream.fileno(), is_shared=True)
             except BlockingIOError:
                 told = json.loads(stream.read(200))
                 return {name: told[name] for name in ("pid", "port") if type(told.get(name)) is int}
@@ -1451,7 +1543,8 @@ def lock_holder(database: Path) -> dict[str, int]:
 
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
-SUM_NAMES = "requests failed input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+_TOKEN_NAMES = "input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+SUM_NAMES = ["requests", "failed", "rate_limited", *_TOKEN_NAMES]
 
 
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
@@ -1464,7 +1557,7 @@ _ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": B
 
 
 def _columns_of(db, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+    return [row[1].lower() for row in db.execute(f"PRAGMA table_xinfo({table})")]  # those that are computed too
 
 
 def _add_columns(db, table: str, columns: str) -> None:
@@ -1503,11 +1596,13 @@ _STEP_5_TABLES = (
 )
 
 
-def _step_tables(db) -> None:
-    """Make the tables of 3.0.0, or complete those of the original."""
+def _step_tables(db) -> list[str]:
+    """Make the tables of 3.0.0, or complete those of the original and of other programs."""
     for table, columns in _STEP_5_COLUMNS.items():
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}(id INTEGER PRIMARY KEY, {columns})")
         _add_columns(db, table, columns)
+    done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
+    db.execute("UPDATE quota_snapshots SET windows = NULL WHERE windows IS NOT NULL")  # another program's
     for table in _STEP_5_TABLES:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
     _add_columns(db, "outages", "lost INTEGER")
@@ -1519,9 +1614,11 @@ def _step_tables(db) -> None:
         "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email) "
         "AND NOT EXISTS (SELECT 1 FROM quota_accounts)"
     )
+    return done
 
 
-_STEP_6_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
+_STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 _STEP_6_MENDED = {
@@ -1531,8 +1628,9 @@ _STEP_6_MENDED = {
 }
 
 
-def _step_roll_ups(db) -> None:
+def _step_roll_ups(db) -> list[str]:
     """Sum up by client key and reason too; below the retention floor, where rows are deleted, the old sums are kept."""
+    done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _mend_odd_values(db)
     _add_keys_and_reasons(db)
@@ -1547,7 +1645,8 @@ def _step_roll_ups(db) -> None:
         "ON CONFLICT(name) DO NOTHING"
     )
     db.execute("CREATE INDEX IF NOT EXISTS events_by_time ON events(ts_epoch)")
-    old = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'usage\\_by\\_%' ESCAPE '\\'")}
+    names = ", ".join(f"'usage_by_{name}'" for name in ("time", "account", "model", "hour", "day"))
+    old = {row[0] for row in db.execute(f"SELECT name FROM sqlite_master WHERE name IN ({names})")}
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
@@ -1581,6 +1680,34 @@ def _step_roll_ups(db) -> None:
         "timestamp = strftime('%Y-%m-%dT%H:%M:%SZ', last_at, 'unixepoch') "
         "WHERE last_at > ts_epoch AND id IN (SELECT snapshot_id FROM quota_accounts)"
     )
+    return done
+
+
+def _take_over(db, table: str) -> Iterator[str]:
+    """Keep only columns and rows of a table that another program declared, and yield what was removed."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND sql IS NOT NULL"
+    for kind, name, sql in db.execute(query, (table,)).fetchall():
+        if kind == "table":
+            body, _, rest = " ".join(sql.split()).partition("(")[2].rpartition(")")
+        elif sql != "CREATE INDEX events_by_time ON events(ts_epoch)":
+            db.execute('DROP {} "{}"'.format(kind, name.replace('"', '""')))
+            yield f"{table}: the {kind} {name} of another program is dropped"
+    ours = ["id INTEGER PRIMARY KEY", *_STEP_5_COLUMNS[table].split(", ")]
+    known = [column.split()[0] for column in ours]
+    found = db.execute(f"PRAGMA table_info({table})").fetchall()
+    more = {'"{}"'.format(row[1].replace('"', '""')): row[2] for row in found if row[1].lower() not in known}
+    declared = [*ours, *map(" ".join, more.items())]
+    if not rest and {ours[0]} <= {*body.strip().split(", ")} <= {*declared}:
+        return
+    keeps_ids = [(row[1].lower(), row[2].upper()) for row in found if row[5]] == [("id", "INTEGER")]
+    db.execute("PRAGMA legacy_alter_table = ON")  # views that name the table stay as they are
+    db.execute(f"CREATE TABLE rebuilt_{table}({', '.join(declared)})")
+    columns = ", ".join([*known[1:], *more])
+    ids = "id" if keeps_ids else "NULL"
+    count = db.execute(f"INSERT INTO rebuilt_{table}(id, {columns}) SELECT {ids}, {columns} FROM {table}").rowcount
+    db.execute(f"DROP TABLE {table}")
+    db.execute(f"ALTER TABLE rebuilt_{table} RENAME TO {table}")
+    yield f"{table}: {count:,} rows are kept without the constraints of another program"
 
 
 def _mend_odd_values(db) -> None:
@@ -1595,8 +1722,8 @@ def _mend_odd_values(db) -> None:
         text = f"as_text(CAST({name} AS BLOB))"  # with the id, because another row may have this text
         db.execute(f"UPDATE {table} SET {name} = {text} || ' #' || id WHERE {name} IS NOT {text}")
     for table in _STEP_5_COLUMNS:  # behind the greatest id there is, SQLite gives new ones at random
-        last, limit = db.execute(f"SELECT IFNULL(MAX(id), 0), 1 << 50 FROM {table} WHERE id < 1 << 50").fetchone()
-        ids = db.execute(f"SELECT id FROM {table} WHERE id >= ? ORDER BY id", (limit,)).fetchall()
+        (last,) = db.execute(f"SELECT IFNULL(MAX(id), 0) FROM {table} WHERE id < 1 << 50").fetchone()
+        ids = db.execute(f"SELECT id FROM {table} WHERE id >= 1 << 50 ORDER BY id").fetchall()
         pairs = [(last + number, old) for number, (old,) in enumerate(ids, 1)]
         db.executemany(f"UPDATE {table} SET id = ? WHERE id = ?", pairs)
     db.execute(  # the newest reading with a time that is known
@@ -1633,22 +1760,19 @@ def _add_keys_and_reasons(db) -> None:
         "UNIQUE(status_code, error))"
     )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
-    db.execute("ALTER TABLE events ADD COLUMN reason_id INTEGER")
-    reasons, next_id = _Reasons(db), -(1 << 63)
-    while True:
-        rows = db.execute(
-            "SELECT id, status_code, error FROM events WHERE id >= ? AND failed <> 0 ORDER BY id LIMIT 5000", (next_id,)
-        ).fetchall()
-        if not rows:
-            return
-        updates = [(reasons.id_of(status, error), row_id) for row_id, status, error in rows]
-        db.executemany("UPDATE events SET reason_id = ? WHERE id = ?", updates)
-        next_id = rows[-1][0] + 1
+    _add_columns(db, "events", "reason_id INTEGER")
+    db.execute("UPDATE events SET reason_id = NULL WHERE reason_id IS NOT NULL")  # another program's
+    known: dict[Any, int] = {}
+    for status, error in db.execute("SELECT DISTINCT status_code, error FROM events WHERE failed <> 0"):
+        _reason_id(db, known, status, error)
+    db.create_function("reason_id_of", 2, lambda status, error: _reason_id(db, known, status, error))
+    db.execute("UPDATE events SET reason_id = reason_id_of(status_code, error) WHERE failed <> 0")
 
 
 def _sum_up_rows(db, floor: int) -> None:
     """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
-    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_SUMS.split(", ")[1:])
+    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
+    counts += ", SUM(failed AND status_code IS 429)"
     db.execute(
         "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
         "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
@@ -1669,15 +1793,15 @@ def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
     for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
         db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
-    db.execute("INSERT INTO usage_by_time SELECT * FROM old_usage_by_time WHERE bucket < ?", (floor,))
+    db.execute("INSERT INTO usage_by_time SELECT *, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_SUMS} "
+        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0 "
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
     # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
     # so that every cell of the hour and every quarter of an account keep their sums.
-    tokens = ", ".join(_STEP_6_SUMS.split(", ")[2:])
+    tokens = ", ".join(_STEP_6_OLD_SUMS.split(", ")[2:])
     queries = (
         (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
         (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
@@ -1690,7 +1814,7 @@ def _keep_old_sums(db, floor: int) -> None:
             for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
                 rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
         db.executemany(
-            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
             [
                 (bucket, key[1], model, status, requests, requests * status, *counts)
                 for (bucket, model, status), (requests, *counts) in rows.items()
@@ -1710,12 +1834,30 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-_SCHEMA_STEPS: tuple[tuple[int, Callable[[Any], None]], ...] = ((5, _step_tables), (6, _step_roll_ups))
+def _step_accounts(db) -> None:
+    """Keep with an identity what account files decide of it, and no client's key as its source."""
+    db.execute(
+        "CREATE TABLE new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+        "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
+        "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))"
+    )
+    columns = "id, auth_index, source, provider, plan, first_at, last_at"
+    db.execute(f"INSERT INTO new_identities({columns}) SELECT {columns} FROM identities")
+    db.execute("DROP TABLE identities")
+    db.execute("ALTER TABLE new_identities RENAME TO identities")
+    db.execute(  # one of several clients' keys; the others stay, and name nobody beside it
+        "UPDATE OR IGNORE identities SET source = '' WHERE source NOT LIKE '%@%' "
+        "AND id IN (SELECT identity_id FROM contexts WHERE api_key = source) "
+        "AND id NOT IN (SELECT identity_id FROM contexts WHERE api_key <> source)"
+    )
+
+
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return row[0] if row else unknown
+    return unknown if row is None or row[0] is None else row[0]
 
 
 def _put_meta(db, key: str, value: Any) -> None:
@@ -1733,37 +1875,36 @@ def _id_of(db, table: str, unique: Mapping[str, Any], more: Mapping[str, Any] = 
     return db.execute(f"INSERT INTO {table}({columns}) VALUES ({marks})", tuple(values.values())).lastrowid
 
 
-class _Reasons:
-    """The ids of failures' reasons; beyond the limit a new one is counted as its status' "other"."""
+def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None) -> int:
+    """Return the id of a failure's reason, inserted if it is new; beyond 2,000 it is counted as its status' "other"."""
+    if (status, error) in known:
+        return known[status, error]
+    reason = {"status_code": status, "error": failure_kind(status, error)}
+    row = db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
+    if not row.fetchone() and db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= 2000:
+        reason["error"] = "other"
+    return cache(known, (status, error), _id_of(db, "reasons", reason))
 
-    _MOST = 2000
 
-    def __init__(self, db):
-        self._db = db
-        self._ids: dict[tuple[Any, Any], int] = {}
+def _list(table: str, columns: Iterable[str]) -> str:
+    return ", ".join(f"{table}.{name}" for name in columns)
 
-    def id_of(self, status: int | None, error: str | None) -> int:
-        """Return the id of a failure's reason, inserted if it is new."""
-        known = self._ids.get((status, error))
-        if known is not None:
-            return known
-        reason = {"status_code": status, "error": failure_kind(status, error)}
-        row = self._db.execute("SELECT 1 FROM reasons WHERE status_code IS ? AND error = ?", tuple(reason.values()))
-        if not row.fetchone() and self._db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= self._MOST:
-            reason["error"] = "other"
-        return cache(self._ids, (status, error), _id_of(self._db, "reasons", reason))
+
+def _dicts(cursor) -> list[dict[str, Any]]:
+    """Return the rows of a query by the names of its columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor.fetchall()]
 
 
 # One event, as it is read back. A row of the original has no context: its identity follows from its own columns.
 _EVENTS = "events e LEFT JOIN contexts c ON c.id = e.context_id"
 _IDENTITY_OF = (
     "COALESCE(c.identity_id, (SELECT i.id FROM identities i WHERE "
-    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '')))"
+    "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
-_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, " + ", ".join(
-    f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in SUM_NAMES[2:]
-)
+_EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
+_EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -1773,14 +1914,12 @@ _INSERT_EVENT = (
 )
 _TOUCH_IDENTITY = (
     "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
-    "plan = CASE WHEN ? = '' THEN plan ELSE ? END WHERE id = ?"
+    "plan = IFNULL(?, plan) WHERE id = ?"
 )
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = (
-    "CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, " + ", ".join(SUM_NAMES) + ")"
-)
+_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
     f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
@@ -1821,7 +1960,7 @@ class Window(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok`` or ``failed``."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
 
     account: str | None = None
     model: str | None = None
@@ -1830,7 +1969,6 @@ class Filters(NamedTuple):
 
 
 _NO_FILTERS = Filters()
-_ALL_TIMES = Window(_EARLIEST_AT, _LATEST_AT)
 Sums = Tuple[int, ...]
 
 
@@ -1841,10 +1979,7 @@ def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
 
 def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
     """Add up the sums of each key."""
-    parts: dict[Any, list[Sums]] = {}
-    for key, sums in rows:
-        parts.setdefault(key, []).append(sums)
-    return [(key, add_sums(members)) for key, members in parts.items()]
+    return [(key, add_sums(parts)) for key, parts in by_key(rows).items()]
 
 
 class Usage(NamedTuple):
@@ -1868,6 +2003,7 @@ class Store:
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._reason_ids: dict[Any, int] = {}
         self._models: set[str] = set()
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
@@ -1880,11 +2016,13 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             raise StoreError(_store_reason(self.path, error)) from error
         try:
-            self._migrate(self._announce)
+            self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
+            self._migrate()
             self._forget_ids()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
             for db in (self._reader, self._searcher):
+                db.execute("PRAGMA cache_size = -500")
                 db.execute("PRAGMA query_only = ON")
             self._searcher.set_progress_handler(lambda: self._is_closing, 50_000)
             self._known_counts = _counts_in(self._reader)
@@ -1895,45 +2033,33 @@ class Store:
 
     def _connect(self):
         timeout_s = self._busy_timeout_s
-        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, and a batch touches less
-        except sqlite3.Error:
-            db.close()
-            raise
-        return db
+        return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
 
-    def _migrate(self, announce: Callable[[str], None]) -> None:
+    def _migrate(self) -> None:
         db = self._writer
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _SCHEMA_STEPS[-1][0]:
-            raise StoreError(
-                f"{self.path} was written by a newer version of this dashboard; install that version, or name "
-                'another file with "database"'
-            )
+            message = f"{self.path} was written by a newer version of this dashboard; install that version"
+            raise StoreError(f'{message}, or name another file with "database"')
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA journal_size_limit = 16777216")  # what stays on the disk after the log was larger once
         rows = _rows_to_adopt(db)
         if rows:
-            announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
+            self._announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
         for number, step in _SCHEMA_STEPS:
-            if version < number:
-                self._run_step(number, step)
+            for line in self._run_step(number, step) if version < number else ():
+                self._announce(line)
         if rows:
-            announce(f"adopted {rows:,} rows")
+            self._announce(f"adopted {rows:,} rows")
 
-    def _run_step(self, number: int, step: Callable[[Any], None]) -> None:
-        db = self._writer
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            if db.execute("PRAGMA user_version").fetchone()[0] < number:  # another process may have been faster
-                step(db)
-                db.execute(f"PRAGMA user_version = {number}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
+    def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
+        with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
+            if db.execute("PRAGMA user_version").fetchone()[0] >= number:  # another process was faster
+                return ()
+            done = step(db)
+            db.execute(f"PRAGMA user_version = {number}")
+        return done or ()
 
     def close(self) -> None:
         """Close the connections, also under a search; the write-ahead log is folded into the file."""
@@ -1994,7 +2120,7 @@ class Store:
     def _forget_ids(self) -> None:
         self._context_ids.clear()
         self._models.clear()
-        self._reasons = _Reasons(self._writer)
+        self._reason_ids.clear()
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2059,7 +2185,7 @@ class Store:
         for event in events:
             context = event.context
             identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
-            reason_id = self._reasons.id_of(event.status_code, event.error) if event.failed else None
+            reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
             if event.model not in self._models:
@@ -2075,12 +2201,51 @@ class Store:
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
-        identity = {"auth_index": values.pop("auth_index") or "", "source": values.pop("source")}
+        identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
+        identity["account"] = self._decide(db, **identity)
         times = {"first_at": event.ts_epoch, "last_at": event.ts_epoch}
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
         return cache(self._context_ids, event.context, (identity_id, context_id))
+
+    def _decide(self, db, auth_index: str, source: str, account: str) -> str:
+        """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
+        known = db.execute(
+            "SELECT account, source FROM identities WHERE auth_index = ? AND account <> '' ORDER BY last_at DESC",
+            (auth_index or None,),
+        ).fetchall()
+        is_same_mail = bool(known) and (known[0][0], source) in known
+        if known and (account in ("", "?") or (account.startswith("?") and is_same_mail)):
+            return known[0][0]
+        account = account.lstrip("?")
+        if not known and account:
+            self._adopt(db, {auth_index: account})
+        elif known and account != known[0][0]:
+            self._context_ids.clear()  # from now on the index is another account's
+        return account
+
+    def _adopt(self, db, decisions: Mapping[Any, str]) -> None:
+        """Let decisions, by index or (index, source), hold for what was before, and for quota readings of that time."""
+        rows = db.execute("SELECT auth_index, source, id FROM identities WHERE account = ''").fetchall()
+        for index, source, identity_id in rows:
+            account, former = decisions.get((index, source)) or decisions.get(index), own_tag(identity_id, source)
+            if account and index:
+                db.execute("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (account, identity_id))
+                if db.execute("SELECT 1 FROM quota_accounts WHERE account_id_tag = ?", (former,)).fetchone():
+                    self._move_quota(db, source, former, tag_of(account))
+
+    def decide_accounts(self, account_of: Callable[[Context, str], str], renamed: Mapping[Any, str] = {}) -> None:
+        """Let the account files decide of what was stored before they were there, or by an account's former tag."""
+        columns = "auth_index, source, provider"
+        with self._write() as db:
+            known = db.execute("SELECT account, source, id FROM identities WHERE account <> ''")
+            found = [(renamed.get((row[0], row[1].lower())), row[2]) for row in known]
+            db.executemany("UPDATE OR IGNORE identities SET account = ? WHERE id = ?", (row for row in found if row[0]))
+            rows = db.execute(f"SELECT {columns} FROM identities WHERE account = '' ORDER BY last_at").fetchall()
+            found = [(*row[:2], account_of(Context(*row, *[""] * 6), "").lstrip("?")) for row in rows]
+            by_index = {index: account for index, _, account in found if account}
+            self._adopt(db, {**by_index, **{(index, source): account for index, source, account in found}})
 
     def delete_some(self, before: float, rows: int = 2000) -> int:
         """Delete up to ``rows`` events older than the full hour at or before ``before``; their sums stay."""
@@ -2127,12 +2292,9 @@ class Store:
             return _meta_in(db, key)
 
     def put_meta(self, key: str, value: Any) -> None:
-        """Write a small value; None removes it."""
+        """Write a small value; None is none."""
         with self._write(changes=False) as db:
-            if value is None:
-                db.execute("DELETE FROM meta WHERE key = ?", (key,))
-            else:
-                _put_meta(db, key, value)
+            _put_meta(db, key, value)
 
     # Outages
 
@@ -2189,8 +2351,11 @@ class Store:
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
-            columns = "id, auth_index, source, provider, plan, first_at, last_at"
-            rows = db.execute(f"SELECT {columns} FROM identities")
+            rows = db.execute(
+                "SELECT id, auth_index, source, account, provider, plan, first_at, last_at "
+                "FROM identities UNION ALL SELECT 0, '', email, account_id_tag, 'codex', "
+                "IFNULL(plan, ''), 0, 0 FROM quota_accounts WHERE account_id_tag <> ''"
+            )
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
@@ -2225,16 +2390,16 @@ class Store:
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
         """List single events, newest first; ``before`` is the (ts_epoch, id) of the last one seen."""
-        window = window or _ALL_TIMES
+        window = window or Window(_EARLIEST_AT, _LATEST_AT)
         end, row_id = before or (window.end, 0)
-        rows: list[Any] = []
+        rows: list[dict[str, Any]] = []
         with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
             condition, values = _conditions(filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
-                rows += db.execute(_LIST_EVENTS.format(condition), bound).fetchall()
+                rows += _dicts(db.execute(_LIST_EVENTS.format(condition), bound))
                 if len(rows) >= limit:
                     break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
@@ -2245,10 +2410,12 @@ class Store:
     def save_reading(self, row: Mapping[str, Any], merge: Callable[[Any], Any] | None = None) -> None:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
-            merged = row if merge is None else merge(self._newest_reading(db, row))
+            self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
+            newest = db.execute(_NEWEST_READING, (row["email"], row["account_id_tag"]))
+            merged = merge(next(iter(_dicts(newest)), None)) if merge else row
             if merged is None:
                 return
-            columns = ["id", *(name for name in _SNAPSHOT_COLUMNS if name in merged)]
+            columns = ("id", *_SNAPSHOT_COLUMNS)
             inserted = db.execute(
                 f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
                 f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
@@ -2256,16 +2423,6 @@ class Store:
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
             self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
-
-    @staticmethod
-    def _newest_reading(db, account: Mapping[str, Any]) -> dict[str, Any] | None:
-        columns = ("id", *_SNAPSHOT_COLUMNS)
-        row = db.execute(
-            f"SELECT {', '.join(f's.{name}' for name in columns)} FROM quota_accounts a "
-            "JOIN quota_snapshots s ON s.id = a.snapshot_id WHERE a.email = ? AND a.account_id_tag = ?",
-            (account["email"], account["account_id_tag"]),
-        ).fetchone()
-        return dict(zip(columns, row)) if row else None
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2279,34 +2436,52 @@ class Store:
         db.execute(
             "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at, snapshot_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
-            "plan = COALESCE(excluded.plan, plan), state = excluded.state, message = excluded.message, "
-            "state_at = excluded.state_at, snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id)",
+            "plan = COALESCE(excluded.plan, plan), snapshot_id = COALESCE(excluded.snapshot_id, snapshot_id), "
+            + ", ".join(  # what was never read says nothing against what is known
+                f"{name} = CASE excluded.state WHEN 'never' THEN {name} ELSE excluded.{name} END"
+                for name in ("message", "state_at", "state")
+            ),
             (email, tag, plan, state, message, at, snapshot_id),
         )
         if tag:  # the account id is known now: the row adopted by its mail alone is this one
             db.execute("DELETE FROM quota_accounts WHERE email = ? AND account_id_tag = ''", (email,))
 
-    def register_quota_accounts(self, accounts: Sequence[tuple[Any, ...]], now: float) -> None:
-        """Add (email, tag, plan, state, message, paid until) of new accounts; known ones get ``disabled`` alone."""
-        mails = [account[0] for account in accounts]
+    @staticmethod
+    def _move_quota(db, email: str, former_tag: str, tag: str) -> None:
+        """Let the row that an account has under another mail, or under a former tag, be its row from now on."""
+        best = db.execute(
+            "SELECT email, account_id_tag FROM quota_accounts WHERE account_id_tag = ? OR (email = ? AND "
+            "account_id_tag = ?) ORDER BY snapshot_id IS NULL, state_at DESC",
+            (tag, email, former_tag),
+        ).fetchone()
+        if tag and best:
+            where = "WHERE email = ? AND account_id_tag = ?"
+            change = f"UPDATE OR REPLACE quota_accounts SET email = ?, account_id_tag = ? {where}"
+            db.execute(change, (email, tag, *best))
+            db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
+
+    def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
+        """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
+        mails = Counter(file.email for file in files)
+        known = "SELECT CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' ELSE 'ok' END FROM quota_snapshots s "
+        known = f"({known} WHERE s.id = snapshot_id AND excluded.state <> 'disabled')"  # as it was before
         with self._write() as db:
-            for email, tag, plan, state, message, paid_until in accounts:
-                if mails.count(email) == 1:
-                    db.execute(
-                        "UPDATE quota_accounts SET account_id_tag = ? WHERE email = ? AND account_id_tag = '' AND "
-                        "NOT EXISTS (SELECT 1 FROM quota_accounts WHERE email = ? AND account_id_tag = ?)",
-                        (tag, email, email, tag),
-                    )
+            for file in files:
+                state = "disabled" if file.disabled else "never"
+                by_mail = ("", tag_of(file.email)) if mails[file.email] == 1 else ()
+                for former_tag in (*file.former_tags, *by_mail):
+                    self._move_quota(db, file.email, former_tag, file.tag)
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
-                    "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
+                    f"state = IFNULL({known}, excluded.state), state_at = excluded.state_at, "
+                    f"message = CASE WHEN {known} IS NULL THEN excluded.message END "
                     "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
-                    (email, tag, plan, state, message, now),
+                    (file.email, file.tag, file.plan or None, state, messages[state], now),
                 )
                 db.execute(
                     "UPDATE quota_accounts SET subscription_until = ? WHERE email = ? AND account_id_tag = ?",
-                    (paid_until, email, tag),
+                    (file.subscription_until, file.email, file.tag),
                 )
 
     def forget_quota_accounts(self, accounts: Iterable[tuple[str, str]]) -> None:
@@ -2316,28 +2491,23 @@ class Store:
 
     def quotas(self) -> list[dict[str, Any]]:
         """List each account's state with the columns of its last good reading, None where it has none, by mail."""
-        own = ("email", "account_id_tag", "plan", "state", "message", "state_at", "subscription_until")
-        read = ("id", *_SNAPSHOT_COLUMNS[3:])
+        query = (
+            "SELECT a.email, a.account_id_tag, COALESCE(NULLIF(s.plan, ''), a.plan) AS plan, a.state, a.message, "
+            f"a.state_at, a.subscription_until, s.id, {_list('s', _SNAPSHOT_COLUMNS[3:])} "
+            "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
+        )
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(f'a.{name}' for name in own)}, {', '.join(f's.{name}' for name in read)}, s.plan "
-                "FROM quota_accounts a LEFT JOIN quota_snapshots s ON s.id = a.snapshot_id ORDER BY a.email, a.plan"
-            ).fetchall()
-        return [{**dict(zip(own + read, row)), "plan": row[-1] or row[2]} for row in rows]
+            return _dicts(db.execute(query))
 
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
-        names = ("email", "account_id_tag", "ts_epoch", *_WINDOW_COLUMNS)
-        readings: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        query = (
+            f"SELECT email, account_id_tag, ts_epoch, {', '.join(_WINDOW_COLUMNS)} FROM quota_snapshots "
+            "WHERE ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
+        )
         with self._read() as db:
-            rows = db.execute(
-                f"SELECT {', '.join(names)} FROM quota_snapshots WHERE ts_epoch >= ? "
-                "AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id",
-                (since, most),
-            ).fetchall()
-        for row in rows:
-            readings.setdefault((row[0], row[1] or ""), []).append(dict(zip(names, row)))
-        return readings
+            rows = _dicts(db.execute(query, (since, most)))
+        return by_key(((row["email"], row["account_id_tag"] or ""), row) for row in rows)
 
     def downsample_snapshots(self, before: float) -> None:
         """Keep one reading an hour and account of those older than ``before``, and every account's newest."""
@@ -2371,9 +2541,8 @@ _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted
 
 
 def _counts_in(db) -> dict[str, int]:
-    marks = ", ".join("?" * len(_COUNT_NAMES))
-    rows = dict(db.execute(f"SELECT key, value FROM meta WHERE key IN ({marks})", _COUNT_NAMES).fetchall())
-    return {name: rows.get(name, 0) for name in _COUNT_NAMES}
+    values = dict(db.execute("SELECT key, value FROM meta"))
+    return {name: values.get(name, 0) for name in _COUNT_NAMES}
 
 
 def _count(db, **added: int) -> None:
@@ -2395,8 +2564,8 @@ def _touch(identity_id: int, events: Sequence[Event]) -> tuple[Any, ...]:
     """Return what a batch's events of one identity tell of it, as _TOUCH_IDENTITY binds it."""
     times = [event.ts_epoch for event in events]
     provider = next(filter(None, (event.context.provider for event in reversed(events))), "")
-    plan = next(filter(None, (event.plan for event in reversed(events))), "")
-    return min(times), max(times), provider, plan, plan, identity_id
+    plan = next(filter(None, (event.plan for event in reversed(events))), None)
+    return min(times), max(times), provider, plan, identity_id
 
 
 def events_to_adopt(path: Path) -> int:
@@ -2417,9 +2586,8 @@ def _store_reason(path: Path, error: BaseException) -> str:
     """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
-        return (
-            f'{path} cannot be opened: {os_reason(error)}; give this user the right to write there, or set "database"'
-        )
+        reason = os_reason(error)
+        return f'{path} cannot be opened: {reason}; give this user the right to write there, or set "database"'
     if "locked" in text or "busy" in text:
         return f"{path} is locked by another program; close it there, recording goes on by itself"
     if "full" in text:
@@ -2428,7 +2596,7 @@ def _store_reason(path: Path, error: BaseException) -> str:
         return f"{path} or its folder cannot be written; give this user the right to (chown, chmod u+w)"
     if "not a database" in text or "malformed" in text:
         return f"{path} is damaged or no SQLite database; move it away (it is not overwritten) and start again"
-    return f"{path} cannot be used: {error}"
+    return f'{path} cannot be used: {error}; if another program made it, set "database" to another file'
 
 
 _WINDOW_COLUMNS = (
@@ -2437,15 +2605,18 @@ _WINDOW_COLUMNS = (
 )
 _SNAPSHOT_COLUMNS = (
     *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
-    *_WINDOW_COLUMNS,
-    *("credits_balance", "raw_json", "source"),
+    *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
 )
 
-_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source"))
-_REQUEST_NAMES = ("id", *_OWN_EVENT_COLUMNS, "source", *_CONTEXT_COLUMNS)
+_NEWEST_READING = (
+    f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_snapshots s "
+    "JOIN quota_accounts a ON a.snapshot_id = s.id WHERE a.email = ? AND a.account_id_tag = ?"
+)
+
+_CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
 _LIST_EVENTS = (
-    f"SELECT e.id, {', '.join(f'e.{name}' for name in (*_OWN_EVENT_COLUMNS, 'source'))}, "
-    f"{', '.join(f'c.{name}' for name in _CONTEXT_COLUMNS)}, CAST(e.auth_index AS TEXT), {_IDENTITY_OF}, i.auth_index "
+    f"SELECT e.id, {_list('e', _OWN_EVENT_COLUMNS)}, e.source, {_list('c', _CONTEXT_COLUMNS)}, "
+    f"IFNULL(i.auth_index, CAST(e.auth_index AS TEXT)) AS auth_index, {_IDENTITY_OF} AS identity_id "
     f"FROM {_EVENTS} LEFT JOIN identities i ON i.id = c.identity_id "
     "WHERE e.ts_epoch >= ? AND e.ts_epoch <= ? AND (e.ts_epoch < ? OR e.id < ?){} "
     "ORDER BY e.ts_epoch DESC, e.id DESC LIMIT ?"
@@ -2454,10 +2625,10 @@ _LIST_EVENTS = (
 
 def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
     """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
-    if filters._replace(text=None) == _NO_FILTERS:
+    condition, values = _conditions(filters, accounts, on_rows=False)
+    if not condition:
         yield window
         return
-    condition, values = _conditions(filters, accounts, on_rows=False)
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         "ORDER BY r.bucket DESC",
@@ -2467,14 +2638,11 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
 
 
-def _request_of(row: Sequence[Any], names: Mapping[int, str]) -> dict[str, Any]:
-    *values, shown_index, identity_id, sent_index = row
-    request = dict(zip(_REQUEST_NAMES, values))
-    for name in _CONTEXT_COLUMNS:
-        request[name] = request[name] or None
-    request["auth_index"] = (sent_index if sent_index is not None else shown_index) or None
-    request["account"] = names.get(identity_id) or request["source"] or request["auth_index"] or "unknown"
-    return request
+def _request_of(row: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    for name in (*_CONTEXT_COLUMNS, "auth_index"):
+        row[name] = row[name] or None
+    row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+    return row
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -2487,7 +2655,11 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
-    if filters.status is not None:
+    if filters.status and filters.status.isdigit():
+        coded = "r.reason_id IN (SELECT id FROM reasons WHERE status_code = ?)"
+        parts.append("e.failed AND e.status_code = ?" if on_rows else coded)
+        values.append(int(filters.status))
+    elif filters.status is not None:
         column = "e.failed" if on_rows else "r.reason_id"
         parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
     if filters.text and on_rows:
@@ -2516,15 +2688,13 @@ class _UsagePlan:
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._has_filters = filters._replace(text=None) != _NO_FILTERS
         self._event_conditions = _conditions(filters, accounts, on_rows=True)
         self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
-        sizes = ((table, _ROLL_UPS[table]) for table in self._levels)
-        levels = [table for table, size_s in sizes if bucket_s % size_s == 0 and offset_s % size_s == 0]
-        if levels and not self._has_filters:
+        levels = [table for table in self._levels if bucket_s % _ROLL_UPS[table] == offset_s % _ROLL_UPS[table] == 0]
+        if levels and not self._roll_up_conditions[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
@@ -2557,27 +2727,23 @@ class _UsagePlan:
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = "k1, k2" if ", " in in_roll_up else "k1"
-        if not parts:
-            return db.execute("SELECT NULL WHERE 0")
         with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
     """Cut a span into (roll-up, first, last bucket), the coarsest in the middle, and (None, start, end) at the ends."""
-    if start >= end:
-        return
-    if not levels:
+    if start < end and not levels:
         yield None, start, end
-        return
-    size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
-    first, last = -int(-start // size_s), int(end // size_s)
-    if first >= last:
-        yield from _cut(levels[1:], start, end)
-        return
-    yield from _cut(levels[1:], start, first * size_s)
-    yield levels[0], first, last
-    yield from _cut(levels[1:], last * size_s, end)
+    elif start < end:
+        size_s = _ROLL_UPS.get(levels[0], BUCKET_S)
+        first, last = -int(-start // size_s), int(end // size_s)
+        if first < last:
+            yield from _cut(levels[1:], start, first * size_s)
+            yield levels[0], first, last
+            yield from _cut(levels[1:], last * size_s, end)
+        else:
+            yield from _cut(levels[1:], start, end)
 
 
 # ------------------------------------------------------------------ quota
@@ -2591,6 +2757,17 @@ class QuotaWindow(NamedTuple):
     used_percent: float | None
     reset_at: float | None
     meter: str | None
+    more: Mapping[str, Any] = {}  # a meter's other name as feature, its read_at (ISO); a budget's used, limit, unit
+
+    @property
+    def governs(self) -> bool:
+        """Return whether the account stops where this window is used up."""
+        return self.meter in (None, "budget")
+
+    @property
+    def names(self) -> set[str]:
+        """Return the meter's names, spelled alike; the account's own is one too."""
+        return {meter_key(name) for name in (self.meter, self.more.get("feature")) if name} or {""}
 
     @property
     def remaining_percent(self) -> float | None:
@@ -2603,7 +2780,13 @@ class QuotaWindow(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the window as the database and ``/api/quota`` hold it, its reset as ISO UTC text."""
-        return {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
+        shown = {**self._asdict(), "remaining_percent": self.remaining_percent, "reset_at": utc_text(self.reset_at)}
+        return {**shown.pop("more"), **shown}
+
+
+def meter_key(name: str) -> str:
+    """Return what all spellings of a meter's name have in common: in headers ``codex_bengalfox`` is ``Bengalfox``."""
+    return re.sub(r"\Acodex_(?=.)", "", name.strip().lower().replace("-", "_"))
 
 
 class Reading(NamedTuple):
@@ -2617,6 +2800,9 @@ class Reading(NamedTuple):
     weekly: QuotaWindow | None
     windows: list[QuotaWindow]
     credits_balance: str | None
+    reason: str | None = None  # what limits it besides its windows, or lets it go on
+    reset_credits: int | None = None
+    has_credits: bool = False
 
 
 class QuotaFault(DashboardError):
@@ -2649,17 +2835,20 @@ def parse_quota(payload: Any, now: float) -> Reading:
     """Parse a reply of the usage endpoint, which is undocumented; impossible numbers are unknown. Raises QuotaFault."""
     if not isinstance(payload, dict):
         raise QuotaFault("bad_response")
-    limits = payload.get("rate_limit")
-    limits = limits if isinstance(limits, dict) else {}
+    limits, credits = _member(payload, "rate_limit"), _member(payload, "credits")
     flags = (limits.get("allowed"), limits.get("limit_reached"))
     allowed, reached = (flag if isinstance(flag, bool) else None for flag in flags)
     main = _windows_of_limits(limits, None, now, used_up=reached is True or allowed is False)
+    budget = _budget_windows(payload, now)
+    reason = _reason_of(payload, budget)
     # Five hours at 0 % are rounded; the flags, where present, show whether the account is let through.
-    binding = [window for window in main if window.label != "5h" or not allowed]
-    if reached or allowed is False or any(window.remaining_percent == 0 for window in binding):
+    binding = [window for window in main if not limits.get("decides") and (window.label != "5h" or not allowed)]
+    if reached or allowed is False or reason or any(window.remaining_percent == 0 for window in binding):
         state = "limited"
     else:
-        state = "ok" if main else "no_windows"
+        state = "ok" if main or budget else "no_windows"
+    resets = _finite(_member(payload, "rate_limit_reset_credits").get("available_count"))
+    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
     return Reading(
         state,
         _word(payload.get("plan_type")).lower()[:32] or None,
@@ -2667,14 +2856,40 @@ def parse_quota(payload: Any, now: float) -> Reading:
         reached,
         _fullest(main, "5h"),
         _fullest(main, "7d"),
-        main + _extra_windows(payload, now),
-        _credits_balance(payload.get("credits")),
+        main + budget + _extra_windows(payload, now),
+        None if balance is None or isinstance(balance, (bool, dict, list)) else _printable(str(balance)[:32]),
+        reason,
+        int(resets) if resets is not None and resets >= 0 else None,
+        credits.get("has_credits") is True or credits.get("unlimited") is True,
     )
 
 
-def _windows_of_limits(limits: Any, meter: str | None, now: float, used_up: bool = False) -> list[QuotaWindow]:
-    if not isinstance(limits, dict):
-        return []
+def _budget_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
+    """Return the account's own spending limit as a window, if it has one."""
+    limit = _member(_member(payload, "spend_control"), "individual_limit")
+    more: dict[str, Any] = {"used": _finite(limit.get("used")), "limit": _finite(limit.get("limit"))}
+    if _finite(limit.get("used_percent")) is None and None not in more.values() and more["limit"] > 0:
+        limit = {**limit, "used_percent": 100 * more["used"] / more["limit"]}
+    window = _quota_window(limit, 0, "budget", now, used_up=False)
+    more["unit"] = _printable(_word(limit.get("unit"))[:20]) or "credits"
+    is_known = window is not None and (window.used_percent is not None or more["limit"] is not None)
+    return [window._replace(label="budget", more=more)] if is_known else []
+
+
+def _reason_of(payload: Mapping[str, Any], budget: Sequence[QuotaWindow]) -> str | None:
+    """Return the limit that a reply names as reached, as a code of plain words; None for none."""
+    kind = payload.get("rate_limit_reached_type")
+    kind = _word(kind.get("type") if isinstance(kind, dict) else kind)
+    is_spent = _member(payload, "spend_control").get("reached") is True
+    told = {
+        "spending_limit_reached": is_spent or any(window.remaining_percent == 0 for window in budget),
+        "overage_limit_reached": _member(payload, "credits").get("overage_limit_reached"),
+        kind if re.fullmatch("[a-z_]{3,60}", kind) else "limit_reached": bool(kind),
+    }
+    return next((reason for reason, is_reached in told.items() if is_reached is True), None)
+
+
+def _windows_of_limits(limits: Mapping[str, Any], meter: str | None, now: float, used_up=False) -> list[QuotaWindow]:
     slots = (("primary_window", _FIVE_HOURS_S), ("secondary_window", _WEEK_S))
     windows = (_quota_window(limits.get(slot), seconds, meter, now, used_up) for slot, seconds in slots)
     return [window for window in windows if window is not None]
@@ -2690,10 +2905,10 @@ def _quota_window(content: Any, slot_seconds: int, meter: str | None, now: float
     if seconds > _LONGEST_WINDOW_S:
         return None
     used, reset_at = _finite(content.get("used_percent")), _reset_at(content, now)
-    if used is None and used_up and reset_at is not None:
-        used = 100.0
     if used is not None:
         used = _tidy(min(100.0, max(0.0, used)))
+    elif used_up and reset_at is not None:
+        used = 100
     label = window_label(seconds if seconds > 0 else slot_seconds)
     return QuotaWindow(f"{meter} {label}" if meter else label, seconds if seconds > 0 else None, used, reset_at, meter)
 
@@ -2704,11 +2919,8 @@ def _tidy(number: float) -> float:
 
 def _reset_at(content: Mapping[str, Any], now: float) -> float | None:
     """Return when a window resets, in epoch seconds; None where that is missing or outside 2020 to 2100."""
-    at, after_s = _finite(content.get("reset_at")), _finite(content.get("reset_after_seconds"))
-    if at is not None and at > 1e11:  # milliseconds
-        at /= 1000
-    later = now + after_s if after_s is not None and after_s >= 0 else None
-    return next((when for when in (at, later) if when is not None and _EARLIEST_AT <= when < _LATEST_AT), None)
+    after_s = _finite(content.get("reset_after_seconds"))
+    return _epoch(content.get("reset_at")) or _epoch(None if after_s is None or after_s < 0 else now + after_s)
 
 
 def window_label(seconds: int) -> str:
@@ -2730,41 +2942,50 @@ def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
 
 
 def _extra_windows(payload: Mapping[str, Any], now: float) -> list[QuotaWindow]:
-    windows = _windows_of_limits(payload.get("code_review_rate_limit"), "Code review", now)
+    windows = _windows_of_limits(_member(payload, "code_review_rate_limit"), "Code review", now)
     extra = payload.get("additional_rate_limits")
     for item in extra[:20] if isinstance(extra, list) else []:
         if isinstance(item, dict):
-            meter = _printable((_word(item.get("limit_name")) or _word(item.get("metered_feature")) or "Other")[:60])
+            feature = _word(item.get("metered_feature"))[:60]
+            meter = _word(item.get("limit_name"))[:60] or feature or "Other"
+            meter = f"{meter} meter" if meter.lower() == "budget" else meter  # it is not the account's
             unknown = QuotaWindow(meter, None, None, None, meter)
-            windows += _windows_of_limits(item.get("rate_limit"), meter, now) or [unknown]
+            found = _windows_of_limits(_member(item, "rate_limit"), meter, now) or [unknown]
+            found = [window._replace(more={"feature": feature} if feature else {}) for window in found]
+            windows += [] if any(found[0].names & window.names for window in windows) else found
     return windows
-
-
-def _credits_balance(credits: Any) -> str | None:
-    """Return the credits as text; None where the reply has none."""
-    if not isinstance(credits, dict):
-        return None
-    balance = "unlimited" if credits.get("unlimited") is True else credits.get("balance")
-    is_text = isinstance(balance, (str, int, float)) and not isinstance(balance, bool)
-    return _printable(str(balance)[:32]) if is_text else None
 
 
 def payload_of_headers(headers: Mapping[str, str]) -> dict[str, Any]:
     """Return the ``x-codex-…`` headers of a reply in the shape of the usage endpoint's answer."""
-    extra = []
-    for name in headers:
-        group = name[len("x-codex-") : -len("-limit-name")]
-        if name.endswith("-limit-name") and group not in ("", "primary", "secondary"):
-            extra.append({"limit_name": headers[name], "rate_limit": _limits_of_headers(headers, f"{group}-")})
+    groups = {match.group(1) for match in map(_GROUP_HEADER.fullmatch, headers) if match}
+    meters = {
+        meter_key(group): {
+            "limit_name": headers.get(f"x-codex-{group}-limit-name"),
+            "metered_feature": f"codex_{group}",
+            "rate_limit": _limits_of_headers(headers, f"{group}-"),
+        }
+        for group in sorted(groups - {"primary", "secondary"})
+    }
+    own, active = _limits_of_headers(headers, ""), headers.get("x-codex-active-limit", "").strip()
+    if meter_key(active) not in ("", "codex", "premium"):  # what has no group's name is that meter's
+        if re.fullmatch(r"[\w.-]+", active):
+            meters.setdefault(meter_key(active), {}).update(metered_feature=active, rate_limit=own)
+        own = {}
     return {
         "plan_type": headers.get("x-codex-plan-type"),
-        "rate_limit": _limits_of_headers(headers, ""),
-        "additional_rate_limits": extra,
+        "rate_limit": own,
+        "additional_rate_limits": list(meters.values()),
         "credits": {
+            "has_credits": headers.get("x-codex-credits-has-credits", "").lower() == "true",
             "unlimited": headers.get("x-codex-credits-unlimited", "").lower() == "true",
             "balance": headers.get("x-codex-credits-balance") or None,
         },
     }
+
+
+_GROUP_HEADER = re.compile(r"x-codex-(.+)-(?:limit-name|(?:primary|secondary)-used-percent)")
+_MEMBER_HEADER = re.compile(r"anthropic-ratelimit-unified-((\d{1,3})([hd])(?:_.+)?)-utilization")
 
 
 def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]:
@@ -2772,16 +2993,41 @@ def _limits_of_headers(headers: Mapping[str, str], group: str) -> dict[str, Any]
     for slot in ("primary", "secondary"):
         prefix = f"x-codex-{group}{slot}-"
         minutes, used = _finite(headers.get(prefix + "window-minutes")), _finite(headers.get(prefix + "used-percent"))
-        window = {
-            "used_percent": used,
-            "limit_window_seconds": 60 * (minutes or 0),
-            "reset_at": headers.get(prefix + "reset-at"),
-            "reset_after_seconds": headers.get(prefix + "reset-after-seconds"),
-        }
-        is_known = used is not None and 0 < window["limit_window_seconds"] <= _LONGEST_WINDOW_S
-        if is_known and _reset_at(window, _EARLIEST_AT) is not None:
-            limits[f"{slot}_window"] = window
+        resets = (headers.get(prefix + "reset-at"), headers.get(prefix + "reset-after-seconds"))
+        limits[f"{slot}_window"] = _window_of_headers(used, 60 * (minutes or 0), *resets)
     return limits
+
+
+def _window_of_headers(used: float | None, seconds: float, reset_at: Any, after_s: Any = None) -> dict[str, Any] | None:
+    """Return a window as the usage endpoint has it; None where percentage, length or reset is no sound one."""
+    resets = {"reset_at": reset_at, "reset_after_seconds": after_s}
+    is_known = used is not None and used >= 0 and 0 < seconds <= _LONGEST_WINDOW_S
+    if is_known and _reset_at(resets, _EARLIEST_AT) is not None:
+        return {"used_percent": used, "limit_window_seconds": seconds, **resets}
+    return None
+
+
+def payload_of_claude(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return Claude's ``anthropic-ratelimit-unified-…`` headers in the same shape; 5h and 7d are the account's."""
+    members: dict[str, Any] = {}
+    for match in filter(None, map(_MEMBER_HEADER.fullmatch, sorted(headers))):
+        member, length, unit = match.groups()
+        share, seconds = _finite(headers[match.group()]), int(length) * {"h": 3600, "d": 86400}[unit]
+        used = 100 * share if share is not None and share <= 2 else None  # beyond that it is no share of 1
+        members[member] = _window_of_headers(used, seconds, headers.get(f"{match.group()[:-12]}-reset"))
+    own = {"primary_window": members.pop("5h", None), "secondary_window": members.pop("7d", None)}
+    status = headers.get("anthropic-ratelimit-unified-status", "").lower()
+    reached = {"allowed": False, "allowed_warning": False, "rejected": True}.get(status)
+    extra = [{"limit_name": name, "rate_limit": {"primary_window": window}} for name, window in members.items()]
+    return {
+        "rate_limit": {**own, "limit_reached": reached, "decides": reached is not None},
+        "additional_rate_limits": extra,
+        "credits": {"has_credits": headers.get("anthropic-ratelimit-unified-overage-status", "").startswith("allowed")},
+    }
+
+
+# By provider, as in QUOTA_HEADERS: how its headers are put into the shape of the usage endpoint's answer.
+HEADER_READERS = {"codex": payload_of_headers, "claude": payload_of_claude}
 
 
 def classify_failure(status: int, body: bytes) -> str:
@@ -2887,31 +3133,35 @@ def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
 
 
 def reading_row(
-    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None
+    reading: Reading, account: tuple[str, str], plan: str, at: float, raw_json: str | None = None, provider="codex"
 ) -> dict[str, Any]:
     """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
-    unknown = QuotaWindow("", None, None, None, None)
-    five_hour, weekly = reading.five_hour or unknown, reading.weekly or unknown
+    columns = {
+        f"{place}_{name}": window and window.as_json()[name]
+        for (place, _, _), window in zip(_PLACES, (reading.five_hour, reading.weekly))
+        for name in ("used_percent", "remaining_percent", "reset_at")
+    }
+    facts = {"provider": provider, "reason": reading.reason, "reset_credits": reading.reset_credits}
     return {
         "timestamp": utc_text(at),
         "ts_epoch": at,
         "email": account[0],
         "account_id_tag": account[1],
         "plan": reading.plan or plan or None,
-        "allowed": None if reading.allowed is None else int(reading.allowed),
-        "limit_reached": None if reading.limit_reached is None else int(reading.limit_reached),
-        "primary_used_percent": five_hour.used_percent,
-        "primary_remaining_percent": five_hour.remaining_percent,
-        "primary_reset_at": utc_text(five_hour.reset_at),
-        "secondary_used_percent": weekly.used_percent,
-        "secondary_remaining_percent": weekly.remaining_percent,
-        "secondary_reset_at": utc_text(weekly.reset_at),
-        "windows": json.dumps([window.as_json() for window in reading.windows], ensure_ascii=False),
+        "allowed": reading.allowed,
+        "limit_reached": reading.limit_reached,
+        **columns,
+        "windows": _windows_json(reading.windows, facts),
         "credits_balance": reading.credits_balance,
         "raw_json": raw_json,
         "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
+        "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
     }
+
+
+def _windows_json(windows: Iterable[QuotaWindow], facts: Mapping[str, Any]) -> str:
+    return json.dumps({**facts, "windows": [window.as_json() for window in windows]}, ensure_ascii=False)
 
 
 def _without_identity(value: Any, depth: int = 0) -> Any:
@@ -2933,8 +3183,11 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
     """Return the windows of a stored reading; the original kept two, in columns only, and local times of reset."""
     if row["windows"]:
         return [
-            QuotaWindow(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"])
-            for item in json.loads(row["windows"])
+            QuotaWindow(
+                *(item["label"], item["seconds"], item["used_percent"], _epoch(item["reset_at"]), item["meter"]),
+                {name: item[name] for name in ("feature", "read_at", "used", "limit", "unit") if name in item},
+            )
+            for item in content_of(row)["windows"]
         ]
     return [
         QuotaWindow(label, seconds, row[f"{place}_used_percent"], _epoch(row[f"{place}_reset_at"]), None)
@@ -2943,43 +3196,72 @@ def windows_of(row: Mapping[str, Any]) -> list[QuotaWindow]:
     ]
 
 
-def _epoch(text: str | None) -> float | None:
-    with suppress(ValueError):
-        return parse_time(text or "")[0]
-    return None
+def content_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored reading's windows, provider, reason and reset credits; 3.0.0 kept the windows alone."""
+    content = json.loads(row["windows"] or "[]")
+    unknown = {"provider": "codex", "reason": None, "reset_credits": None}
+    return {**unknown, **(content if isinstance(content, dict) else {"windows": content})}
 
 
 def merge_traffic_reading(row: dict[str, Any], before: Mapping[str, Any] | None, now: float) -> dict[str, Any] | None:
-    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer."""
+    """Return the row to save, with what the headers lack from ``before`` or in its place; None where that is newer.
+
+    A reading of extra meters alone changes these and nothing else.
+    """
     if before is None:
         return row
-    if row["ts_epoch"] < before["ts_epoch"] <= now:
-        return None
-    windows = windows_of(row)
-    present = {None, *(window.meter for window in windows)}
-    windows += [window for window in windows_of(before) if window.meter not in present]
-    credits = before["credits_balance"] if row["credits_balance"] is None else row["credits_balance"]
-    text = json.dumps([window.as_json() for window in windows], ensure_ascii=False)
-    merged = {**row, "windows": text, "credits_balance": credits}
+    fresh, known = windows_of(row), windows_of(before)
+    own = [window for window in fresh if window.meter is None]
+    for old in known:
+        read_at = _epoch(old.more.get("read_at")) or before["ts_epoch"]
+        if row["ts_epoch"] < read_at <= now and any(old.names & new.names for new in own or fresh):
+            return None
+    kept = [old for old in known if not any(old.names & new.names for new in fresh)]
+    fresh = [window if window.meter is None else _as_known(window, known, row["timestamp"]) for window in fresh]
+    facts, last = content_of(row), content_of(before)
+    if not own:
+        return {**before, "state": "never", "windows": _windows_json(kept + fresh, last)}
+    kept = [old._replace(more={"read_at": before["timestamp"], **old.more}) for old in kept]
+    merged = {**row, "credits_balance": row["credits_balance"] or before["credits_balance"]}
+    if facts["reason"] is None and _lasts(last["reason"], kept, now):
+        facts["reason"] = last["reason"]
+        merged.update(state="limited", message=last["reason"].replace("_", " "))
+    merged["windows"] = _windows_json(fresh + kept, {**facts, "reset_credits": last["reset_credits"]})
     if before["source"] == "traffic" and before["ts_epoch"] // 300 == row["ts_epoch"] // 300:
         merged["id"] = before["id"]
     return merged
 
 
+def _as_known(window: QuotaWindow, known: Sequence[QuotaWindow], read_at: str) -> QuotaWindow:
+    """Return an extra meter's window with its time, by the name that it had, unless that was a mere code."""
+    old = next((old for old in known if old.names & window.names), window)
+    meter = window.meter if old.meter == old.more.get("feature") else old.meter
+    label = window.label.replace(window.meter, meter, 1)
+    return window._replace(meter=meter, label=label, more={**old.more, **window.more, "read_at": read_at})
+
+
+def _lasts(reason: str | None, windows: Sequence[QuotaWindow], now: float) -> bool:
+    """Return whether an account is still limited by what no headers tell."""
+    is_back = any(window.meter == "budget" and window.is_due(now) for window in windows)
+    return reason not in (None, "rate_limit_reached", "runs_on_credits") and not is_back
+
+
 class TrafficReadings:
     """Take quota readings from the replies to the accounts' own requests, once a minute, of certain accounts."""
 
-    def __init__(self, folders: Sequence[Path], store: Store, clock=time.time, monotonic=monotonic_s):
-        self._folders, self._store, self._clock, self._monotonic = folders, store, clock, monotonic
-        self._waiting: dict[tuple[str | None, str], Event] = {}
+    def __init__(self, files: AccountFiles, store: Store, clock=time.time, monotonic=monotonic_s):
+        self._files, self._store, self._clock, self._monotonic = files, store, clock, monotonic
+        self._waiting: dict[tuple[str | None, ...], Event] = {}
         self._next_s = float("-inf")
         self._replies: dict[tuple[tuple[str, str], ...], str | None] = {}
 
     def note(self, events: Iterable[Event]) -> None:
-        """Remember the newest reading of each account for save_due()."""
+        """Remember the newest reading of each account and meter for save_due()."""
         for event in events:
-            if event.quota_headers and self._is_own(event, event.quota_headers):
-                key = (event.context.auth_index, event.context.source)
+            headers = event.quota_headers
+            if headers and self._is_own(event, headers):
+                context, meter = event.context, headers.get("x-codex-active-limit")
+                key = (context.auth_index, context.source, context.account, meter)
                 if key not in self._waiting or event.ts_epoch >= self._waiting[key].ts_epoch:
                     self._waiting[key] = event
 
@@ -2990,54 +3272,55 @@ class TrafficReadings:
         self._replies[reply] = index
         if len(self._replies) > 2000:
             del self._replies[next(iter(self._replies))]
-        if index != event.context.auth_index:
-            return False
-        limits = _limits_of_headers(headers, "").values()
-        used_up = any(window["used_percent"] >= 100 for window in limits)
-        return not event.failed or (event.status_code == 429 and used_up)
+        if index != event.context.auth_index or not event.failed:
+            return index == event.context.auth_index
+        reading = self._reading_of(event, event.ts_epoch)
+        used_up = reading.state == "limited" or any(window.remaining_percent == 0 for window in reading.windows)
+        return event.status_code == 429 and used_up
+
+    @staticmethod
+    def _reading_of(event: Event, read_at: float) -> Reading:
+        return parse_quota(HEADER_READERS[event.context.provider](event.quota_headers or {}), read_at)
 
     def save_due(self) -> None:
         """Save the readings that wait, once a minute at most. Raises StoreError."""
         now_s = self._monotonic()
         if not self._waiting or now_s < self._next_s:
             return
-        self._next_s = now_s + 60
-        files = find_account_files(self._folders)[1]
-        while self._waiting:
-            self._save(self._waiting.popitem()[1], files)
+        accounts = self._store.accounts()
+        self._waiting = {key: event for key, event in self._waiting.items() if not self._save(event, accounts)}
+        self._next_s = now_s + 60 * (not self._waiting)
 
-    def _save(self, event: Event, files: Sequence[AccountFile]) -> None:
+    def _save(self, event: Event, accounts: Sequence[Account]) -> bool:
+        """Save the reading of an event, and return False where its account is known only once it is committed."""
+        account, decided = account_of(event.context, accounts), event.context.account
+        if account is None and tag_of(decided) not in self._files.by_tag:
+            return (decided, event.context.source.lower()) in self._files.renamed  # nothing is stored under this one
         now = self._clock()
         read_at = min(now, event.ts_epoch + (event.ttft_ms or 0) / 1000)
-        reading = parse_quota(payload_of_headers(event.quota_headers or {}), read_at)
-        owner = self._owner_of(event, reading.plan or "", files)
-        if reading.state != "no_windows" and owner is not None:
-            row = reading_row(reading, owner, "", read_at)
+        reading = self._reading_of(event, read_at)
+        owner = self._owner_of(event.context, account, reading.plan or "")
+        windows = [window for window in reading.windows if window.used_percent is not None]
+        own = [window for window in windows if window.meter is None]
+        if not own:
+            reading = reading._replace(state="never", windows=windows)
+        elif reading.has_credits and not event.failed and any(window.remaining_percent == 0 for window in own):
+            reading = reading._replace(state="ok", reason="runs_on_credits")
+        if windows and owner is not None:
+            row = reading_row(reading, owner, "", read_at, provider=event.context.provider)
             self._store.save_reading(row, lambda before: merge_traffic_reading(row, before, now))
+        return True
 
-    def _owner_of(self, event: Event, plan: str, files: Sequence[AccountFile]) -> tuple[str, str] | None:
-        """Return the quota row (mail, tag) that a request's reading belongs to; None where that is not certain."""
-        accounts, mail = self._store.accounts(), event.context.source
-        if not looks_like_mail(mail):  # an account whose file has none comes with a key
-            same_index = (account.mail for account in accounts if account.auth_index == event.context.auth_index)
-            mail = next(same_index, "") if event.context.auth_index else ""
-        by_index = [file for file in files if file.auth_index == event.context.auth_index]
-        candidates = by_index or [file for file in files if file.email.lower() == mail.lower()]
-        if len(candidates) > 1:
-            candidates = [file for file in candidates if file.plan == plan]
-            if len(candidates) != 1:
-                return None
-        is_only = sum(account.mail.lower() == mail.lower() for account in accounts) <= 1
-        if candidates and (by_index or candidates[0].plan in ("", plan) or is_only):
-            return None if candidates[0].disabled else (candidates[0].email, candidates[0].tag)
-        return (mail, self._tag_without_file(event, mail)) if mail else None
-
-    def _tag_without_file(self, event: Event, mail: str) -> str:
-        """Return a tag that outlives a new login, which changes the index: by the account's oldest identity."""
-        accounts = [account for account in self._store.accounts() if account.mail == mail]
-        if len(accounts) > 1:
-            accounts = [account for account in accounts if account.auth_index == event.context.auth_index]
-        return "#" + short_tag(*(str(min(account.identity_ids)) for account in accounts), mail)
+    def _owner_of(self, context: Context, account: Account | None, plan: str) -> tuple[str, str] | None:
+        """Return the quota row (mail, tag) of the account that has the request; None where that is not certain."""
+        is_certain = context.account != "" and not context.account.startswith("?")
+        file = self._files.by_tag.get(account.tag if account else tag_of(context.account))
+        if file is not None:
+            # By the mail alone, and with another index: perhaps of an account whose file is elsewhere.
+            is_other = not is_certain and account and len(account.indexes) > 1 and file.plan not in ("", plan)
+            return None if file.disabled or is_other else (file.email, file.tag)
+        is_clear = is_certain or not context.account
+        return (account.mail, account.tag) if account and account.mail and is_clear else None
 
 
 class UsagePoint(NamedTuple):
@@ -3046,11 +3329,6 @@ class UsagePoint(NamedTuple):
     at: float
     used_percent: float
     reset_at: float
-
-    def runs_out_at(self, rise: float, lasted_s: float) -> float | None:
-        """Return when nothing is left if so much is used in so many seconds; None where the reset comes first."""
-        at = self.at + (100 - self.used_percent) / rise * lasted_s if rise > 0 else self.reset_at
-        return at if at < self.reset_at else None
 
 
 PACE_S = 3600.0  # the pace is that of the last hour
@@ -3061,9 +3339,9 @@ def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint
     points: dict[str, dict[float, UsagePoint]] = {}
     for row in rows:
         for window in windows_of(row) if row["ts_epoch"] else ():
-            if window.meter is None and window.used_percent is not None and window.reset_at is not None:
-                point = UsagePoint(row["ts_epoch"], window.used_percent, window.reset_at)
-                points.setdefault(window.label, {})[point.at] = point
+            if window.governs and window.used_percent is not None and window.reset_at is not None:
+                read_at = _epoch(window.more.get("read_at")) or row["ts_epoch"]
+                points.setdefault(window.label, {})[read_at] = UsagePoint(read_at, window.used_percent, window.reset_at)
     return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
@@ -3080,7 +3358,8 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
     if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
         return None
-    slow, likely, fast = (last.runs_out_at(rise + off, lasted_s) for off in (-1, 0, 1))
+    ends = [last.at + (100 - last.used_percent) / max(rise + off, 1e-9) * lasted_s for off in (-1, 0, 1)]
+    slow, likely, fast = (at if at < last.reset_at else None for at in ends)
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
@@ -3090,48 +3369,53 @@ def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
     """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
-    windows = windows_of(row)
+    windows, facts = windows_of(row), content_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
-    answer = {**row, "state": state_at(row["state"], windows, now), "windows": []}
-    for window in windows:
-        due, pace = window.is_due(now), None
-        if due:
-            window = window._replace(used_percent=None)
-        elif window.meter is None:
-            pace = forecast(points.get(window.label, ()), now)
-        answer["windows"].append({**window.as_json(), "due": due, "forecast": pace})
+    state = state_at(row["state"], windows, now, facts["reason"])
+    current = [window._replace(used_percent=None) if window.is_due(now) else window for window in windows]
+    left = [window.remaining_percent for window in current if window.governs and window.remaining_percent is not None]
+    facts["reason"] = facts["reason"] if state == "limited" or (state == "ok" and 0 in left) else None
+    answer = {**row, **facts, "state": state}
+    if state in ("ok", "reset_due") and not facts["reason"]:
+        answer["message"] = None
+    answer["account"] = _account_of_quota(answer, accounts)
+    answer["remaining_percent"] = min(left, default=None)
+    answer["windows"] = [
+        {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
+        for window in current
+    ]
     for place, label, _ in _PLACES:
         if any(window.label == label and window.is_due(now) for window in windows):
             answer.update({f"{place}_used_percent": None, f"{place}_remaining_percent": None})
     read_at = row["ts_epoch"]
     answer["age_seconds"] = None if read_at is None or read_at > now + 60 else max(0, int(now - read_at))
-    answer["account"] = _account_of_quota(row, accounts)
     return answer
 
 
-def state_at(state: str, windows: Sequence[QuotaWindow], now: float) -> str:
+def state_at(state: str, windows: Sequence[QuotaWindow], now: float, reason: str | None = None) -> str:
     """Return an account's state now: one that was limited by a window whose reset has passed is ``reset_due``."""
-    main = [window for window in windows if window.meter is None]
-    still_limited = any(window.remaining_percent == 0 and not window.is_due(now) for window in main)
+    main = [window for window in windows if window.governs]
+    spent = [window for window in main if window.remaining_percent == 0 and not window.is_due(now)]
     is_due = any(window.is_due(now) for window in main)
-    return "reset_due" if state == "limited" and is_due and not still_limited else state
+    return "reset_due" if state == "limited" and is_due and not spent and not _lasts(reason, main, now) else state
 
 
 def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Return the name of the account of the usage table that a quota row belongs to, if there is just one."""
-    same = [account for account in accounts if account.mail == row["email"] and account.provider in ("codex", "")]
-    if len(same) > 1:
-        same = [account for account in same if account.plan == (row["plan"] or "")]
+    """Return the name of the account that a quota row belongs to, if there is just one."""
+    same = [account for account in accounts if account.tag == row["account_id_tag"]]
+    same = same or [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
     return same[0].name if len(same) == 1 else None
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Sum up the main windows of all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
+    """Sum up what governs all rows of ``/api/quota`` by length; a limited account has nothing left in any."""
     by_label: dict[str, list[tuple[dict, dict]]] = {}
     for row in quotas:
+        is_of_use = row["state"] not in ("disabled", "deactivated", "relogin", "no_token")
+        prefix = "" if row.get("provider", "codex") == "codex" else f"{row['provider']} "
         for window in row["windows"]:
-            if window["meter"] is None and row["state"] not in ("disabled", "deactivated", "relogin", "no_token"):
-                by_label.setdefault(window["label"], []).append((row, window))
+            if is_of_use and window["meter"] in (None, "budget"):
+                by_label.setdefault(prefix + window["label"], []).append((row, window))
     ordered = sorted(by_label.items(), key=lambda item: item[1][0][1]["seconds"] or 0)
     pools = (_pool_of_label(label, members, now) for label, members in ordered)
     return [pool for pool in pools if pool["accounts"]]
@@ -3176,7 +3460,7 @@ class PopResult(NamedTuple):
 
 
 class RedisRefusal(QueueFault):
-    """A Redis server, not a proxy, refuses the password."""
+    """A Redis server, not a proxy, refuses the password, or has something else under the list's name."""
 
 
 class NoQueue(NotResp):
@@ -3194,8 +3478,8 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
     ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
-    ("unsupported channel", Misconfigured, 'the proxy does not know this queue_key; set "queue_key": "usage"', None),
-    ("wrongtype", Misconfigured, 'queue_key is no list in that Redis; set "queue_key" to the filled one', None),
+    ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
+    ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
     (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
     (r"unknown command\W+subscribe", Misconfigured, 'SUBSCRIBE is unknown; set "collect_mode": "auto"', "not_resp"),
 )
@@ -3321,6 +3605,14 @@ def _pieces_of(reply: Any) -> Iterator[bytes]:
         raise IncompleteRead(b"")
 
 
+def _json_or_elements(content: bytes) -> Any:
+    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return list(elements_of([content]))
+
+
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
@@ -3334,6 +3626,8 @@ class ProxyApi:
         """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
         try:
             status, content = self._exchange(path, before_login)
+            if status == 200:
+                return content if isinstance(content, list) else _json_or_elements(content)
         except (OSError, HTTPException) as error:
             self.close()
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
@@ -3342,8 +3636,6 @@ class ProxyApi:
             raise _distrust(self._host, self._port, error) or QueueFault(said) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
-        if status == 200:
-            return content
         if status in (401, 403):
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
@@ -3354,15 +3646,24 @@ class ProxyApi:
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
+    def has_example_keys(self) -> bool:
+        """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
+        try:
+            return b"Example API key detected" in self._exchange("/", lambda: None)[1]
+        except (OSError, HTTPException, ValueError):
+            return False
+        finally:
+            self.close()  # the next call must count its login
+
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
-        """Return the status with the decoded JSON of a 200, else with the bytes of the answer."""
+        """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
             self._connection.connect()
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
-        self._connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
@@ -3372,12 +3673,7 @@ class ProxyApi:
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
-        if reply.status != 200:
-            return reply.status, content
-        try:
-            return 200, json.loads(content)
-        except (ValueError, RecursionError):  # of one odd element
-            return 200, list(elements_of([content]))
+        return reply.status, content
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
@@ -3522,8 +3818,11 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     login = (host, port, password)
     try:
         _open_or_close(source, login, logins, connect)
-    except NotResp as no_resp:
-        if config.collect_mode != "auto" or not password:
+    except QueueFault as no_resp:
+        is_other = isinstance(no_resp, NotResp)
+        if (is_other or (no_resp.state == "closed" and config.collect_mode == "http")) and api.has_example_keys():
+            raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if not is_other or config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
         try:
@@ -3591,6 +3890,9 @@ STATE_REMEDIES = {
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
+    "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
+    "proxy's config.yaml; until then it serves nobody.",
     "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
@@ -3871,10 +4173,12 @@ class ProxyFacts:
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
         self._asked_at = 0.0
+        self.has_example_keys = False
 
     def connect(self, source: Source) -> None:
         """Begin with a new connection, and ask what can be asked."""
         self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
+        self.has_example_keys = False
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
@@ -3898,7 +4202,7 @@ class ProxyFacts:
                 seconds = _finite(told) or 0.0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
                 self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
-            self._api.close()
+            self.has_example_keys = self._api.has_example_keys()
         except QueueFault:
             self.disconnect()
 
@@ -3913,7 +4217,8 @@ class ProxyFacts:
 
     def ask_if_due(self) -> None:
         """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        pause_s = self._PAUSE_WHILE_OFF_S if self._status.publishing is False else self._PAUSE_S
+        is_off = self._status.publishing is False or self.has_example_keys
+        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
         if not 0 <= self._clock() - self._asked_at < pause_s:
             self.ask()
 
@@ -3922,6 +4227,16 @@ class ProxyFacts:
         if self._api is not None:
             self._api.close()
             self._api = None
+
+    def state(self, otherwise: str) -> str:
+        """Return why nothing comes although the connection is well; else ``otherwise``."""
+        return (
+            "example_keys"
+            if self.has_example_keys
+            else "publishing_off"
+            if self._status.publishing is False
+            else otherwise
+        )
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4096,8 +4411,10 @@ class Collector:
         self._alive_at: float | None = None  # in a run before
         with suppress(OSError):
             self._alive_at = self.journal.spool.path.stat().st_mtime
+        self._decided_changes = 0
         self._backoff = backoff()
-        self._readings = TrafficReadings(config.auth_dirs(), store, clock, monotonic)
+        self._files = AccountFiles(config.auth_dirs(), monotonic)
+        self._readings = TrafficReadings(self._files, store, clock, monotonic)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
         self._source = Source()
@@ -4160,7 +4477,7 @@ class Collector:
             source = self._open()
             self._facts.connect(source)
             source.close()
-            self._enter("publishing_off" if self._status.publishing is False else "waiting")
+            self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
             if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
@@ -4235,7 +4552,9 @@ class Collector:
         """Parse and spool what was popped, and return whether there was a record in it."""
         if not values:
             return False
-        parsed = parse_events(values)
+        self._files.look(2.0)
+        parsed = parse_events(values, self._files.contexts)
+        self._follow_files(2.0)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
         if parsed.events:
@@ -4243,12 +4562,21 @@ class Collector:
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         return bool(parsed.events or parsed.rejects)
 
+    def _follow_files(self, pause_s: float) -> None:
+        """Notice account files that have changed, and what they tell of events that are stored already."""
+        self._files.look(pause_s)
+        if self._files.changes != self._decided_changes:
+            with suppress(StoreError):  # then at the next turn
+                self._store.decide_accounts(self._files.account_of, self._files.renamed)
+                self._decided_changes = self._files.changes
+
     def _after_turn(self, got_values: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
         with self.journal.logged_fault():
             self.journal.spool.touch(self._clock())
+        self._follow_files(10.0)
         if not self._is_proven:
             self._is_proven = True
             self._backoff = backoff()
@@ -4263,7 +4591,7 @@ class Collector:
         publishing = self._status.publishing
         self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter("publishing_off" if publishing is False else "waiting" if is_quiet else "recording")
+        self._enter(self._facts.state("waiting" if is_quiet else "recording"))
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
@@ -4360,25 +4688,24 @@ class QuotaRefresher:
             self._log.line("refresh_quota: already running")
             raise ApiError(409, "refresh_running", "refresh_quota: already running")
         wait_s = self.cooldown_s()
-        if wait_s:
+        found = ([], []) if wait_s else self._find_files()
+        if all(file.disabled for file in found[0]):
             self._running.release()
-            message = f"the quota was refreshed just now; try again in {wait_s} s"
-            raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            if wait_s:
+                message = f"the quota was refreshed just now; try again in {wait_s} s"
+                raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
+            self._log.line(f"refresh_quota: found {len(found[0])} auth files")
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
-        thread = threading.Thread(target=self._round, name="quota", daemon=True)
+        thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
         thread.start()
         return thread
 
-    def register_accounts(self) -> tuple[list[AccountFile], list[str]]:
-        """List the accounts of all files in the quota table before they are asked; return files and problems."""
-        files, problems = self._find_files()
-        states = ["disabled" if file.disabled else "never" for file in files]
-        accounts = [
-            (file.email, file.tag, file.plan or None, state, QUOTA_MESSAGES[state], file.subscription_until)
-            for file, state in zip(files, states)
-        ]
-        self._store.register_quota_accounts(accounts, self._clock())
-        return files, problems
+    def register_accounts(self, files: Sequence[AccountFile] | None = None) -> None:
+        """List the accounts of all files, or of these, in the quota table before they are asked."""
+        files = self._find_files()[0] if files is None else files
+        self._store.register_quota_accounts(files, QUOTA_MESSAGES, self._clock())
 
     def _find_files(self) -> tuple[list[AccountFile], list[str]]:
         _, files, problems = find_account_files(self._config.auth_dirs())
@@ -4387,28 +4714,30 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def _round(self) -> None:
+    def _round(self, found: tuple[list[AccountFile], list[str]]) -> None:
         try:
-            self._refresh_all()
+            self._refresh_all(*found)
         except StoreError as error:
             self._log.event("refresh_quota", fault=error)
         finally:
             self._running.release()
 
-    def _refresh_all(self) -> None:
-        files, problems = self.register_accounts()
+    def _refresh_all(self, files: list[AccountFile], problems: list[str]) -> None:
+        self.register_accounts(files)
         self._log.line(f"refresh_quota: found {len(files)} auth files")
         if any(file.access_token and not file.disabled for file in files):
             self._round_at = self._clock()
             self._store.put_meta("quota_round_at", self._round_at)
         asked = [file for file in files if not file.disabled]
         skipped = len(files) - len(asked)
+        mails = [file.email for file in files]
         for number, file in enumerate(asked):
             self._progress = (skipped + number, len(files))
             if number and self._stop.wait(random.uniform(*self._gap_s)):
                 return
+            is_clear = "@" in file.email and mails.count(file.email) == 1
             try:
-                self._refresh(file, mask_mail(file.email, [other.email for other in files]))
+                self._refresh(file, mask_mail(file.email, mails) + ("" if is_clear else f" ({file.tag})"))
             except Exception as error:  # the thread's loop: one account's odd fault must not spoil the round
                 self._log.event("refresh_quota", fault=error if isinstance(error, StoreError) else where_raised(error))
         self._progress = (len(files), len(files))
@@ -4421,8 +4750,8 @@ class QuotaRefresher:
             file, payload = self._fetch_fresh(file)
             row = snapshot_of(file, payload, self._clock())
         except QuotaFault as fault:
-            plan = file.plan or None
-            self._store.save_quota_state(file.email, file.tag, plan, fault.state, str(fault), self._clock())
+            account = (file.email, file.tag, file.plan or None)
+            self._store.save_quota_state(*account, fault.state, str(fault), self._clock())
             self._log.line(f"refresh_quota: no quota for {name}: {fault}")
         else:
             self._store.save_reading(row)
@@ -4445,10 +4774,10 @@ class QuotaRefresher:
         now, mails, kept = self._clock(), {file.email for file in files}, {(file.email, file.tag) for file in files}
         gone = []
         for row in self._store.quotas():
-            account = (row["email"], row["account_id_tag"])
-            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and row["email"] not in mails
-            if account not in kept and not is_seen:
-                gone.append(account)
+            has_file = row["email"] in mails and content_of(row)["provider"] == "codex"
+            is_seen = row["source"] == "traffic" and now - row["ts_epoch"] < _WEEK_S and not has_file
+            if (row["email"], row["account_id_tag"]) not in kept and not is_seen:
+                gone.append((row["email"], row["account_id_tag"]))
         self._store.forget_quota_accounts(gone)
 
 
@@ -4538,7 +4867,10 @@ class Query(dict):
 
     def filters(self) -> Filters:
         """Return what narrows the answer."""
-        return Filters(self.get("account"), self.get("model"), self.choice("status", ("ok", "failed")), self.get("q"))
+        status = self.get("status", "ok")
+        if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
+            raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
+        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -4590,7 +4922,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing = add_sums([])
+    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
+
+    def row(sums: Sums, **columns: Any) -> dict[str, Any]:
+        return {**columns, **dict(zip(SUM_NAMES, sums))}
+
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
@@ -4599,25 +4935,14 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": dict(zip(SUM_NAMES, add_sums(buckets.values()))),
+        "summary": row(add_sums(buckets.values())),
         "hours": [
-            {
-                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
-                "start": at,
-                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
-            }
+            row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [{"model": model, **dict(zip(SUM_NAMES, sums))} for model, sums in models],
+        "models": [row(sums, model=model) for model, sums in models],
         "accounts": [
-            {
-                "account": account.name,
-                "source": account.source or None,
-                "auth_index": account.auth_index or None,
-                "plan": account.plan or None,
-                "provider": account.provider or None,
-                **dict(zip(SUM_NAMES, sums)),
-            }
+            row(sums, account=account.name, **{name: getattr(account, name) or None for name in told})
             for account, sums in accounts
         ],
         "outages": app.store.outages(window, now),
@@ -4630,9 +4955,8 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     in_window = any(name in query for name in ("range", "start", "end"))
     window = _window(app, query, app.clock())[1] if in_window else None
     rows = app.store.requests(limit + 1, window, query.filters(), before)
-    more = len(rows) > limit
-    rows = rows[:limit]
-    return {"requests": rows, "next": f"{rows[-1]['ts_epoch']!r}_{rows[-1]['id']}" if more else None}
+    shown, last = rows[:limit], rows[limit - 1] if len(rows) > limit else None
+    return {"requests": shown, "next": f"{last['ts_epoch']!r}_{last['id']}" if last else None}
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -5068,8 +5392,10 @@ class DemoWorld:
         self._next_at = next(self._arrivals)
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
-        self._traffic = TrafficReadings([self.auth_dir], self.store, clock)
         self._write_account_files()
+        self._files = AccountFiles([self.auth_dir])
+        self._files.look()
+        self._traffic = TrafficReadings(self._files, self.store, clock)
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
         self._record()
@@ -5107,7 +5433,7 @@ class DemoWorld:
             payloads.append(self._payload(self._next_at))
             self._next_at = next(self._arrivals)
         for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000])
+            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
             self._traffic.note(parsed.events)
 
@@ -5263,16 +5589,21 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
             remedy = "move the file away; a new one is made"
             faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
             well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
-            return [*(faults or [well]), *_check_losses(store)], store.quotas()
+            names = {account.tag: account.name for account in store.accounts()}
+            quotas = [{**row, "account": names.get(row["account_id_tag"])} for row in store.quotas()]
+            return [*(faults or [well]), *_check_losses(store)], quotas
     except StoreError as error:
         return [Finding("fault", str(error), "see the sentence above")], []
 
 
 def _check_losses(store: Store) -> list[Finding]:
-    """Name the five newest outages of the last 24 hours that lasted longer than the queue remembers."""
-    now = time.time()
+    """Name what cost records in the last 24 hours: outages longer than the queue remembers, and a file that went."""
+    now, changed_at = time.time(), store.get_meta("file_changed_at") or 0
     losses = [outage for outage in store.outages(Window(now - 86400, now), now) if outage["lost"]]
     findings = []
+    if now - changed_at < 86400:
+        found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
+        findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
         remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
         if outage["to"] is None:
@@ -5294,11 +5625,12 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     if not files:
         remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
-    stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
+    stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
     odd = []
     for file in files:
-        state = "disabled" if file.disabled else stored.get((file.email, file.tag)) if file.access_token else "no_token"
-        name = f"{file.email} ({file.plan})" if file.plan else file.email
+        row = stored.get((file.email, file.tag), {})
+        state = "disabled" if file.disabled else row.get("state") if file.access_token else "no_token"
+        name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
         if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
             odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
         elif state == "disabled":  # as somebody wanted it
@@ -5363,25 +5695,23 @@ def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Findi
     return [Finding("ok", found) if state == "starting" else Finding("fault", found, status["message"])]
 
 
-def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Finding]:
+def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[Finding]:
     """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
-    findings, retention_s, ahead_s = [], status["retention_seconds"], status["clock_ahead_seconds"]
+    retention_s, ahead_s = status["retention_seconds"], status["clock_ahead_seconds"]
     if status["publishing"]:
-        findings.append(Finding("ok", "the proxy publishes its usage"))
+        yield Finding("ok", "the proxy publishes its usage")
     elif status["publishing"] is False:
-        findings.append(Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"]))
+        yield Finding("fault", "the proxy publishes no usage", STATE_REMEDIES["publishing_off"])
     if retention_s is not None and retention_s < 2 * poll_interval_s:
         found, _, remedy = retention_warning(retention_s, poll_interval_s).partition("; ")
-        findings.append(Finding("warning", found, remedy))
+        yield Finding("warning", found, remedy)
     elif retention_s is not None:
-        found = f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s"
-        findings.append(Finding("ok", found))
+        yield Finding("ok", f"the proxy remembers for {retention_s:g} s and is asked every {poll_interval_s:g} s")
     if ahead_s is not None and abs(ahead_s) < 60:
-        findings.append(Finding("ok", "the proxy's clock and this machine's agree"))
+        yield Finding("ok", "the proxy's clock and this machine's agree")
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
-        findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
-    return findings
+        yield Finding("warning", found, "let both machines set their clocks by NTP")
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
@@ -5401,8 +5731,8 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 def _check_without_key(config: Config) -> list[Finding]:
     """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
     for port in _ports_of(config):
-        address = f"{config.cliproxy_host}:{port}"
-        fault = _empty_command(tcp_connector(config.cliproxy_host, port, config.cliproxy_tls, timeout_s=2.0))
+        host, tls, address = config.cliproxy_host, config.cliproxy_tls, f"{config.cliproxy_host}:{port}"
+        fault = _empty_command(tcp_connector(host, port, tls, timeout_s=2.0))
         if fault is None:
             found = "no management key is set, and the proxy needs one"
             return [Finding("fault", found, STATE_REMEDIES["no_password"])]
@@ -5410,6 +5740,8 @@ def _check_without_key(config: Config) -> list[Finding]:
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
         if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
+        if isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
+            return [Finding("fault", f"{address} shows nothing but a warning page", STATE_REMEDIES["example_keys"])]
     remedy = "see the sentence above" if isinstance(fault, Misconfigured) else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 
@@ -5644,8 +5976,6 @@ def run_quota(options: Any) -> int:
     if options.force:
         try:
             answer = _refresh_at_dashboard(config) or _quota_of_database(config, refresh=True)
-            if not answer["progress"]["total"]:
-                refusal = f'no Codex account file to ask in {config.auth_dir}; set "auth_dir" to the proxy\'s auth-dir'
         except DashboardError as error:
             refusal = str(error)
     answer = answer or _quota_of_database(config)
@@ -5680,7 +6010,7 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["email"], row["plan"] or "—"]
+    cells = [row["account"] or row["email"], row["plan"] or "—"]
     for window in ("primary", "secondary"):
         left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
         cells.append("—" if left is None else f"{left} %")

@@ -141,7 +141,8 @@ class FakeProxy(SocketServer):
 
     These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
     `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
-    `ban_seconds`, `clock` (of the ban), and `answer_http_only` (a reverse proxy: only HTTP is understood).
+    `ban_seconds`, `clock` (of the ban), `answer_http_only` (a reverse proxy: only HTTP is understood), and
+    `example_page` (template keys stand in its configuration: `/` warns of them).
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
     them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
@@ -159,7 +160,7 @@ class FakeProxy(SocketServer):
         self.version = version
         self.dialect = Dialect(version)
         self.publishing = self.allow_remote = self.management = True
-        self.home_mode = self.answer_http_only = False
+        self.home_mode = self.answer_http_only = self.example_page = False
         self.retention_seconds = 60
         self.seen_from: str | None = None
         self.ban_seconds = 1800.0
@@ -468,6 +469,10 @@ class FakeProxy(SocketServer):
         url = urlsplit(target)
         route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
         known = ("usage-statistics-enabled", "config", *(["usage-queue"] if self.dialect.http_queue else []))
+        if url.path == "/" and self.example_page:
+            page = b"<!DOCTYPE html><title>Example API key detected</title>"
+            wire.send(http_reply(200, page, "text/html; charset=utf-8"))
+            return
         if method != "GET" or route not in known:
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
             return

@@ -27,7 +27,7 @@ EXPECTED_SAMPLES = [
     ("2026-07-25T07:10:00.120034Z", "dev.one@example.com", "gpt-5.4", 0, 0, 0, 0, 0, 0),
     ("2026-07-25T07:10:00.509117Z", "dev.two@example.org", "gpt-5.4", 4210, 950, 512, 2048, 0, 5160),
     ("2026-08-22T13:00:00.000000Z", "AIz…0001 #8d9271", "gemini-3-pro-preview", 1000, 420, 120, 400, 0, 1420),
-    ("2026-08-22T12:15:02.731000Z", "sk-…1111 #4bdca8", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
+    ("2026-08-22T12:15:02.731000Z", "", "gpt-5.5", 182044, 5120, 3344, 180224, 0, 187164),
 ]
 QUOTA = json.loads((DATA / "quota.json").read_text(encoding="utf-8"))
 QUOTA_BY_NAME = {sample["name"]: sample for sample in QUOTA["samples"]}
@@ -152,6 +152,12 @@ def rows(path, sql) -> list[tuple[Any, ...]]:
     """Read the database as another program would."""
     with contextlib.closing(sqlite3.connect(str(path), timeout=20)) as db:
         return db.execute(sql).fetchall()
+
+
+def run_sql(path, script):
+    """Change a database as another program would."""
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.executescript(script)
 
 
 def stored_ids(store) -> list[str]:

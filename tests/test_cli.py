@@ -26,7 +26,7 @@ import usage_dashboard as app
 STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
-    "requests": 7, "failed": 1, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
+    "requests": 7, "failed": 1, "rate_limited": 0, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
     "cached_tokens": 332_962, "total_tokens": 355_035,
 }  # fmt: skip
 
@@ -526,6 +526,19 @@ def test_check_names_accounts_that_need_a_person(program, chatgpt):
     assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
 
 
+def test_two_workspaces_under_one_mail_are_told_apart_in_the_terminal(program, chatgpt):
+    folder = write_accounts(program, 2)
+    for path in folder.iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "email": "pair@example.com"}))
+    configure(program)
+    chatgpt.answer(None, 401, body={"error": {"code": "token_invalidated"}})
+    done = program.run("quota", "--force", env=chatgpt.environment)
+    tags = {tag for tag in re.findall(r"fetching quota for \S+ \((#\w{6})\)\.\.\.", done.stdout + done.stderr)}
+    check = program.run("check").stdout
+    assert len(tags) == 2 and all(f"pair@example.com ({tag})" in done.stdout for tag in tags)
+    assert all(f"warning pair@example.com ({tag}): relogin" in check for tag in tags)
+
+
 def test_check_names_the_losses_of_the_last_day(program):
     configure(program)
     with opened(program) as store:
@@ -538,6 +551,26 @@ def test_check_names_the_losses_of_the_last_day(program):
     over, going_on = [number for number, line in enumerate(lines) if "requests were lost" in line]
     assert "(unreachable)" in lines[over] and "redis-usage-queue-retention-seconds: 3600" in lines[over + 1]
     assert "to now (publishing off)" in lines[going_on] and "usage-statistics-enabled: true" in lines[going_on + 1]
+
+
+@pytest.mark.parametrize("days, told", [(0.9, True), (1.1, False)])
+def test_check_says_for_a_day_that_the_file_went_under_the_dashboard(program, days, told):
+    configure(program)
+    with opened(program) as store:
+        store.path.unlink()
+        assert "was deleted" in store.follow_file()
+        store.put_meta("file_changed_at", store.get_meta("file_changed_at") - days * 86400)
+    shown = program.run("check").stdout
+    assert bool(re.search("^warning usage.db was deleted or replaced under .*\n +→ ", shown, re.M)) is told
+
+
+@pytest.mark.parametrize(("management", "key"), [(False, ""), (False, KEY), (True, KEY)])
+def test_check_names_the_template_keys_of_the_proxy(program, proxy, management, key):
+    proxy.example_page, proxy.management, proxy.answer_http_only = True, management, not management
+    configure(program, cliproxy_port=proxy.port, management_password=key)
+    shown = program.run("check").stdout
+    assert re.search(f"^fault .*\n +→ .*{re.escape(app.STATE_REMEDIES['example_keys'])}$", shown, re.M)
+    assert proxy.failures == 0
 
 
 def test_check_before_the_first_start_says_how_many_events_are_taken_in(program):

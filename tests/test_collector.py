@@ -146,7 +146,7 @@ def test_collector_on_a_redis_that_refuses_tries_once(collect, redis_with_passwo
 def test_collector_with_a_key_of_another_type_on_redis_says_so(collect, redis_server):
     redis_server.command("SET", "usage", "text")
     run = collect(redis_server)
-    run.wait_for_state("unreachable", "refused")
+    run.wait_for_state("wrong_queue_key", "refused")
     assert "no list" in run.status["message"] and redis_server.command("GET", "usage") == b"text"
 
 
@@ -164,7 +164,7 @@ def test_collector_behind_a_reverse_proxy_with_resp_only_or_without_a_key_asks_n
 ):
     proxy.answer_http_only = True
     collect(proxy, collect_mode=mode, management_password=key, until="not_resp")
-    assert proxy.failures == 0 and not any(method == "GET" for method, _ in proxy.http_requests)
+    assert proxy.failures == 0 and {target for _, target in proxy.http_requests} == {"/"}
 
 
 def test_collector_over_tls_stores_and_asks_the_api_over_tls(collect, monkeypatch):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
 from collecting import CUT, Answering, config_of, wait_a_while
 from fake_proxy import FakeProxy
+from sockets import SocketServer
 from support import ALWAYS, KEY, WRONG, free_port, lock, payload
 
 import usage_dashboard as app
@@ -155,7 +158,7 @@ def test_collector_with_nobody_there_is_unreachable_and_backs_off_doubling(colle
 def test_collector_whose_queue_key_is_unknown_says_so_and_backs_off_doubling(collect, proxy):
     run = collect(proxy, queue_key="queue")
     run.wait_for(lambda: len(run.stop.waits) >= 5)
-    assert "does not know this queue_key" in run.log and "state=unreachable" in run.log
+    assert "does not know this queue_key" in run.log and "state=wrong_queue_key" in run.log
     assert run.stop.waits[4] >= 12  # each login costs the proxy a bcrypt: 1, 2, 4, 8, 16
 
 
@@ -169,7 +172,35 @@ REFUSING = [  # the state, the proxy, the config, and what makes it well
     ("closed", {"home_mode": True, "version": "v7.1.16"}, {}, {"home_mode": False}),
     ("publishing_off", {"publishing": False}, {}, {}),
     ("remote_disabled", {"allow_remote": False, "seen_from": "10.0.0.9"}, {}, {"allow_remote": True}),
+    ("wrong_queue_key", {}, {"queue_key": "queue"}, {}),
+    ("example_keys", {"example_page": True}, {}, {}),
+    *[("example_keys", {"example_page": True, "answer_http_only": True, "management": False}, here,
+       {"example_page": False, "answer_http_only": False, "management": True})
+      for here in ({}, {"collect_mode": "http"}, {"collect_mode": "subscribe"})],
 ]
+
+
+@pytest.mark.parametrize("mode", ["pop", "subscribe"])
+@pytest.mark.parametrize("reply", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"HTTP/1.0 400 Bad request\n\n", b"<html>\n"])
+def test_web_server_of_any_age_is_not_resp_and_costs_no_login(collect, reply, mode):
+    class Old(SocketServer):
+        def serve(self, stream):
+            stream.fill()
+            stream.send(reply)
+
+    with Old() as server:
+        run = collect(config_of(cliproxy_port=server.port, management_password=KEY, collect_mode=mode))
+        run.wait_for(lambda: server.connections >= 12)
+        assert run.state == "not_resp" and app.STATE_REMEDIES["not_resp"] in run.status["message"]
+
+
+def test_web_server_that_speaks_http_1_0_is_not_resp(collect):
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        run = collect(config_of(cliproxy_port=server.server_port, management_password=KEY))
+        run.wait_for(lambda: len(run.stop.waits) > 8)
+        server.shutdown()
+        assert run.state == "not_resp"
 
 
 @pytest.mark.parametrize(("state", "there", "here", "cure"), REFUSING)

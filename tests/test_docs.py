@@ -132,7 +132,7 @@ def test_every_command_line_shown_is_understood(flags):
 
 
 def test_states_say_what_the_program_says():
-    told = coded_rows(section(README, "Troubleshooting"), 2)
+    told = coded_rows(section(API, "States of the collector"), 2)
     assert {state: text for state, (text,) in told.items()} == app.STATE_REMEDIES
     of_accounts = section(API, "States of an account")
     told = coded_rows(of_accounts, 2)

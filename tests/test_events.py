@@ -215,7 +215,7 @@ def test_failed_reply_tells_no_plan_since_its_headers_may_be_another_accounts():
 
 
 def identity(number, index, source, *, plan="", first=0.0, last=100.0, provider="codex"):
-    return app.Identity(number, index, source, provider, plan, first, last)
+    return app.Identity(number, index, source, "", provider, plan, first, last)
 
 
 def names(*identities):
@@ -249,7 +249,8 @@ def test_index_of_another_plan_or_provider_or_at_the_same_time_is_another_accoun
 
 JSON_VALUES = [None, True, False, 0, -1, 1.5, 1e300, 10**400, "", "text", "\ud800", [], [1], {}, {"a": {"b": [1]}}]
 FIELDS = [*app.Context._fields, "timestamp", "model", "tokens", "token_breakdown", "latency_ms", "ttft_ms", "failed",
-          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version"]  # fmt: skip
+          "fail", "request_id", "generate", "response_headers", "executor_type", "schema_version",
+          "access_token_sha256"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)

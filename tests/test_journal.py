@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 from collecting import config_of, wait_a_while
-from support import NOON, event, lock, make_original, payload, payloads, put, rows, spool_line, spool_path, stored_ids
+from support import NOON, event, lock, payload, payloads, put, rows, run_sql, spool_line, spool_path, stored_ids
 
 import usage_dashboard as app
 
@@ -20,13 +20,10 @@ REJECTS = "SELECT reason FROM rejected_events ORDER BY id"
 
 @pytest.fixture
 def picky(tmp_path):
-    """A database of the original with a constraint that ours lacks."""
-    make_original(tmp_path / "usage.db", [])
-    db = sqlite3.connect(str(tmp_path / "usage.db"))
-    refuse = "WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END"
-    db.execute(f"CREATE TRIGGER picky BEFORE INSERT ON events {refuse}")
-    db.close()
+    """A database with a constraint that ours lacks."""
     store = app.Store(tmp_path / "usage.db")
+    refuse = "WHEN NEW.latency_ms = 666 BEGIN SELECT RAISE(ABORT, 'no'); END"
+    run_sql(store.path, f"CREATE TRIGGER picky BEFORE INSERT ON events {refuse}")
     yield store
     store.close()
 

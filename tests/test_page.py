@@ -75,6 +75,18 @@ def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, betw
     assert page.open(server=between).text("#sub-requests").endswith(told)
 
 
+def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, empty):
+    codes = enumerate([429, 429, 500, 401])
+    put(empty.store, event(at=empty.now - 99), *[event(at=empty.now - n, failed=1, status_code=code) for n, code in codes])
+    for lang, told in (("vi", "4 lỗi, trong đó 2 do giới hạn tốc độ"), ("en", "4 failed, 2 of them rate-limited")):
+        page.open("?range=24h").speak(lang)
+        assert page.text("#sub-requests").startswith(f"{told} · 20%") and told in page.text("#chart-readout")
+        assert page.js("document.querySelector('#accounts .fl[title]').title") == told
+        assert page.js("document.querySelector('#models li button').title").endswith(told)
+    page.open("?range=24h&status=429")
+    assert page.figure("requests") == 2 and "429" in page.text("#filters")
+
+
 def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
     page.open()
     text = page.js("document.body.innerText")
@@ -170,7 +182,7 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             remedy = (f"The proxy: {state} in English.", WORDS[f"remedy.{state}"][1])[n]
             assert all(part in told for part in re.split(r"{\w+}", remedy)) and "{" not in told
             forgets = WORDS["forgets"][n].replace("{t}", ("1m", "1 phút")[n])
-            assert (forgets in told) is (state != "publishing_off")  # then it records none
+            assert (forgets in told) is (state not in ("publishing_off", "example_keys"))  # then it records none
             assert ("in English" in page.js("document.body.innerText")) is (lang == "en")
     page.speak("en")
     site.status.update(state="brand_new", message="Feed the hamster.")  # of a newer program

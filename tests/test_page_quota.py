@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from page_support import HOUR, LANGS, WORDS
+from page_support import HOUR, LANGS, WORDS, save_quota
 from support import reading, write_account
 
 import usage_dashboard as app
@@ -157,6 +157,58 @@ def test_account_without_windows_is_neither_active_nor_counted(page, site):
     assert cell(page, WEEKLY, "reset", "e.firstChild.textContent") == "—"
 
 
+def save_reply(site, email, **reply):
+    """Store a reply of the quota endpoint, read a minute ago."""
+    now = site.now - 60
+    site.store.save_reading(app.reading_row(app.parse_quota(reply, now), (email, "#" + email), "pro", now, "{}"))
+
+
+def slot(used, seconds, in_s=4 * HOUR):
+    return {"used_percent": used, "limit_window_seconds": seconds, "reset_after_seconds": in_s}
+
+
+def test_every_reason_is_told_in_both_languages(page, empty):
+    told = {key[len("quota.reason.") :]: words for key, words in WORDS.items() if key.startswith("quota.reason.")}
+    told.update(new_limit_reached=told["limit_reached"])
+    for reason in told:
+        save_reply(empty, f"{reason}@example.com", rate_limit_reached_type={"type": reason})
+    page.open()
+    for n, lang in enumerate(LANGS):
+        page.speak(lang)
+        assert [reason for reason in told if told[reason][n] not in page.account(f"{reason}@example.com")] == []
+
+
+def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, empty):
+    spark = {"limit_name": "GPT-5.3-Codex-Spark", "metered_feature": "codex_bengalfox", "rate_limit": {
+        "primary_window": slot(17, 18000), "secondary_window": slot(8, 604800)}}  # fmt: skip
+    limit = {"used_percent": 26, "used": "3831.746", "limit": "15000", "reset_after_seconds": 9 * 24 * HOUR}
+    save_reply(empty, AN, rate_limit={"primary_window": slot(50, 604800)}, additional_rate_limits=[spark, spark],
+               credits={"balance": "489.25"}, rate_limit_reset_credits={"available_count": 2})  # fmt: skip
+    save_reply(empty, B, spend_control={"individual_limit": limit})
+    page.open()
+    more = "e.querySelector('.more').innerText.replace(/\\s+/g, ' ')"
+    assert page.account(AN, more).count("Spark") == 1 and "83%" in page.account(AN, more)
+    assert "pro · Credits 489.3" in page.account(AN) and "2 resets of the limits can be used" in page.account(AN, more)
+    assert re.search("^3,832 of 15,000 credits used Budget 74%", page.account(B, more)) and "Active" in page.account(B)
+    page.click("#lang-vi")
+    page.wait_for_text("#accounts", "đã dùng 3.832/15.000 credits")
+
+
+def test_account_that_runs_on_credits_is_active_with_nothing_left_in_its_window(page, empty):
+    save_quota(empty, AN, 50, 0, state="ok", limit_reached=1)
+    save_quota(empty, B, 50, 0, state="limited", limit_reached=1)
+    page.open()
+    assert "Active" in page.account(AN) and "0%" in page.account(AN) and "Limited" in page.account(B)
+
+
+def test_account_that_was_never_read_is_unknown_and_not_used_up(page, site):
+    site.store.save_quota_state("new@example.com", "#new", "plus", "never", "not asked yet", site.now)
+    page.open()
+    assert page.text("#accounts-note").startswith("2 of 4 with quota left1 not read yet")
+    page.click("#lang-vi")
+    page.wait_for_text("#accounts-note", "1 chưa đọc")
+
+
 @pytest.mark.parametrize("width, told", [(1440, "1"), (390, "1 failed")])
 def test_failures_of_an_account_are_told_on_every_width(page, site, width, told):
     page.resize(width, 900)
@@ -213,6 +265,7 @@ def test_refresh_of_quota_that_runs_elsewhere_is_followed(page, site, between):
 
 @pytest.mark.parametrize("status, code, headers, english, vietnamese, button", [
     (429, "cooldown", {"Retry_After": "200"}, r"button opens at \d\d:\d\d", "nút sẽ mở lại lúc", r"· 3:[0-2]\d$"),
+    (409, "no_account_files", {}, "no Codex account file to ask", "không có tệp tài khoản Codex nào", "quota$"),
     (403, "foreign_site", {}, "Quota was not refreshed: it takes", "Chưa làm mới được quota: lệnh này", "quota$"),
 ])  # fmt: skip
 def test_refresh_of_quota_that_is_refused_says_why_and_keeps_what_was_read(

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -295,14 +295,24 @@ def test_cool_down_counts_from_the_start_of_the_round_not_its_end(bench, folder,
     assert bench.refresher.cooldown_s() == 200
 
 
-@pytest.mark.parametrize("changes", [None, {"disabled": True}, {"access_token": ""}, {"type": "claude"}])
-def test_round_without_an_account_to_ask_starts_no_cool_down(bench, folder, world, changes):
+@pytest.mark.parametrize("changes", [None, {"disabled": True}, {"type": "claude"}])
+def test_start_without_a_codex_file_to_ask_is_refused_and_starts_no_cool_down(bench, folder, world, changes):
     if changes:
         write_account(folder, **changes)
+    for _ in range(2):
+        with pytest.raises(app.ApiError) as refused:
+            bench.refresher.start()
+        assert (refused.value.http_status, refused.value.code) == (409, "no_account_files")
+        assert bench.refresher.cooldown_s() == 0 and not bench.refresher.refreshing
+    write_account(folder, 2)
     bench.round()
-    assert bench.refresher.cooldown_s() == 0
-    bench.round()  # is not refused
-    assert world.requests == []
+    assert len(world.requests) == 1
+
+
+def test_round_of_accounts_without_a_token_starts_no_cool_down(bench, folder, store, world):
+    write_account(folder, access_token="")
+    bench.round(0, 0)
+    assert (world.requests, states(store), bench.refresher.cooldown_s()) == ([], ["no_token"], 0)
 
 
 def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store, world):
@@ -348,6 +358,11 @@ def test_account_is_listed_before_it_was_ever_asked_also_when_switched_off_and_o
         bench.refresher.register_accounts()
         assert (states(store), bench.refresher.known_files) == ([state], 1)
     assert world.requests == [] and bench.refresher.cooldown_s() == 0
+    bench.round()
+    for disabled, state in ((True, "disabled"), (False, "ok")):  # as it was read before
+        write_account(folder, disabled=disabled)
+        bench.refresher.register_accounts()
+        assert states(store) == [state]
 
 
 def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store):
@@ -384,7 +399,9 @@ def test_account_whose_file_is_gone_is_forgotten_but_for_its_readings(bench, fol
         second.write_text("", encoding="utf-8")
     else:
         folder.rename(folder.parent / "elsewhere")
-    bench.round(301)
+    bench.now += 301
+    with pytest.raises(app.ApiError) if fault == "folder-gone" else nullcontext():
+        bench.round()
     assert list(by_mail(store)) == ["user1@example.com", "user2@example.com"][:kept]
     assert rows(store.path, "SELECT COUNT(*) FROM quota_snapshots WHERE email = 'user2@example.com'") == [(1,)]
 

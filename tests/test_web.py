@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 from sockets import ended
-from support import NOW, at, event, put, reading, rows, write_account
+from support import NOW, at, event, payload, put, reading, rows, write_account
 
 import usage_dashboard as app
 
@@ -28,7 +28,8 @@ def site(make_site):
 def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
-    sums = {"requests", "failed", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "total_tokens"}
+    sums = {"requests", "failed", "rate_limited", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens",
+            "total_tokens"}  # fmt: skip
     names = {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"}
     assert names <= set(answer)
     assert set(answer["summary"]) == sums
@@ -36,7 +37,7 @@ def test_summary_has_exactly_the_promised_shape(site):
     assert set(answer["models"][0]) == sums | {"model"}
     assert sums | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
     counts = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
-    assert answer["summary"] == {"requests": 1, "failed": 0, **counts}
+    assert answer["summary"] == {"requests": 1, "failed": 0, "rate_limited": 0, **counts}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
      ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
      ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
      ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
+     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
      ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
      ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
      *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
@@ -151,6 +153,21 @@ def test_filters_narrow_every_part_of_the_summary(site):
     assert [row["account"] for row in answer["accounts"]] == ["an@example.com"]
     assert site.json("/api/summary?range=24h&account=b@example.com")["summary"]["requests"] == 1
     assert site.json("/api/summary?range=24h&account=nobody")["hours"] != []
+
+
+def test_rate_limited_requests_are_counted_and_listed_by_their_code(site):
+    sent = [payload(n, timestamp=app.utc_text(NOW - 7200 - n), provider="zai", model="glm-5.3", failed=code != 499,
+                    fail={"status_code": code, "body": "x"}) for n, code in enumerate((429, 429, 500, 401, 499))]
+    assert site.store.store_batch(app.parse_events([*sent, payload(9, timestamp=app.utc_text(NOW - 60))]), 1, NOW)
+    for is_swept in (False, True):  # then only the roll-ups know them
+        answer = site.json("/api/summary?range=24h")
+        for rows in ([answer["summary"]], answer["hours"], answer["models"], answer["accounts"]):
+            assert [sum(row[name] for row in rows) for name in ("requests", "failed", "rate_limited")] == [6, 5, 2]
+        for code, count in ((429, 2), (500, 1), (401, 1), (499, 1), (503, 0)):
+            assert site.json(f"/api/summary?range=24h&status={code}")["summary"]["requests"] == count
+            listed = site.json(f"/api/requests?status={code}")["requests"]
+            assert [row["status_code"] for row in listed] == [code] * count * (not is_swept)
+        assert site.store.find_faults() == [] and site.store.delete_some(NOW) == 5 * (not is_swept)
 
 
 def test_requests_have_the_promised_fields_and_a_cursor(site):
@@ -347,7 +364,7 @@ def test_password_is_asked_for_on_every_route(make_site, path):
     bearer = "Bearer öpen".encode().decode("latin-1")
     for wrong in (basic("x"), basic("öpen: sesame "), "Basic ???", bearer, "Basic"):
         assert site.ask(path, Authorization=wrong)[0].status == 401
-    assert site.ask(path, Authorization=basic("öpen: sesame"))[0].status in (200, 404)
+    assert site.ask(path, Authorization=basic("öpen: sesame"))[0].status in (200, 404, 409)
 
 
 def test_quota_has_the_columns_of_its_table_and_what_the_page_needs(site):

@@ -116,7 +116,9 @@ HEADERS = {"X-Codex-Plan-Type": ["plus"], "X-Codex-Primary-Used-Percent": ["12"]
            "X-Codex-Secondary-Used-Percent": ["1.5"], "X-Codex-Secondary-Window-Minutes": ["10080"],
            "X-Codex-Secondary-Reset-After-Seconds": ["60"], "X-Codex-Bengalfox-Limit-Name": ["Other"],
            "X-Codex-Bengalfox-Primary-Used-Percent": ["3"], "X-Codex-Credits-Balance": ["9"],
-           "X-Codex-Credits-Unlimited": ["false"]}  # fmt: skip
+           "X-Codex-Credits-Unlimited": ["false"], "X-Codex-Active-Limit": ["codex_bengalfox"],
+           "Anthropic-Ratelimit-Unified-Status": ["allowed"], "Anthropic-Ratelimit-Unified-5h-Utilization": ["0.5"],
+           "Anthropic-Ratelimit-Unified-5h-Reset": [str(int(NOW) + 60)]}  # fmt: skip
 
 
 def raw_events(dice: Dice) -> list[Any]:
@@ -235,17 +237,18 @@ class Fuzzer:
 
     def fuzz_headers(self, dice: Dice) -> None:
         """The same from the headers of a reply, as an event brings them."""
-        content = {**GOOD_EVENTS[0], "provider": "codex", "timestamp": "2026-11-01T12:00:00Z", "failed": False}
+        provider = dice.choice(sorted(app.HEADER_READERS))
+        content = {**GOOD_EVENTS[0], "provider": provider, "timestamp": "2026-11-01T12:00:00Z", "failed": False}
         content["response_headers"] = dice.bent(HEADERS, 6)
         for one in app.parse_events([dice.json(content)]).events:
             if one.quota_headers:
-                self._save(app.parse_quota(app.payload_of_headers(one.quota_headers), NOW), None)
+                self._save(app.parse_quota(app.HEADER_READERS[provider](one.quota_headers), NOW), None)
 
     def _save(self, parsed: app.Reading, raw_json: str | None) -> None:
         row = app.reading_row(parsed, ("an@example.com", "#3f9a2c"), "plus", NOW - 1, raw_json)
         for window in app.windows_of(row):
             assert window.used_percent is None or 0 <= window.used_percent <= 100, "an impossible percentage"
-        self.site.store.save_reading(row)
+        self.site.store.save_reading(row, lambda before: app.merge_traffic_reading(row, before, NOW))
         self._ask("/api/quota", 200)
 
     def fuzz_accounts(self, dice: Dice) -> None:
