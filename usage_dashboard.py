@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -774,6 +774,33 @@ class Parsed(NamedTuple):
     ignored: int
 
 
+class Recent:
+    """The latest events that a proxy may send twice: what it published, a fork may keep in its queue as well.
+
+    They are known by their ``execution_id``; with ``by_values`` those without one by when, whose and how much.
+    """
+
+    def __init__(self, most: int = 10_000):
+        self.by_values, self._most = False, most
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def has_seen(self, content: Mapping[str, Any], event: Event) -> bool:
+        """Return whether the event came before, and remember it."""
+        key: Any = content.get("execution_id")
+        if not isinstance(key, str) or not key:
+            if not self.by_values:
+                return False
+            model_tokens_and_latency = event[3:9]
+            key = content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id
+        known = hash(key)
+        if known in self._seen:
+            return True
+        self._seen[known] = None
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+        return False
+
+
 _LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
 
 
@@ -793,8 +820,11 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
-    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone.
+
+    An event that ``recent`` has seen is ignored.
+    """
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -808,7 +838,7 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parse
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
-            if event is None:
+            if event is None or (recent is not None and recent.has_seen(content, event)):
                 ignored += 1
             else:
                 parsed.events.append(event)
@@ -826,11 +856,19 @@ def _length_of(raw: Any) -> int:
 
 def _decode(raws: Sequence[Any]) -> list[Any]:
     """Decode events at once, as one array; zeros between them prove that each event was a single JSON value."""
+    if _without_stamp(raws[0]) is not raws[0]:
+        raws = [_without_stamp(raw) for raw in raws]
     with suppress(TypeError, ValueError, RecursionError):
         joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
             return joined[::2]
     return [_decode_one(raw) for raw in raws]
+
+
+def _without_stamp(raw: Any) -> Any:
+    """Return a value without the 8 bytes of its time, which one fork's list in a Redis has in front of each event."""
+    is_stamped = isinstance(raw, bytes) and raw[8:9] == b"{" and raw[:1] != b"{"
+    return raw[8:] if is_stamped else raw
 
 
 def _decode_one(raw: Any) -> Any:
@@ -839,7 +877,7 @@ def _decode_one(raw: Any) -> Any:
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _loads(raw)
+        return _loads(_without_stamp(raw))
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -855,13 +893,14 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "token_breakdown", "response_headers", "execution_id")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
-    fail = kept.get("fail")
-    if isinstance(fail, dict):
-        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
-        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
+    for name, names in (("fail", ("status_code", "error_code")), ("tokens", _NAMES_OF_TOKENS + _OTHER_NAMES)):
+        part = content.get(name)
+        kept[name] = {name: part[name] for name in names if name in part} if isinstance(part, dict) else part
+    body = _failure_text(content) if isinstance(kept["fail"], (dict, type(None))) else None
+    kept["error_message"] = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
@@ -919,11 +958,9 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if set(content) in ({"refresh"}, {"support_refresh"}):
-        return None
     get = content.get
-    if get("generate") is False:
-        return None
+    if len(content) == 1 and "timestamp" not in content and next(iter(content.values())) is True:
+        return None  # {"refresh": true}, {"heartbeat": true} …
     try:
         ts_epoch, timestamp = parse_time(get("timestamp"))
     except TypeError:
@@ -931,10 +968,20 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
-    status = _status_of(get("fail"))
-    failed = _failed_flag(get("failed"), status)
+    fail, outcome = get("fail"), get("outcome")
+    status = _status_of(fail)
+    if outcome == "canceled" and (status or 0) < 400:
+        status = 499
+    failed = 1 if outcome == "failed" else _failed_flag(get("failed"), status)
     usage = _usage(content, context.provider)
-    headers = _quota_headers(get("response_headers"), context.provider)
+    if get("generate") is False and not failed and not any(usage):
+        return None  # a warm-up; with tokens it is a request
+    headers, error = _quota_headers(get("response_headers"), context.provider), None
+    if failed:
+        body = _failure_text(content)
+        error = failure_reason(status, body, (fail or {}).get("error_code"))
+        if headers and _network_words(body) and not body.startswith(_STREAM_TEXTS):
+            headers = None  # there was no reply, so these are of an attempt before, perhaps of another account
     return Event(
         timestamp=timestamp,
         ts_epoch=ts_epoch,
@@ -950,14 +997,14 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
         cache_write_tokens=usage.cache_write,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
         status_code=status,
-        error=failure_reason(status, (get("fail") or {}).get("body")) if failed else None,
+        error=error,
         request_id=_text(get("request_id"), "request_id", 64) or None,
         plan="" if failed or not headers else headers.get("x-codex-plan-type", "").strip().lower()[:32],
         quota_headers=headers,
     )
 
 
-_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_CONTEXT_NAMES = ("model", "access_token_sha256", "api_key_hash", "response_service_tier", *Context._fields[:-1])
 _contexts = Contexts()
 
 
@@ -980,6 +1027,7 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
     source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
     is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
     model = _text(get("model"), "model") or "unknown"
+    served = get("response_service_tier")
     context = Context(
         auth_index=_auth_index(get("auth_index")),
         source="" if is_clients_key else _mask_source(source),
@@ -988,11 +1036,19 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
         auth_type=_text(get("auth_type"), "auth_type", 32),
         alias=_text(get("alias"), "alias"),
         reasoning_effort=_text(get("reasoning_effort"), "reasoning_effort", 32),
-        service_tier=_text(get("service_tier"), "service_tier", 32),
-        api_key=mask_key(_text(get("api_key"), "api_key", 512)),
+        service_tier=_text(served if served and isinstance(served, str) else get("service_tier"), "service_tier", 32),
+        api_key=mask_key(_text(get("api_key"), "api_key", 512)) or _mask_of_hash(get("api_key_hash")),
     )
     account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
     return model, context._replace(account=account)
+
+
+def _mask_of_hash(value: Any) -> str:
+    """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
+    if not isinstance(value, str) or not value:
+        return ""
+    match = re.match(r"(?:sha256:)?([0-9a-f]{12,64})\Z", value.lower())
+    return f"… #{match.group(1)[:6] if match else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1075,15 +1131,16 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
+    names = _NAMES_OF_TOKENS
+    if "read_tokens" in tokens and tokens.get("input_tokens") is None:
+        names = _OTHER_NAMES[:2] + names[2:]
     try:
-        sent = _SentTokens(*map(_number, map(tokens.get, _SentTokens._fields), _SentTokens._fields))
+        sent = _SentTokens(*map(_number, map(tokens.get, names), names))
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
-    if provider == "claude" or content.get("executor_type") == "ClaudeExecutor":
-        counts = _claude_usage(sent)
-    else:
-        thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
-        counts = _inclusive_usage(sent, thoughts_apart)
+    is_claude = provider == "claude" or content.get("executor_type") == "ClaudeExecutor"
+    thoughts_apart = provider in ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
+    counts = _plain_usage(sent, is_claude, thoughts_apart, tokens.get("cache_input_mode"))
     for count in counts:
         _number(count, "tokens, added up,")
     return counts
@@ -1099,6 +1156,10 @@ class _SentTokens(NamedTuple):
     cached_tokens: int | None
     cache_read_tokens: int | None
     cache_creation_tokens: int | None
+
+
+_NAMES_OF_TOKENS = _SentTokens._fields
+_OTHER_NAMES = ("read_tokens", "write_tokens", "cache_input_mode")  # of forks; the first two are input and output
 
 
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
@@ -1120,26 +1181,24 @@ def _sum(*numbers: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _claude_usage(sent: _SentTokens) -> TokenCounts:
-    """Add the cache to Claude's input, which leaves it out; so does its total before v7.1.26."""
-    # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes where nothing was read.
-    read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
-    whole_input = None if sent.input_tokens is None else _sum(sent.input_tokens, read, sent.cache_creation_tokens)
-    total = sent.total_tokens
-    if not total or total == _sum(sent.input_tokens, sent.output_tokens):
-        total = _sum(whole_input, sent.output_tokens)
-    return TokenCounts(whole_input, sent.output_tokens, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
-
-
-def _inclusive_usage(sent: _SentTokens, thoughts_apart: bool) -> TokenCounts:
-    """Return OpenAI's counts as they are; Gemini's output leaves the thoughts out, so they are added."""
-    output = sent.output_tokens
+def _plain_usage(sent: _SentTokens, is_claude: bool, thoughts_apart: bool, mode: Any) -> TokenCounts:
+    """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
+    given, output, written = sent.input_tokens, sent.output_tokens, sent.cache_creation_tokens
+    if is_claude:
+        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes if nothing was read.
+        read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
+    else:
+        # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
+        read = sent.cache_read_tokens or sent.cached_tokens
+    cache = (read or 0) + (written or 0)
+    is_apart = mode == "separate_from_input" or (is_claude and mode != "included_in_input")
+    whole = (given or 0) + cache if cache > (given or 0) or (is_apart and given is not None) else given
     if thoughts_apart and output is not None:
         output = _sum(output, sent.reasoning_tokens)
-    total = sent.total_tokens or _sum(sent.input_tokens, output)
-    # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-    read = sent.cache_read_tokens or sent.cached_tokens
-    return TokenCounts(sent.input_tokens, output, sent.reasoning_tokens, total, read, sent.cache_creation_tokens)
+    total = sent.total_tokens
+    if not total or (whole != given and total == _sum(given, output)):  # so is Claude's total before v7.1.26
+        total = _sum(whole, output)
+    return TokenCounts(whole, output, sent.reasoning_tokens, total, read, written)
 
 
 def _status_of(fail: Any) -> int | None:
@@ -1151,15 +1210,50 @@ def _status_of(fail: Any) -> int | None:
     return _number(fail.get("status_code"), "fail.status_code") or None
 
 
-def failure_reason(status: int | None, body: Any) -> str | None:
+_STREAM_TEXTS = (  # of the proxy, where a reply had begun
+    "stream error: ",
+    "claude executor: upstream returned error event",
+    "upstream stream returned an error payload",
+)
+_NETWORK_TEXTS = (  # how the proxy's own texts end where there was no reply
+    ("connection refused", (": connection refused",)),
+    ("no such host", (": no such host", ": server misbehaving")),
+    ("connection reset", (": connection reset by peer", ": broken pipe")),
+    ("no route to host", (": no route to host", ": network is unreachable")),
+    ("no answer in time", (": context deadline exceeded", "/o timeout", "handshake timeout", "awaiting headers)")),
+    ("stream broken off", (": eof", ": unexpected eof")),
+    ("client left", (": context canceled",)),
+)
+
+
+def _failure_text(content: Mapping[str, Any]) -> Any:
+    return (content.get("fail") or {}).get("body") or content.get("error_message")
+
+
+def _network_words(body: Any) -> str:
+    """Return what one of the proxy's own texts says, in words of a fixed list; empty for any other text."""
+    if not isinstance(body, str):
+        return ""
+    if body.startswith(_STREAM_TEXTS):
+        return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
+    end = f": {body[-400:].rstrip().lower()}"
+    words = "TLS failure" if re.search(": (?:tls|x509): ", end) else ""
+    words = next((words for words, endings in _NETWORK_TEXTS if end.endswith(endings)), words)
+    is_of_proxy = words and re.search(": (?:proxyconnect|socks connect) tcp", body[-4096:])
+    return f"egress proxy: {words}" if is_of_proxy else words
+
+
+def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str | None:
     """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
-    if code or message:
-        reason = ": ".join(part for part in (code, message) if part)
+    if not code and isinstance(error_code, str) and re.match(r"[A-Za-z]\w{1,63}\Z", error_code):
+        code = error_code
+    reason = ": ".join(part for part in (code, message or _network_words(body)) if part)
+    if reason:
         return without_secrets(reason if status is None else f"{status} {reason}")
     if status is None:
         return None
-    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
+    own = {200: "stream broken off", 499: "client left", 529: "Overloaded"}
     return f"{status} {own.get(status) or responses.get(status, '')}".strip()
 
 
@@ -1171,7 +1265,7 @@ def failure_kind(status: int | None, error: str | None) -> str:
 
 
 _KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "timestamp latency_ms ttft_ms source auth_index failed outcome generate accounting_version provider executor_type "
     "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
 )
 
@@ -4590,6 +4684,7 @@ class Collector:
         self._facts = ProxyFacts(store, log, config.poll_interval_seconds, clock)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
+        self._recent = Recent()
         self._source: Source | None = None
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
@@ -4671,6 +4766,7 @@ class Collector:
         source = self._source = self._open()
         try:
             self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
+            self._recent.by_values = source.mode == "subscribe"
             self._facts.connect(source)
             self._collect(source)
         finally:
@@ -4733,7 +4829,7 @@ class Collector:
         if not values:
             return False
         self._follow_files(2.0)
-        parsed = parse_events(values, self._files.contexts)
+        parsed = parse_events(values, self._files.contexts, self._recent)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
         if parsed.events:

@@ -140,7 +140,7 @@ def test_mask_tells_keys_with_the_same_end_apart():
     (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]', "429 RESOURCE_EXHAUSTED: Quota"),
     (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
     (401, '{"detail":"Unauthorized"}', "401 Unauthorized"), (502, "<html>secret prompt</html>", "502 Bad Gateway"),
-    (500, "context canceled: my prompt", "500 Internal Server Error"), (499, "", "499 Client Closed Request"),
+    (500, "context canceled: my prompt", "500 Internal Server Error"), (499, "", "499 client left"),
     (200, "", "200 stream broken off"), (999, None, "999"), (None, "x", None),
     (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}',
      "400 key … of … at … is bad"),
