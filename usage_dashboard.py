@@ -1215,15 +1215,21 @@ _STREAM_TEXTS = (  # of the proxy, where a reply had begun
     "claude executor: upstream returned error event",
     "upstream stream returned an error payload",
 )
-_NETWORK_TEXTS = (  # how the proxy's own texts end where there was no reply
-    ("connection refused", (": connection refused",)),
-    ("no such host", (": no such host", ": server misbehaving")),
-    ("connection reset", (": connection reset by peer", ": broken pipe")),
-    ("no route to host", (": no route to host", ": network is unreachable")),
-    ("no answer in time", (": context deadline exceeded", "/o timeout", "handshake timeout", "awaiting headers)")),
-    ("stream broken off", (": eof", ": unexpected eof")),
-    ("client left", (": context canceled",)),
-)
+_NETWORK_TEXTS = {  # what the proxy's own texts end with where there was no reply
+    "connection refused": "connection refused",
+    "no such host": "no such host",
+    "no route to host": "no route to host",
+    "network is unreachable": "no route to host",
+    "connection reset by peer": "connection reset",
+    "broken pipe": "connection reset",
+    "i/o timeout": "no answer in time",
+    "tls handshake timeout": "no answer in time",
+    "context deadline exceeded": "no answer in time",
+    "context deadline exceeded (client.timeout exceeded while awaiting headers)": "no answer in time",
+    "eof": "stream broken off",
+    "unexpected eof": "stream broken off",
+    "context canceled": "client left",
+}
 
 
 def _failure_text(content: Mapping[str, Any]) -> Any:
@@ -1236,10 +1242,11 @@ def _network_words(body: Any) -> str:
         return ""
     if body.startswith(_STREAM_TEXTS):
         return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
-    end = f": {body[-400:].rstrip().lower()}"
-    words = "TLS failure" if re.search(": (?:tls|x509): ", end) else ""
-    words = next((words for words, endings in _NETWORK_TEXTS if end.endswith(endings)), words)
-    is_of_proxy = words and re.search(": (?:proxyconnect|socks connect) tcp", body[-4096:])
+    end = body[-1000:].rstrip()
+    words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].lower(), "")
+    if not words and (": tls: " in end or ": x509: " in end):
+        words = "TLS failure"
+    is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
     return f"egress proxy: {words}" if is_of_proxy else words
 
 
@@ -1248,13 +1255,12 @@ def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str
     code, message = _json_error(body)
     if not code and isinstance(error_code, str) and re.match(r"[A-Za-z]\w{1,63}\Z", error_code):
         code = error_code
-    reason = ": ".join(part for part in (code, message or _network_words(body)) if part)
-    if reason:
+    if code or message:
+        reason = ": ".join(part for part in (code, message or _network_words(body)) if part)
         return without_secrets(reason if status is None else f"{status} {reason}")
-    if status is None:
-        return None
     own = {200: "stream broken off", 499: "client left", 529: "Overloaded"}
-    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
+    words = _network_words(body) or own.get(status or 0) or responses.get(status or 0, "")
+    return f"{status or ''} {words}".strip() or None
 
 
 def failure_kind(status: int | None, error: str | None) -> str:
