@@ -775,10 +775,7 @@ class Parsed(NamedTuple):
 
 
 class Recent:
-    """The latest events that a proxy may send twice: what it published, a fork may keep in its queue as well.
-
-    They are known by their ``execution_id``; with ``by_values`` those without one by when, whose and how much.
-    """
+    """The latest events, by ``execution_id``, or with ``by_values`` also by time, index, model, tokens and latency."""
 
     def __init__(self, most: int = 10_000):
         self.by_values, self._most = False, most
@@ -786,13 +783,14 @@ class Recent:
 
     def has_seen(self, content: Mapping[str, Any], event: Event) -> bool:
         """Return whether the event came before, and remember it."""
-        key: Any = content.get("execution_id")
-        if not isinstance(key, str) or not key:
-            if not self.by_values:
-                return False
+        name = content.get("execution_id")
+        if name and isinstance(name, str):
+            known = hash((name, event.model))  # one call may tell of an image model as well
+        elif self.by_values:
             model_tokens_and_latency = event[3:9]
-            key = content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id
-        known = hash(key)
+            known = hash((content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id))
+        else:
+            return False
         if known in self._seen:
             return True
         self._seen[known] = None
@@ -821,10 +819,7 @@ def _mask_source(text: str) -> str:
 
 
 def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
-    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone.
-
-    An event that ``recent`` has seen is ignored.
-    """
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -856,8 +851,6 @@ def _length_of(raw: Any) -> int:
 
 def _decode(raws: Sequence[Any]) -> list[Any]:
     """Decode events at once, as one array; zeros between them prove that each event was a single JSON value."""
-    if _without_stamp(raws[0]) is not raws[0]:
-        raws = [_without_stamp(raw) for raw in raws]
     with suppress(TypeError, ValueError, RecursionError):
         joined = _loads(b"[" + b",0,".join(raws) + b"]")
         if len(joined) == 2 * len(raws) - 1 and not any(joined[1::2]):
@@ -893,13 +886,15 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "token_breakdown", "response_headers", "execution_id")
+    of_tokens = (*_SentTokens._fields, "read_tokens", "write_tokens", "cache_input_mode")
+    parts = {"fail": ("status_code", "error_code"), "tokens": of_tokens}
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), *parts, "token_breakdown", "response_headers", "execution_id")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
-    for name, names in (("fail", ("status_code", "error_code")), ("tokens", _NAMES_OF_TOKENS + _OTHER_NAMES)):
-        part = content.get(name)
-        kept[name] = {name: part[name] for name in names if name in part} if isinstance(part, dict) else part
-    body = _failure_text(content) if isinstance(kept["fail"], (dict, type(None))) else None
+    for name in parts:
+        if isinstance(kept.get(name), dict):
+            kept[name] = {key: kept[name][key] for key in parts[name] if key in kept[name]}
+    body = _failure_text(content)
     kept["error_message"] = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
@@ -969,9 +964,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
     fail, outcome = get("fail"), get("outcome")
-    status = _status_of(fail)
-    if outcome == "canceled" and (status or 0) < 400:
-        status = 499
+    status = _status_of(fail) or (499 if outcome == "canceled" else None)
     failed = 1 if outcome == "failed" else _failed_flag(get("failed"), status)
     usage = _usage(content, context.provider)
     if get("generate") is False and not failed and not any(usage):
@@ -979,7 +972,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     headers, error = _quota_headers(get("response_headers"), context.provider), None
     if failed:
         body = _failure_text(content)
-        error = failure_reason(status, body, (fail or {}).get("error_code"))
+        error = failure_reason(status, body, fail and fail.get("error_code"))
         if headers and _network_words(body) and not body.startswith(_STREAM_TEXTS):
             headers = None  # there was no reply, so these are of an attempt before, perhaps of another account
     return Event(
@@ -1047,8 +1040,7 @@ def _mask_of_hash(value: Any) -> str:
     """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
     if not isinstance(value, str) or not value:
         return ""
-    match = re.match(r"(?:sha256:)?([0-9a-f]{12,64})\Z", value.lower())
-    return f"… #{match.group(1)[:6] if match else short_tag(value)}"
+    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{12,64}$', value) else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1131,9 +1123,9 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
         return TokenCounts()
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
-    names = _NAMES_OF_TOKENS
+    names = _SentTokens._fields
     if "read_tokens" in tokens and tokens.get("input_tokens") is None:
-        names = _OTHER_NAMES[:2] + names[2:]
+        names = ("read_tokens", "write_tokens", *names[2:])  # of a fork: input and output
     try:
         sent = _SentTokens(*map(_number, map(tokens.get, names), names))
     except Rejected as fault:
@@ -1158,21 +1150,13 @@ class _SentTokens(NamedTuple):
     cache_creation_tokens: int | None
 
 
-_NAMES_OF_TOKENS = _SentTokens._fields
-_OTHER_NAMES = ("read_tokens", "write_tokens", "cache_input_mode")  # of forks; the first two are input and output
-
-
 def _breakdown_usage(breakdown: Mapping[str, Any]) -> TokenCounts:
     sent, answer = breakdown["input"], breakdown["output"]
-    counts = (
-        sent["total_tokens"],
-        answer["total_tokens"],
-        answer["reasoning_tokens"],
-        breakdown["total_tokens"],
-        sent["cache_read_tokens"],
-        sent["cache_write_tokens"],
-    )
-    return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
+    counts = sent["total_tokens"], answer["total_tokens"], answer["reasoning_tokens"], breakdown["total_tokens"]
+    cache = sent["cache_read_tokens"], sent["cache_write_tokens"]
+    if sum(cache) > counts[0]:
+        raise Rejected("the cache is larger than the input")
+    return TokenCounts(*map(_number, counts + cache, ["token_breakdown"] * 6))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -1184,12 +1168,10 @@ def _sum(*numbers: int | None) -> int | None:
 def _plain_usage(sent: _SentTokens, is_claude: bool, thoughts_apart: bool, mode: Any) -> TokenCounts:
     """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
     given, output, written = sent.input_tokens, sent.output_tokens, sent.cache_creation_tokens
-    if is_claude:
-        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats the writes if nothing was read.
-        read = sent.cached_tokens if sent.cache_read_tokens is None else sent.cache_read_tokens
-    else:
-        # From v7.0.3 to v7.2.66 cache_read_tokens stays 0 here although cached_tokens is filled.
-        read = sent.cache_read_tokens or sent.cached_tokens
+    read = sent.cache_read_tokens
+    # Before v7.0.3 there is none, up to v7.2.66 it stays 0, but for Claude, whose cached_tokens may be the writes.
+    if read is None or not (read or is_claude):
+        read = sent.cached_tokens
     cache = (read or 0) + (written or 0)
     is_apart = mode == "separate_from_input" or (is_claude and mode != "included_in_input")
     whole = (given or 0) + cache if cache > (given or 0) or (is_apart and given is not None) else given
@@ -1210,30 +1192,20 @@ def _status_of(fail: Any) -> int | None:
     return _number(fail.get("status_code"), "fail.status_code") or None
 
 
-_STREAM_TEXTS = (  # of the proxy, where a reply had begun
-    "stream error: ",
-    "claude executor: upstream returned error event",
-    "upstream stream returned an error payload",
-)
-_NETWORK_TEXTS = {  # what the proxy's own texts end with where there was no reply
-    "connection refused": "connection refused",
-    "no such host": "no such host",
-    "no route to host": "no route to host",
-    "network is unreachable": "no route to host",
-    "connection reset by peer": "connection reset",
-    "broken pipe": "connection reset",
-    "i/o timeout": "no answer in time",
-    "tls handshake timeout": "no answer in time",
-    "context deadline exceeded": "no answer in time",
-    "context deadline exceeded (client.timeout exceeded while awaiting headers)": "no answer in time",
-    "eof": "stream broken off",
-    "unexpected eof": "stream broken off",
+# What the proxy's own texts begin with where a reply had begun, and end with where there was none.
+_STREAM_TEXTS = ("stream error: ", "claude executor: upstream returned error", "upstream stream returned an error")
+_NETWORK_TEXTS = {
+    **{text: text for text in ("connection refused", "no such host", "no route to host")},
+    **dict.fromkeys(("connection reset by peer", "broken pipe"), "connection reset"),
+    **dict.fromkeys(("i/o timeout", "tls handshake timeout", "context deadline exceeded"), "no answer in time"),
+    **dict.fromkeys(("eof", "unexpected eof"), "stream broken off"),
     "context canceled": "client left",
 }
 
 
 def _failure_text(content: Mapping[str, Any]) -> Any:
-    return (content.get("fail") or {}).get("body") or content.get("error_message")
+    fail = content.get("fail")
+    return (isinstance(fail, dict) and fail.get("body")) or content.get("error_message")
 
 
 def _network_words(body: Any) -> str:
@@ -1243,7 +1215,7 @@ def _network_words(body: Any) -> str:
     if body.startswith(_STREAM_TEXTS):
         return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
     end = body[-1000:].rstrip()
-    words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].lower(), "")
+    words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].partition(" (")[0].lower(), "")
     if not words and (": tls: " in end or ": x509: " in end):
         words = "TLS failure"
     is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
