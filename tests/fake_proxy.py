@@ -32,9 +32,9 @@ import select
 import socket
 import ssl
 import time
-from collections import deque
+from collections import Counter, deque
 from email.utils import formatdate
-from typing import Any, Callable, Iterator
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from sockets import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, bearer_token, http_reply, read_http_head
@@ -47,6 +47,7 @@ LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
 HEARTBEAT_S = 30
 BUCKET_S, BUCKETS = 600, 20
+THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -132,35 +133,26 @@ def as_json_element(payload: bytes) -> bytes:
 
 
 class Credential:
-    """What the proxy counts of an account file or a key: attempts in buckets of ten minutes, and all together."""
+    """An account file or a key, and what the proxy counts of it: attempts in buckets of ten minutes."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
-        self.buckets: dict[int, list[int]] = {}
-        self.totals = [0, 0]
-
-    def count(self, bucket: int, numbers: tuple[int, int]) -> None:
-        """Add (successes, failures)."""
-        self.totals = [old + new for old, new in zip(self.totals, numbers)]
-        self.buckets[bucket] = [old + new for old, new in zip(self.buckets.get(bucket, (0, 0)), numbers)]
+        self.good: Counter[int] = Counter()
+        self.bad: Counter[int] = Counter()
 
     def as_json(self, now: int, dialect: Dialect) -> dict[str, Any]:
-        """Return the entry of a listing; the newest bucket is the last."""
+        """Return the entry of a listing; the newest bucket is the last, and their labels have no date."""
         told = dict(self.entry)
         if dialect.request_totals:
-            told.update(success=self.totals[0], failed=self.totals[1])
+            told.update(success=sum(self.good.values()), failed=sum(self.bad.values()))
         if dialect.recent_requests:
+            buckets = range(now - BUCKETS + 1, now + 1)
+            clock = {at: time.strftime("%H:%M", time.gmtime(at * BUCKET_S)) for at in (*buckets, now + 1)}
             told["recent_requests"] = [
-                {"time": bucket_label(at), "success": good, "failed": bad}
-                for at in range(now - BUCKETS + 1, now + 1)
-                for good, bad in [self.buckets.get(at, (0, 0))]
+                {"time": f"{clock[at]}-{clock[at + 1]}", "success": self.good[at], "failed": self.bad[at]}
+                for at in buckets
             ]
         return told
-
-
-def bucket_label(bucket: int) -> str:
-    """Return a bucket's begin and end as the proxy writes them, without a date: ``09:00-09:10``."""
-    return "-".join(time.strftime("%H:%M", time.gmtime(number * BUCKET_S)) for number in (bucket, bucket + 1))
 
 
 class Wire(Stream):
@@ -225,12 +217,7 @@ class FakeProxy(SocketServer):
     stream_type = Wire
 
     def __init__(
-        self,
-        key: str = "secret-key",
-        version: str = "v7.2.140",
-        tls: ssl.SSLContext | None = None,
-        port: int = 0,
-        **differences: Any,
+        self, key: str = "secret-key", version: str = "v7.2.140", tls: Any = None, port: int = 0, **differences: Any
     ) -> None:
         super().__init__(port)
         self.key = key
@@ -292,7 +279,10 @@ class FakeProxy(SocketServer):
         with self.change():
             for event in events:
                 if counted and (self._accounts or self._keys):
-                    self._count_event(json.loads(event))
+                    told = json.loads(event)
+                    name = told.get("auth_index")
+                    one = name if name in self._accounts else told.get("source")
+                    self.count(one, failed=1) if told.get("failed") else self.count(one, success=1)
                 if self.publishing and self.management:
                     self._publish(event.encode() if isinstance(event, str) else event)
 
@@ -312,12 +302,8 @@ class FakeProxy(SocketServer):
         with self.change():
             found = self._accounts.get(credential) or self._keys.get(credential)
             if found is not None:
-                found.count(self._bucket, (success, failed))
-
-    def _count_event(self, event: dict[str, Any]) -> None:
-        name = event.get("auth_index")
-        failed = int(bool(event.get("failed")))
-        self.count(name if name in self._accounts else event.get("source", ""), 1 - failed, failed)
+                found.good[self._bucket] += success
+                found.bad[self._bucket] += failed
 
     @property
     def _bucket(self) -> int:
@@ -609,41 +595,44 @@ class FakeProxy(SocketServer):
 
     def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str]) -> None:
         url = urlsplit(target)
-        answer = self._routes().get(url.path) if method == "GET" else None
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        documents = self._documents(query) if method == "GET" else {}
         if url.path in self.answers:
             wire.send(self.answers[url.path])
         elif url.path == "/" and self.example_page:
             page = b"<!DOCTYPE html><title>Example API key detected</title>"
             wire.send(http_reply(200, page, "text/html; charset=utf-8"))
-        elif answer is None:
+        elif url.path not in documents:
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
         elif not self.management or (self.home_mode and self.dialect.home_mode):
             wire.send(http_reply(404, b"", "text/plain"))
         else:
             status, text = self._authenticate(wire.peer, bearer_token(headers))
-            query = {name: values[0] for name, values in parse_qs(url.query).items()}
-            answer(wire, query) if status == 200 else self._send_json(wire, status, {"error": text})
+            if status != 200:
+                self._send_json(wire, status, {"error": text})
+            elif documents[url.path] is THE_QUEUE:
+                self._answer_queue(wire, query)
+            else:
+                self._send_json(wire, 200, documents[url.path])
 
-    def _routes(self) -> dict[str, Callable[[Wire, dict[str, str]], None]]:
-        """Return the management routes that there are, in both trees, and what answers each."""
-        dialect, v0, v8 = self.dialect, "/v0/management", "/v8/management"
-        routes: dict[str, Callable[[Wire, dict[str, str]], None]] = {}
-        if dialect.routes_of_v0:
-            routes[f"{v0}/config"] = lambda wire, _: self._send_json(wire, 200, self._config())
-            publishing = {"usage-statistics-enabled": self.publishing}
-            routes[f"{v0}/usage-statistics-enabled"] = lambda wire, _: self._send_json(wire, 200, publishing)
-            routes[f"{v0}/auth-files"] = self._answer_accounts
-            if dialect.request_totals:
-                routes[f"{v0}/api-key-usage"] = self._answer_keys
-            if dialect.http_queue:
-                routes[f"{v0}/usage-queue"] = self._answer_queue
-        if dialect.routes_of_v8:
-            for path, value in _values_by_path(f"{v8}/config", self._config_of_v8()):
-                routes[path] = lambda wire, _, value=value: self._send_json(wire, 200, value)
-            routes[f"{v8}/credentials"] = self._answer_accounts
-            if dialect.http_queue:
-                routes[f"{v8}/observability/usage/queue"] = self._answer_queue
-        return routes
+    def _documents(self, query: dict[str, str]) -> dict[str, Any]:
+        """Return what each management route that there is answers with, in both trees."""
+        switch = {"usage-statistics-enabled": self.publishing}
+        usage: dict[str, Any] = dict(switch)
+        if self.dialect.retention_setting:
+            usage["redis-usage-queue-retention-seconds"] = self.retention_seconds
+        config = {"api-keys": ["sk-client-secret"], **usage}
+        accounts = self._list_accounts(query)
+        v0 = {"usage-statistics-enabled": switch, "config": config, "auth-files": accounts}
+        v8 = {f"config/observability/usage/{name}": value for name, value in usage.items()}
+        config = {"config-version": 8, "observability": {"usage": usage}}
+        v8.update({"config": config, "config/config-version": 8, "credentials": accounts})
+        if self.dialect.request_totals:
+            v0["api-key-usage"] = self._list_keys()
+        if self.dialect.http_queue:
+            v0["usage-queue"] = v8["observability/usage/queue"] = THE_QUEUE
+        trees = [("v0", v0)] * self.dialect.routes_of_v0 + [("v8", v8)] * self.dialect.routes_of_v8
+        return {f"/{tree}/management/{route}": one for tree, routes in trees for route, one in routes.items()}
 
     def _answer_queue(self, wire: Wire, query: dict[str, str]) -> None:
         count = _integer(query.get("count", "1").encode())
@@ -654,31 +643,18 @@ class FakeProxy(SocketServer):
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
 
-    def _answer_accounts(self, wire: Wire, query: dict[str, str]) -> None:
+    def _list_accounts(self, query: dict[str, str]) -> dict[str, Any]:
         with self.lock:
-            wanted = query.get("auth_index")
-            listed = [one for name, one in self._accounts.items() if wanted in (None, name)]
-            files = [one.as_json(self._bucket, self.dialect) for one in listed]
-        self._send_json(wire, 200, {"files": files})
+            listed = [one for name, one in self._accounts.items() if query.get("auth_index") in (None, name)]
+            return {"files": [one.as_json(self._bucket, self.dialect) for one in listed]}
 
-    def _answer_keys(self, wire: Wire, _: dict[str, str]) -> None:
+    def _list_keys(self) -> dict[str, Any]:
         usage: dict[str, dict[str, Any]] = {}
         with self.lock:
             for one in self._keys.values():
                 told = one.as_json(self._bucket, self.dialect)
                 usage.setdefault(told.pop("provider"), {})[told.pop("name")] = told
-        self._send_json(wire, 200, usage)
-
-    def _config(self) -> dict[str, Any]:
-        config = {"api-keys": ["sk-client-secret"], "usage-statistics-enabled": self.publishing}
-        if self.dialect.retention_setting:
-            config["redis-usage-queue-retention-seconds"] = self.retention_seconds
-        return config
-
-    def _config_of_v8(self) -> dict[str, Any]:
-        usage = {name: value for name, value in self._config().items() if name != "api-keys"}
-        management = {"allow-remote": self.allow_remote, "secret-key": "$2a$10$secret"}
-        return {"config-version": 8, "management": management, "observability": {"usage": usage}}
+        return usage
 
     def _send_json(self, wire: Wire, status: int, value: Any) -> None:
         wire.send(self._json_reply(status, json.dumps(value, separators=(",", ":")).encode()))
@@ -687,13 +663,6 @@ class FakeProxy(SocketServer):
         build = {"X-CPA-VERSION": self.version, "X-CPA-COMMIT": "a7e3596b7", "X-CPA-BUILD-DATE": "2026-08-22T10:00:00Z"}
         headers = {**build, "Date": formatdate(usegmt=True)}
         return http_reply(status, body, "application/json; charset=utf-8", headers)
-
-
-def _values_by_path(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a configuration and everything in it, each by the path that asks for it."""
-    yield path, value
-    for name, item in value.items() if isinstance(value, dict) else ():
-        yield from _values_by_path(f"{path}/{name}", item)
 
 
 def read_command(wire: Wire) -> list[str]:
