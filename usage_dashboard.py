@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -739,6 +739,31 @@ class Parsed(NamedTuple):
     ignored: int
 
 
+class Recent:
+    """The latest events, by ``execution_id``, or with ``by_values`` also by time, index, model, tokens and latency."""
+
+    def __init__(self, most: int = 10_000):
+        self.by_values, self._most = False, most
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def has_seen(self, content: Mapping[str, Any], event: Event) -> bool:
+        """Return whether the event came before, and remember it."""
+        name = content.get("execution_id")
+        if name and isinstance(name, str):
+            known = hash((name, event.model))  # one call may tell of an image model as well
+        elif self.by_values:
+            model_tokens_and_latency = event[3:11]
+            known = hash((content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id))
+        else:
+            return False
+        if known in self._seen:
+            return True
+        self._seen[known] = None
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+        return False
+
+
 _LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
 
 
@@ -758,8 +783,8 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
-    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
@@ -773,7 +798,7 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parse
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
-            if event is None:
+            if event is None or (recent is not None and recent.has_seen(content, event)):
                 ignored += 1
             else:
                 parsed.events.append(event)
@@ -798,13 +823,19 @@ def _decode(raws: Sequence[Any]) -> list[Any]:
     return [_decode_one(raw) for raw in raws]
 
 
+def _without_stamp(raw: Any) -> Any:
+    """Return a value without the 8 bytes of its time, which one fork's list in a Redis has in front of each event."""
+    is_stamped = isinstance(raw, bytes) and raw[8:9] == b"{" and raw[:1] != b"{"
+    return raw[8:] if is_stamped else raw
+
+
 def _decode_one(raw: Any) -> Any:
     if isinstance(raw, Oversized):
         return Rejected("it is larger than an event can be")
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _loads(raw)
+        return _loads(_without_stamp(raw))
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -820,13 +851,16 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    of_tokens = (*_SENT_COUNTS, "read_tokens", "write_tokens", "cache_input_mode")
+    parts = {"fail": ("status_code", "error_code"), "tokens": of_tokens}
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), *parts, "token_breakdown", "response_headers", "execution_id")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
-    fail = kept.get("fail")
-    if isinstance(fail, dict):
-        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
-        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
+    for name in parts:
+        if isinstance(kept.get(name), dict):
+            kept[name] = {key: kept[name][key] for key in parts[name] if key in kept[name]}
+    body = _failure_text(content)
+    kept["error_message"] = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
@@ -884,11 +918,9 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if set(content) in ({"refresh"}, {"support_refresh"}):
-        return None
     get = content.get
-    if get("generate") is False:
-        return None
+    if len(content) == 1 and "timestamp" not in content and next(iter(content.values())) is True:
+        return None  # {"refresh": true}, {"heartbeat": true} …
     try:
         ts_epoch, timestamp = parse_time(get("timestamp"))
     except TypeError:
@@ -896,8 +928,12 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
-    failed, status, error = _outcome(get("failed"), get("fail"))
-    headers = _quota_headers(get("response_headers"), context.provider)
+    failed, status, error, has_reply = _outcome(content)
+    usage = _usage(content, context.provider)
+    if get("generate") is False and not failed and not any(usage):
+        return None  # a warm-up; with tokens it is a request
+    # Without a reply of its own, an attempt comes with the headers of one before, perhaps of another account.
+    headers = _quota_headers(get("response_headers"), context.provider) if has_reply else None
     return Event(
         *(timestamp, ts_epoch, context, model),
         *_usage(content, context.provider),
@@ -912,7 +948,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     )
 
 
-_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_CONTEXT_NAMES = ("model", "access_token_sha256", "api_key_hash", "response_service_tier", *Context._fields[:-1])
 _contexts = Contexts()
 
 
@@ -935,6 +971,7 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
     source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
     is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
     model = _text(get("model"), "model") or "unknown"
+    served = get("response_service_tier")
     context = Context(
         auth_index=_auth_index(get("auth_index")),
         source="" if is_clients_key else _mask_source(source),
@@ -943,11 +980,18 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
         auth_type=_text(get("auth_type"), "auth_type", 32),
         alias=_text(get("alias"), "alias"),
         reasoning_effort=_text(get("reasoning_effort"), "reasoning_effort", 32),
-        service_tier=_text(get("service_tier"), "service_tier", 32),
-        api_key=mask_key(_text(get("api_key"), "api_key", 512)),
+        service_tier=_text(served if served and isinstance(served, str) else get("service_tier"), "service_tier", 32),
+        api_key=mask_key(_text(get("api_key"), "api_key", 512)) or _mask_of_hash(get("api_key_hash")),
     )
     account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
     return model, context._replace(account=account)
+
+
+def _mask_of_hash(value: Any) -> str:
+    """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
+    if not isinstance(value, str) or not value:
+        return ""
+    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{12,64}$', value) else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1021,6 +1065,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
             into, out = breakdown["input"], breakdown["output"]
             counts = (into["total_tokens"], out["total_tokens"], out["reasoning_tokens"], breakdown["total_tokens"])
             counts += (into["cache_read_tokens"], into["cache_write_tokens"])
+            if sum(counts[4:]) > counts[0]:
+                raise Rejected("the cache is larger than the input")
             return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
     tokens = content.get("tokens")
     if tokens is None:
@@ -1046,44 +1092,84 @@ _THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", 
 
 
 def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
-    """Return counts whose meaning depends on provider and release: Claude's input leaves the cache out."""
+    """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
+    names, mode = _SENT_COUNTS, tokens.get("cache_input_mode")
+    if "read_tokens" in tokens and tokens.get("input_tokens") is None:
+        names = ("read_tokens", "write_tokens", *names[2:])  # of a fork: input and output
     try:
-        into, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, _SENT_COUNTS), _SENT_COUNTS)
+        given, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, names), names)
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
-    if is_claude or provider == "claude":
-        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats writes where nothing was read.
-        read = cached if read is None else read
-        if total == _sum(into, out):  # before v7.1.26, without the cache
-            total = None
-        into = None if into is None else _sum(into, read, written)
-    else:
-        read = read or cached  # from v7.0.3 to v7.2.66 cache_read_tokens stays 0 although cached_tokens is filled
-        out = _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
-    return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
+    is_claude = is_claude or provider == "claude"
+    # Before v7.0.3 there is none, up to v7.2.66 it stays 0, but for Claude, whose cached_tokens may be the writes.
+    if read is None or not (read or is_claude):
+        read = cached
+    cache = (read or 0) + (written or 0)
+    is_apart = mode == "separate_from_input" or (is_claude and mode != "included_in_input")
+    into = (given or 0) + cache if cache > (given or 0) or (is_apart and given is not None) else given
+    before, out = out, _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
+    if not total or (into != given and total == _sum(given, before)):  # so is Claude's total before v7.1.26
+        total = _sum(into, out)
+    return TokenCounts(into, out, reasoning, total, read, written)
 
 
-def _outcome(flag: Any, fail: Any) -> tuple[int, int | None, str | None]:
-    """Return whether an attempt failed, with its HTTP status, None where that is 0 or absent, and the reason."""
+def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, bool]:
+    """Return whether an attempt failed, its status (None: 0 or absent), the reason, and whether a reply had begun."""
+    flag, fail, outcome = content.get("failed"), content.get("fail"), content.get("outcome")
     if fail is not None and not isinstance(fail, dict):
         raise Rejected("fail is not an object")
     if flag not in (None, True, False):
         raise Rejected("failed is neither true nor false")
     status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
-    failed = bool(flag) or (status or 0) >= 400
-    return int(failed), status, failure_reason(status, fail and fail.get("body")) if failed else None
+    status = status or (499 if outcome == "canceled" else None)
+    if not (flag or outcome == "failed" or (status or 0) >= 400):
+        return 0, status, None, True
+    body = _failure_text(content)
+    has_reply = not _network_words(body) or body.startswith(_STREAM_TEXTS)
+    return 1, status, failure_reason(status, body, fail and fail.get("error_code")), has_reply
 
 
-def failure_reason(status: int | None, body: Any) -> str | None:
+# What the proxy's own texts begin with where a reply had begun, and end with where there was none.
+_STREAM_TEXTS = ("stream error: ", "claude executor: upstream returned error", "upstream stream returned an error")
+_NETWORK_TEXTS = {
+    **{text: text for text in ("connection refused", "no such host", "no route to host")},
+    **dict.fromkeys(("connection reset by peer", "broken pipe"), "connection reset"),
+    **dict.fromkeys(("i/o timeout", "tls handshake timeout", "context deadline exceeded"), "no answer in time"),
+    **dict.fromkeys(("eof", "unexpected eof"), "stream broken off"),
+    "context canceled": "client left",
+}
+
+
+def _failure_text(content: Mapping[str, Any]) -> Any:
+    fail = content.get("fail")
+    return (isinstance(fail, dict) and fail.get("body")) or content.get("error_message")
+
+
+def _network_words(body: Any) -> str:
+    """Return what one of the proxy's own texts says, in words of a fixed list; empty for any other text."""
+    if not isinstance(body, str):
+        return ""
+    if body.startswith(_STREAM_TEXTS):
+        return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
+    end = body[-1000:].rstrip()
+    words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].partition(" (")[0].lower(), "")
+    if not words and (": tls: " in end or ": x509: " in end):
+        words = "TLS failure"
+    is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
+    return f"egress proxy: {words}" if is_of_proxy else words
+
+
+def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str | None:
     """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
+    if not code and isinstance(error_code, str) and re.match(r"[A-Za-z]\w{1,63}\Z", error_code):
+        code = error_code
     if code or message:
-        reason = ": ".join(part for part in (code, message) if part)
+        reason = ": ".join(part for part in (code, message or _network_words(body)) if part)
         return without_secrets(reason if status is None else f"{status} {reason}")
-    if status is None:
-        return None
-    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
+    own = {200: "stream broken off", 499: "client left", 529: "Overloaded"}
+    words = _network_words(body) or own.get(status or 0) or responses.get(status or 0, "")
+    return f"{status or ''} {words}".strip() or None
 
 
 def failure_kind(status: int | None, error: str | None) -> str:
@@ -1094,7 +1180,7 @@ def failure_kind(status: int | None, error: str | None) -> str:
 
 
 _KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "timestamp latency_ms ttft_ms source auth_index failed outcome generate accounting_version provider executor_type "
     "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
 )
 
@@ -4414,6 +4500,7 @@ class Collector:
         self._readings = TrafficReadings(self._files, store, clock, monotonic)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
+        self._recent = Recent()
         self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
         self._recorded_at: float | None = None  # on this connection
@@ -4492,6 +4579,7 @@ class Collector:
         source = self._source = self._open()
         try:
             self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
+            self._recent.by_values = source.mode == "subscribe"
             self._facts.connect(source)
             self._collect(source)
         finally:
@@ -4550,10 +4638,10 @@ class Collector:
         if not values:
             return False
         self._files.look(2.0)
-        parsed = parse_events(values, self._files.contexts)
-        self._follow_files(2.0)
-        self.journal.hold(parsed)
+        parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
+        self.journal.hold(parsed)
+        self._follow_files(2.0)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
