@@ -52,6 +52,10 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         ("v7.0.6", ("SUBSCRIBE", "usage"), "ERR unknown command 'subscribe'"),
         ("v7.1.38", ("SUBSCRIBE", "Usage"), [b"subscribe", b"usage", 1]),
         ("v7.1.44", ("SUBSCRIBE", "Usage"), [b"subscribe", b"Usage", 1]),
+        ("v8.0.47", ("LPOP", "usage", "3"), [b"e0", b"e1"]),
+        ("newest-first", ("RPOP", "usage"), b"e1"),
+        ("newest-first", ("LPOP", "usage", "2"), [b"e0", b"e1"]),
+        ("newest-first", ("RPOP", "usage", "1001"), "ERR value is not an integer or out of range"),
     ],
 )
 def test_proxy_answers_as_its_version_does(version, command, reply):
@@ -84,6 +88,71 @@ def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_byt
     proxy.wait_for(lambda: proxy.open_connections == 0)
     assert got == proxy.handed_over[: n_bytes // 10]  # a reply has 10 bytes
     assert proxy.lost == proxy.handed_over[n_bytes // 10 :]
+
+
+def asked(proxy, path):
+    """Return the JSON that a management route answers with, or 404."""
+    with closing(app.ProxyApi(proxy.host, proxy.port, False, KEY)) as api:
+        try:
+            return api.get(path)
+        except app.QueueFault as fault:
+            assert fault.state == "closed"
+            return 404
+
+
+QUEUES = ["/v0/management/usage-queue?count=9", "/v8/management/observability/usage/queue?count=9"]
+SWITCHES = ["/v0/management/usage-statistics-enabled",
+            "/v8/management/config/observability/usage/usage-statistics-enabled"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "differences", "queues", "switches"), [
+    ("v7.2.140", {}, [["e"], 404], [{"usage-statistics-enabled": True}, 404]),
+    ("v8.0.47", {}, [["e"], []], [{"usage-statistics-enabled": True}, True]),
+    ("v8.0.47", {"routes_of_v0": False}, [404, ["e"]], [404, True]),
+    ("no-queue", {}, [404, 404], [{"usage-statistics-enabled": True}, 404]),
+])  # fmt: skip
+def test_proxy_has_the_management_routes_of_its_version(version, differences, queues, switches):
+    with FakeProxy(version=version, **differences) as proxy:
+        proxy.push("e")
+        assert [asked(proxy, path) for path in QUEUES] == queues
+        assert [asked(proxy, path) for path in SWITCHES] == switches
+        assert asked(proxy, "/v8/management/config/config-version") == (404 if queues[1] == 404 else 8)
+
+
+def test_proxy_counts_attempts_in_twenty_buckets_until_it_restarts(proxy):
+    proxy.wall_clock = lambda: 600 * 3_000_000.0  # 08:00 UTC
+    proxy.add_account("ab", email="an@example.com")
+    proxy.add_key("sk-upstream")
+    proxy.push('{"auth_index": "ab", "failed": true}', '{"source": "sk-upstream"}', '{"auth_index": "cd"}')
+    proxy.push('{"auth_index": "ab"}', counted=False)
+    proxy.pass_time(650)
+    proxy.count("ab", success=2)
+    (file,) = asked(proxy, "/v0/management/auth-files")["files"]
+    buckets = [tuple(bucket.values()) for bucket in file["recent_requests"]]
+    assert (len(buckets), buckets[-3:]) == (20, [("07:50-08:00", 0, 0), ("08:00-08:10", 0, 1), ("08:10-08:20", 2, 0)])
+    key = asked(proxy, "/v0/management/api-key-usage")["codex"]["https://up.example/v1|sk-upstream"]
+    assert [(one["success"], one["failed"]) for one in (file, key)] == [(2, 1), (1, 0)]
+    with connected(proxy, KEY) as client:
+        proxy.restart()
+        with pytest.raises(app.ConnectionClosed):
+            client.call("RPOP", "usage")
+    (file,) = asked(proxy, "/v0/management/auth-files")["files"]
+    assert (file["success"], file["failed"], proxy.queued, len(proxy.forgotten)) == (0, 0, 0, 4)
+
+
+def test_proxy_of_a_fork_sends_heartbeats_ends_the_idle_or_keeps_what_it_published():
+    with FakeProxy(version="heartbeats", keeps_published=True, idle_s=120) as proxy, connected(proxy, KEY) as client:
+        assert client.call("SUBSCRIBE", "usage")[0] == b"subscribe"
+        proxy.wait_for(lambda: proxy.subscribers)
+        proxy.pass_time(65)
+        proxy.push("e")
+        got = [client.receive()[2] for _ in range(4)]
+        assert got == [b'{"support_refresh":true}', b'{"heartbeat":true}', b'{"heartbeat":true}', b"e"]
+        assert (proxy.queued, proxy.open_connections) == (1, 1)
+        proxy.pass_time(60)
+        with pytest.raises(app.ConnectionClosed):
+            while client.receive()[2] == b'{"heartbeat":true}':
+                pass
 
 
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):
