@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -482,6 +482,7 @@ class QueueFault(DashboardError):
     ):
         super().__init__(message)
         self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
+        self.held: Source | None = None  # whose connection stays open, since its end tells of a restart
         self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
 
 
@@ -626,6 +627,21 @@ def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
     return Misconfigured(message, "closed")
 
 
+def has_ended(connection: socket.socket | None) -> bool:
+    """Return whether the other side has ended a connection on which no reply is awaited."""
+    if connection is None:
+        return False
+    timeout_s = connection.gettimeout()
+    try:
+        connection.settimeout(0)
+        return not connection.recv(1)
+    except OSError as error:
+        return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
+    finally:
+        with suppress(OSError):
+            connection.settimeout(timeout_s)
+
+
 class RespClient:
     """RESP over one connection: commands out in one write, whole replies in."""
 
@@ -656,6 +672,10 @@ class RespClient:
         """Send one command and read its reply."""
         self.send(encode_command(*words))
         return self.receive()
+
+    def has_ended(self) -> bool:
+        """Return whether the other side has ended the connection."""
+        return has_ended(self._socket)
 
     def wait_for_ever(self) -> None:
         """Lift the time limit of replies, as a subscription needs it."""
@@ -2375,15 +2395,23 @@ class Store:
                 (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
-    def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
+    def end_outage(
+        self, at: float, shortest_s: float = SHORTEST_RETENTION_S, restart_lost: bool | None = None
+    ) -> None:
+        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped.
+
+        ``restart_lost``: it was a restart of the proxy, at which records were lost or not.
+        """
         self.mend_outages(at)
         with self._write() as db:
-            too_short = "to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'"
-            db.execute(f"DELETE FROM outages WHERE {too_short}", (at - shortest_s,))
+            network = "to_at IS NULL AND reason <> 'publishing_off'"
+            if restart_lost is None:
+                db.execute(f"DELETE FROM outages WHERE {network} AND from_at > ?", (at - shortest_s,))
+            else:
+                db.execute(f"UPDATE outages SET reason = 'proxy_restarted' WHERE {network}")
             db.execute(
-                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = ? OR {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, bool(restart_lost), at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
@@ -3569,6 +3597,12 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
+class NotFound(QueueFault):
+    """A management route that is not there."""
+
+    state = "closed"
+
+
 # Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
@@ -3638,6 +3672,11 @@ class Source:
     def abort(self) -> None:
         """Wake a thread that waits for an answer."""
         self.close()
+
+    def has_ended(self) -> bool:
+        """Return whether the other side has ended the connection on which the login was sent."""
+        client = getattr(self, "_client", None)
+        return client is not None and client.has_ended()
 
 
 class PopSource(Source):
@@ -3715,17 +3754,66 @@ def _json_or_elements(content: bytes) -> Any:
         return list(elements_of([content]))
 
 
+_V0, _V8 = "/v0/management", "/v8/management"
+_CONFIG, _PUBLISHING, _QUEUE = f"{_V0}/config", f"{_V0}/usage-statistics-enabled", f"{_V0}/usage-queue"
+# The routes of the older tree, which proxies before version 8 have alone, and what they are called in the newer one.
+_TWINS = {
+    _CONFIG: f"{_V8}/config",
+    _PUBLISHING: f"{_V8}/config/observability/usage/usage-statistics-enabled",
+    _QUEUE: f"{_V8}/observability/usage/queue",
+    f"{_V0}/auth-files": f"{_V8}/credentials",
+}
+
+
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
     def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
         self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
         self._connection: Any = None
+        self._socket: Any = None
+        self._has_v8: bool | None = None
+        self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
-        """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
+        """Return the decoded JSON of a 200, of the tree that has the route. Raises QueueFault for anything else.
+
+        Version 8's tree is tried after the first 404, once; what is not known there is not asked of it.
+        """
+        route, mark, query = path.partition("?")
+        twin = _TWINS.get(route)
+        if self._has_v8:
+            if twin is None:
+                raise NotFound("version 8 of the proxy has no such route")
+            return self._get(twin + mark + query, before_login)
+        try:
+            return self._get(path, before_login)
+        except NotFound:
+            if self._has_v8 is not None or twin is None:
+                raise
+        self._has_v8 = False
+        answer = self._get(twin + mark + query, before_login)
+        self._has_v8 = True
+        return answer
+
+    def ask(self, path: str) -> Any:
+        """Return an answer as get() does, within the time limit as a whole."""
+        with self._limited():
+            return self.get(path)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        limit = threading.Timer(self._timeout_s, self.abort)
+        limit.start()
+        try:
+            yield
+        finally:
+            limit.cancel()
+            self.close()  # the next call must count its login
+
+    def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
             if status == 200:
@@ -3735,7 +3823,8 @@ class ProxyApi:
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
                 said = "the management API broke off in the middle of an answer"
-            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
+            state = "refused" if isinstance(error, ConnectionRefusedError) else None
+            raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
@@ -3744,18 +3833,15 @@ class ProxyApi:
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+            raise NotFound("the proxy has its management API switched off", is_no_failed_login=True)
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
     def has_example_keys(self) -> bool:
         """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
-        try:
+        with self._limited(), suppress(OSError, HTTPException, ValueError):
             return b"Example API key detected" in self._exchange("/", lambda: None)[1]
-        except (OSError, HTTPException, ValueError):
-            return False
-        finally:
-            self.close()  # the next call must count its login
+        return False
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
         """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
@@ -3766,12 +3852,15 @@ class ProxyApi:
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
+        self._socket = self._connection.sock  # which the connection may forget before the answer is read
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         pieces, content = _pieces_of(reply), b""
         for piece in pieces:
             content += piece
+            if len(content) > 4 << 20 and "queue" not in path:
+                raise ValueError("no setting is as long")
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
@@ -3780,7 +3869,11 @@ class ProxyApi:
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def has_ended(self) -> bool:
+        """Return whether the other side has ended the connection."""
+        return self._connection is not None and has_ended(self._connection.sock)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3794,20 +3887,24 @@ class HttpSource(Source):
 
     mode = "http"
 
-    def __init__(self, api: ProxyApi):
-        self._api = api
-        self.close, self.abort = api.close, api.abort
+    def __init__(self, api: ProxyApi, is_chosen: bool):
+        self._api, self._is_chosen = api, is_chosen
+        self.close, self.abort, self.has_ended = api.close, api.abort, api.has_ended  # type: ignore[method-assign]
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
+        self._api.config = self._api.get(_CONFIG, self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            values = self._api.get(f"{_QUEUE}?count={count}")
             if not isinstance(values, list):
                 raise NotResp("the management API did not answer with a list")
+        except NotFound:
+            said = "the proxy answers HTTP and takes the key, but has no queue there"
+            chosen = Misconfigured(f'{said} (it may be older than v6.10.8); set "collect_mode": "auto"', "no_queue")
+            return PopResult([], False, chosen if self._is_chosen else QueueFault(said, "no_queue"))
         except QueueFault as fault:
             return PopResult([], False, fault)
         return PopResult(values, len(values) >= count, None)
@@ -3916,7 +4013,7 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     if config.collect_mode == "subscribe":
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
-        source = HttpSource(api)
+        source = HttpSource(api, is_chosen=True)
     login = (host, port, password)
     try:
         _open_or_close(source, login, logins, connect)
@@ -3924,9 +4021,11 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
         is_other = isinstance(no_resp, NotResp)
         if (is_other or (no_resp.state == "closed" and config.collect_mode == "http")) and api.has_example_keys():
             raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if isinstance(no_resp, NoQueue) and not password:
+            raise QueueFault("a management key is needed", "no_password", True) from no_resp
         if not is_other or config.collect_mode != "auto" or not password:
             raise
-        source = HttpSource(api)
+        source = HttpSource(api, is_chosen=False)
         try:
             _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
@@ -3950,7 +4049,10 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
     try:
         source.open()
     except BaseException as fault:
-        source.close()
+        if isinstance(fault, QueueFault) and fault.state == "banned":
+            fault.held = source
+        else:
+            source.close()
         if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
             logins.settle("shut")
         elif isinstance(fault, QueueFault):
@@ -3980,22 +4082,29 @@ STATE_REMEDIES = {
     "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
     "(8317 by default).",
     "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
-    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
-    "or set cliproxy_tls to true if it serves TLS.",
-    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
+    "closed": "The proxy closes the connection without a word: set remote-management.secret-key (version 8: "
+    "management.secret-key) in its config.yaml, or set cliproxy_tls to true if it serves TLS.",
+    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key; version 8: "
+    "management.secret-key).",
     "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
     "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
     "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
     "Restarting the proxy lifts it at once.",
-    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
-    "the proxy's machine.",
+    "remote_disabled": "Set remote-management.allow-remote: true (version 8: management.allow-remote) in the proxy's "
+    "config.yaml, or run the dashboard on the proxy's machine.",
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
     "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "no_queue": "This proxy is a fork without a usage queue, or older than v6.9.38: use another one. Behind a web "
+    "server, set cliproxy_port to the proxy's own port.",
+    "foreign_list": "That list is another program's; to destroy no more of it, nothing is popped until config.json "
+    "changes or the dashboard restarts: set queue_key to the list that your forwarder fills, or cliproxy_port to the "
+    "proxy's (8317).",
     "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
     "proxy's config.yaml; until then it serves nobody.",
-    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
+    "publishing_off": "Set usage-statistics-enabled: true (version 8: observability.usage.usage-statistics-enabled) in "
+    "the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
@@ -4004,11 +4113,16 @@ _open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
+RETENTION_LINE = (
+    "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml (version 8: under observability.usage)"
+)
+
+
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
     """Return what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
     return (
         f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
-        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+        f'set "poll_interval_seconds": 2 here, or {RETENTION_LINE}'
     )
 
 
@@ -4268,61 +4382,98 @@ class Journal:
 class ProxyFacts:
     """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
-    _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
+    _PAUSE_S, _PAGE_PAUSE_S = 56.0, 300.0
+    _MOST, _SPAN_S = 11, 600.0  # each question costs the proxy 60 ms
 
     def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
-        self._asked_at = 0.0
+        self._asked: deque[float] = deque(maxlen=self._MOST)
+        self._asked_at = self._page_at = 0.0
         self.has_example_keys = False
 
     def connect(self, source: Source) -> None:
         """Begin with a new connection, and ask what can be asked."""
         self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
-        self.has_example_keys = False
+        self.has_example_keys, self._asked_at, self._page_at = False, 0.0, 0.0
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
             self._store.put_meta("retention_s", None)
-        self.ask()
+        if self._api is not None:
+            self._note_version()
+            self._read_config(self._api.config or self._question(_CONFIG))
+            self.ask()
+
+    def go_on(self, source: Source) -> None:
+        """Ask the same proxy by a new connection from now on."""
+        self._api = source.api
+
+    def _question(self, path: str) -> Any:
+        """Return an answer; None where it fails, or where the questions of ten minutes are used up."""
+        now = self._clock()
+        is_used_up = len(self._asked) == self._MOST and 0 <= now - self._asked[0] < self._SPAN_S
+        if self._api is None or is_used_up:
+            return None
+        self._asked.append(now)
+        try:
+            answer = self._api.ask(path)
+        except QueueFault as fault:
+            if fault.state in ("banned", "remote_disabled", *_REFUSALS):
+                self.disconnect()
+            return None
+        self._note_version()
+        return answer
+
+    def _note_version(self) -> None:
+        if self._api is not None:
+            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+
+    def _read_config(self, config: Any) -> None:
+        if not isinstance(config, dict):
+            return
+        with suppress(KeyError, TypeError):  # version 8
+            config = config["observability"]["usage"]
+        if isinstance(config, dict):
+            self._learn_publishing(config.get("usage-statistics-enabled"))
+            seconds = _finite(config.get("redis-usage-queue-retention-seconds")) or 0.0
+            # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+            self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+
+    def _learn_publishing(self, answer: Any) -> None:
+        if isinstance(answer, bool):
+            self._status.publishing, self._asked_at = answer, self._clock()
 
     def ask(self) -> None:
-        """Ask the proxy whether it publishes, for how long it keeps records, and its version."""
-        if self._api is None:
-            return
-        self._asked_at = self._clock()
-        try:
-            answer = self._api.get("/v0/management/usage-statistics-enabled")
-            publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            status = self._status
-            status.publishing = publishing if isinstance(publishing, bool) else None
-            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-            if status.retention_seconds is None:
-                config = self._api.get("/v0/management/config")
-                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                seconds = _finite(told) or 0.0
-                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+        """Ask the proxy whether it publishes, and whether template keys stand in its config."""
+        now = self._clock()
+        if not 0 <= now - self._asked_at < self._PAUSE_S:
+            self._asked_at = now
+            answer = self._question(_PUBLISHING)
+            self._learn_publishing(answer.get("usage-statistics-enabled") if isinstance(answer, dict) else answer)
+        page_pause_s = self._PAUSE_S if self.has_example_keys else self._PAGE_PAUSE_S
+        if self._api is not None and not 0 <= now - self._page_at < page_pause_s:
+            self._page_at = now
             self.has_example_keys = self._api.has_example_keys()
-        except QueueFault:
-            self.disconnect()
+
+    def attempts(self) -> int | None:
+        """Return how many attempts the proxy has counted since its start; None where it does not tell."""
+        files, keys = (self._question(f"{_V0}/{name}") for name in ("auth-files", "api-key-usage"))
+        try:
+            entries = [*files["files"], *(entry for group in keys.values() for entry in group.values())]
+            return sum(entry["success"] + entry["failed"] for entry in entries) if entries else None
+        except (AttributeError, KeyError, TypeError):
+            return None
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
             self._status.publishing = None
         elif self._status.publishing is not False:
-            self._status.publishing, self._asked_at = True, self._clock()
+            self._learn_publishing(True)
         else:  # left from before it was switched off, or it is on again
-            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
-
-    def ask_if_due(self) -> None:
-        """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        is_off = self._status.publishing is False or self.has_example_keys
-        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
-        if not 0 <= self._clock() - self._asked_at < pause_s:
-            self.ask()
+            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_S + 2)
 
     def disconnect(self) -> None:
         """Close the connection to the management API; nothing is asked until the next connect()."""
@@ -4369,10 +4520,10 @@ class OutageLog:
         with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
 
-    def end(self) -> None:
-        """Record that recording goes on. Raises StoreError."""
+    def end(self, restart_lost: bool | None = None) -> None:
+        """Record that recording goes on, after a restart of the proxy where that is told. Raises StoreError."""
         self._write_begin()
-        self._store.end_outage(self._clock())
+        self._store.end_outage(self._clock(), restart_lost=restart_lost)
         self._reason = None
 
     def turn(self) -> None:
@@ -4496,6 +4647,8 @@ class CollectorStatus:
 class Collector:
     """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
 
+    _MOST_STRANGE = 20
+
     def __init__(
         self,
         config: Config,
@@ -4521,7 +4674,13 @@ class Collector:
         self._refused = RefusedLogins(store, clock, monotonic)
         self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
+        self._connected_at = 0.0
         self._recorded_at: float | None = None  # on this connection
+        self._records = 0  # on this connection
+        self._records_before, self._is_fresh_loss = 0, False  # of the one that broke while it recorded
+        self._restart_lost: bool | None = None
+        self._was_refused = self._has_held_out = self._goes_on = False
+        self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
@@ -4552,17 +4711,23 @@ class Collector:
 
     def _turn(self) -> None:
         """Run one session, and wait after the fault that ended it."""
+        has_held_out, self._has_held_out = self._has_held_out, False
         try:
             self._session()
         except QueueFault as fault:
-            self._enter(fault.state, fault)
-            self._outages.begin(fault.state)
-            if fault.lasts_s is not None:
-                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
-            elif fault.state in _REFUSALS:
-                self._wait_for_change(math.inf, fault.state)
+            self._note_break(fault)
+            if fault.state == "banned":  # told again after its connection ended, that was not a restart
+                self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
+            elif fault.lasts_s is not None:
+                self._wait_for_change(next(self._backoff))
+            elif fault.state in (*_REFUSALS, "foreign_list"):
+                self._wait_for_change(math.inf, fault.state if fault.state in _REFUSALS else None)
+            elif fault.state == "no_queue":
+                self._wait_for_change(300.0)
             else:
                 self._stop.wait(next(self._backoff))
+            if fault.held is not None:
+                fault.held.close()
         except StoreError as error:
             self._enter_storage_error(error)
             self._stop.wait(next(self._backoff))
@@ -4581,6 +4746,8 @@ class Collector:
             source.close()
             self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
+            if fault.held is not None:
+                fault.held.close()
             if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
             self._enter(fault.state, fault)
@@ -4596,8 +4763,15 @@ class Collector:
         self._store.check_writable()
         source = self._source = self._open()
         try:
-            self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
-            self._facts.connect(source)
+            goes_on, self._goes_on = self._goes_on, False
+            if goes_on:
+                self._facts.go_on(source)
+            else:
+                self._is_proven, self._recorded_at, self._records = False, None, 0
+                self._status.mode = source.mode
+                self._facts.connect(source)
+                self._restart_lost = self._loss_of_restart()
+            self._connected_at = self._clock()
             self._collect(source)
         finally:
             self._source = Source()
@@ -4615,20 +4789,30 @@ class Collector:
         """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
         count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(count, source.largest_batch))
+            left = math.inf if source.is_proxy else self._MOST_STRANGE - self._strange
+            if left <= 0:
+                raise QueueFault(f"{self._MOST_STRANGE} values came, and none was a usage record", "foreign_list")
+            result = source.take(int(min(count, source.largest_batch, left)))
             more = result.full and not self._stop.is_set()
             recorded = self._hold(result.values)
             count = source.largest_batch if more else few
             if not more:
                 self.journal.sync()
             self._store_if_due(source, at_rest=not more)
-            if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                raise QueueFault(str(result.fault), "unreachable") from result.fault
-            if result.fault is not None:
-                raise result.fault
-            self._after_turn(recorded)
-            if not result.full and source.mode != "subscribe":
-                self._stop.wait(self._config.poll_interval_seconds)
+            fault = result.fault
+            if fault is None:
+                self._after_turn(recorded)
+                if not result.full and source.mode != "subscribe":
+                    self._stop.wait(self._config.poll_interval_seconds)
+                    fault = ConnectionClosed(clean=True) if source.has_ended() and not self._stop.is_set() else None
+            if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
+                idle_s = self._clock() - max(self._connected_at, self._recorded_at or 0.0)
+                if fault.clean and self._is_proven and idle_s > 60:
+                    self._goes_on = True
+                    return
+                raise QueueFault(str(fault), "unreachable") from fault
+            if fault is not None:
+                raise fault
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
@@ -4650,10 +4834,10 @@ class Collector:
         if fault is not None:
             raise fault
 
-    def _hold(self, values: Sequence[Any]) -> bool:
-        """Parse and spool what was popped, and return whether there was a record in it."""
+    def _hold(self, values: Sequence[Any]) -> int:
+        """Parse and spool what was popped, and return how many records were in it."""
         if not values:
-            return False
+            return 0
         self._follow_files(2.0)
         parsed = parse_events(values, self._files.contexts)
         self.journal.hold(parsed)
@@ -4661,7 +4845,8 @@ class Collector:
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        return bool(parsed.events or parsed.rejects)
+        self._strange = -math.inf if parsed.events else self._strange + len(parsed.rejects)
+        return len(parsed.events) + len(parsed.rejects)
 
     def _follow_files(self, pause_s: float) -> None:
         """Notice account files that have changed, and what they tell of events that are stored already."""
@@ -4671,7 +4856,7 @@ class Collector:
                 self._store.decide_accounts(self._files.account_of)
                 self._decided_changes = self._files.changes
 
-    def _after_turn(self, got_values: bool) -> None:
+    def _after_turn(self, recorded: int) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
@@ -4682,13 +4867,14 @@ class Collector:
             self._is_proven = True
             self._backoff = backoff()
             self._refused.forget()
-            self._outages.end()
+            self._outages.end(self._restart_lost)
+            self._records_before = 0
         self._outages.turn()
         now = self._clock()
-        if got_values:
-            self._recorded_at = now
+        if recorded:
+            self._records, self._recorded_at = self._records + recorded, now
             self._facts.note_events()
-        self._facts.ask_if_due()
+        self._facts.ask()
         publishing = self._status.publishing
         self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
@@ -4697,6 +4883,27 @@ class Collector:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
             self._log.event("quota", fault=error)
+
+    def _note_break(self, fault: QueueFault) -> None:
+        """Enter the state of a fault that ended a session or kept one from beginning, and begin an outage."""
+        if self._status.state == "recording":
+            self._records_before, self._was_refused = self._records, False
+            self._is_fresh_loss = self._clock() - (self._recorded_at or 0.0) <= SHORTEST_RETENTION_S
+        self._was_refused |= fault.state == "refused"
+        self._goes_on = False
+        self._enter(fault.state, fault)
+        self._outages.begin(fault.state)
+
+    def _loss_of_restart(self) -> bool | None:
+        """Return whether a restart of the proxy cost records; None where there was none for sure.
+
+        A proxy that has counted fewer attempts than it handed over records has begun again meanwhile. Where it counts
+        none, nobody listened there for a moment.
+        """
+        records = self._records_before
+        attempts = self._facts.attempts() if records else None
+        has_restarted = self._was_refused if attempts is None else 2 * attempts < records
+        return self._is_fresh_loss if records and has_restarted else None
 
     # States and waiting
 
@@ -4725,23 +4932,28 @@ class Collector:
                 written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
-        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
+    def _wait_for_change(self, seconds: float, refused: str | None = None, held: Source | None = None) -> bool:
+        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first.
+
+        Return whether the other side has ended the connection that is held, which ends the wait as well.
+        """
         before = self._login()
         while seconds > 0:
             if refused is not None:
                 with suppress(StoreError):  # it is tried again
                     self._refused.remember(before, refused)
             if self._stop.wait(min(3.0, seconds)):
-                return
+                return False
             seconds -= 3.0
+            has_ended = held is not None and held.has_ended()
             try:
                 self._config = self._load()
             except ConfigError as error:
                 self._log.once("config", fault=error)
-            if self._login() != before:
-                self._backoff = backoff()
-                return
+            if has_ended or self._login() != before:
+                self._backoff, self._strange = backoff(), 0
+                return has_ended
+        return False
 
 
 # ------------------------------------------------------------------ refresher
@@ -5717,8 +5929,10 @@ def _check_losses(store: Store) -> list[Finding]:
         found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
         findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
-        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
-        if outage["to"] is None:
+        remedy = f"{RETENTION_LINE} lets it remember for an hour"
+        if outage["reason"] == "proxy_restarted":
+            remedy = 'what it still held is gone with each restart; with "collect_mode": "subscribe" that is less'
+        elif outage["to"] is None:
             remedy = STATE_REMEDIES.get(outage["reason"], remedy)
         findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
     return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
@@ -5735,7 +5949,7 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     folder, files, problems = find_account_files(config.auth_dirs())
     findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
     if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir (version 8: oauth.auth-dir), and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
     stored = {(row["email"], row["account_id_tag"]): row["state"] for row in quotas}
     odd = []
