@@ -627,33 +627,18 @@ def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
     return Misconfigured(message, "closed")
 
 
-def has_ended(connection: socket.socket | None) -> bool:
-    """Return whether the other side has ended a connection on which no reply is awaited."""
-    if connection is None:
-        return False
-    timeout_s = connection.gettimeout()
-    try:
-        connection.settimeout(0)
-        return not connection.recv(1)
-    except OSError as error:
-        return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
-    finally:
-        with suppress(OSError):
-            connection.settimeout(timeout_s)
-
-
 class RespClient:
     """RESP over one connection: commands out in one write, whole replies in."""
 
     def __init__(self, connect: Callable[[], socket.socket]):
-        self._socket = connect()
-        self._stream = self._socket.makefile("rb", 256 * 1024)
+        self.socket = connect()
+        self._stream = self.socket.makefile("rb", 256 * 1024)
         self._reader = RespReader(self._stream)
 
     def send(self, *commands: bytes) -> None:
         """Send encoded commands in one write."""
         try:
-            self._socket.sendall(b"".join(commands))
+            self.socket.sendall(b"".join(commands))
         except OSError as error:
             raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
 
@@ -673,19 +658,15 @@ class RespClient:
         self.send(encode_command(*words))
         return self.receive()
 
-    def has_ended(self) -> bool:
-        """Return whether the other side has ended the connection."""
-        return has_ended(self._socket)
-
     def wait_for_ever(self) -> None:
         """Lift the time limit of replies, as a subscription needs it."""
-        self._socket.settimeout(None)
+        self.socket.settimeout(None)
 
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
         with suppress(OSError):  # the other side was quicker
-            self._socket.shutdown(socket.SHUT_RDWR)
-        for thing in (self._stream, self._socket):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        for thing in (self._stream, self.socket):
             with suppress(OSError):
                 thing.close()
 
@@ -2395,13 +2376,8 @@ class Store:
                 (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
-    def end_outage(
-        self, at: float, shortest_s: float = SHORTEST_RETENTION_S, restart_lost: bool | None = None
-    ) -> None:
-        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped.
-
-        ``restart_lost``: it was a restart of the proxy, at which records were lost or not.
-        """
+    def end_outage(self, at: float, shortest_s=SHORTEST_RETENTION_S, restart_lost: bool | None = None) -> None:
+        """End the open outage, by a restart that lost records or not where told; a shorter one is dropped otherwise."""
         self.mend_outages(at)
         with self._write() as db:
             network = "to_at IS NULL AND reason <> 'publishing_off'"
@@ -3653,6 +3629,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+    _client: Any = None  # with a socket
     before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
@@ -3674,9 +3651,18 @@ class Source:
         self.close()
 
     def has_ended(self) -> bool:
-        """Return whether the other side has ended the connection on which the login was sent."""
-        client = getattr(self, "_client", None)
-        return client is not None and client.has_ended()
+        """Return whether the other side has ended the connection of the login, on which no reply is awaited."""
+        connection = getattr(self._client, "socket", None)
+        if connection is None or connection.fileno() < 0:
+            return False
+        timeout_s = connection.gettimeout()
+        try:
+            connection.settimeout(0)
+            return not connection.recv(1)
+        except OSError as error:
+            return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
+        finally:
+            connection.settimeout(timeout_s)
 
 
 class PopSource(Source):
@@ -3689,7 +3675,6 @@ class PopSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
-        self._client: Any = None
         self._early: list[Any] = []
 
     def open(self) -> None:
@@ -3771,7 +3756,7 @@ class ProxyApi:
     def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
         self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
         self._connection: Any = None
-        self._socket: Any = None
+        self.socket: Any = None
         self._has_v8: bool | None = None
         self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
@@ -3782,36 +3767,30 @@ class ProxyApi:
 
         Version 8's tree is tried after the first 404, once; what is not known there is not asked of it.
         """
-        route, mark, query = path.partition("?")
+        route, *query = re.split(r"(?=\?)", path)
         twin = _TWINS.get(route)
-        if self._has_v8:
-            if twin is None:
-                raise NotFound("version 8 of the proxy has no such route")
-            return self._get(twin + mark + query, before_login)
-        try:
-            return self._get(path, before_login)
-        except NotFound:
-            if self._has_v8 is not None or twin is None:
-                raise
-        self._has_v8 = False
-        answer = self._get(twin + mark + query, before_login)
+        if not self._has_v8:
+            try:
+                return self._get(path, before_login)
+            except NotFound:
+                if self._has_v8 is False or twin is None:
+                    raise
+                self._has_v8 = False
+        elif twin is None:
+            raise NotFound("what this is called in version 8 of the proxy is not known")
+        answer = self._get("".join([twin, *query]), before_login)
         self._has_v8 = True
         return answer
 
     def ask(self, path: str) -> Any:
         """Return an answer as get() does, within the time limit as a whole."""
-        with self._limited():
-            return self.get(path)
-
-    @contextmanager
-    def _limited(self) -> Iterator[None]:
         limit = threading.Timer(self._timeout_s, self.abort)
         limit.start()
         try:
-            yield
+            return self.get(path)
         finally:
             limit.cancel()
-            self.close()  # the next call must count its login
+            self.close()
 
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
@@ -3839,9 +3818,12 @@ class ProxyApi:
 
     def has_example_keys(self) -> bool:
         """Return whether ``/`` warns of template keys in the proxy's config; asked for without the key."""
-        with self._limited(), suppress(OSError, HTTPException, ValueError):
+        try:
             return b"Example API key detected" in self._exchange("/", lambda: None)[1]
-        return False
+        except (OSError, HTTPException, ValueError):
+            return False
+        finally:
+            self.close()  # the next call must count its login
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
         """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
@@ -3852,7 +3834,7 @@ class ProxyApi:
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
-        self._socket = self._connection.sock  # which the connection may forget before the answer is read
+        self.socket = self._connection.sock  # which the connection may forget before the answer is read
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
@@ -3869,11 +3851,7 @@ class ProxyApi:
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def has_ended(self) -> bool:
-        """Return whether the other side has ended the connection."""
-        return self._connection is not None and has_ended(self._connection.sock)
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3887,24 +3865,22 @@ class HttpSource(Source):
 
     mode = "http"
 
-    def __init__(self, api: ProxyApi, is_chosen: bool):
-        self._api, self._is_chosen = api, is_chosen
-        self.close, self.abort, self.has_ended = api.close, api.abort, api.has_ended  # type: ignore[method-assign]
+    def __init__(self, api: ProxyApi):
+        self._client = api
+        self.close, self.abort = api.close, api.abort
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.config = self._api.get(_CONFIG, self.before_login)
+        self._client.config = self._client.get(_CONFIG, self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"{_QUEUE}?count={count}")
+            values = self._client.get(f"{_QUEUE}?count={count}")
             if not isinstance(values, list):
                 raise NotResp("the management API did not answer with a list")
         except NotFound:
-            said = "the proxy answers HTTP and takes the key, but has no queue there"
-            chosen = Misconfigured(f'{said} (it may be older than v6.10.8); set "collect_mode": "auto"', "no_queue")
-            return PopResult([], False, chosen if self._is_chosen else QueueFault(said, "no_queue"))
+            return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
             return PopResult([], False, fault)
         return PopResult(values, len(values) >= count, None)
@@ -3918,7 +3894,6 @@ class SubscribeSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: Any = PopSource(connect, password, key)  # until it is empty
-        self._client: Any = None
         self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
@@ -4013,7 +3988,7 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     if config.collect_mode == "subscribe":
         source = SubscribeSource(connect, password, key, min(config.poll_interval_seconds, 2.0))
     elif config.collect_mode == "http":
-        source = HttpSource(api, is_chosen=True)
+        source = HttpSource(api)
     login = (host, port, password)
     try:
         _open_or_close(source, login, logins, connect)
@@ -4025,7 +4000,7 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
             raise QueueFault("a management key is needed", "no_password", True) from no_resp
         if not is_other or config.collect_mode != "auto" or not password:
             raise
-        source = HttpSource(api, is_chosen=False)
+        source = HttpSource(api)
         try:
             _open_or_close(source, login, logins, connect)
         except QueueFault as fault:
@@ -4096,8 +4071,8 @@ STATE_REMEDIES = {
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
     "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
-    "no_queue": "This proxy is a fork without a usage queue, or older than v6.9.38: use another one. Behind a web "
-    "server, set cliproxy_port to the proxy's own port.",
+    "no_queue": 'If "collect_mode" is "http", set it to "auto": proxies older than v6.10.8 have no queue over HTTP. '
+    "Otherwise this one is a fork without a queue, or older than v6.9.38: use another.",
     "foreign_list": "That list is another program's; to destroy no more of it, nothing is popped until config.json "
     "changes or the dashboard restarts: set queue_key to the list that your forwarder fills, or cliproxy_port to the "
     "proxy's (8317).",
@@ -4113,9 +4088,7 @@ _open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
-RETENTION_LINE = (
-    "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml (version 8: under observability.usage)"
-)
+RETENTION_LINE = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml (in observability.usage with v8)"
 
 
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
@@ -4379,10 +4352,17 @@ class Journal:
             self._log.once("spool", fault=os_reason(error))
 
 
+def _setting(answer: Any, name: str) -> Any:
+    """Return a setting of the proxy's usage: of a configuration in either layout, or alone."""
+    with suppress(KeyError, TypeError):
+        answer = answer["observability"]["usage"]
+    return answer.get(name) if isinstance(answer, dict) else answer
+
+
 class ProxyFacts:
     """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
-    _PAUSE_S, _PAGE_PAUSE_S = 56.0, 300.0
+    _PAUSE_S = 56.0
     _MOST, _SPAN_S = 11, 600.0  # each question costs the proxy 60 ms
 
     def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
@@ -4393,69 +4373,53 @@ class ProxyFacts:
         self._asked_at = self._page_at = 0.0
         self.has_example_keys = False
 
-    def connect(self, source: Source) -> None:
-        """Begin with a new connection, and ask what can be asked."""
-        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
+    def connect(self, source: Source, goes_on: bool = False) -> None:
+        """Ask by a new connection, from the beginning unless it goes on with the last one."""
+        self._api = source.api
+        if goes_on:
+            return
+        self._status.publishing = self._status.retention_seconds = None
         self.has_example_keys, self._asked_at, self._page_at = False, 0.0, 0.0
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
             self._store.put_meta("retention_s", None)
         if self._api is not None:
-            self._note_version()
-            self._read_config(self._api.config or self._question(_CONFIG))
-            self.ask()
-
-    def go_on(self, source: Source) -> None:
-        """Ask the same proxy by a new connection from now on."""
-        self._api = source.api
+            config = self._api.config or self._question(_CONFIG)
+            if isinstance(config, dict):
+                seconds = _finite(_setting(config, "redis-usage-queue-retention-seconds")) or 0.0
+                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+                self._learn_publishing(config)
+        self.ask()
 
     def _question(self, path: str) -> Any:
         """Return an answer; None where it fails, or where the questions of ten minutes are used up."""
         now = self._clock()
-        is_used_up = len(self._asked) == self._MOST and 0 <= now - self._asked[0] < self._SPAN_S
-        if self._api is None or is_used_up:
+        if self._api is None or (len(self._asked) == self._MOST and 0 <= now - self._asked[0] < self._SPAN_S):
             return None
         self._asked.append(now)
         try:
-            answer = self._api.ask(path)
+            return self._api.ask(path)
         except QueueFault as fault:
             if fault.state in ("banned", "remote_disabled", *_REFUSALS):
                 self.disconnect()
             return None
-        self._note_version()
-        return answer
-
-    def _note_version(self) -> None:
-        if self._api is not None:
-            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-
-    def _read_config(self, config: Any) -> None:
-        if not isinstance(config, dict):
-            return
-        with suppress(KeyError, TypeError):  # version 8
-            config = config["observability"]["usage"]
-        if isinstance(config, dict):
-            self._learn_publishing(config.get("usage-statistics-enabled"))
-            seconds = _finite(config.get("redis-usage-queue-retention-seconds")) or 0.0
-            # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-            self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
 
     def _learn_publishing(self, answer: Any) -> None:
-        if isinstance(answer, bool):
-            self._status.publishing, self._asked_at = answer, self._clock()
+        publishing = _setting(answer, "usage-statistics-enabled")
+        if isinstance(publishing, bool):
+            self._status.publishing, self._asked_at = publishing, self._clock()
 
     def ask(self) -> None:
-        """Ask the proxy whether it publishes, and whether template keys stand in its config."""
+        """Ask, where it is time to, whether the proxy publishes and whether template keys stand in its config."""
         now = self._clock()
         if not 0 <= now - self._asked_at < self._PAUSE_S:
             self._asked_at = now
-            answer = self._question(_PUBLISHING)
-            self._learn_publishing(answer.get("usage-statistics-enabled") if isinstance(answer, dict) else answer)
-        page_pause_s = self._PAUSE_S if self.has_example_keys else self._PAGE_PAUSE_S
-        if self._api is not None and not 0 <= now - self._page_at < page_pause_s:
-            self._page_at = now
-            self.has_example_keys = self._api.has_example_keys()
+            self._learn_publishing(self._question(_PUBLISHING))
+        if self._api is not None and not 0 <= now - self._page_at < self._PAUSE_S:
+            self._page_at, self.has_example_keys = now, self._api.has_example_keys()
+            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
 
     def attempts(self) -> int | None:
         """Return how many attempts the proxy has counted since its start; None where it does not tell."""
@@ -4483,13 +4447,9 @@ class ProxyFacts:
 
     def state(self, otherwise: str) -> str:
         """Return why nothing comes although the connection is well; else ``otherwise``."""
-        return (
-            "example_keys"
-            if self.has_example_keys
-            else "publishing_off"
-            if self._status.publishing is False
-            else otherwise
-        )
+        if self.has_example_keys:
+            return "example_keys"
+        return "publishing_off" if self._status.publishing is False else otherwise
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4512,6 +4472,7 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
+        self.restart_lost: bool | None = None  # whether the restart that was its cause lost records
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4520,11 +4481,11 @@ class OutageLog:
         with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
 
-    def end(self, restart_lost: bool | None = None) -> None:
-        """Record that recording goes on, after a restart of the proxy where that is told. Raises StoreError."""
+    def end(self) -> None:
+        """Record that recording goes on. Raises StoreError."""
         self._write_begin()
-        self._store.end_outage(self._clock(), restart_lost=restart_lost)
-        self._reason = None
+        self._store.end_outage(self._clock(), restart_lost=self.restart_lost)
+        self._reason = self.restart_lost = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
@@ -4678,8 +4639,7 @@ class Collector:
         self._recorded_at: float | None = None  # on this connection
         self._records = 0  # on this connection
         self._records_before, self._is_fresh_loss = 0, False  # of the one that broke while it recorded
-        self._restart_lost: bool | None = None
-        self._was_refused = self._has_held_out = self._goes_on = False
+        self._has_held_out = self._goes_on = False
         self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
@@ -4746,8 +4706,6 @@ class Collector:
             source.close()
             self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
-            if fault.held is not None:
-                fault.held.close()
             if fault.state in _REFUSALS and fault.lasts_s is None:
                 self._refused.remember(self._login(), fault.state)
             self._enter(fault.state, fault)
@@ -4763,15 +4721,11 @@ class Collector:
         self._store.check_writable()
         source = self._source = self._open()
         try:
-            goes_on, self._goes_on = self._goes_on, False
-            if goes_on:
-                self._facts.go_on(source)
-            else:
+            self._facts.connect(source, self._goes_on)
+            if not self._goes_on:
                 self._is_proven, self._recorded_at, self._records = False, None, 0
-                self._status.mode = source.mode
-                self._facts.connect(source)
-                self._restart_lost = self._loss_of_restart()
-            self._connected_at = self._clock()
+                self._outages.restart_lost = self._loss_of_restart()
+            self._connected_at, self._status.mode, self._goes_on = self._clock(), source.mode, False
             self._collect(source)
         finally:
             self._source = Source()
@@ -4802,13 +4756,13 @@ class Collector:
             fault = result.fault
             if fault is None:
                 self._after_turn(recorded)
-                if not result.full and source.mode != "subscribe":
-                    self._stop.wait(self._config.poll_interval_seconds)
-                    fault = ConnectionClosed(clean=True) if source.has_ended() and not self._stop.is_set() else None
+                is_polled = not result.full and source.mode != "subscribe"
+                if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
+                    fault = ConnectionClosed(clean=True)
             if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
                 idle_s = self._clock() - max(self._connected_at, self._recorded_at or 0.0)
-                if fault.clean and self._is_proven and idle_s > 60:
-                    self._goes_on = True
+                self._goes_on = fault.clean and self._is_proven and idle_s > 60
+                if self._goes_on:
                     return
                 raise QueueFault(str(fault), "unreachable") from fault
             if fault is not None:
@@ -4867,7 +4821,7 @@ class Collector:
             self._is_proven = True
             self._backoff = backoff()
             self._refused.forget()
-            self._outages.end(self._restart_lost)
+            self._outages.end()
             self._records_before = 0
         self._outages.turn()
         now = self._clock()
@@ -4885,25 +4839,21 @@ class Collector:
             self._log.event("quota", fault=error)
 
     def _note_break(self, fault: QueueFault) -> None:
-        """Enter the state of a fault that ended a session or kept one from beginning, and begin an outage."""
+        """Enter the state of a fault, and begin an outage."""
         if self._status.state == "recording":
-            self._records_before, self._was_refused = self._records, False
+            self._records_before = self._records
             self._is_fresh_loss = self._clock() - (self._recorded_at or 0.0) <= SHORTEST_RETENTION_S
-        self._was_refused |= fault.state == "refused"
         self._goes_on = False
         self._enter(fault.state, fault)
         self._outages.begin(fault.state)
 
     def _loss_of_restart(self) -> bool | None:
-        """Return whether a restart of the proxy cost records; None where there was none for sure.
-
-        A proxy that has counted fewer attempts than it handed over records has begun again meanwhile. Where it counts
-        none, nobody listened there for a moment.
-        """
-        records = self._records_before
-        attempts = self._facts.attempts() if records else None
-        has_restarted = self._was_refused if attempts is None else 2 * attempts < records
-        return self._is_fresh_loss if records and has_restarted else None
+        """Return whether a restart of the proxy cost records; None where there was none for sure."""
+        # A proxy that has counted fewer attempts than it handed over records has begun again. One that does not tell
+        # has where nobody listened a moment ago.
+        attempts = self._facts.attempts() if self._records_before else None
+        has_restarted = self._status.state == "refused" if attempts is None else 2 * attempts < self._records_before
+        return self._is_fresh_loss if self._records_before and has_restarted else None
 
     # States and waiting
 

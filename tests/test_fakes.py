@@ -69,7 +69,7 @@ def test_proxy_answers_as_its_version_does(version, command, reply):
 @pytest.mark.parametrize(("version", "freezes"), [("v7.0.2", True), ("v7.0.3", False)])
 def test_proxy_of_an_old_version_is_frozen_by_an_idle_connection(version, freezes):
     with FakeProxy(version=version) as proxy, connected(proxy), connected(proxy) as other:
-        other._socket.settimeout(0.2 if freezes else 10)
+        other.socket.settimeout(0.2 if freezes else 10)
         if freezes:
             with pytest.raises(app.QueueFault, match="in time"):
                 other.call("AUTH", KEY)
