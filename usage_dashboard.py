@@ -4418,8 +4418,8 @@ class ProxyFacts:
             self._asked_at = now
             self._learn_publishing(self._question(_PUBLISHING))
         if self._api is not None and not 0 <= now - self._page_at < self._PAUSE_S:
-            self._page_at, self.has_example_keys = now, self._api.has_example_keys()
             self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            self._page_at, self.has_example_keys = now, self._api.has_example_keys()
 
     def attempts(self) -> int | None:
         """Return how many attempts the proxy has counted since its start; None where it does not tell."""
@@ -4958,7 +4958,7 @@ class QuotaRefresher:
                 message = f"the quota was refreshed just now; try again in {wait_s} s"
                 raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
             self._log.line(f"refresh_quota: found {len(found[0])} auth files")
-            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir (v8: oauth.auth-dir)'
             raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)

@@ -36,7 +36,7 @@ def outages_of(run) -> list[tuple]:
 # ---- version 8 and forks ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("proxy_of", [{"version": "v8.0.47"}, WITHOUT_V0, *({"version": name} for name in FORKS)], ids=str)
+@pytest.mark.parametrize("proxy_of", [{"version": name} for name in ("v8.0.47", *FORKS)] + [WITHOUT_V0], ids=str)
 @pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
 def test_collector_on_each_dialect_stores_what_can_be_had_or_says_why_not(collect, proxy_of, mode):
     with FakeProxy(**proxy_of) as proxy:
@@ -90,10 +90,12 @@ def test_proxy_is_asked_seldom_and_only_while_nothing_arrives(collect, proxy, mo
         assert len(asked(proxy)) <= 12
 
 
-ODD = [b"<html>", b"[1]", b"7", b"null", b'{"usage-statistics-enabled": "no"}', b"{" + b" " * (5 << 20) + b"}", b"[" * 5000]
+LONG = b"{" + b" " * (5 << 20) + b"}"
+ODD = [*((200, body) for body in (b"<html>", b"[1]", b"7", b"null", b'{"observability": 7}', LONG, b"[" * 5000)),
+       (302, b""), (500, b"{}"), (204, b""), (599, b"x")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("status", "body"), [*((200, body) for body in ODD), (302, b""), (500, b"{}"), (204, b""), (599, b"x")])
+@pytest.mark.parametrize(("status", "body"), ODD)
 def test_odd_answers_of_the_management_api_leave_recording_alone(collect, proxy, status, body):
     for path in (V0_CONFIG, V0_SWITCH, "/", "/v8/management/config", V8_SWITCH):
         proxy.answers[path] = http_reply(status, body, "text/html", {"Location": V8_SWITCH})
