@@ -3645,6 +3645,8 @@ class Source:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._client is not None:
+            self._client.close()
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer."""
@@ -3715,10 +3717,6 @@ class PopSource(Source):
 
     def drain(self) -> list[Any]:
         return self._early
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
 
 
 def _pieces_of(reply: Any) -> Iterator[bytes]:
@@ -3867,7 +3865,7 @@ class HttpSource(Source):
 
     def __init__(self, api: ProxyApi):
         self._client = api
-        self.close, self.abort = api.close, api.abort
+        self.abort = api.abort
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
@@ -3948,9 +3946,9 @@ class SubscribeSource(Source):
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        for part in (self._client, self._backlog):
-            if part is not None:
-                part.close()
+        super().close()
+        if self._backlog is not None:
+            self._backlog.close()
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
@@ -4883,10 +4881,7 @@ class Collector:
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_for_change(self, seconds: float, refused: str | None = None, held: Source | None = None) -> bool:
-        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first.
-
-        Return whether the other side has ended the connection that is held, which ends the wait as well.
-        """
+        """Wait, until the config is another one at most; return whether the end of what is held ended the wait."""
         before = self._login()
         while seconds > 0:
             if refused is not None:

@@ -63,25 +63,28 @@ def test_collector_asks_the_tree_that_a_proxy_has_and_tries_the_other_once(colle
         run.wait_for(lambda: V8_SWITCH in asked(proxy))
         assert asked(proxy) == [V0_CONFIG, "/v8/management/config", V8_SWITCH]
     with FakeProxy() as proxy:
-        proxy.answers[V0_CONFIG] = http_reply(404, b"", "text/plain")
+        proxy.answers.update(dict.fromkeys((V0_CONFIG, V0_SWITCH), http_reply(404, b"", "text/plain")))
         run = collect(proxy, until="waiting")
         assert asked(proxy) == [V0_CONFIG, "/v8/management/config", V0_SWITCH]
-        assert (run.status["publishing"], run.status["retention_seconds"]) == (True, None)
+        assert (run.status["publishing"], run.status["retention_seconds"]) == (None, None)
 
 
 @MODES
-@pytest.mark.parametrize("publishing", [True, False])
-def test_proxy_is_asked_seldom_and_only_while_nothing_arrives(collect, proxy, mode, publishing):
-    proxy.publishing = publishing
-    run = collect(proxy, collect_mode=mode, until="waiting" if publishing else "publishing_off")
+@pytest.mark.parametrize("how", ["publishing", "off", "cut"])
+def test_proxy_is_asked_seldom_and_only_while_nothing_arrives(collect, proxy, mode, how):
+    proxy.publishing = how != "off"
+    run = collect(proxy, collect_mode=mode, until="publishing_off" if how == "off" else "waiting")
     for second in range(0, 600, 10):
         run.ahead_s = float(second)
-        turns = run.status["ignored"]
-        seen = len(run.stop.waits)
+        turns, seen, before = run.status["ignored"], len(run.stop.waits), proxy.connections
+        if how == "cut":
+            proxy.disconnect_all()
+            run.wait_for(lambda: proxy.connections > before)
         proxy.refresh()
         run.wait_for(lambda: len(run.stop.waits) > seen + 1 or run.status["ignored"] > turns)
-    assert 9 <= len(asked(proxy)) <= 11
-    if publishing:
+    logins = asked(proxy).count(V0_CONFIG) if how == "cut" and mode == "http" else 0
+    assert 9 <= len(asked(proxy)) <= 11 + logins
+    if how == "publishing":
         for second in range(600, 900, 20):
             run.ahead_s = float(second)
             count = run.status["events"]
