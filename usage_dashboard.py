@@ -44,7 +44,8 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
+
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -482,6 +483,7 @@ class QueueFault(DashboardError):
     ):
         super().__init__(message)
         self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
+        self.held: Source | None = None  # whose connection stays open, since its end tells of a restart
         self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
 
 
@@ -630,14 +632,14 @@ class RespClient:
     """RESP over one connection: commands out in one write, whole replies in."""
 
     def __init__(self, connect: Callable[[], socket.socket]):
-        self._socket = connect()
-        self._stream = self._socket.makefile("rb", 256 * 1024)
+        self.socket = connect()
+        self._stream = self.socket.makefile("rb", 256 * 1024)
         self._reader = RespReader(self._stream)
 
     def send(self, *commands: bytes) -> None:
         """Send encoded commands in one write."""
         try:
-            self._socket.sendall(b"".join(commands))
+            self.socket.sendall(b"".join(commands))
         except OSError as error:
             raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
 
@@ -659,13 +661,13 @@ class RespClient:
 
     def wait_for_ever(self) -> None:
         """Lift the time limit of replies, as a subscription needs it."""
-        self._socket.settimeout(None)
+        self.socket.settimeout(None)
 
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
         with suppress(OSError):  # the other side was quicker
-            self._socket.shutdown(socket.SHUT_RDWR)
-        for thing in (self._stream, self._socket):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        for thing in (self._stream, self.socket):
             with suppress(OSError):
                 thing.close()
 
@@ -2406,15 +2408,18 @@ class Store:
                 (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
-    def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
+    def end_outage(self, at: float, shortest_s=SHORTEST_RETENTION_S, restart_lost: bool | None = None) -> None:
+        """End the open outage, by a restart that lost records or not where told; a shorter one is dropped otherwise."""
         self.mend_outages(at)
         with self._write() as db:
-            too_short = "to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'"
-            db.execute(f"DELETE FROM outages WHERE {too_short}", (at - shortest_s,))
+            network = "to_at IS NULL AND reason <> 'publishing_off'"
+            if restart_lost is None:
+                db.execute(f"DELETE FROM outages WHERE {network} AND from_at > ?", (at - shortest_s,))
+            else:
+                db.execute(f"UPDATE outages SET reason = 'proxy_restarted' WHERE {network}")
             db.execute(
-                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = ? OR {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, bool(restart_lost), at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
@@ -3550,6 +3555,12 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
+class NotFound(QueueFault):
+    """A management route that is not there."""
+
+    state = "closed"
+
+
 # Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
@@ -3600,6 +3611,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+    _client: Any = None  # with a socket
     before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
@@ -3615,10 +3627,26 @@ class Source:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._client is not None:
+            self._client.close()
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer."""
         self.close()
+
+    def has_ended(self) -> bool:
+        """Return whether the other side has ended the connection of the login, on which no reply is awaited."""
+        connection = getattr(self._client, "socket", None)
+        if connection is None or connection.fileno() < 0:
+            return False
+        timeout_s = connection.gettimeout()
+        try:
+            connection.settimeout(0)
+            return not connection.recv(1)
+        except OSError as error:
+            return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
+        finally:
+            connection.settimeout(timeout_s)
 
 
 class PopSource(Source):
@@ -3631,7 +3659,6 @@ class PopSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
-        self._client: Any = None
         self._early: list[Any] = []
 
     def open(self) -> None:
@@ -3673,10 +3700,6 @@ class PopSource(Source):
     def drain(self) -> list[Any]:
         return self._early
 
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-
 
 def _pieces_of(reply: Any) -> Iterator[bytes]:
     """Yield an answer in pieces: older Pythons would allocate the most that is allowed. Raises IncompleteRead."""
@@ -3696,17 +3719,60 @@ def _json_or_elements(content: bytes) -> Any:
         return list(elements_of([content]))
 
 
+_V0, _V8 = "/v0/management", "/v8/management"
+_CONFIG, _PUBLISHING, _QUEUE = f"{_V0}/config", f"{_V0}/usage-statistics-enabled", f"{_V0}/usage-queue"
+# The routes of the older tree, which proxies before version 8 have alone, and what they are called in the newer one.
+_TWINS = {
+    _CONFIG: f"{_V8}/config",
+    _PUBLISHING: f"{_V8}/config/observability/usage/usage-statistics-enabled",
+    _QUEUE: f"{_V8}/observability/usage/queue",
+    f"{_V0}/auth-files": f"{_V8}/credentials",
+}
+
+
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
     def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
         self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
         self._connection: Any = None
+        self.socket: Any = None
+        self._has_v8: bool | None = None
+        self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
-        """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
+        """Return the decoded JSON of a 200, of the tree that has the route. Raises QueueFault for anything else.
+
+        Version 8's tree is tried after the first 404, once; what is not known there is not asked of it.
+        """
+        route, *query = re.split(r"(?=\?)", path)
+        twin = _TWINS.get(route)
+        if not self._has_v8:
+            try:
+                return self._get(path, before_login)
+            except NotFound:
+                if self._has_v8 is False or twin is None:
+                    raise
+                self._has_v8 = False
+        elif twin is None:
+            raise NotFound("what this is called in version 8 of the proxy is not known")
+        answer = self._get("".join([twin, *query]), before_login)
+        self._has_v8 = True
+        return answer
+
+    def ask(self, path: str) -> Any:
+        """Return an answer as get() does, within the time limit as a whole."""
+        limit = threading.Timer(self._timeout_s, self.abort)
+        limit.start()
+        try:
+            return self.get(path)
+        finally:
+            limit.cancel()
+            self.close()
+
+    def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
             if status == 200:
@@ -3716,7 +3782,8 @@ class ProxyApi:
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
                 said = "the management API broke off in the middle of an answer"
-            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
+            state = "refused" if isinstance(error, ConnectionRefusedError) else None
+            raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
         if status in (401, 403):
@@ -3725,7 +3792,7 @@ class ProxyApi:
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+            raise NotFound("the proxy has its management API switched off", is_no_failed_login=True)
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
@@ -3747,12 +3814,15 @@ class ProxyApi:
             before_login()
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
+        self.socket = self._connection.sock  # which the connection may forget before the answer is read
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         pieces, content = _pieces_of(reply), b""
         for piece in pieces:
             content += piece
+            if len(content) > 4 << 20 and "queue" not in path:
+                raise ValueError("no setting is as long")
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
@@ -3761,7 +3831,7 @@ class ProxyApi:
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3776,19 +3846,21 @@ class HttpSource(Source):
     mode = "http"
 
     def __init__(self, api: ProxyApi):
-        self._api = api
-        self.close, self.abort = api.close, api.abort
+        self._client = api
+        self.abort = api.abort
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
+        self._client.config = self._client.get(_CONFIG, self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            values = self._client.get(f"{_QUEUE}?count={count}")
             if not isinstance(values, list):
                 raise NotResp("the management API did not answer with a list")
+        except NotFound:
+            return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
             return PopResult([], False, fault)
         return PopResult(values, len(values) >= count, None)
@@ -3802,7 +3874,6 @@ class SubscribeSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: Any = PopSource(connect, password, key)  # until it is empty
-        self._client: Any = None
         self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
@@ -3857,9 +3928,9 @@ class SubscribeSource(Source):
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        for part in (self._client, self._backlog):
-            if part is not None:
-                part.close()
+        super().close()
+        if self._backlog is not None:
+            self._backlog.close()
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
@@ -3905,6 +3976,8 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
         is_other = isinstance(no_resp, NotResp)
         if (is_other or (no_resp.state == "closed" and config.collect_mode == "http")) and api.has_example_keys():
             raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if isinstance(no_resp, NoQueue) and not password:
+            raise QueueFault("a management key is needed", "no_password", True) from no_resp
         if not is_other or config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
@@ -3931,7 +4004,10 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
     try:
         source.open()
     except BaseException as fault:
-        source.close()
+        if isinstance(fault, QueueFault) and fault.state == "banned":
+            fault.held = source
+        else:
+            source.close()
         if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
             logins.settle("shut")
         elif isinstance(fault, QueueFault):
@@ -3961,22 +4037,29 @@ STATE_REMEDIES = {
     "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
     "(8317 by default).",
     "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
-    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
-    "or set cliproxy_tls to true if it serves TLS.",
-    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
+    "closed": "The proxy closes the connection without a word: set remote-management.secret-key (version 8: "
+    "management.secret-key) in its config.yaml, or set cliproxy_tls to true if it serves TLS.",
+    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key; version 8: "
+    "management.secret-key).",
     "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
     "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
     "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
     "Restarting the proxy lifts it at once.",
-    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
-    "the proxy's machine.",
+    "remote_disabled": "Set remote-management.allow-remote: true (version 8: management.allow-remote) in the proxy's "
+    "config.yaml, or run the dashboard on the proxy's machine.",
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
     "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "no_queue": 'If "collect_mode" is "http", set it to "auto": proxies older than v6.10.8 have no queue over HTTP. '
+    "Otherwise this one is a fork without a queue, or older than v6.9.38: use another.",
+    "foreign_list": "That list is another program's; to destroy no more of it, nothing is popped until config.json "
+    "changes or the dashboard restarts: set queue_key to the list that your forwarder fills, or cliproxy_port to the "
+    "proxy's (8317).",
     "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
     "proxy's config.yaml; until then it serves nobody.",
-    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
+    "publishing_off": "Set usage-statistics-enabled: true (version 8: observability.usage.usage-statistics-enabled) in "
+    "the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
@@ -3985,11 +4068,14 @@ _open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
+RETENTION_LINE = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml (in observability.usage with v8)"
+
+
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
     """Return what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
     return (
         f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
-        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+        f'set "poll_interval_seconds": 2 here, or {RETENTION_LINE}'
     )
 
 
@@ -4246,64 +4332,92 @@ class Journal:
             self._log.once("spool", fault=os_reason(error))
 
 
+def _setting(answer: Any, name: str) -> Any:
+    """Return a setting of the proxy's usage: of a configuration in either layout, or alone."""
+    with suppress(KeyError, TypeError):
+        answer = answer["observability"]["usage"]
+    return answer.get(name) if isinstance(answer, dict) else answer
+
+
 class ProxyFacts:
     """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
 
-    _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
+    _PAUSE_S = 56.0
+    _MOST, _SPAN_S = 11, 600.0  # each question costs the proxy 60 ms
 
     def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
-        self._asked_at = 0.0
+        self._asked: deque[float] = deque(maxlen=self._MOST)
+        self._asked_at = self._page_at = 0.0
         self.has_example_keys = False
 
-    def connect(self, source: Source) -> None:
-        """Begin with a new connection, and ask what can be asked."""
-        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
-        self.has_example_keys = False
+    def connect(self, source: Source, goes_on: bool = False) -> None:
+        """Ask by a new connection, from the beginning unless it goes on with the last one."""
+        self._api = source.api
+        if goes_on:
+            return
+        self._status.publishing = self._status.retention_seconds = None
+        self.has_example_keys, self._asked_at, self._page_at = False, 0.0, 0.0
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
             self._store.put_meta("retention_s", None)
-        self.ask()
-
-    def ask(self) -> None:
-        """Ask the proxy whether it publishes, for how long it keeps records, and its version."""
-        if self._api is None:
-            return
-        self._asked_at = self._clock()
-        try:
-            answer = self._api.get("/v0/management/usage-statistics-enabled")
-            publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            status = self._status
-            status.publishing = publishing if isinstance(publishing, bool) else None
-            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-            if status.retention_seconds is None:
-                config = self._api.get("/v0/management/config")
-                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                seconds = _finite(told) or 0.0
+        if self._api is not None:
+            config = self._api.config or self._question(_CONFIG)
+            if isinstance(config, dict):
+                seconds = _finite(_setting(config, "redis-usage-queue-retention-seconds")) or 0.0
                 # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
                 self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
-            self.has_example_keys = self._api.has_example_keys()
-        except QueueFault:
-            self.disconnect()
+                self._learn_publishing(config)
+        self.ask()
+
+    def _question(self, path: str) -> Any:
+        """Return an answer; None where it fails, or where the questions of ten minutes are used up."""
+        now = self._clock()
+        if self._api is None or (len(self._asked) == self._MOST and 0 <= now - self._asked[0] < self._SPAN_S):
+            return None
+        self._asked.append(now)
+        try:
+            return self._api.ask(path)
+        except QueueFault as fault:
+            if fault.state in ("banned", "remote_disabled", *_REFUSALS):
+                self.disconnect()
+            return None
+
+    def _learn_publishing(self, answer: Any) -> None:
+        publishing = _setting(answer, "usage-statistics-enabled")
+        if isinstance(publishing, bool):
+            self._status.publishing, self._asked_at = publishing, self._clock()
+
+    def ask(self) -> None:
+        """Ask, where it is time to, whether the proxy publishes and whether template keys stand in its config."""
+        now = self._clock()
+        if not 0 <= now - self._asked_at < self._PAUSE_S:
+            self._asked_at = now
+            self._learn_publishing(self._question(_PUBLISHING))
+        if self._api is not None and not 0 <= now - self._page_at < self._PAUSE_S:
+            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            self._page_at, self.has_example_keys = now, self._api.has_example_keys()
+
+    def attempts(self) -> int | None:
+        """Return how many attempts the proxy has counted since its start; None where it does not tell."""
+        files, keys = (self._question(f"{_V0}/{name}") for name in ("auth-files", "api-key-usage"))
+        try:
+            entries = [*files["files"], *(entry for group in keys.values() for entry in group.values())]
+            return sum(entry["success"] + entry["failed"] for entry in entries) if entries else None
+        except (AttributeError, KeyError, TypeError):
+            return None
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
         if self._api is None:
             self._status.publishing = None
         elif self._status.publishing is not False:
-            self._status.publishing, self._asked_at = True, self._clock()
+            self._learn_publishing(True)
         else:  # left from before it was switched off, or it is on again
-            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
-
-    def ask_if_due(self) -> None:
-        """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        is_off = self._status.publishing is False or self.has_example_keys
-        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
-        if not 0 <= self._clock() - self._asked_at < pause_s:
-            self.ask()
+            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_S + 2)
 
     def disconnect(self) -> None:
         """Close the connection to the management API; nothing is asked until the next connect()."""
@@ -4313,13 +4427,9 @@ class ProxyFacts:
 
     def state(self, otherwise: str) -> str:
         """Return why nothing comes although the connection is well; else ``otherwise``."""
-        return (
-            "example_keys"
-            if self.has_example_keys
-            else "publishing_off"
-            if self._status.publishing is False
-            else otherwise
-        )
+        if self.has_example_keys:
+            return "example_keys"
+        return "publishing_off" if self._status.publishing is False else otherwise
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4342,6 +4452,7 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
+        self.restart_lost: bool | None = None  # whether the restart that was its cause lost records
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4353,8 +4464,8 @@ class OutageLog:
     def end(self) -> None:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
-        self._store.end_outage(self._clock())
-        self._reason = None
+        self._store.end_outage(self._clock(), restart_lost=self.restart_lost)
+        self._reason = self.restart_lost = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
@@ -4477,6 +4588,8 @@ class CollectorStatus:
 class Collector:
     """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
 
+    _MOST_STRANGE = 20
+
     def __init__(
         self,
         config: Config,
@@ -4503,7 +4616,12 @@ class Collector:
         self._recent = Recent()
         self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
+        self._connected_at = 0.0
         self._recorded_at: float | None = None  # on this connection
+        self._records = 0  # on this connection
+        self._records_before, self._is_fresh_loss = 0, False  # of the one that broke while it recorded
+        self._has_held_out = self._goes_on = False
+        self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
@@ -4534,17 +4652,23 @@ class Collector:
 
     def _turn(self) -> None:
         """Run one session, and wait after the fault that ended it."""
+        has_held_out, self._has_held_out = self._has_held_out, False
         try:
             self._session()
         except QueueFault as fault:
-            self._enter(fault.state, fault)
-            self._outages.begin(fault.state)
-            if fault.lasts_s is not None:
-                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
-            elif fault.state in _REFUSALS:
-                self._wait_for_change(math.inf, fault.state)
+            self._note_break(fault)
+            if fault.state == "banned":  # told again after its connection ended, that was not a restart
+                self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
+            elif fault.lasts_s is not None:
+                self._wait_for_change(next(self._backoff))
+            elif fault.state in (*_REFUSALS, "foreign_list"):
+                self._wait_for_change(math.inf, fault.state if fault.state in _REFUSALS else None)
+            elif fault.state == "no_queue":
+                self._wait_for_change(300.0)
             else:
                 self._stop.wait(next(self._backoff))
+            if fault.held is not None:
+                fault.held.close()
         except StoreError as error:
             self._enter_storage_error(error)
             self._stop.wait(next(self._backoff))
@@ -4578,9 +4702,12 @@ class Collector:
         self._store.check_writable()
         source = self._source = self._open()
         try:
-            self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
+            self._facts.connect(source, self._goes_on)
+            if not self._goes_on:
+                self._is_proven, self._recorded_at, self._records = False, None, 0
+                self._outages.restart_lost = self._loss_of_restart()
+            self._connected_at, self._status.mode, self._goes_on = self._clock(), source.mode, False
             self._recent.by_values = source.mode == "subscribe"
-            self._facts.connect(source)
             self._collect(source)
         finally:
             self._source = Source()
@@ -4598,20 +4725,30 @@ class Collector:
         """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
         count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(count, source.largest_batch))
+            left = math.inf if source.is_proxy else self._MOST_STRANGE - self._strange
+            if left <= 0:
+                raise QueueFault(f"{self._MOST_STRANGE} values came, and none was a usage record", "foreign_list")
+            result = source.take(int(min(count, source.largest_batch, left)))
             more = result.full and not self._stop.is_set()
             recorded = self._hold(result.values)
             count = source.largest_batch if more else few
             if not more:
                 self.journal.sync()
             self._store_if_due(source, at_rest=not more)
-            if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                raise QueueFault(str(result.fault), "unreachable") from result.fault
-            if result.fault is not None:
-                raise result.fault
-            self._after_turn(recorded)
-            if not result.full and source.mode != "subscribe":
-                self._stop.wait(self._config.poll_interval_seconds)
+            fault = result.fault
+            if fault is None:
+                self._after_turn(recorded)
+                is_polled = not result.full and source.mode != "subscribe"
+                if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
+                    fault = ConnectionClosed(clean=True)
+            if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
+                idle_s = self._clock() - max(self._connected_at, self._recorded_at or 0.0)
+                self._goes_on = fault.clean and self._is_proven and idle_s > 60
+                if self._goes_on:
+                    return
+                raise QueueFault(str(fault), "unreachable") from fault
+            if fault is not None:
+                raise fault
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
@@ -4633,10 +4770,10 @@ class Collector:
         if fault is not None:
             raise fault
 
-    def _hold(self, values: Sequence[Any]) -> bool:
-        """Parse and spool what was popped, and return whether there was a record in it."""
+    def _hold(self, values: Sequence[Any]) -> int:
+        """Parse and spool what was popped, and return how many records were in it."""
         if not values:
-            return False
+            return 0
         self._files.look(2.0)
         parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
@@ -4645,7 +4782,8 @@ class Collector:
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        return bool(parsed.events or parsed.rejects)
+        self._strange = -math.inf if parsed.events else self._strange + len(parsed.rejects)
+        return len(parsed.events) + len(parsed.rejects)
 
     def _follow_files(self, pause_s: float) -> None:
         """Notice account files that have changed, and what they tell of events that are stored already."""
@@ -4655,7 +4793,7 @@ class Collector:
                 self._store.decide_accounts(self._files.account_of, self._files.renamed)
                 self._decided_changes = self._files.changes
 
-    def _after_turn(self, got_values: bool) -> None:
+    def _after_turn(self, recorded: int) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
@@ -4667,12 +4805,13 @@ class Collector:
             self._backoff = backoff()
             self._refused.forget()
             self._outages.end()
+            self._records_before = 0
         self._outages.turn()
         now = self._clock()
-        if got_values:
-            self._recorded_at = now
+        if recorded:
+            self._records, self._recorded_at = self._records + recorded, now
             self._facts.note_events()
-        self._facts.ask_if_due()
+        self._facts.ask()
         publishing = self._status.publishing
         self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
@@ -4681,6 +4820,23 @@ class Collector:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
             self._log.event("quota", fault=error)
+
+    def _note_break(self, fault: QueueFault) -> None:
+        """Enter the state of a fault, and begin an outage."""
+        if self._status.state == "recording":
+            self._records_before = self._records
+            self._is_fresh_loss = self._clock() - (self._recorded_at or 0.0) <= SHORTEST_RETENTION_S
+        self._goes_on = False
+        self._enter(fault.state, fault)
+        self._outages.begin(fault.state)
+
+    def _loss_of_restart(self) -> bool | None:
+        """Return whether a restart of the proxy cost records; None where there was none for sure."""
+        # A proxy that has counted fewer attempts than it handed over records has begun again. One that does not tell
+        # has where nobody listened a moment ago.
+        attempts = self._facts.attempts() if self._records_before else None
+        has_restarted = self._status.state == "refused" if attempts is None else 2 * attempts < self._records_before
+        return self._is_fresh_loss if self._records_before and has_restarted else None
 
     # States and waiting
 
@@ -4709,23 +4865,25 @@ class Collector:
                 written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
-        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
+    def _wait_for_change(self, seconds: float, refused: str | None = None, held: Source | None = None) -> bool:
+        """Wait, until the config is another one at most; return whether the end of what is held ended the wait."""
         before = self._login()
         while seconds > 0:
             if refused is not None:
                 with suppress(StoreError):  # it is tried again
                     self._refused.remember(before, refused)
             if self._stop.wait(min(3.0, seconds)):
-                return
+                return False
             seconds -= 3.0
+            has_ended = held is not None and held.has_ended()
             try:
                 self._config = self._load()
             except ConfigError as error:
                 self._log.once("config", fault=error)
-            if self._login() != before:
-                self._backoff = backoff()
-                return
+            if has_ended or self._login() != before:
+                self._backoff, self._strange = backoff(), 0
+                return has_ended
+        return False
 
 
 # ------------------------------------------------------------------ refresher
@@ -4780,7 +4938,7 @@ class QuotaRefresher:
                 message = f"the quota was refreshed just now; try again in {wait_s} s"
                 raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
             self._log.line(f"refresh_quota: found {len(found[0])} auth files")
-            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir (v8: oauth.auth-dir)'
             raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
@@ -5690,8 +5848,10 @@ def _check_losses(store: Store) -> list[Finding]:
         found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
         findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
-        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
-        if outage["to"] is None:
+        remedy = f"{RETENTION_LINE} lets it remember for an hour"
+        if outage["reason"] == "proxy_restarted":
+            remedy = 'what it still held is gone with each restart; with "collect_mode": "subscribe" that is less'
+        elif outage["to"] is None:
             remedy = STATE_REMEDIES.get(outage["reason"], remedy)
         findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
     return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
@@ -5708,7 +5868,7 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     folder, files, problems = find_account_files(config.auth_dirs())
     findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
     if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir (version 8: oauth.auth-dir), and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
     stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
     odd = []

@@ -54,8 +54,8 @@ def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, ve
 @pytest.mark.parametrize(
     ("version", "mode", "state", "said"),
     [
-        ("v6.9.38", "http", "closed", "older than v6.10.8"),
-        ("v6.10.7", "http", "closed", "older than v6.10.8"),
+        ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
+        ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
         ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
         ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
         ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
