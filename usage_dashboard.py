@@ -3569,6 +3569,12 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
+class NoRoute(QueueFault):
+    """A 404 of the management API."""
+
+    state = "closed"
+
+
 # Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
@@ -3723,9 +3729,12 @@ class ProxyApi:
         self._connection: Any = None
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
+        self._refusal: QueueFault | None = None
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
-        """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
+        """Return the decoded JSON of a 200. Raises QueueFault for anything else; a refused key is not sent again."""
+        if self._refusal is not None:
+            raise self._refusal
         try:
             status, content = self._exchange(path, before_login)
             if status == 200:
@@ -3742,9 +3751,10 @@ class ProxyApi:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
+            self._refusal = fault
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+            raise NoRoute("the proxy has its management API switched off or is older than v6.10.8", None, True)
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
@@ -4351,6 +4361,147 @@ class ProxyFacts:
         self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
+# Providers that are asked to count tokens too, and whose failures at that make no record.
+_COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
+
+
+class _Attempts(NamedTuple):
+    """The proxy's counters of one credential, and whether each failure of its provider makes a record."""
+
+    success: int
+    failed: int
+    is_recorded: bool
+
+
+def _attempts_of(files: Any, keys: Any) -> dict[str, _Attempts]:
+    """Return the counters by auth_index or masked key; what has another shape is left out, and what follows it."""
+    told, attempts = [], {}
+    with suppress(AttributeError, TypeError):
+        for file in (files or {}).get("files") or ():
+            told.append((file.get("auth_index"), file.get("success"), file.get("failed"), file.get("type") == "codex"))
+        for provider, entries in (keys or {}).items():
+            for name, entry in entries.items():
+                is_recorded = provider.lower() not in _COUNTING
+                told.append((mask_key(name.rpartition("|")[2]), entry.get("success"), entry.get("failed"), is_recorded))
+    for name, success, failed, is_recorded in told:
+        if isinstance(name, str) and type(success) is type(failed) is int and min(success, failed) >= 0:
+            same = attempts.get(name, _Attempts(0, 0, True))  # one key may stand in two entries
+            attempts[name] = _Attempts(success + same.success, failed + same.failed, is_recorded and same.is_recorded)
+    return attempts
+
+
+@dataclass
+class _Span:
+    """Attempts counted since a reading of the counters, and records received beyond those that there were (``had``)."""
+
+    since: float
+    had: int
+    expected: int = 0
+    received: int = 0
+    readings: int = 0  # in which it grew
+
+
+class Rival:
+    """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
+
+    It counts some that make no record, so two signs alone are believed: nothing comes at all for a while, or failures
+    are missing, of providers each of whose failures makes a record.
+    """
+
+    def __init__(self, facts: ProxyFacts, status: CollectorStatus, poll_interval_s: float, clock, monotonic):
+        self._facts, self._status, self._clock, self._monotonic = facts, status, clock, monotonic
+        self._poll_interval_s = poll_interval_s
+        self._turn_s = self._read_s = -math.inf
+        self.connect()
+
+    def connect(self) -> None:
+        """Begin with a new connection: what was missed before is unknown, and every route may be there."""
+        self._routes = [["/v0/management/auth-files", "/v8/management/credentials"], ["/v0/management/api-key-usage"]]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._reading: Any = None  # whose records may be on their way still
+        self._attempts: dict[str, _Attempts] = {}
+        self._spans: list[_Span] = []  # of all attempts, and of failures that make records
+        self._came = [0, 0]  # the records of both
+
+    def note(self, parsed: Parsed) -> None:
+        """Count what came, but not what a client left: the proxy does not count it either."""
+        came, attempts, unknown = self._came, self._attempts, _Attempts(0, 0, True)
+        for event in parsed.events:
+            if event.failed:  # which the second event of an image tool never is
+                has_left = event.status_code == 499 or "client left" in (event.error or "")
+                of_key = attempts.get(event.context.source, unknown)
+                came[0] -= has_left
+                came[1] += attempts.get(event.context.auth_index or "", of_key).is_recorded and not has_left
+        came[0] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
+        came[1] += len(parsed.rejects)
+
+    def turn(self, api: ProxyApi | None) -> None:
+        """Read the counters every 10 minutes, and compare when their records must have come; with the queue empty."""
+        before, self._turn_s = self._turn_s, self._monotonic()
+        since_s = self._turn_s - self._read_s
+        if api is None or not self._status.publishing or self._status.warning:
+            self._begin()
+            self._status.rival = None
+        elif self._turn_s - before > SHORTEST_RETENTION_S / 2 + self._poll_interval_s:  # records may have expired
+            self._begin()
+        elif self._reading is None and since_s >= 600:
+            self._read_s = self._turn_s
+            try:
+                files, keys = (self._ask(api, routes) for routes in self._routes)
+                self._reading = self._clock(), _attempts_of(files, keys), self._came[:]
+            except QueueFault:  # of a web server in front of the proxy, say: it is not asked again
+                self._routes, self._status.rival = [[], []], None
+        elif self._reading is not None and since_s >= max(5.0, self._poll_interval_s):
+            self._compare(*self._reading)
+            self._reading = None
+
+    @staticmethod
+    def _ask(api: ProxyApi, routes: list[str]) -> Any:
+        """Return the answer of the first route that there is; one that there is not is not tried again."""
+        while routes:
+            try:
+                return api.get(routes[0])
+            except NoRoute:
+                del routes[0]
+        return None
+
+    def _compare(self, at: float, attempts: dict[str, _Attempts], had: Sequence[int]) -> None:
+        """Judge what the counters have grown by; one that fell or is new has not."""
+        before, self._attempts = self._attempts, attempts
+        grown, fresh = [0, 0], [_Span(at, count) for count in had]
+        for name, now in attempts.items():
+            old = before.get(name, now)
+            if now.success >= old.success and now.failed >= old.failed:
+                grown[0] += now.success - old.success + now.failed - old.failed
+                grown[1] += now.is_recorded * (now.failed - old.failed)
+        self._spans = self._spans or fresh
+        for span, growth, came in zip(self._spans, grown, self._came):
+            span.expected, span.received = span.expected + growth, came - span.had
+            span.readings += growth > 0
+        self._judge(fresh)
+
+    def _judge(self, fresh: list[_Span]) -> None:
+        (every, failed), rival = self._spans, self._status.rival
+        are_even = failed.received > 0.8 * failed.expected
+        found = failed if failed.expected - failed.received >= 3 and not are_even else None
+        if every.received <= 0 and every.expected >= 10 and every.readings >= 3:
+            found = every
+        # Some attempts make no record: after none at all, half of them is enough.
+        share = 0.5 if rival and not rival["received"] else 0.8
+        if found and rival is None:
+            self._facts.ask()
+        if found and self._status.publishing:  # it may have been switched off a moment ago
+            told = rival or {"expected": 0, "received": 0, "since": found.since}
+            numbers = told["expected"] + found.expected, told["received"] + max(0, found.received), told["since"]
+            self._spans, self._status.rival = fresh, dict(zip(told, numbers))
+        elif (are_even and failed.expected >= 5) or (every.expected >= 10 and every.received > share * every.expected):
+            self._spans, self._status.rival = fresh, None
+        elif every.received > 0 and (rival is None or every.expected >= 10):
+            self._spans[0] = fresh[0]
+
+
 class OutageLog:
     """The spans in which nothing is recorded. One that cannot be written yet is kept until it can."""
 
@@ -4480,6 +4631,7 @@ class CollectorStatus:
     retention_seconds: float | None = None
     clock_ahead_seconds: float | None = None
     warning: str | None = None
+    rival: dict[str, float] | None = None
 
     def as_json(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """Return the status as ``/api/health`` shows it, with how many events were stored, rejected and ignored."""
@@ -4527,6 +4679,7 @@ class Collector:
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
         self._status.last_event = (store.span() or [None])[-1]
         self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
+        self._rival = Rival(self._facts, self._status, config.poll_interval_seconds, clock, monotonic)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
@@ -4598,6 +4751,7 @@ class Collector:
         try:
             self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
             self._facts.connect(source)
+            self._rival.connect()
             self._collect(source)
         finally:
             self._source = Source()
@@ -4627,6 +4781,8 @@ class Collector:
             if result.fault is not None:
                 raise result.fault
             self._after_turn(recorded)
+            if not result.full:
+                self._rival.turn(source.api)
             if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)
 
@@ -4658,6 +4814,7 @@ class Collector:
         parsed = parse_events(values, self._files.contexts)
         self.journal.hold(parsed)
         self._readings.note(parsed.events)
+        self._rival.note(parsed)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
@@ -5090,6 +5247,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "uptime_seconds": round(time.monotonic() - app.started_at, 1),
         "demo": app.demo,
         "now": app.clock(),
+        "rival": collector.pop("rival", None),
         "collector": collector,
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
@@ -5766,7 +5924,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
     if health is not None and "collector" in health:
         running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
-        return [running, *_findings_of_status(health["collector"], config)]
+        return [running, *_findings_of_status(health["collector"], config), *_check_rival(health.get("rival"))]
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -5825,6 +5983,16 @@ def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Find
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
         findings.append(Finding("warning", found, "let both machines set their clocks by NTP"))
     return findings
+
+
+def _check_rival(rival: Mapping[str, float] | None) -> list[Finding]:
+    """Tell of a program that takes records, where the running dashboard found one by the proxy's own counters."""
+    if rival is None:
+        return []
+    found = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
+    remedy = 'stop that program, or set "collect_mode": "subscribe" if it subscribes to the queue'
+    found += f" of which {rival['received']} came here: another program takes records, or they expired"
+    return [Finding("warning", found, remedy)]
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
