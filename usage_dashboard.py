@@ -4365,47 +4365,28 @@ class ProxyFacts:
 _COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
 
 
-class _Attempts(NamedTuple):
-    """The proxy's counters of one credential, and whether each failure of its provider makes a record."""
-
-    success: int
-    failed: int
-    is_recorded: bool
-
-
-def _attempts_of(files: Any, keys: Any) -> dict[str, _Attempts]:
-    """Return the counters by auth_index or masked key; what has another shape is left out, and what follows it."""
+def _attempts_of(files: Any, keys: Any) -> dict[str, tuple[int, int, bool]]:
+    """Return (successes, failures, whether each of these makes a record) by auth_index or mask; without odd entries."""
     told, attempts = [], {}
     with suppress(AttributeError, TypeError):
-        for file in (files or {}).get("files") or ():
-            told.append((file.get("auth_index"), file.get("success"), file.get("failed"), file.get("type") == "codex"))
+        told += [(file, file.get("auth_index"), file.get("type") == "codex") for file in (files or {}).get("files")]
+    with suppress(AttributeError, TypeError):
         for provider, entries in (keys or {}).items():
-            for name, entry in entries.items():
-                is_recorded = provider.lower() not in _COUNTING
-                told.append((mask_key(name.rpartition("|")[2]), entry.get("success"), entry.get("failed"), is_recorded))
-    for name, success, failed, is_recorded in told:
-        if isinstance(name, str) and type(success) is type(failed) is int and min(success, failed) >= 0:
-            same = attempts.get(name, _Attempts(0, 0, True))  # one key may stand in two entries
-            attempts[name] = _Attempts(success + same.success, failed + same.failed, is_recorded and same.is_recorded)
+            is_recorded = provider.lower() not in _COUNTING
+            told += [(entry, mask_key(name.rpartition("|")[2]), is_recorded) for name, entry in entries.items()]
+    for entry, name, is_recorded in told:
+        good, bad = (entry.get(word) if isinstance(entry, dict) else None for word in ("success", "failed"))
+        if isinstance(name, str) and type(good) is type(bad) is int:
+            more_good, more_bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
+            attempts[name] = good + more_good, bad + more_bad, is_recorded and were_recorded
     return attempts
-
-
-@dataclass
-class _Span:
-    """Attempts counted since a reading of the counters, and records received beyond those that there were (``had``)."""
-
-    since: float
-    had: int
-    expected: int = 0
-    received: int = 0
-    readings: int = 0  # in which it grew
 
 
 class Rival:
     """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
 
     It counts some that make no record, so two signs alone are believed: nothing comes at all for a while, or failures
-    are missing, of providers each of whose failures makes a record.
+    are missing, of providers each of whose failures makes a record. Pairs of numbers are of all, and of these failures.
     """
 
     def __init__(self, facts: ProxyFacts, status: CollectorStatus, poll_interval_s: float, clock, monotonic):
@@ -4420,40 +4401,39 @@ class Rival:
         self._begin()
 
     def _begin(self) -> None:
-        self._reading: Any = None  # whose records may be on their way still
-        self._attempts: dict[str, _Attempts] = {}
-        self._spans: list[_Span] = []  # of all attempts, and of failures that make records
-        self._came = [0, 0]  # the records of both
+        self._reading: Any = None  # time, attempts and records, of which more may be on their way
+        self._attempts: dict[str, tuple[int, int, bool]] = {}
+        self._expected, self._received, self._since, self._grown = [0, 0], [0, 0], [0.0, 0.0], 0
 
     def note(self, parsed: Parsed) -> None:
         """Count what came, but not what a client left: the proxy does not count it either."""
-        came, attempts, unknown = self._came, self._attempts, _Attempts(0, 0, True)
         for event in parsed.events:
             if event.failed:  # which the second event of an image tool never is
                 has_left = event.status_code == 499 or "client left" in (event.error or "")
-                of_key = attempts.get(event.context.source, unknown)
-                came[0] -= has_left
-                came[1] += attempts.get(event.context.auth_index or "", of_key).is_recorded and not has_left
-        came[0] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
-        came[1] += len(parsed.rejects)
+                names = (event.context.auth_index, event.context.source)
+                known = next((self._attempts[name] for name in names if name in self._attempts), (0, 0, True))
+                self._received[0] -= has_left
+                self._received[1] += known[2] and not has_left
+        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
+        self._received[1] += len(parsed.rejects)
 
     def turn(self, api: ProxyApi | None) -> None:
-        """Read the counters every 10 minutes, and compare when their records must have come; with the queue empty."""
+        """Read the counters every 10 minutes, and compare when their records must be here; with the queue empty."""
         before, self._turn_s = self._turn_s, self._monotonic()
-        since_s = self._turn_s - self._read_s
+        retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
         if api is None or not self._status.publishing or self._status.warning:
             self._begin()
             self._status.rival = None
-        elif self._turn_s - before > SHORTEST_RETENTION_S / 2 + self._poll_interval_s:  # records may have expired
+        elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
             self._begin()
-        elif self._reading is None and since_s >= 600:
+        elif self._reading is None and self._turn_s - self._read_s >= 600:
             self._read_s = self._turn_s
             try:
-                files, keys = (self._ask(api, routes) for routes in self._routes)
-                self._reading = self._clock(), _attempts_of(files, keys), self._came[:]
+                answers = [self._ask(api, routes) for routes in self._routes]
+                self._reading = self._clock(), _attempts_of(*answers), self._received[:]
             except QueueFault:  # of a web server in front of the proxy, say: it is not asked again
                 self._routes, self._status.rival = [[], []], None
-        elif self._reading is not None and since_s >= max(5.0, self._poll_interval_s):
+        elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
             self._compare(*self._reading)
             self._reading = None
 
@@ -4467,39 +4447,40 @@ class Rival:
                 del routes[0]
         return None
 
-    def _compare(self, at: float, attempts: dict[str, _Attempts], had: Sequence[int]) -> None:
-        """Judge what the counters have grown by; one that fell or is new has not."""
-        before, self._attempts = self._attempts, attempts
-        grown, fresh = [0, 0], [_Span(at, count) for count in had]
-        for name, now in attempts.items():
-            old = before.get(name, now)
-            if now.success >= old.success and now.failed >= old.failed:
-                grown[0] += now.success - old.success + now.failed - old.failed
-                grown[1] += now.is_recorded * (now.failed - old.failed)
-        self._spans = self._spans or fresh
-        for span, growth, came in zip(self._spans, grown, self._came):
-            span.expected, span.received = span.expected + growth, came - span.had
-            span.readings += growth > 0
-        self._judge(fresh)
+    def _compare(self, at: float, attempts: dict[str, tuple[int, int, bool]], had: Sequence[int]) -> None:
+        """Judge what the counters have grown by; one that fell, or is new, has not."""
+        before, self._attempts, grown = self._attempts, attempts, 0
+        for name, (good, bad, is_recorded) in attempts.items():
+            old_good, old_bad, _ = before.get(name, attempts[name])
+            if good >= old_good and bad >= old_bad:
+                grown += good - old_good + bad - old_bad
+                self._expected[1] += is_recorded * (bad - old_bad)
+        self._expected[0] += grown
+        self._grown += grown > 0
+        for number in self._judge() if before else (0, 1):
+            self._expected[number], self._since[number] = 0, at
+            self._received[number] -= had[number]
+            self._grown *= number
 
-    def _judge(self, fresh: list[_Span]) -> None:
-        (every, failed), rival = self._spans, self._status.rival
-        are_even = failed.received > 0.8 * failed.expected
-        found = failed if failed.expected - failed.received >= 3 and not are_even else None
-        if every.received <= 0 and every.expected >= 10 and every.readings >= 3:
-            found = every
-        # Some attempts make no record: after none at all, half of them is enough.
+    def _judge(self) -> Sequence[int]:
+        """Set or end the verdict, and return which of the pairs' numbers begin again."""
+        (every, failed), (came, came_failed), rival = self._expected, self._received, self._status.rival
+        takes_all = came <= 0 and every >= 10 and self._grown >= 3
+        is_even = came_failed > 0.8 * failed
+        if takes_all or (failed - came_failed >= 3 and not is_even):
+            if rival is None:
+                self._facts.ask()  # whether it publishes: it may have been switched off a moment ago
+                rival = {"expected": 0, "received": 0, "since": self._since[not takes_all]}
+            if self._status.publishing:
+                more = {"expected": self._expected[not takes_all], "received": max(0, self._received[not takes_all])}
+                self._status.rival = {name: rival[name] + more.get(name, 0) for name in rival}
+            return 0, 1
+        # Where nothing came, half of all is enough again, since some attempts make no record.
         share = 0.5 if rival and not rival["received"] else 0.8
-        if found and rival is None:
-            self._facts.ask()
-        if found and self._status.publishing:  # it may have been switched off a moment ago
-            told = rival or {"expected": 0, "received": 0, "since": found.since}
-            numbers = told["expected"] + found.expected, told["received"] + max(0, found.received), told["since"]
-            self._spans, self._status.rival = fresh, dict(zip(told, numbers))
-        elif (are_even and failed.expected >= 5) or (every.expected >= 10 and every.received > share * every.expected):
-            self._spans, self._status.rival = fresh, None
-        elif every.received > 0 and (rival is None or every.expected >= 10):
-            self._spans[0] = fresh[0]
+        if (is_even and failed >= 5) or (every >= 10 and came > share * every):
+            self._status.rival = None
+            return 0, 1
+        return (0,) if came > 0 and (rival is None or every >= 10) else ()
 
 
 class OutageLog:

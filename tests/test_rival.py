@@ -37,10 +37,11 @@ class Hours:
         self.read()
 
     def pass_time(self, *steps_s):
-        for step_s in (*steps_s, 16.0):  # at the last, the turn that looked at the time before is over
-            touched_at = self._touched_at
-            self.run.slept_s += step_s
-            self.run.wait_for(lambda: self._touched_at != touched_at)
+        for step_s in steps_s:
+            for seconds in (step_s, 16.0):  # behind which the turn that began before is over
+                touched_at = self._touched_at
+                self.run.slept_s += seconds
+                self.run.wait_for(lambda: self._touched_at != touched_at)
 
     @property
     def _touched_at(self):
@@ -48,7 +49,7 @@ class Hours:
 
     def read(self, times=1):
         """Let the counters be read, and compared when the records must have come."""
-        self.pass_time(*[self.step_s] * (int(640 // self.step_s) + 1) * times)
+        self.pass_time(*[self.step_s] * (int(600 // (self.step_s + 16)) + 3) * times)
 
     def send(self, count=10, counted=True, **changes):
         for _ in range(count):
@@ -213,7 +214,7 @@ def test_rival_is_noticed_over_http_and_in_none_of_the_ways_of_a_subscription(co
     assert hours.rival is None  # nothing can be said
     hours.run.end()
     hours.proxy.publishing = True
-    hours = Hours(collect, proxy, step_s=25.0, collect_mode="subscribe", poll_interval_seconds=0.01)
+    hours = Hours(collect, proxy, step_s=30.0, collect_mode="subscribe", poll_interval_seconds=0.01)
     with logged_in(proxy) as popper, logged_in(proxy) as subscriber:
         subscriber.call("SUBSCRIBE", "usage")
         for _ in range(3):
