@@ -4366,19 +4366,16 @@ _COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interacti
 
 
 def _attempts_of(files: Any, keys: Any) -> dict[str, tuple[int, int, bool]]:
-    """Return (successes, failures, whether each of these makes a record) by auth_index or mask; without odd entries."""
-    told, attempts = [], {}
-    with suppress(AttributeError, TypeError):
-        told += [(file, file.get("auth_index"), file.get("type") == "codex") for file in (files or {}).get("files")]
-    with suppress(AttributeError, TypeError):
+    """Return (successes, failures, whether each of these makes a record) by auth_index or masked key."""
+    attempts: dict[str, tuple[int, int, bool]] = {}
+    with suppress(AttributeError, TypeError):  # what has another shape ends it
+        told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in (files or {}).get("files", ())]
         for provider, entries in (keys or {}).items():
             is_recorded = provider.lower() not in _COUNTING
-            told += [(entry, mask_key(name.rpartition("|")[2]), is_recorded) for name, entry in entries.items()]
-    for entry, name, is_recorded in told:
-        good, bad = (entry.get(word) if isinstance(entry, dict) else None for word in ("success", "failed"))
-        if isinstance(name, str) and type(good) is type(bad) is int:
-            more_good, more_bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
-            attempts[name] = good + more_good, bad + more_bad, is_recorded and were_recorded
+            told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
+        for name, is_recorded, entry in told:
+            good, bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
+            attempts[name] = good + entry.get("success"), bad + entry.get("failed"), is_recorded and were_recorded
     return attempts
 
 
@@ -4465,19 +4462,19 @@ class Rival:
     def _judge(self) -> Sequence[int]:
         """Set or end the verdict, and return which of the pairs' numbers begin again."""
         (every, failed), (came, came_failed), rival = self._expected, self._received, self._status.rival
-        takes_all = came <= 0 and every >= 10 and self._grown >= 3
-        is_even = came_failed > 0.8 * failed
-        if takes_all or (failed - came_failed >= 3 and not is_even):
+        takes_all, are_even = came <= 0 and every >= 10 and self._grown >= 3, came_failed > 0.8 * failed
+        if takes_all or (failed - came_failed >= 3 and not are_even):
+            expected, received, since = (pair[not takes_all] for pair in (self._expected, self._received, self._since))
             if rival is None:
                 self._facts.ask()  # whether it publishes: it may have been switched off a moment ago
-                rival = {"expected": 0, "received": 0, "since": self._since[not takes_all]}
+                rival = {"expected": 0, "received": 0, "since": since}
             if self._status.publishing:
-                more = {"expected": self._expected[not takes_all], "received": max(0, self._received[not takes_all])}
-                self._status.rival = {name: rival[name] + more.get(name, 0) for name in rival}
+                expected, received = rival["expected"] + expected, rival["received"] + max(0, received)
+                self._status.rival = {**rival, "expected": expected, "received": received}
             return 0, 1
         # Where nothing came, half of all is enough again, since some attempts make no record.
         share = 0.5 if rival and not rival["received"] else 0.8
-        if (is_even and failed >= 5) or (every >= 10 and came > share * every):
+        if (are_even and failed >= 5) or (every >= 10 and came > share * every):
             self._status.rival = None
             return 0, 1
         return (0,) if came > 0 and (rival is None or every >= 10) else ()
@@ -5967,13 +5964,11 @@ def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> list[Find
 
 
 def _check_rival(rival: Mapping[str, float] | None) -> list[Finding]:
-    """Tell of a program that takes records, where the running dashboard found one by the proxy's own counters."""
     if rival is None:
         return []
-    found = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
-    remedy = 'stop that program, or set "collect_mode": "subscribe" if it subscribes to the queue'
-    found += f" of which {rival['received']} came here: another program takes records, or they expired"
-    return [Finding("warning", found, remedy)]
+    counted = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
+    found = f"{counted} of which {rival['received']} came here: another program takes records, or they expired"
+    return [Finding("warning", found, 'stop it, or set "collect_mode": "subscribe" if it subscribes')]
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:
