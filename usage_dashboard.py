@@ -4368,14 +4368,16 @@ _COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interacti
 def _attempts_of(files: Any, keys: Any) -> dict[str, tuple[int, int, bool]]:
     """Return (successes, failures, whether each of these makes a record) by auth_index or masked key."""
     attempts: dict[str, tuple[int, int, bool]] = {}
-    with suppress(AttributeError, TypeError):  # what has another shape ends it
-        told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in (files or {}).get("files", ())]
+    with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
+        listed = (files or {}).get("files") or ()
+        told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in listed]
         for provider, entries in (keys or {}).items():
             is_recorded = provider.lower() not in _COUNTING
             told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
         for name, is_recorded, entry in told:
             good, bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
-            attempts[name] = good + entry.get("success"), bad + entry.get("failed"), is_recorded and were_recorded
+            more_good, more_bad = (_number(entry.get(word), word) for word in ("success", "failed"))
+            attempts[name] = good + more_good, bad + more_bad, is_recorded and were_recorded
     return attempts
 
 
@@ -4759,7 +4761,7 @@ class Collector:
             if result.fault is not None:
                 raise result.fault
             self._after_turn(recorded)
-            if not result.full:
+            if not result.full and not self._stop.is_set():
                 self._rival.turn(source.api)
             if not result.full and source.mode != "subscribe":
                 self._stop.wait(self._config.poll_interval_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from contextlib import closing
 from dataclasses import replace
 
@@ -271,17 +272,26 @@ def test_web_server_that_keeps_the_counters_back_is_asked_once_and_is_no_fault(c
 
 
 def test_answers_of_any_shape_are_no_fault(hours):
-    entry = {"auth_index": ACCOUNT, "success": 0, "failed": 9**40, "type": "codex"}
-    odd = [{**entry, name: value} for name in entry for value in (None, -1, "x", [], {}, 1.5, True)]
-    shapes = [None, 7, "x", [], [[]], {"files": {"a": 1}}, {"files": 7}, {"files": [7, None]}, {"files": odd}]
-    shapes += [{"codex": 7}, {"codex": {"a|b": 7, "|": {}, "a": entry}}, {"": {"": []}}]
+    shapes = [None, 7, "x", [], [[]], {"files": {"a": 1}}, {"files": 7}, {"files": [7, None]}]
+    shapes += [{"codex": 7}, {"codex": {"a|b": 7, "|": {}}}, {"": {"": []}}]
+    for value in (None, {}, -1, 9**400, math.inf):
+        for name in ("auth_index", "failed", "type"):
+            entry = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex", name: value}
+            shapes.append({"files": [entry, {**entry, "failed": 50}], "codex": {"a|b": entry}})
     for body in (*map(json.dumps, shapes), "[" * 100_000, "{"):
         reply = http_reply(200, body.encode(), "application/json")
         hours.proxy.answers.update({ACCOUNTS: reply, KEYS: reply})
         hours.read()
-        hours.send(1)
         assert hours.run.state in ("waiting", "recording") and hours.rival is None, body[:99]
     assert "fault" not in hours.run.log
+
+
+def test_proxy_without_account_files_is_judged_by_its_keys(hours):
+    hours.proxy.answers[ACCOUNTS] = http_reply(200, b'{"files":null}', "application/json")
+    hours.read(2)
+    hours.lose(UPSTREAM, failed=5)
+    hours.read()
+    assert hours.rival
 
 
 def test_rival_stands_in_health_and_check_names_it_with_what_to_do(make_site, tmp_path):
