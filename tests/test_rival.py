@@ -269,13 +269,15 @@ def test_web_server_that_keeps_the_counters_back_is_asked_once_and_is_no_fault(c
     hours.read(3)
     assert hours.asked == ([ACCOUNTS, V8, KEYS] if status == 404 else [ACCOUNTS])
     assert hours.run.state == "waiting" and hours.rival is None and "fault" not in hours.run.log
+    asks_on = hours.proxy.http_requests[-1][1] != ACCOUNTS
+    assert asks_on == (status not in (401, 403))  # nothing at all then
 
 
 def test_answers_of_any_shape_are_no_fault(hours):
     shapes = [None, 7, "x", [], [[]], {"files": {"a": 1}}, {"files": 7}, {"files": [7, None]}]
     shapes += [{"codex": 7}, {"codex": {"a|b": 7, "|": {}}}, {"": {"": []}}]
     for value in (None, {}, -1, 9**400, math.inf):
-        for name in ("auth_index", "failed", "type"):
+        for name in ("auth_index", "type", "failed"):
             entry = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex", name: value}
             shapes.append({"files": [entry, {**entry, "failed": 50}], "codex": {"a|b": entry}})
     for body in (*map(json.dumps, shapes), "[" * 100_000, "{"):
