@@ -45,7 +45,6 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -3741,6 +3740,7 @@ class ProxyApi:
         self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
+        self._refusal: QueueFault | None = None
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200, of the tree that has the route. Raises QueueFault for anything else.
@@ -3773,6 +3773,8 @@ class ProxyApi:
             self.close()
 
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
+        if self._refusal is not None:  # a refused key is not sent again
+            raise self._refusal
         try:
             status, content = self._exchange(path, before_login)
             if status == 200:
@@ -3790,6 +3792,7 @@ class ProxyApi:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
+            self._refusal = fault
             raise fault
         if status == 404:
             raise NotFound("the proxy has its management API switched off", is_no_failed_login=True)
@@ -4442,6 +4445,126 @@ class ProxyFacts:
         self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
+# Providers that are asked to count tokens too, and whose failures at that make no record.
+_COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
+
+
+def _attempts_of(files: Any, keys: Any) -> dict[str, tuple[int, int, bool]]:
+    """Return (successes, failures, whether each of these makes a record) by auth_index or masked key."""
+    attempts: dict[str, tuple[int, int, bool]] = {}
+    with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
+        listed = (files or {}).get("files") or ()
+        told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in listed]
+        for provider, entries in (keys or {}).items():
+            is_recorded = provider.lower() not in _COUNTING
+            told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
+        for name, is_recorded, entry in told:
+            good, bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
+            more_good, more_bad = (_number(entry.get(word), word) for word in ("success", "failed"))
+            attempts[name] = good + more_good, bad + more_bad, is_recorded and were_recorded
+    return attempts
+
+
+class Rival:
+    """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
+
+    It counts some that make no record, so two signs alone are believed: nothing comes at all for a while, or failures
+    are missing, of providers each of whose failures makes a record. Pairs of numbers are of all, and of these failures.
+    """
+
+    def __init__(self, facts: ProxyFacts, status: CollectorStatus, poll_interval_s: float, clock, monotonic):
+        self._facts, self._status, self._clock, self._monotonic = facts, status, clock, monotonic
+        self._poll_interval_s = poll_interval_s
+        self._turn_s = self._read_s = -math.inf
+        self.connect()
+
+    def connect(self) -> None:
+        """Begin with a new connection: what was missed before is unknown, and every route may be there."""
+        self._routes: list[str] = [f"{_V0}/auth-files", f"{_V0}/api-key-usage"]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._reading: Any = None  # time, attempts and records, of which more may be on their way
+        self._attempts: dict[str, tuple[int, int, bool]] = {}
+        self._expected, self._received, self._since, self._grown = [0, 0], [0, 0], [0.0, 0.0], 0
+
+    def note(self, parsed: Parsed) -> None:
+        """Count what came, but not what a client left: the proxy does not count it either."""
+        for event in parsed.events:
+            if event.failed:  # which the second event of an image tool never is
+                has_left = event.status_code == 499 or "client left" in (event.error or "")
+                names = (event.context.auth_index, event.context.source)
+                known = next((self._attempts[name] for name in names if name in self._attempts), (0, 0, True))
+                self._received[0] -= has_left
+                self._received[1] += known[2] and not has_left
+        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
+        self._received[1] += len(parsed.rejects)
+
+    def turn(self, api: ProxyApi | None) -> None:
+        """Read the counters every 10 minutes, and compare when their records must be here; with the queue empty."""
+        before, self._turn_s = self._turn_s, self._monotonic()
+        retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
+        if api is None or not self._status.publishing or self._status.warning:
+            self._begin()
+            self._status.rival = None
+        elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
+            self._begin()
+        elif self._reading is None and self._turn_s - self._read_s >= 600:
+            self._read_s = self._turn_s
+            try:
+                answers = [self._ask(api, route) for route in (f"{_V0}/auth-files", f"{_V0}/api-key-usage")]
+                self._reading = self._clock(), _attempts_of(*answers), self._received[:]
+            except QueueFault:  # of a web server in front of the proxy, say: it is not asked again
+                self._routes, self._status.rival = [], None
+        elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
+            self._compare(*self._reading)
+            self._reading = None
+
+    def _ask(self, api: ProxyApi, route: str) -> Any:
+        """Return a route's answer; one that is not there is not asked again on this connection."""
+        if route in self._routes:
+            try:
+                return api.ask(route)
+            except NotFound:
+                self._routes.remove(route)
+        return None
+
+    def _compare(self, at: float, attempts: dict[str, tuple[int, int, bool]], had: Sequence[int]) -> None:
+        """Judge what the counters have grown by; one that fell, or is new, has not."""
+        before, self._attempts, grown = self._attempts, attempts, 0
+        for name, (good, bad, is_recorded) in attempts.items():
+            old_good, old_bad, _ = before.get(name, attempts[name])
+            if good >= old_good and bad >= old_bad:
+                grown += good - old_good + bad - old_bad
+                self._expected[1] += is_recorded * (bad - old_bad)
+        self._expected[0] += grown
+        self._grown += grown > 0
+        for number in self._judge() if before else (0, 1):
+            self._expected[number], self._since[number] = 0, at
+            self._received[number] -= had[number]
+            self._grown *= number
+
+    def _judge(self) -> Sequence[int]:
+        """Set or end the verdict, and return which of the pairs' numbers begin again."""
+        (every, failed), (came, came_failed), rival = self._expected, self._received, self._status.rival
+        takes_all, are_even = came <= 0 and every >= 10 and self._grown >= 3, came_failed > 0.8 * failed
+        if takes_all or (failed - came_failed >= 3 and not are_even):
+            expected, received, since = (pair[not takes_all] for pair in (self._expected, self._received, self._since))
+            if rival is None:
+                self._facts.ask()  # whether it publishes: it may have been switched off a moment ago
+                rival = {"expected": 0, "received": 0, "since": since}
+            if self._status.publishing:
+                expected, received = rival["expected"] + expected, rival["received"] + max(0, received)
+                self._status.rival = {**rival, "expected": expected, "received": received}
+            return 0, 1
+        # Where nothing came, half of all is enough again, since some attempts make no record.
+        share = 0.5 if rival and not rival["received"] else 0.8
+        if (are_even and failed >= 5) or (every >= 10 and came > share * every):
+            self._status.rival = None
+            return 0, 1
+        return (0,) if came > 0 and (rival is None or every >= 10) else ()
+
+
 class OutageLog:
     """The spans in which nothing is recorded. One that cannot be written yet is kept until it can."""
 
@@ -4572,6 +4695,7 @@ class CollectorStatus:
     retention_seconds: float | None = None
     clock_ahead_seconds: float | None = None
     warning: str | None = None
+    rival: dict[str, float] | None = None
 
     def as_json(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """Return the status as ``/api/health`` shows it, with how many events were stored, rejected and ignored."""
@@ -4627,6 +4751,7 @@ class Collector:
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
         self._status.last_event = (store.span() or [None])[-1]
         self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
+        self._rival = Rival(self._facts, self._status, config.poll_interval_seconds, clock, monotonic)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
@@ -4705,6 +4830,7 @@ class Collector:
             self._facts.connect(source, self._goes_on)
             if not self._goes_on:
                 self._is_proven, self._recorded_at, self._records = False, None, 0
+                self._rival.connect()
                 self._outages.restart_lost = self._loss_of_restart()
             self._connected_at, self._status.mode, self._goes_on = self._clock(), source.mode, False
             self._recent.by_values = source.mode == "subscribe"
@@ -4738,6 +4864,8 @@ class Collector:
             fault = result.fault
             if fault is None:
                 self._after_turn(recorded)
+                if not result.full and not self._stop.is_set():
+                    self._rival.turn(source.api)
                 is_polled = not result.full and source.mode != "subscribe"
                 if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
                     fault = ConnectionClosed(clean=True)
@@ -4777,6 +4905,7 @@ class Collector:
         self._files.look(2.0)
         parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
+        self._rival.note(parsed)
         self.journal.hold(parsed)
         self._follow_files(2.0)
         if parsed.events:
@@ -5219,6 +5348,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "uptime_seconds": round(time.monotonic() - app.started_at, 1),
         "demo": app.demo,
         "now": app.clock(),
+        "rival": collector.pop("rival", None),
         "collector": collector,
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
@@ -5900,7 +6030,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
     if health is not None and "collector" in health:
         running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
-        return [running, *_findings_of_status(health["collector"], config)]
+        return [running, *_findings_of_status(health["collector"], config), *_check_rival(health.get("rival"))]
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -5957,6 +6087,14 @@ def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
         yield Finding("warning", found, "let both machines set their clocks by NTP")
+
+
+def _check_rival(rival: Mapping[str, float] | None) -> list[Finding]:
+    if rival is None:
+        return []
+    counted = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
+    found = f"{counted} of which {rival['received']} came here: another program takes records, or they expired"
+    return [Finding("warning", found, 'stop it, or set "collect_mode": "subscribe" if it subscribes')]
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:

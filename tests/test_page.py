@@ -201,6 +201,19 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     page.wait_for_text("#remedy", "quên sau 10 giây")
 
 
+def test_program_that_takes_records_is_told_of_quietly_with_what_to_do(page, site):
+    site.status.update(rival={"expected": 1500, "received": 24, "since": site.now - 600})
+    page.open()
+    for lang, words in (("en", ["counted 1,500 requests", "24 came", "Stop"]), ("vi", ["1.500 yêu cầu", "Hãy dừng"])):
+        page.speak(lang)
+        page.wait_for_text("#remedy", words[0])
+        assert all(word in page.text("#remedy") for word in words) and "{" not in page.text("#remedy")
+        assert "fail" not in page.one("#remedy", "e.className")
+    site.status.update(rival=None)
+    page.click("#refresh")
+    page.wait_until("document.getElementById('remedy').hidden")
+
+
 # ---- filters ----------------------------------------------------------------------------------------------------
 
 
