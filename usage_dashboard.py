@@ -4432,6 +4432,7 @@ class Rival:
                 self._reading = self._clock(), _attempts_of(*answers), self._received[:]
             except QueueFault:  # of a web server in front of the proxy, say: it is not asked again
                 self._routes, self._status.rival = [[], []], None
+            api.close()
         elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
             self._compare(*self._reading)
             self._reading = None
