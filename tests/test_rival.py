@@ -277,12 +277,13 @@ def test_answers_of_any_shape_are_no_fault(hours):
     shapes = [None, 7, "x", [], [[]], {"files": {"a": 1}}, {"files": 7}, {"files": [7, None]}]
     shapes += [{"codex": 7}, {"codex": {"a|b": 7, "|": {}}}, {"": {"": []}}]
     for value in (None, {}, -1, 9**400, math.inf):
-        for name in ("auth_index", "type", "failed"):
-            entry = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex", name: value}
-            shapes.append({"files": [entry, {**entry, "failed": 50}], "codex": {"a|b": entry}})
+        for name in ("type", "auth_index", "failed"):
+            sane = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex"}
+            shapes += [{"files": [sane]}, {"files": [{**sane, name: value}]}]
     for body in (*map(json.dumps, shapes), "[" * 100_000, "{"):
         reply = http_reply(200, body.encode(), "application/json")
-        hours.proxy.answers.update({ACCOUNTS: reply, KEYS: reply})
+        is_of_keys = '"codex"' in body[:9]
+        hours.proxy.answers = {KEYS if is_of_keys else ACCOUNTS: reply}
         hours.read()
         assert hours.run.state in ("waiting", "recording") and hours.rival is None, body[:99]
     assert "fault" not in hours.run.log
