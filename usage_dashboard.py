@@ -3554,8 +3554,8 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
-class NoRoute(QueueFault):
-    """A 404 of the management API."""
+class NotFound(QueueFault):
+    """A 404 of the management API: a route that is not there."""
 
     state = "closed"
 
@@ -3752,12 +3752,12 @@ class ProxyApi:
         if not self._has_v8:
             try:
                 return self._get(path, before_login)
-            except NoRoute:
+            except NotFound:
                 if self._has_v8 is False or twin is None:
                     raise
                 self._has_v8 = False
         elif twin is None:
-            raise NoRoute("what this is called in version 8 of the proxy is not known")
+            raise NotFound("what this is called in version 8 of the proxy is not known")
         answer = self._get("".join([twin, *query]), before_login)
         self._has_v8 = True
         return answer
@@ -3795,7 +3795,7 @@ class ProxyApi:
             self._refusal = fault
             raise fault
         if status == 404:
-            raise NoRoute("the proxy has its management API switched off", None, True)
+            raise NotFound("the proxy has its management API switched off", None, True)
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
@@ -3862,7 +3862,7 @@ class HttpSource(Source):
             values = self._client.get(f"{_QUEUE}?count={count}")
             if not isinstance(values, list):
                 raise NotResp("the management API did not answer with a list")
-        except NoRoute:
+        except NotFound:
             return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
             return PopResult([], False, fault)
