@@ -738,6 +738,7 @@ class Parsed(NamedTuple):
     events: list[Event]
     rejects: list[Reject]
     ignored: int
+    warm_ups: int = 0  # of what is ignored, what a proxy counts as an attempt
 
 
 class Recent:
@@ -786,7 +787,7 @@ def _mask_source(text: str) -> str:
 
 def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
-    parsed, ignored = Parsed([], [], 0), 0
+    parsed, ignored, warm_ups = Parsed([], [], 0), 0, 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
         part = raws[first : first + step]
@@ -801,9 +802,10 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: 
                 continue
             if event is None or (recent is not None and recent.has_seen(content, event)):
                 ignored += 1
+                warm_ups += event is None and "timestamp" in content
             else:
                 parsed.events.append(event)
-    return parsed._replace(ignored=ignored)
+    return parsed._replace(ignored=ignored, warm_ups=warm_ups)
 
 
 def _length_of(raw: Any) -> int:
@@ -937,7 +939,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     headers = _quota_headers(get("response_headers"), context.provider) if has_reply else None
     return Event(
         *(timestamp, ts_epoch, context, model),
-        *_usage(content, context.provider),
+        *usage,
         latency_ms=_number(get("latency_ms"), "latency_ms"),
         failed=failed,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
@@ -3720,12 +3722,13 @@ def _json_or_elements(content: bytes) -> Any:
 
 _V0, _V8 = "/v0/management", "/v8/management"
 _CONFIG, _PUBLISHING, _QUEUE = f"{_V0}/config", f"{_V0}/usage-statistics-enabled", f"{_V0}/usage-queue"
+_FILES, _KEYS = f"{_V0}/auth-files", f"{_V0}/api-key-usage"
 # The routes of the older tree, which proxies before version 8 have alone, and what they are called in the newer one.
 _TWINS = {
     _CONFIG: f"{_V8}/config",
     _PUBLISHING: f"{_V8}/config/observability/usage/usage-statistics-enabled",
     _QUEUE: f"{_V8}/observability/usage/queue",
-    f"{_V0}/auth-files": f"{_V8}/credentials",
+    _FILES: f"{_V8}/credentials",
 }
 
 
@@ -3740,7 +3743,8 @@ class ProxyApi:
         self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
-        self._refusal: QueueFault | None = None
+        self.has_refused = False
+        self.sent = 0  # requests with the key
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
         """Return the decoded JSON of a 200, of the tree that has the route. Raises QueueFault for anything else.
@@ -3773,8 +3777,6 @@ class ProxyApi:
             self.close()
 
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
-        if self._refusal is not None:  # a refused key is not sent again
-            raise self._refusal
         try:
             status, content = self._exchange(path, before_login)
             if status == 200:
@@ -3788,11 +3790,11 @@ class ProxyApi:
             raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
-        if status in (401, 403):
+        self.has_refused = status in (401, 403)
+        if self.has_refused:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
-            self._refusal = fault
             raise fault
         if status == 404:
             raise NotFound("the proxy has its management API switched off", None, True)
@@ -3815,6 +3817,7 @@ class ProxyApi:
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
             self._connection.connect()
             before_login()
+        self.sent += path != "/"
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
         self.socket = self._connection.sock  # which the connection may forget before the answer is read
@@ -4247,7 +4250,7 @@ class Journal:
     def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
         if not waiting:
             return
-        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+        events, rejects, ignored, _ = zip(*(parsed for _, parsed in waiting))
         joined = itertools.chain.from_iterable
         merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
         self._store.store_batch(merged, waiting[-1][0], self._clock())
@@ -4342,52 +4345,76 @@ def _setting(answer: Any, name: str) -> Any:
     return answer.get(name) if isinstance(answer, dict) else answer
 
 
+# Providers that are asked to count tokens too, and whose failures at that make no record.
+_COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
+
+
+class Attempts(NamedTuple):
+    """What the proxy has counted for one auth_index or masked key since its start."""
+
+    good: int = 0
+    bad: int = 0
+    is_recorded: bool = True  # whether each failure makes a record
+
+
 class ProxyFacts:
-    """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
+    """Ask the proxy about itself: with a key that just worked, never again after a refusal, and seldom."""
 
     _PAUSE_S = 56.0
-    _MOST, _SPAN_S = 11, 600.0  # each question costs the proxy 60 ms
+    _MOST, _SPAN_S = 13, 600.0  # each question costs the proxy 60 ms
 
     def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
-        self._asked: deque[float] = deque(maxlen=self._MOST)
-        self._asked_at = self._page_at = 0.0
+        self._asked: deque[float] = deque()
+        self._failed: set[str] = set()  # routes, on this connection
+        self._asked_at = 0.0
         self.has_example_keys = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the proxy can be asked, and publishes as far as is known."""
+        return self._api is not None and bool(self._status.publishing)
 
     def connect(self, source: Source, goes_on: bool = False) -> None:
         """Ask by a new connection, from the beginning unless it goes on with the last one."""
         self._api = source.api
         if goes_on:
             return
+        self._failed.clear()
         self._status.publishing = self._status.retention_seconds = None
-        self.has_example_keys, self._asked_at, self._page_at = False, 0.0, 0.0
+        self.has_example_keys, self._asked_at = False, 0.0
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
             self._store.put_meta("retention_s", None)
-        if self._api is not None:
-            config = self._api.config or self._question(_CONFIG)
-            if isinstance(config, dict):
-                seconds = _finite(_setting(config, "redis-usage-queue-retention-seconds")) or 0.0
-                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
-                self._learn_publishing(config)
+        config = self._api and (self._api.config or self._question(_CONFIG, most=2))
+        if isinstance(config, dict):
+            seconds = _finite(_setting(config, "redis-usage-queue-retention-seconds")) or 0.0
+            # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+            self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+            self._learn_publishing(config)
+        self._look()
         self.ask()
 
-    def _question(self, path: str) -> Any:
-        """Return an answer; None where it fails, or where the questions of ten minutes are used up."""
+    def _question(self, path: str, most: int = 1) -> Any:
+        """Return an answer; None where it fails, or where ten minutes have no room for so many requests more."""
         now = self._clock()
-        if self._api is None or (len(self._asked) == self._MOST and 0 <= now - self._asked[0] < self._SPAN_S):
+        while self._asked and not 0 <= now - self._asked[0] < self._SPAN_S:
+            self._asked.popleft()
+        if self._api is None or len(self._asked) + most > self._MOST:
             return None
-        self._asked.append(now)
+        api, sent = self._api, self._api.sent
         try:
-            return self._api.ask(path)
-        except QueueFault as fault:
-            if fault.state in ("banned", "remote_disabled", *_REFUSALS):
+            return api.ask(path)
+        except QueueFault:
+            self._failed.add(path)
+            if api.has_refused:
                 self.disconnect()
             return None
+        finally:
+            self._asked.extend([now] * (api.sent - sent))  # two where both trees were tried
 
     def _learn_publishing(self, answer: Any) -> None:
         publishing = _setting(answer, "usage-statistics-enabled")
@@ -4400,21 +4427,34 @@ class ProxyFacts:
         if not 0 <= now - self._asked_at < self._PAUSE_S:
             self._asked_at = now
             self._learn_publishing(self._question(_PUBLISHING))
-        if self._api is not None and not 0 <= now - self._page_at < self._PAUSE_S:
-            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-            self._page_at, self.has_example_keys = now, self._api.has_example_keys()
+            self._look()
 
-    def attempts(self) -> int | None:
-        """Return how many attempts the proxy has counted since its start; None where it does not tell."""
-        files, keys = (self._question(f"{_V0}/{name}") for name in ("auth-files", "api-key-usage"))
-        try:
-            entries = [*files["files"], *(entry for group in keys.values() for entry in group.values())]
-            return sum(entry["success"] + entry["failed"] for entry in entries) if entries else None
-        except (AttributeError, KeyError, TypeError):
-            return None
+    def _look(self) -> None:
+        if self._api is not None:
+            self.has_example_keys = self._api.has_example_keys()
+            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+
+    def attempts(self) -> tuple[dict[Any, Attempts], bool]:
+        """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
+        files, keys = (path not in self._failed and self._question(path, most=2) for path in (_FILES, _KEYS))
+        attempts: dict[Any, Attempts] = {}
+        is_whole = False
+        with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
+            listed = (files or {}).get("files") or ()
+            told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in listed]
+            for provider, entries in (keys or {}).items():
+                is_recorded = provider.lower() not in _COUNTING
+                told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
+            for name, is_recorded, entry in told:
+                good, bad, were_recorded = attempts.get(name, Attempts())  # entries may share a key
+                more_good, more_bad = (_number(entry.get(word), word) for word in ("success", "failed"))
+                attempts[name] = Attempts(good + more_good, bad + more_bad, is_recorded and were_recorded)
+            is_whole = bool(attempts and files and keys is not None and keys is not False)
+        return attempts, is_whole
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
+        self.has_example_keys = False
         if self._api is None:
             self._status.publishing = None
         elif self._status.publishing is not False:
@@ -4445,26 +4485,6 @@ class ProxyFacts:
         self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
-# Providers that are asked to count tokens too, and whose failures at that make no record.
-_COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
-
-
-def _attempts_of(files: Any, keys: Any) -> dict[str, tuple[int, int, bool]]:
-    """Return (successes, failures, whether each of these makes a record) by auth_index or masked key."""
-    attempts: dict[str, tuple[int, int, bool]] = {}
-    with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
-        listed = (files or {}).get("files") or ()
-        told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in listed]
-        for provider, entries in (keys or {}).items():
-            is_recorded = provider.lower() not in _COUNTING
-            told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
-        for name, is_recorded, entry in told:
-            good, bad, were_recorded = attempts.get(name, (0, 0, True))  # entries may share a key
-            more_good, more_bad = (_number(entry.get(word), word) for word in ("success", "failed"))
-            attempts[name] = good + more_good, bad + more_bad, is_recorded and were_recorded
-    return attempts
-
-
 class Rival:
     """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
 
@@ -4479,13 +4499,9 @@ class Rival:
         self.connect()
 
     def connect(self) -> None:
-        """Begin with a new connection: what was missed before is unknown, and every route may be there."""
-        self._routes: list[str] = [f"{_V0}/auth-files", f"{_V0}/api-key-usage"]
-        self._begin()
-
-    def _begin(self) -> None:
+        """Begin with a new connection, or after a gap: what was missed before is unknown."""
         self._reading: Any = None  # time, attempts and records, of which more may be on their way
-        self._attempts: dict[str, tuple[int, int, bool]] = {}
+        self._attempts: dict[Any, Attempts] = {}
         self._expected, self._received, self._since, self._grown = [0, 0], [0, 0], [0.0, 0.0], 0
 
     def note(self, parsed: Parsed) -> None:
@@ -4494,49 +4510,38 @@ class Rival:
             if event.failed:  # which the second event of an image tool never is
                 has_left = event.status_code == 499 or "client left" in (event.error or "")
                 names = (event.context.auth_index, event.context.source)
-                known = next((self._attempts[name] for name in names if name in self._attempts), (0, 0, True))
+                known = next((self._attempts[name] for name in names if name in self._attempts), Attempts())
                 self._received[0] -= has_left
-                self._received[1] += known[2] and not has_left
-        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
+                self._received[1] += known.is_recorded and not has_left
+        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.warm_ups
         self._received[1] += len(parsed.rejects)
 
-    def turn(self, api: ProxyApi | None) -> None:
+    def turn(self) -> None:
         """Read the counters every 10 minutes, and compare when their records must be here; with the queue empty."""
         before, self._turn_s = self._turn_s, self._monotonic()
         retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
-        if api is None or not self._status.publishing or self._status.warning:
-            self._begin()
+        if not self._facts.is_open or self._status.warning:
+            self.connect()
             self._status.rival = None
         elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
-            self._begin()
+            self.connect()
         elif self._reading is None and self._turn_s - self._read_s >= 600:
             self._read_s = self._turn_s
-            try:
-                answers = [self._ask(api, route) for route in (f"{_V0}/auth-files", f"{_V0}/api-key-usage")]
-                self._reading = self._clock(), _attempts_of(*answers), self._received[:]
-            except QueueFault:  # of a web server in front of the proxy, say: it is not asked again
-                self._routes, self._status.rival = [], None
+            self._reading = self._clock(), self._facts.attempts()[0], self._received[:]
         elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
             self._compare(*self._reading)
             self._reading = None
 
-    def _ask(self, api: ProxyApi, route: str) -> Any:
-        """Return a route's answer; one that is not there is not asked again on this connection."""
-        if route in self._routes:
-            try:
-                return api.ask(route)
-            except NotFound:
-                self._routes.remove(route)
-        return None
-
-    def _compare(self, at: float, attempts: dict[str, tuple[int, int, bool]], had: Sequence[int]) -> None:
+    def _compare(self, at: float, attempts: dict[Any, Attempts], had: Sequence[int]) -> None:
         """Judge what the counters have grown by; one that fell, or is new, has not."""
         before, self._attempts, grown = self._attempts, attempts, 0
-        for name, (good, bad, is_recorded) in attempts.items():
-            old_good, old_bad, _ = before.get(name, attempts[name])
-            if good >= old_good and bad >= old_bad:
-                grown += good - old_good + bad - old_bad
-                self._expected[1] += is_recorded * (bad - old_bad)
+        if not attempts:  # nothing can be said
+            self._status.rival = None
+        for name, now in attempts.items():
+            old = before.get(name, now)
+            if now.good >= old.good and now.bad >= old.bad:
+                grown += now.good - old.good + now.bad - old.bad
+                self._expected[1] += now.is_recorded * (now.bad - old.bad)
         self._expected[0] += grown
         self._grown += grown > 0
         for number in self._judge() if before else (0, 1):
@@ -4865,7 +4870,7 @@ class Collector:
             if fault is None:
                 self._after_turn(recorded)
                 if not result.full and not self._stop.is_set():
-                    self._rival.turn(source.api)
+                    self._rival.turn()
                 is_polled = not result.full and source.mode != "subscribe"
                 if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
                     fault = ConnectionClosed(clean=True)
@@ -4961,11 +4966,14 @@ class Collector:
 
     def _loss_of_restart(self) -> bool | None:
         """Return whether a restart of the proxy cost records; None where there was none for sure."""
+        if not self._records_before:
+            return None
+        attempts, is_whole = self._facts.attempts()
         # A proxy that has counted fewer attempts than it handed over records has begun again. One that does not tell
         # has where nobody listened a moment ago.
-        attempts = self._facts.attempts() if self._records_before else None
-        has_restarted = self._status.state == "refused" if attempts is None else 2 * attempts < self._records_before
-        return self._is_fresh_loss if self._records_before and has_restarted else None
+        counted = sum(told.good + told.bad for told in attempts.values())
+        has_restarted = 2 * counted < self._records_before if is_whole else self._status.state == "refused"
+        return self._is_fresh_loss if has_restarted else None
 
     # States and waiting
 
