@@ -74,6 +74,12 @@ class Hours:
         self.lose(failed=10)
         self.run = self.start()
 
+    def lose_connection(self):
+        self.lose(failed=10)
+        self.send(1)
+        self.pass_time(0.0)  # it has just recorded, so this is no end of an idle connection
+        self.reconnect(self.proxy.disconnect_all)
+
     def come_late(self):
         asked = len(self.proxy.http_requests)
         self.lose(failed=10)
@@ -134,7 +140,7 @@ QUIET = {
     "counters begin anew": lambda it, n: it.send(60, **FAILED) if n == 0 else it.begin_anew(10 - n),
     "statistics off": lambda it, n: it.switch_off(steps=2 + n),
     "restart": lambda it, n: it.restart(),
-    "lost connection": lambda it, n: (it.lose(failed=10), it.reconnect(it.proxy.disconnect_all)),
+    "lost connection": lambda it, n: it.lose_connection(),
     "gap": lambda it, n: (it.lose(failed=10), it.pass_time(500.0)),
     "a few are lost": lambda it, n: (it.lose(failed=3 if n else 2), it.send(27 if n else 4, **FAILED)),
 }
@@ -209,6 +215,14 @@ def test_second_popper_that_takes_a_part_is_noticed_by_failures_until_they_are_e
     hours.send(4, **FAILED, **source)
     hours.read()
     assert hours.rival is None
+
+
+def test_rival_is_noticed_over_connections_that_end_because_they_are_idle(hours):
+    for _ in range(3):
+        hours.lose(success=4)
+        hours.read()
+        hours.reconnect(hours.proxy.disconnect_all)
+    assert (hours.rival["expected"], hours.rival["received"]) == (12, 0)
 
 
 def test_popper_that_finds_the_queue_empty_is_no_rival(hours):
