@@ -3868,7 +3868,8 @@ class HttpSource(Source):
         except NotFound:
             return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
-            return PopResult([], False, fault)
+            has_ended = isinstance(fault.__cause__, ConnectionResetError)  # instead of an answer
+            return PopResult([], False, ConnectionClosed(clean=True) if has_ended else fault)
         return PopResult(values, len(values) >= count, None)
 
 
