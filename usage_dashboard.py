@@ -658,10 +658,6 @@ class RespClient:
         self.send(encode_command(*words))
         return self.receive()
 
-    def wait_for_ever(self) -> None:
-        """Lift the time limit of replies, as a subscription needs it."""
-        self.socket.settimeout(None)
-
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
         with suppress(OSError):  # the other side was quicker
@@ -3894,7 +3890,7 @@ class SubscribeSource(Source):
             raise _fault_of_reply(reply)
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
-        self._client.wait_for_ever()
+        self._client.socket.settimeout(None)
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
@@ -4432,8 +4428,8 @@ class ProxyFacts:
 
     def _look(self) -> None:
         if self._api is not None:
-            self.has_example_keys = self._api.has_example_keys()
             self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
+            self.has_example_keys = self._api.has_example_keys()
 
     def attempts(self) -> tuple[dict[Any, Attempts], bool]:
         """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
