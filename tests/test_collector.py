@@ -51,17 +51,14 @@ def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, ve
         assert (proxy.failures, proxy.lost, proxy.queued) == (0, [], 0)
 
 
-@pytest.mark.parametrize(
-    ("version", "mode", "state", "said"),
-    [
-        ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
-        ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
-        ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
-        ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
-        ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
-        ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
-    ],
-)
+@pytest.mark.parametrize(("version", "mode", "state", "said"), [
+    ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
+    ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
+    ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
+    ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
+    ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
+    ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
+])  # fmt: skip
 def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(collect, version, mode, state, said):
     with FakeProxy(version=version) as proxy:
         proxy.push(*SAMPLES)

@@ -74,15 +74,12 @@ def test_collector_that_is_banned_takes_a_corrected_config_meanwhile(collect, pr
         run.wait_for_state("waiting")
 
 
-@pytest.mark.parametrize(
-    ("said", "state", "longest_s"),
-    [
-        ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
-        ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
-        ("IP banned due to too many failed attempts", "banned", 1800),
-        ("this model is banned here", "unreachable", None),
-    ],
-)
+@pytest.mark.parametrize(("said", "state", "longest_s"), [
+    ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
+    ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
+    ("IP banned due to too many failed attempts", "banned", 1800),
+    ("this model is banned here", "unreachable", None),
+])  # fmt: skip
 def test_ban_is_told_by_the_proxys_own_text_and_lasts_a_day_at_most(collect, said, state, longest_s):
     with Answering(b"-ERR " + said.encode() + b"\r\n") as server:
         run = collect(server)

@@ -99,11 +99,10 @@ def test_complete_breakdown_wins_over_the_plain_counts():
     assert (event.output_tokens, event.reasoning_tokens, event.total_tokens) == (20, 8, 60)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}}, {"total_tokens": "60"},
-     {"input": {"total_tokens": 29, "cache_read_tokens": 25, "cache_write_tokens": 5}}],
-)
+@pytest.mark.parametrize("changes", [
+    {"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}}, {"total_tokens": "60"},
+    {"input": {"total_tokens": 29, "cache_read_tokens": 25, "cache_write_tokens": 5}},
+])  # fmt: skip
 def test_other_breakdowns_leave_the_plain_counts(changes):
     event = parse_one(tokens=PLAIN, token_breakdown=breakdown(**changes))
     assert (event.input_tokens, event.output_tokens, event.total_tokens) == (1, 2, 3)

@@ -44,22 +44,19 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         assert (new.call("AUTH", KEY), new.call("AUTH", "wrong")) == ("OK", "ERR invalid management key")
 
 
-@pytest.mark.parametrize(
-    ("version", "command", "reply"),
-    [
-        ("v7.1.43", ("RPOP", "queue"), b"e0"),
-        ("v7.1.44", ("RPOP", "queue"), "ERR unsupported channel 'queue'"),
-        ("v7.1.44", ("RPOP", " USAGE "), b"e0"),
-        ("v7.2.140", ("LLEN", "usage"), "ERR unknown command 'llen'"),
-        ("v7.0.6", ("SUBSCRIBE", "usage"), "ERR unknown command 'subscribe'"),
-        ("v7.1.38", ("SUBSCRIBE", "Usage"), [b"subscribe", b"usage", 1]),
-        ("v7.1.44", ("SUBSCRIBE", "Usage"), [b"subscribe", b"Usage", 1]),
-        ("v8.0.47", ("LPOP", "usage", "3"), [b"e0", b"e1"]),
-        ("newest-first", ("RPOP", "usage"), b"e1"),
-        ("newest-first", ("LPOP", "usage", "2"), [b"e0", b"e1"]),
-        ("newest-first", ("RPOP", "usage", "1001"), "ERR value is not an integer or out of range"),
-    ],
-)
+@pytest.mark.parametrize(("version", "command", "reply"), [
+    ("v7.1.43", ("RPOP", "queue"), b"e0"),
+    ("v7.1.44", ("RPOP", "queue"), "ERR unsupported channel 'queue'"),
+    ("v7.1.44", ("RPOP", " USAGE "), b"e0"),
+    ("v7.2.140", ("LLEN", "usage"), "ERR unknown command 'llen'"),
+    ("v7.0.6", ("SUBSCRIBE", "usage"), "ERR unknown command 'subscribe'"),
+    ("v7.1.38", ("SUBSCRIBE", "Usage"), [b"subscribe", b"usage", 1]),
+    ("v7.1.44", ("SUBSCRIBE", "Usage"), [b"subscribe", b"Usage", 1]),
+    ("v8.0.47", ("LPOP", "usage", "3"), [b"e0", b"e1"]),
+    ("newest-first", ("RPOP", "usage"), b"e1"),
+    ("newest-first", ("LPOP", "usage", "2"), [b"e0", b"e1"]),
+    ("newest-first", ("RPOP", "usage", "1001"), "ERR value is not an integer or out of range"),
+])  # fmt: skip
 def test_proxy_answers_as_its_version_does(version, command, reply):
     with FakeProxy(version=version) as proxy, connected(proxy, KEY) as client:
         proxy.push("e0", "e1")

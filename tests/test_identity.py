@@ -316,11 +316,10 @@ def test_codex_file_without_an_id_is_asked_beside_another_providers_of_its_mail(
     assert [file.name for file in app.find_account_files([pool.folder])[1]] == ["cx.json"]
 
 
-@pytest.mark.parametrize(
-    ("content", "provider", "name"),
-    [({"account_id": "id-1", "email": ""}, "codex", f"codex #{app.short_tag('id-1', '')}"),
-     ({"email": ""}, "codex", "work"), ({"type": "claude", "email": None}, "claude", "work")],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "provider", "name"), [
+    ({"account_id": "id-1", "email": ""}, "codex", f"codex #{app.short_tag('id-1', '')}"),
+    ({"email": ""}, "codex", "work"), ({"type": "claude", "email": None}, "claude", "work"),
+])  # fmt: skip
 def test_account_without_a_mail_is_named_by_its_file_and_never_by_a_clients_key(pool, content, provider, name):
     pool.file("work", odd=content)
     keys = [{"source": key, "api_key": key, "provider": provider} for key in ("sk-client-01-secret", "sk-2", "sk-3")]

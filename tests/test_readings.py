@@ -190,11 +190,10 @@ def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the
 USED_UP = {"failed": True, "fail": {"status_code": 429, "body": ""}}
 
 
-@pytest.mark.parametrize(
-    ("request_id", "attempts", "shown"),
-    [("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
-     ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100))],
-)  # fmt: skip
+@pytest.mark.parametrize(("request_id", "attempts", "shown"), [
+    ("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
+    ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100)),
+])  # fmt: skip
 def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world, request_id, attempts, shown):
     """The second attempt, by another account, ends before any reply and shows the first one's headers."""
     world.take(*(
@@ -305,11 +304,10 @@ def test_windows_of_a_row_of_the_original_are_in_its_columns():
     assert app.windows_of({"windows": None, **places, "secondary_used_percent": None}) == [five_hour]
 
 
-@pytest.mark.parametrize(
-    ("state", "five_hour_reset", "weekly_used", "shown"),
-    [("limited", NOW - 1, 20, "reset_due"), ("limited", NOW + 1, 20, "limited"), ("limited", NOW - 1, 100, "limited"),
-     ("ok", NOW - 1, 20, "ok"), ("expired", NOW - 1, 20, "expired")],
-)  # fmt: skip
+@pytest.mark.parametrize(("state", "five_hour_reset", "weekly_used", "shown"), [
+    ("limited", NOW - 1, 20, "reset_due"), ("limited", NOW + 1, 20, "limited"), ("limited", NOW - 1, 100, "limited"),
+    ("ok", NOW - 1, 20, "ok"), ("expired", NOW - 1, 20, "expired"),
+])  # fmt: skip
 def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_hour_reset, weekly_used, shown):
     five_hour = app.QuotaWindow("5h", 18000, 100, five_hour_reset, None)
     weekly = app.QuotaWindow("7d", 604800, weekly_used, NOW + 999, None)
@@ -338,18 +336,15 @@ def test_forecast_says_at_the_pace_of_the_last_hour_when_it_runs_out(points, use
     assert told["runs_out_at"] == (runs_out_in_s and app.utc_text(NOW + runs_out_in_s))
 
 
-@pytest.mark.parametrize(
-    "points",
-    [
-        [], line(10, 20), line(10, 15, 20, every_s=299), line(10, 15, 20, until=NOW - 901), line(80, 90, 100),
-        line(10, 15, 20, reset_at=NOW - 1),
-        line(70, 80, 5, 6),  # it was reset in between
-        line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
-        line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
-        # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
-        line(10, 10, 11, **WEEK),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("points", [
+    [], line(10, 20), line(10, 15, 20, every_s=299), line(10, 15, 20, until=NOW - 901), line(80, 90, 100),
+    line(10, 15, 20, reset_at=NOW - 1),
+    line(70, 80, 5, 6),  # it was reset in between
+    line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
+    line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
+    # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
+    line(10, 10, 11, **WEEK),
+])  # fmt: skip
 def test_forecast_says_nothing_where_it_cannot_know(points):
     assert app.forecast(points, NOW) is None
 
@@ -368,23 +363,20 @@ def until(reset_in_s: float, runs_out_in_s: float | None) -> dict:
 DEAD = [member(100, None, state=state) for state in ("disabled", "deactivated", "relogin", "no_token")]
 
 
-@pytest.mark.parametrize(
-    ("members", "accounts", "remaining_percent", "reset_in_s", "forecast"),
-    [
-        ([member(80, None), member(40, None, reset_in=600)], 2, 60, 600, None),
-        # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
-        ([member(30, 20), member(30, 40)], 2, 30, 7200, until(7200, 3600)),
-        ([member(30, 20), member(30, 40, reset_in=3599)], 2, 30, 3599, until(3599, None)),
-        # A limited account is empty whatever its bar says, and some accounts are of no use.
-        ([member(30, 60), member(90, None, state="limited")], 2, 15, 7200, until(7200, 1800)),
-        ([member(10, 30), *DEAD], 1, 10, 7200, until(7200, 1200)),
-        # A window that came back, a pace that is unknown, plans that differ, nothing left.
-        ([member(10, 30), member(None, None)], 1, 10, 7200, None),
-        ([member(30, 20), member(50, None)], 2, 40, 7200, None),
-        ([member(30, 20), member(30, 20, plan="pro")], 2, 30, 7200, None),
-        ([member(0, None)], 1, 0, 7200, None),
-    ],
-)
+@pytest.mark.parametrize(("members", "accounts", "remaining_percent", "reset_in_s", "forecast"), [
+    ([member(80, None), member(40, None, reset_in=600)], 2, 60, 600, None),
+    # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
+    ([member(30, 20), member(30, 40)], 2, 30, 7200, until(7200, 3600)),
+    ([member(30, 20), member(30, 40, reset_in=3599)], 2, 30, 3599, until(3599, None)),
+    # A limited account is empty whatever its bar says, and some accounts are of no use.
+    ([member(30, 60), member(90, None, state="limited")], 2, 15, 7200, until(7200, 1800)),
+    ([member(10, 30), *DEAD], 1, 10, 7200, until(7200, 1200)),
+    # A window that came back, a pace that is unknown, plans that differ, nothing left.
+    ([member(10, 30), member(None, None)], 1, 10, 7200, None),
+    ([member(30, 20), member(50, None)], 2, 40, 7200, None),
+    ([member(30, 20), member(30, 20, plan="pro")], 2, 30, 7200, None),
+    ([member(0, None)], 1, 0, 7200, None),
+])  # fmt: skip
 def test_pool_sums_what_is_left_and_whether_it_lasts(members, accounts, remaining_percent, reset_in_s, forecast):
     (pool,) = app.pool_of(members, NOW)
     assert (pool["label"], pool["accounts"], pool["remaining_percent"]) == ("5h", accounts, remaining_percent)

@@ -335,13 +335,12 @@ def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder,
     assert states(store) == ["ok"]
 
 
-@pytest.mark.parametrize(
-    ("state", "answer", "changes", "asked"),
-    [("rate_limited", dict(status=429, headers={"Retry-After": "3600"}), {}, "123456"),
-     ("blocked", dict(status=403, body="<html>"), {}, "123456"), ("expired", dict(status=401), {}, "123456"),
-     ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
-     ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6")],
-)  # fmt: skip
+@pytest.mark.parametrize(("state", "answer", "changes", "asked"), [
+    ("rate_limited", dict(status=429, headers={"Retry-After": "3600"}), {}, "123456"),
+    ("blocked", dict(status=403, body="<html>"), {}, "123456"), ("expired", dict(status=401), {}, "123456"),
+    ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
+    ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6"),
+])  # fmt: skip
 def test_every_round_asks_every_account_again(bench, folder, store, world, state, answer, changes, asked):
     write_accounts(folder, 5, **changes)
     write_account(folder, 6)

@@ -87,30 +87,28 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     assert site.json("/api/summary?range=all")["summary"]["requests"] == 2
 
 
-@pytest.mark.parametrize(
-    ("query", "code", "allowed"),
-    [("summary?range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
-     ("summary?tz_offset=7", "bad_tz_offset", "multiple of 15"), ("summary?start=10&end=10", "bad_window", "before"),
-     ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
-     ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
-     ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
-     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
-     ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
-     ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
-     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
-       for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split())],
-)  # fmt: skip
+@pytest.mark.parametrize(("query", "code", "allowed"), [
+    ("summary?range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
+    ("summary?tz_offset=7", "bad_tz_offset", "multiple of 15"), ("summary?start=10&end=10", "bad_window", "before"),
+    ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
+    ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
+    ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
+    *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
+    ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
+    ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
+    *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
+      for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split()),
+])  # fmt: skip
 def test_wrong_value_is_400_and_names_what_is_allowed(site, query, code, allowed):
     said = site.error(f"/api/{query}", 400)
     assert said["code"] == code and allowed in said["error"]
 
 
-@pytest.mark.parametrize(
-    ("path", "method", "status", "code"),
-    [("/nothing", "GET", 404, "not_found"), ("/api/summary/", "GET", 404, "not_found"),
-     ("/../usage.db", "GET", 404, "not_found"), ("/api/summary", "POST", 405, "method_not_allowed"),
-     ("/", "DELETE", 405, "method_not_allowed"), ("/api/quota?force=1", "PUT", 405, "method_not_allowed")],
-)  # fmt: skip
+@pytest.mark.parametrize(("path", "method", "status", "code"), [
+    ("/nothing", "GET", 404, "not_found"), ("/api/summary/", "GET", 404, "not_found"),
+    ("/../usage.db", "GET", 404, "not_found"), ("/api/summary", "POST", 405, "method_not_allowed"),
+    ("/", "DELETE", 405, "method_not_allowed"), ("/api/quota?force=1", "PUT", 405, "method_not_allowed"),
+])  # fmt: skip
 def test_unknown_route_or_method_is_told(site, path, method, status, code):
     assert site.error(path, status, method)["code"] == code
 
@@ -281,13 +279,12 @@ def test_head_that_was_cut_short_is_no_request(pool, head):
     assert pool.raw(head) == b"" and pool.json("/api/quota")["last_refresh"] is None
 
 
-@pytest.mark.parametrize(
-    ("start", "headers", "status"),
-    [(b"POST /api/health", b"Content-Length: 3000000", b"405"),
-     (b"POST /api/health", b"Transfer-Encoding: chunked", b"405"),
-     (b"GET /api/health", b"Content-Length: 3000000", b"200"), (b"GET /" + b"x" * 60_000, b"", b"431"),
-     (b"GET /api/health", b"Content-Length: 0\r\nContent-Length: 3000000", b"200")],
-)  # fmt: skip
+@pytest.mark.parametrize(("start", "headers", "status"), [
+    (b"POST /api/health", b"Content-Length: 3000000", b"405"),
+    (b"POST /api/health", b"Transfer-Encoding: chunked", b"405"),
+    (b"GET /api/health", b"Content-Length: 3000000", b"200"), (b"GET /" + b"x" * 60_000, b"", b"431"),
+    (b"GET /api/health", b"Content-Length: 0\r\nContent-Length: 3000000", b"200"),
+])  # fmt: skip
 def test_what_is_sent_on_is_never_taken_for_a_request_and_costs_nobody_the_answer(site, start, headers, status):
     sent = start + b" HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\nGET /api/quota HTTP/1.1\r\n\r\n"
     with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
