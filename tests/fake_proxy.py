@@ -19,7 +19,7 @@ What a version or fork does differently is in Dialect and FORKS; nothing else lo
 
     proxy.ban()                                 # a refused connection stays open, until
     proxy.restart()                             # everything in memory is gone: queue, bans, counters, connections
-    proxy.pass_time(125)                        # heartbeats, idle connections, retention, bans, counters' buckets
+    proxy.pass_time(125)                        # idle connections, retention, bans, counters' buckets
     proxy.answers["/v0/management/config"] = http_reply(302, b"", "text/html", {"Location": "/x"})  # sockets.http_reply
 """
 
@@ -45,13 +45,11 @@ MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
-HEARTBEAT_S = 30
 BUCKET_S, BUCKETS = 600, 20
 THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "heartbeats": ("v7.2.140", {"heartbeats": True}),
     "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),
@@ -67,7 +65,6 @@ class Dialect:
         tag = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
         self.sniffs_resp = True  # without: RESP meets the HTTP server
         self.resp = tag != (7, 1, 17)
-        self.any_pop_key = tag < (7, 1, 44)
         self.subscribe = tag >= (7, 0, 7)
         self.control_messages = tag >= (7, 1, 39)
         self.echoes_channel = tag >= (7, 1, 44)
@@ -80,7 +77,7 @@ class Dialect:
         self.request_totals = tag >= (6, 9, 49)
         self.routes_of_v0 = True
         self.routes_of_v8 = tag >= (8, 0, 0)
-        self.heartbeats = self.rpop_takes_newest = self.keeps_published = False
+        self.rpop_takes_newest = self.keeps_published = False
         self.most_at_once: int | None = None
         self.idle_s: float | None = None
         assert changes.keys() <= vars(self).keys(), changes
@@ -363,10 +360,7 @@ class FakeProxy(SocketServer):
     def pass_time(self, seconds: float) -> None:
         """Let time go by at the proxy, and do at once what it would have done meanwhile."""
         with self.change():
-            before, self._passed_s = self._passed_s, self._passed_s + seconds
-            if self.dialect.heartbeats:
-                for _ in range(int(self._passed_s // HEARTBEAT_S - before // HEARTBEAT_S)):
-                    self._broadcast(b'{"heartbeat":true}')
+            self._passed_s += seconds
             for wire in self._open if self.dialect.idle_s else ():
                 if wire.last_command_at is not None and self._now() - wire.last_command_at >= self.dialect.idle_s:
                     wire.shut()
@@ -540,7 +534,7 @@ class FakeProxy(SocketServer):
         if count and not 0 < _integer(count.encode()) <= (most or 2**31):
             wire.send(error("value is not an integer or out of range"))
             return
-        if not self.dialect.any_pop_key and key.lower() != CHANNEL:
+        if key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
         popped = self._pop(wire, int(count or 1), newest=name == "RPOP" and self.dialect.rpop_takes_newest)

@@ -120,13 +120,14 @@ def test_adopted_table_keeps_rows_and_ids_without_what_ours_does_not_declare(tmp
         assert rows(path, 'SELECT "my ""note" FROM events WHERE id < 3') == [("x",)] * 2
 
 
-def test_adopted_tables_without_an_id_are_given_one(tmp_path, open_store):
+def test_adopted_tables_without_an_id_or_other_columns_are_given_them(tmp_path, open_store):
     run_sql(tmp_path / "usage.db", f"""
-        CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
+        CREATE TABLE events(timestamp TEXT, ts_epoch REAL, model TEXT); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
         INSERT INTO events(ts_epoch, model) VALUES ({NOON}, 'm');
         INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9, 'two')""")
     store = open_store()
-    assert [(row["id"], row["ts_epoch"]) for row in store.requests(5)] == [(1, NOON)]
+    assert [(row["id"], row["ts_epoch"], row["model"]) for row in store.requests(5)] == [(1, NOON, "m")]
+    assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0)[1]) == 1
     assert [(row["email"], row["id"], row["windows"]) for row in store.quotas()] == [("a@x.com", 1, None)]
 
 

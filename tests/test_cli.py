@@ -19,7 +19,18 @@ from pathlib import Path
 import pytest
 from collecting import Answering
 from program import COMPILED, configure, get, start
-from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload, rows, write_account
+from support import (
+    KEY,
+    QUOTA_BY_NAME,
+    SAMPLES,
+    free_port,
+    make_original,
+    payload,
+    payloads,
+    rows,
+    stored_ids,
+    write_account,
+)
 
 import usage_dashboard as app
 
@@ -35,6 +46,10 @@ def shifted(minutes_ago: float = 10):
     """Return the samples with all their times moved to shortly before now, as the proxy would have written them."""
     when = (datetime.now(timezone.utc) - timedelta(minutes=minutes_ago)).isoformat()
     return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
+
+
+def recent(count):
+    return payloads(count, timestamp=datetime.now(timezone.utc).isoformat())
 
 
 def opened(program):
@@ -421,29 +436,20 @@ def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(serve, pro
     assert running.terminate(timeout=3) == 0
 
 
-def numbered(count):
-    when = datetime.now(timezone.utc).isoformat()
-    return [payload(number, timestamp=when) for number in range(count)]
-
-
-def stored_numbers(program):
-    return [name for (name,) in rows(program.folder / "usage.db", "SELECT request_id FROM events ORDER BY id")]
-
-
 @pytest.mark.parametrize("moment", ["it waits for the lock", "it has said so"])
 def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program, proxy, moment):
     running = serve()
     running.wait_for_line("state=waiting")
     with closing(sqlite3.connect(str(program.folder / "usage.db"), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        proxy.push(*numbered(2000))
+        proxy.push(*recent(2000))
         proxy.wait_for(lambda: len(proxy.handed_over) >= 16)
         if moment == "it has said so":
             running.wait_for_line("state=storage_error")
         assert running.terminate(timeout=3) == 0
         assert len(proxy.handed_over) < 2000  # a full batch at most
     wait_for_events(serve(), 2000)
-    assert stored_numbers(program) == [f"r{number}" for number in range(2000)]
+    assert stored_ids(program.folder / "usage.db") == [f"r{number}" for number in range(2000)]
 
 
 def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(serve, program, proxy, chatgpt):
@@ -455,21 +461,21 @@ def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(
         chatgpt.wait_for(lambda: chatgpt.requests)
         refused = program.run("quota", "--force")
         assert refused.returncode == 1 and "already running" in refused.stderr
-        proxy.push(*numbered(100))
+        proxy.push(*recent(100))
         proxy.wait_for(lambda: proxy.handed_over)
         assert running.terminate(timeout=3) == 0
     handed = [json.loads(payload)["request_id"] for payload in proxy.handed_over]
-    assert stored_numbers(program) == handed and proxy.lost == []
+    assert stored_ids(program.folder / "usage.db") == handed and proxy.lost == []
 
 
 def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, program, proxy):
-    proxy.push(*numbered(100))
+    proxy.push(*recent(100))
     running = serve()
     wait_for_events(running, 100)
     assert running.terminate() == 0
     path = program.folder / "usage.db"
     whole = path.read_bytes()
-    proxy.push(*numbered(1))
+    proxy.push(*recent(1))
     for content in (b"not a database at all, really not one" * 40, whole[: len(whole) // 2], whole[:4096], whole[:700]):
         path.write_bytes(content)
         done = program.run("start", "--no-browser")
@@ -576,7 +582,7 @@ def test_check_names_the_template_keys_of_the_proxy(program, proxy, management, 
 def test_check_before_the_first_start_says_how_many_events_are_taken_in(program):
     configure(program)
     path = program.folder / "usage.db"
-    make_original(path, ORIGINAL_ROWS)
+    make_original(path)
     before = path.read_bytes()
     done = program.run("check")
     assert "3 events of an earlier version will be taken in" in done.stdout and path.read_bytes() == before
@@ -586,7 +592,7 @@ def test_check_before_the_first_start_says_how_many_events_are_taken_in(program)
 
 
 def test_start_on_a_database_of_the_original_says_what_is_being_done(serve, program):
-    make_original(program.folder / "usage.db", ORIGINAL_ROWS)
+    make_original(program.folder / "usage.db")
     running = serve()
     assert any("adopting 3 rows" in line for line in running.lines)
     assert get(running.port, "/api/summary?range=all")["summary"]["requests"] == 3

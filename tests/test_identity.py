@@ -212,6 +212,8 @@ def test_reading_without_a_token_belongs_to_the_account_that_had_its_index_last(
 
 def test_index_that_follows_from_a_path_decides_without_a_token(pool):
     two_workspaces(pool)
+    example = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
+    assert app.auth_index_of(example) == "4fe05f631e37a3c5"
     index = app.auth_index_of(str((pool.folder / "two.json").absolute()))
     pool.take(pool.event(used=40, auth_index=index, plan="free"))  # the file's plan is old
     pool.read()

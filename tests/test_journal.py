@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import sqlite3
 import threading
 from contextlib import closing
 
@@ -75,25 +74,10 @@ def test_spool_with_one_number_twice_and_numbers_that_are_none_stores_each_batch
     assert "are no batches" in run.log
 
 
-def test_collector_goes_on_after_a_replay_that_failed_for_a_lock(collect, proxy, store):
-    spool_path(store).write_bytes(batch_line(1, event(request_id="left")))
-    locker = sqlite3.connect(str(store.path), isolation_level=None)
-    locker.execute("BEGIN IMMEDIATE")
-    proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
-    wait_a_while(run, 4)
-    assert proxy.handed_over == []
-    locker.close()
-    run.wait_for_events(2)
-    assert stored_ids(store) == ["left", "r1"]
-
-
 @pytest.mark.parametrize("mark", [0, 40])
 def test_what_a_previous_run_left_goes_to_the_file_that_is_at_the_path_by_then(tmp_path, collect, proxy, store, mark):
     spool_path(store).write_bytes(batch_line(1, event(request_id="left")) + batch_line(2, event(request_id="behind")))
-    locker = sqlite3.connect(str(store.path), isolation_level=None)
-    locker.execute("BEGIN IMMEDIATE")
+    locker = lock(store)
     run = collect(proxy)
     run.wait_for_state("storage_error")
     if mark:  # of another database, which has seen more batches
