@@ -201,7 +201,7 @@ def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
 def random_events(dice, count):
     for _ in range(count):
         yield event(
-            at=round(NOON + dice.uniform(0, 86400 * 2), 3), auth_index=dice.choice(["aa", "bb", "", "00000000000012"]),
+            at=round(NOON + dice.uniform(0, 86400 * 4), 3), auth_index=dice.choice(["aa", "bb", "", "00000000000012"]),
             failed=dice.choice([0, 0, 1]), status_code=dice.choice([None, 429, 500]), source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
             model=dice.choice(["m1", "m2", "m3"]), input_tokens=dice.randrange(1000),
             output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999),
@@ -233,10 +233,12 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         (app.Filters(status="failed"), lambda one: one.failed),
         (app.Filters(status="ok", model="m1"), lambda one: not one.failed and one.model == "m1"),
         (app.Filters(account=account, model="m3"), lambda one: one.model == "m3" and is_of(one)),
+        (app.Filters(status="429"), lambda one: one.failed and one.status_code == 429),
+        (app.Filters(status="500", model="m1"), lambda one: one.failed and (one.status_code, one.model) == (500, "m1")),
         (app.Filters(account="nobody"), lambda one: False),
     ]:
         start = NOON + dice.uniform(-5000, 86400 * 2)
-        window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000]))
+        window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000, 400000]))
         bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
         inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
         buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
@@ -266,18 +268,6 @@ SEVERAL_FILTERS = [
     app.Filters(account="user1@x.com", model="m1"), app.Filters(account="user1@x.com", status="ok"),
     app.Filters(status="429"), app.Filters(status="500", model="m1"),
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("filters", [*SEVERAL_FILTERS, app.Filters(account="nobody")])
-def test_every_roll_up_says_the_same_as_the_rows(store, filters):
-    put_days(store, days=4, each=6)
-    spans = [(0, 4 * 86400), (1, 4 * 86400 - 1), (80_000, 100_000), (3600 * 5, 86400 * 3 + 3600 * 7), (950, 1800)]
-    for start, end in spans:
-        for bucket_s, offset_s in [(900, 900), (3600, 0), (86400, 0), (86400, 7 * 3600)]:
-            window = app.Window(DAY + start, DAY + end)
-            quick = store.usage(window, bucket_s, offset_s, filters)
-            assert quick == store.usage(window, bucket_s, offset_s, filters, from_rows=True)
-    assert sum(sums[0] for sums in quick[0].values()) == len(store.requests(500, window, filters))
 
 
 def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):

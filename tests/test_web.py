@@ -20,11 +20,6 @@ import usage_dashboard as app
 DAY = "/api/summary?range=24h"
 
 
-@pytest.fixture
-def site(make_site):
-    return make_site()
-
-
 def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
@@ -133,24 +128,10 @@ def test_window_of_more_than_3000_hours_is_400_unless_its_buckets_are_longer(sit
         answer = site.json(f"/api/summary?{query}&bucket=auto&tz_offset=-210")
         assert 0 < len(answer["hours"]) <= 3001 and answer["bucket_seconds"] % 86400 == 0
         assert sum(hour["requests"] for hour in answer["hours"]) == answer["summary"]["requests"] == 1
-
-
-def test_range_of_everything_has_an_answer_also_with_an_event_of_another_century(site):
-    put(site.store, at(1), event(at=app._EARLIEST_AT), event(at=app._LATEST_AT - 1))
+    put(site.store, event(at=app._EARLIEST_AT), event(at=app._LATEST_AT - 1))
     answer = site.json("/api/summary?range=all")
     assert answer["summary"]["requests"] == 3 and len(answer["hours"]) <= 3001
     assert answer["bucket_seconds"] == 10 * 86400
-    assert site.error("/api/summary?range=all&bucket=hour", 400)["code"] == "bad_bucket"
-
-
-def test_filters_narrow_every_part_of_the_summary(site):
-    other = at(1, source="b@example.com", auth_index="bb", model="gpt-5.5")
-    put(site.store, at(1), at(1, model="gpt-5.5", failed=1), other)
-    answer = site.json("/api/summary?range=24h&model=gpt-5.5&status=failed")
-    assert (answer["summary"]["requests"], answer["summary"]["failed"]) == (1, 1)
-    assert [row["account"] for row in answer["accounts"]] == ["an@example.com"]
-    assert site.json("/api/summary?range=24h&account=b@example.com")["summary"]["requests"] == 1
-    assert site.json("/api/summary?range=24h&account=nobody")["hours"] != []
 
 
 def test_rate_limited_requests_are_counted_and_listed_by_their_code(site):
@@ -159,8 +140,8 @@ def test_rate_limited_requests_are_counted_and_listed_by_their_code(site):
     assert site.store.store_batch(app.parse_events([*sent, payload(9, timestamp=app.utc_text(NOW - 60))]), 1, NOW)
     for is_swept in (False, True):  # then only the roll-ups know them
         answer = site.json("/api/summary?range=24h")
-        for rows in ([answer["summary"]], answer["hours"], answer["models"], answer["accounts"]):
-            assert [sum(row[name] for row in rows) for name in ("requests", "failed", "rate_limited")] == [6, 5, 2]
+        for part in ([answer["summary"]], answer["hours"], answer["models"], answer["accounts"]):
+            assert [sum(row[name] for row in part) for name in ("requests", "failed", "rate_limited")] == [6, 5, 2]
         for code, count in ((429, 2), (500, 1), (401, 1), (499, 1), (503, 0)):
             assert site.json(f"/api/summary?range=24h&status={code}")["summary"]["requests"] == count
             listed = site.json(f"/api/requests?status={code}")["requests"]
