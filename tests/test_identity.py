@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from support import ALWAYS, DATA, Site, record
+from support import ALWAYS, DATA, Site, id_token, record, run_sql, write_account
 
 import usage_dashboard as app
 
@@ -44,10 +42,10 @@ class Pool:
 
     def file(self, name, account_id="", mail=MAIL, token="", plan="business", user="", odd=None, listed=True) -> Path:
         about = {"chatgpt_plan_type": plan, "chatgpt_user_id": user}
-        claims = app.base64.urlsafe_b64encode(json.dumps({"https://api.openai.com/auth": about}).encode()).decode()
-        content = {"type": "codex", "email": mail, "account_id": account_id, "access_token": token or f"token-{name}"}
+        content = {"type": "codex", "email": mail, "account_id": account_id, "access_token": token or f"token-{name}",
+                   "id_token": id_token({"https://api.openai.com/auth": about}), **(odd or {})}  # fmt: skip
         path = self.folder / f"{name}.json"
-        path.write_text(json.dumps({**content, "id_token": f"h.{claims}.s", **(odd or {})}), encoding="utf-8")
+        path.write_text(json.dumps(content), encoding="utf-8")
         if listed:
             self.site.refresher.register_accounts()  # as at a start and each hour
         self.run.slept_s += 5  # the time until files are looked at again
@@ -370,21 +368,17 @@ def test_hash_of_a_token_is_on_no_disk(pool, commit_s):
 
 
 def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path, open_store):
-    with closing(sqlite3.connect(str(tmp_path / "usage.db"))) as db:
-        db.executescript((DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
-        former = "#" + app.short_tag("acc-1", "user1@example.com")
-        db.execute("UPDATE quota_accounts SET account_id_tag = ?", (former,))
-        db.execute("UPDATE identities SET source = 'user1@example.com' WHERE id = 1")  # of another plan and index
-        db.execute("UPDATE contexts SET api_key = 'sk-…1111 #4bdca8', alias = id WHERE identity_id = 2")
-        db.execute("UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2")  # a client's key, as it was named
-        db.commit()
+    former = "#" + app.short_tag("acc-1", "user1@example.com")
+    run_sql(tmp_path / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
+    run_sql(tmp_path / "usage.db", f"""  -- one of another plan and index, and a client's key, as it was named
+        UPDATE quota_accounts SET account_id_tag = '{former}';
+        UPDATE identities SET source = 'user1@example.com' WHERE id = 1;
+        UPDATE contexts SET api_key = 'sk-…1111 #4bdca8', alias = id WHERE identity_id = 2;
+        UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2;""")
     store = open_store()
     before = store.usage(ALWAYS, 86400, 0)
     assert len(before.accounts) == 3
-    folder = tmp_path / "accounts"
-    folder.mkdir()
-    content = {"type": "codex", "email": "user1@example.com", "account_id": "acc-1", "access_token": "t"}
-    (folder / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    folder = write_account(tmp_path / "accounts").parent
     files = app.AccountFiles([folder])
     for _ in range(2):  # it can be done again
         files.look()

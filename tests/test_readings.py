@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import SAMPLES, id_token, record, rows, write_account
+from support import SAMPLES, put, record, rows, run_sql, write_account
 
 import usage_dashboard as app
 
@@ -86,14 +84,11 @@ class World:
         self.store = app.Store(folder / "usage.db")
         self.later_s = 0.0
         self.files = app.AccountFiles([self.accounts])
-        self.traffic = app.TrafficReadings(
-            self.files, self.store, lambda: NOW + self.later_s, lambda: 1000.0 + self.later_s
-        )
-        self.sequence = 0
+        clocks = (lambda: NOW + self.later_s, lambda: 1000.0 + self.later_s)
+        self.traffic = app.TrafficReadings(self.files, self.store, *clocks)
 
-    def file(self, mail: str, number: int = 1, plan: str = "", **changes) -> Path:
-        token = id_token({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}})
-        return write_account(self.accounts, number, email=mail, id_token=token, **changes)
+    def file(self, mail: str, **changes) -> Path:
+        return write_account(self.accounts, email=mail, **changes)
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
@@ -105,8 +100,7 @@ class World:
 
     def take(self, *events: app.Event) -> None:
         """Store the events and save the readings that are due, as the collector does."""
-        self.sequence += 1
-        self.store.store_batch(app.Parsed(list(events), [], 0), self.sequence, NOW + self.later_s)
+        put(self.store, *events)
         self.traffic.note(events)
         self.traffic.save_due()
 
@@ -216,8 +210,7 @@ def test_readings_of_five_minutes_are_one_row_and_it_is_the_newest(world):
 
 def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
     world.ask(42)
-    with closing(sqlite3.connect(str(world.store.path))) as db, db:
-        db.execute("UPDATE quota_snapshots SET ts_epoch = ?", (NOW + 864000,))
+    run_sql(world.store.path, f"UPDATE quota_snapshots SET ts_epoch = {NOW + 864000}")
     world.ask(90, 61)
     assert (world.shown()[0][2], world.store.quotas()[0]["ts_epoch"]) == (90, NOW + 61)
 
