@@ -5,19 +5,11 @@
         ...                                     # point the program at proxy.host, proxy.port
         proxy.wait_for(lambda: proxy.queued == 0)
 
-    FakeProxy(version="v8.0.47")                # upstream's releases by their tag: both trees of management routes
-    FakeProxy(version="newest-first")           # a fork, by its name in FORKS
-    FakeProxy(version="v8.0.47", routes_of_v0=False)  # or with single differences of one's own
+    FakeProxy(version="v8.0.47")                # a release by its tag, or a fork by its name in FORKS,
+    FakeProxy(routes_of_v0=False)               # and single differences of one's own, see Dialect
 
-What a version or fork does differently is in Dialect and FORKS; nothing else looks at the version.
-
-    proxy.add_account("00000000000000ab", email="an@example.com")     # an account file, listed by /auth-files
-    proxy.add_key("sk-or-upstream-0001", provider="my-router")        # a key of its config, by /api-key-usage
-    proxy.push(event)                           # counted for the credential of its auth_index, or else its source
-    proxy.push(event, counted=False)            # an event that the proxy does not count (image tool, client left)
-    proxy.count("00000000000000ab", failed=1)   # an attempt that is counted and makes no event (count_tokens)
-
-    proxy.ban()                                 # a refused connection stays open, until
+    proxy.add_account("00000000000000ab", email="an@example.com")     # an account file; its events are counted
+    proxy.count("00000000000000ab", failed=1)   # an attempt that makes no event (count_tokens)
     proxy.restart()                             # everything in memory is gone: queue, bans, counters, connections
     proxy.pass_time(125)                        # idle connections, retention, bans, counters' buckets
     proxy.answers["/v0/management/config"] = http_reply(302, b"", "text/html", {"Location": "/x"})  # sockets.http_reply

@@ -14,9 +14,6 @@ from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, make_origina
 
 import usage_dashboard as app
 
-# ---- odd values: what they mean, or unknown ----------------------------------------------------------------
-
-
 ODD_VALUES = [b"\xff\x00", b"gpt", float("inf"), float("-inf"), NOON * 1000, -5, 12.5, "text", "", 2**40, 2**63 - 1,
               "1e999", "\ud83d", None]  # fmt: skip
 QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
@@ -72,9 +69,6 @@ def test_odd_values_of_an_adopted_row_become_what_they_mean_or_unknown(tmp_path,
         (NOON, "gpt-5.4", 1, 10**12), (NOON + 9, "m", 1, None), (None, "m", 0, 1)]  # fmt: skip
     assert [row["ts_epoch"] for row in store.requests(1)] == [NOON + 9]
     assert store.event_count == 3 + len(ODD_VALUES) + 3 == len(store.requests(500)) + 1
-
-
-# ---- constraints and triggers that ours lack ---------------------------------------------------------------
 
 
 NAMES = "timestamp ts_epoch auth_index source model input_tokens output_tokens reasoning_tokens total_tokens latency_ms"

@@ -16,8 +16,6 @@ from support import DATA, EXPECTED_SAMPLES, KEY, SAMPLES, WRONG, ids_of, lock, p
 
 import usage_dashboard as app
 
-# ---- every kind of queue ---------------------------------------------------------------------------------
-
 
 def assert_samples(run, greetings=0) -> None:
     """Wait until every sample is stored, but for a warm-up, which is ignored as a greeting of the queue is."""
@@ -277,9 +275,6 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
     turned = time.monotonic() + 0.3  # a subscriber waits without the stop event
     run.wait_for(lambda: time.monotonic() > turned)
     assert (run.state, run.status["publishing"]) == ("publishing_off", False)
-
-
-# ---- the default ports -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -51,12 +51,15 @@ class Pool:
         self.run.slept_s += 5  # the time until files are looked at again
         return path
 
-    def take(self, *events, **one) -> None:
-        """Have the proxy hand over events, or one of these values, and wait until they are stored."""
+    def take(self, *events, saves=True, **one) -> None:
+        """Have the proxy hand over events, or one of these values, and wait until they and their readings are saved."""
         events = events or (self.event(**one),)
         self.sent += len(events)
         self.proxy.push(*events)
         self.run.wait_for_events(self.sent)
+        if saves:
+            self.run.slept_s += 61
+            self.run.wait_for(lambda: not self.run.collector._readings._waiting)
 
     def event(self, token=None, used=None, ago=60.0, tokens=1000, plan="business", **more) -> bytes:
         now = int(time.time())
@@ -67,11 +70,6 @@ class Pool:
                        "Primary-Reset-At": str(now + 90000)}  # fmt: skip
             sent["response_headers"] = {f"X-Codex-{name}": [text] for name, text in headers.items()}
         return json.dumps(record(**sent)).encode()
-
-    def read(self) -> None:
-        """Let the readings that wait be saved."""
-        self.run.slept_s += 61
-        self.run.wait_for(lambda: not self.run.collector._readings._waiting)
 
     def usage(self) -> dict[str, int]:
         rows = self.site.json("/api/summary?range=all")["accounts"]
@@ -118,30 +116,25 @@ def test_two_workspaces_in_a_container_are_mixed_by_nothing_and_told_apart_by_a_
     first, second = (named(file["account_id"]) for file in told["files"])
     line = json.loads(case("case-04-two-workspaces.jsonl"))
     pool.take(json.dumps(line))
-    pool.read()
     (guess,) = pool.usage()
     assert guess not in (first, second) and guess.startswith(f"{MAIL} (#")
     assert pool.quota() == {first: 90, second: 20}
     pool.take(json.dumps({**line, "access_token_sha256": hash_of(told["files"][1]["account_id"])}))
-    pool.read()
     assert pool.usage() == {second: 2200} and pool.quota() == {first: 90, second: 21}
 
 
 def test_workspace_that_takes_over_two_hours_later_is_another_account_also_before_any_file_tells(pool):
     two_workspaces(pool)
     pool.take(pool.event(ago=9000, used=100), pool.event(ago=1800, used=1, auth_index="b2", tokens=50))
-    pool.read()
     assert sorted(pool.usage().values()) == [50, 1000] and not set(pool.usage()) & {ONE, TWO}
     assert set(pool.quota().values()) <= {None}
     pool.take(pool.event("token-two", 2, auth_index="b2", tokens=7), pool.event("token-one", 100, tokens=3))
-    pool.read()
     assert pool.usage() == {ONE: 1003, TWO: 57} and pool.quota() == {ONE: 100, TWO: 2}
 
 
 def test_accounts_of_one_mail_are_named_by_their_plans_where_these_differ(pool):
     two_workspaces(pool, ("plus", "team"))
     pool.take(pool.event("token-one", 10, plan="plus"), pool.event("token-two", 30, plan="team", auth_index="b2"))
-    pool.read()
     assert pool.quota() == {f"{MAIL} (plus)": 10, f"{MAIL} (team)": 30}
     assert pool.usage() == {f"{MAIL} (plus)": 1000, f"{MAIL} (team)": 1000}
 
@@ -151,7 +144,6 @@ def test_colleagues_in_one_workspace_are_two_accounts(pool, users):
     pool.file("one", "id-1", mail="a@x.com", user=users[0])
     pool.file("two", "id-1", mail="b@x.com", user=users[1])
     pool.take(pool.event(used=10, source="a@x.com"), pool.event(used=20, source="b@x.com", auth_index="b2", tokens=5))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 5} and pool.quota() == {"a@x.com": 10, "b@x.com": 20}
 
 
@@ -176,17 +168,14 @@ def test_index_that_is_used_again_keeps_its_history_at_the_old_account(pool, res
         pool.run.end()
         pool.start()
     pool.take(pool.event("token-two", 30, source="b@x.com", tokens=2), pool.event("gone", source="", tokens=5, ago=20))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1010, "b@x.com": 7} and pool.quota() == {"a@x.com": None, "b@x.com": 30}
 
 
 def test_index_of_an_account_with_another_mail_is_the_one_of_that_mail_without_a_token_too(pool):
     pool.file("work", "id-1", mail="a@x.com")
     pool.take(used=10, source="a@x.com", ago=900)
-    pool.read()
     pool.file("work", "id-2", mail="b@x.com", token="two")
     pool.take(used=50, source="b@x.com", tokens=7)
-    pool.read()
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 7} and pool.quota() == {"a@x.com": 10, "b@x.com": 50}
 
 
@@ -202,9 +191,7 @@ def test_reading_without_a_token_belongs_to_the_account_that_had_its_index_last(
     two_workspaces(pool)
     pool.take(pool.event("token-one", ago=5000), pool.event("token-two", 33, ago=4000))
     pool.take(pool.event("token-one", 44, ago=10, auth_index="b5"))
-    pool.read()
     pool.take(pool.event(used=35, ago=100, tokens=1))
-    pool.read()
     assert pool.usage() == {ONE: 2000, TWO: 1001} and pool.quota() == {ONE: 44, TWO: 35}
 
 
@@ -214,7 +201,6 @@ def test_index_that_follows_from_a_path_decides_without_a_token(pool):
     assert app.auth_index_of(example) == "4fe05f631e37a3c5"
     index = app.auth_index_of(str((pool.folder / "two.json").absolute()))
     pool.take(pool.event(used=40, auth_index=index, plan="free"))  # the file's plan is old
-    pool.read()
     assert pool.usage() == {f"{MAIL} (free)": 1000}
     assert pool.quota() == {f"{MAIL} (business)": None, f"{MAIL} (free)": 40}
 
@@ -224,7 +210,6 @@ def test_two_files_with_one_token_decide_where_they_are_one_account(pool, accoun
     for number, account_id in enumerate(account_ids):
         pool.file(f"copy{number}", account_id, token="same")
     pool.take(pool.event("same", 50))
-    pool.read()
     assert sum(pool.usage().values()) == 1000 and (set(pool.usage()) == {MAIL}) == decided
     assert [used for used in pool.quota().values() if used] == [50] * decided
 
@@ -240,23 +225,19 @@ def test_account_that_changed_its_plan_file_and_index_stays_one(pool, first):
         path = pool.file("codex-dddd0001-up@example.com-plus", account_id, mail="up@example.com", plan="plus")
     if first != "the file":
         pool.take(*lines[:2])
-        pool.read()
     if first == "another file":
         path.unlink()
     pool.file("codex-dddd0001-up@example.com-pro", account_id, mail="up@example.com", plan="pro")
     pool.take(*lines[0 if first == "the file" else 2 :])
-    pool.read()
     assert pool.usage() == {"up@example.com": 15400} and pool.quota() == {"up@example.com": 4}
 
 
 def test_account_that_changed_its_mail_stays_one_with_its_quota(pool):
     path = pool.file("one", "id-1", mail="old@x.com")
     pool.take(pool.event("token-one", 30, source="old@x.com", ago=900))
-    pool.read()
     path.unlink()
     pool.file("other", "id-1", mail="new@x.com", token="new", listed=False)
     pool.take(pool.event("new", 40, source="new@x.com", auth_index="b2", tokens=1))
-    pool.read()
     assert pool.usage() == {"new@x.com": 1001} and pool.quota() == {"new@x.com": 40}
 
 
@@ -264,13 +245,11 @@ def test_account_that_changed_its_mail_stays_one_with_its_quota(pool):
 def test_account_of_which_more_is_known_later_stays_one(pool, then):
     pool.file("one", "" if then == "id" else "id-1", mail="a@x.com")
     pool.take(pool.event("token-one", 10, source="a@x.com", ago=900))
-    pool.run.wait_for(lambda: not pool.run.collector._readings._waiting)
-    pool.take(pool.event("token-one", 15, source="a@x.com", ago=800, tokens=0))  # its reading waits meanwhile
+    pool.take(pool.event("token-one", 15, source="a@x.com", ago=800, tokens=0), saves=False)
     pool.file("one", "id-1", mail="a@x.com", user="u1" if then == "user" else "")
     if then == "colleague":
         pool.file("two", "id-1", mail="b@x.com")
     pool.take(pool.event("token-one", 20, source="a@x.com", tokens=5))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1005} and pool.quota().pop("b@x.com", None) is None
     assert pool.quota()["a@x.com"] == 20 and len(pool.quota()) == 1 + (then == "colleague")
 
@@ -290,7 +269,6 @@ def test_file_whose_account_changes_in_place_gives_each_event_to_its_own(pool):
     pool.take(pool.event("token-one", 60))
     pool.file("one", "id-9", token="of-9")
     pool.take(pool.event("of-9", 5, tokens=30, ago=2), pool.event("token-one", tokens=4))
-    pool.read()
     assert pool.usage() == {named("id-1"): 1004, named("id-9"): 30}
     assert {name: used for name, used in pool.quota().items() if used is not None}[named("id-9")] == 5
 
@@ -298,12 +276,9 @@ def test_file_whose_account_changes_in_place_gives_each_event_to_its_own(pool):
 def test_reading_of_another_plan_than_the_files_is_taken_where_no_other_account_can_be_meant(pool):
     pool.file("one", "id-1", plan="plus")
     pool.take(used=10, plan="pro", ago=9000)  # the file's plan is old
-    pool.read()
     pool.take(used=90, plan="team", auth_index="b2")  # perhaps of an account whose file is elsewhere
-    pool.read()
     assert pool.quota() == {MAIL: 10} and pool.usage() == {MAIL: 2000}
     pool.take(pool.event("token-one", 12, plan="pro"))  # certain, whatever the file's plan was
-    pool.read()
     assert pool.quota() == {MAIL: 12}
 
 
@@ -325,7 +300,6 @@ def test_account_without_a_mail_is_named_by_its_file_and_never_by_a_clients_key(
     keys = [{"source": key, "api_key": key, "provider": provider} for key in ("sk-client-01-secret", "sk-2", "sk-3")]
     tokens = (None, "token-work", None)
     pool.take(*(pool.event(token, 20, tokens=1, **key) for token, key in zip(tokens, keys)))
-    pool.read()
     assert pool.usage() == {name: 3}
     told = [(row["account"], row["email"]) for row in pool.site.json("/api/quota")["quotas"]]
     assert told == [(name, "work")] * (provider == "codex") and list(pool.quota().values()) == [20] * len(told)
@@ -342,7 +316,6 @@ def test_account_file_of_any_content_costs_nothing_but_itself(pool, key):
         pool.file(f"odd{number}", f"id-odd-{number}", mail=f"{number}@x.com", odd={key: value})
     events = [pool.event(f"token-odd{at}", 50, source=f"{at}@x.com", auth_index=f"i{at}") for at in range(len(ODD))]
     pool.take(pool.event("good", 10), *events)
-    pool.read()
     assert pool.usage()[MAIL] == 1000 and pool.quota()[MAIL] == 10 and sum(pool.usage().values()) == 11_000
 
 

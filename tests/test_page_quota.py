@@ -20,9 +20,6 @@ def cell(page, email, by, expression="e.innerText"):
     return page.account(email, f"((e) => {expression})(e.querySelector('[data-by={by}]'))")
 
 
-# ---- the table --------------------------------------------------------------------------------------------------
-
-
 def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
     page.open()
     page.wait_until("document.querySelectorAll('#accounts tbody tr').length >= 4")
@@ -224,9 +221,6 @@ def test_status_of_an_account_is_not_cut_on_a_tablet(page, site):
     page.script("document.querySelectorAll('#accounts .aged').forEach((e) => { e.textContent = ' · ⇄ 35 phút'; })")
     cells = page.all("#accounts td[data-by=status]", "[e.scrollWidth <= e.clientWidth, e.innerText]")
     assert len(cells) >= 4 and [text for whole, text in cells if not whole] == []
-
-
-# ---- the button -------------------------------------------------------------------------------------------------
 
 
 def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tmp_path, chatgpt_here):

@@ -31,9 +31,6 @@ def test_every_reply_type_is_read(wire, value):
     assert with_types(reader(wire).read_reply()) == with_types(value)
 
 
-# ---- random replies in random pieces ---------------------------------------------------------------------
-
-
 def random_reply(dice: random.Random, depth: int = 0):
     """Make a reply of any type: its bytes, and what is to be read of them."""
     kind = dice.choice(["bulk"] * 4 + ["text", "error", "number", "null", "no list"] + ["list"] * (depth < 4))

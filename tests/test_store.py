@@ -341,20 +341,6 @@ def test_proxy_that_did_not_publish_lost_all_however_short_it_was(store, ended_a
     assert (outage["from"], outage["to"], outage["lost"]) == (*shown, True)
 
 
-def test_commit_that_alters_no_row_changes_no_answer(store):
-    put(store, event(at=NOON))
-    store.begin_outage(NOON, "unreachable")
-    changes = store.changes
-    store.begin_outage(NOON + 60, "closed")  # one is open already
-    assert store.delete_some(NOON - 86400) == 0 and store.delete_some(NOON - 86400) == 0
-    assert store.changes <= changes + 1  # the first deletion raised the floor
-    store.end_outage(NOON + 900)
-    assert store.changes > changes
-
-
-# ---- a clock that is wrong, or is set ----------------------------------------------------------------------
-
-
 YEAR = 365 * 86400.0
 
 
