@@ -120,11 +120,6 @@ def make_site(tmp_path):
 
 
 @pytest.fixture
-def site(make_site):
-    return make_site()
-
-
-@pytest.fixture
 def full_pipe():
     """A pipe that is full, of a reader that does not read: (end to read, end to write)."""
     reading, writing = os.pipe()

@@ -6,8 +6,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
+import pytest
 from sockets import deaf_client, ended
 from support import NOW, at, put
+
+
+@pytest.fixture
+def site(make_site):
+    return make_site()
 
 
 def put_long(store, count):

@@ -144,14 +144,19 @@ def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, empty
             assert ("in English" in row) is (lang == "en")
 
 
-def test_account_without_windows_is_neither_active_nor_counted(page, site):
+def test_account_without_a_window_or_a_reading_is_not_counted_and_one_on_credits_is_active(page, site):
     none = reading(email="none@example.com", account_id_tag="#none", state="no_windows", ts_epoch=site.now)
     site.store.save_reading(none)
+    site.store.save_quota_state("new@example.com", "#new", "plus", "never", "not asked yet", site.now)
+    save_quota(site, "credits@example.com", 50, 0, state="ok", limit_reached=1)
     page.open()
     text = page.account("none@example.com")
     assert "⚪ No quota window" in text and "Active" not in text
-    assert "2 of 4 with quota left" in page.text("#accounts-note")
+    assert "Active" in page.account("credits@example.com") and "0%" in page.account("credits@example.com")
+    assert page.text("#accounts-note").startswith("3 of 5 with quota left1 not read yet")
     assert cell(page, WEEKLY, "reset", "e.firstChild.textContent") == "—"
+    page.click("#lang-vi")
+    page.wait_for_text("#accounts-note", "1 chưa đọc")
 
 
 def save_reply(site, email, **reply):
@@ -189,21 +194,6 @@ def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, empty)
     assert re.search("^3,832 of 15,000 credits used Budget 74%", page.account(B, more)) and "Active" in page.account(B)
     page.click("#lang-vi")
     page.wait_for_text("#accounts", "đã dùng 3.832/15.000 credits")
-
-
-def test_account_that_runs_on_credits_is_active_with_nothing_left_in_its_window(page, empty):
-    save_quota(empty, AN, 50, 0, state="ok", limit_reached=1)
-    save_quota(empty, B, 50, 0, state="limited", limit_reached=1)
-    page.open()
-    assert "Active" in page.account(AN) and "0%" in page.account(AN) and "Limited" in page.account(B)
-
-
-def test_account_that_was_never_read_is_unknown_and_not_used_up(page, site):
-    site.store.save_quota_state("new@example.com", "#new", "plus", "never", "not asked yet", site.now)
-    page.open()
-    assert page.text("#accounts-note").startswith("2 of 4 with quota left1 not read yet")
-    page.click("#lang-vi")
-    page.wait_for_text("#accounts-note", "1 chưa đọc")
 
 
 @pytest.mark.parametrize("width, told", [(1440, "1"), (390, "1 failed")])

@@ -20,6 +20,11 @@ import usage_dashboard as app
 DAY = "/api/summary?range=24h"
 
 
+@pytest.fixture
+def site(make_site):
+    return make_site()
+
+
 def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
