@@ -67,9 +67,6 @@ def field(tmp_path):
     made.close()
 
 
-# ---- meters ----------------------------------------------------------------------------------------------
-
-
 def without_group(headers):
     return {name: value for name, value in headers.items() if "Bengalfox" not in name}
 
@@ -173,9 +170,6 @@ def test_request_to_the_accounts_own_meter_moves_its_windows(field, own):
     assert field.shown()[1] == {"7d": 51}
 
 
-# ---- credits and limits ----------------------------------------------------------------------------------
-
-
 def test_account_over_its_window_is_limited_until_a_request_succeeds_on_credits(field):
     field.refresh(case("credits-fund-reply"))
     assert (field.shown()[0]["state"], field.shown()[0]["credits_balance"]) == ("limited", "489.25")
@@ -257,8 +251,6 @@ def test_scarcest_window_that_governs_is_what_is_left_until_it_comes_back(field)
     row, windows = field.shown()
     assert (row["state"], row["message"], windows["7d"], windows["budget"]) == ("ok", None, 51, None)
 
-
-# ---- Claude ----------------------------------------------------------------------------------------------
 
 CLAUDE = {"Status": "allowed", "Reset": "@100", "5h-Status": "allowed", "5h-Utilization": "0.34", "5h-Reset": "@3600",
           "7d-Status": "allowed_warning", "7d-Utilization": "0.805", "7d-Reset": "@90000", "7d_oi-Status": "allowed",

@@ -88,6 +88,7 @@ class Pool:
         assert len({row["account"] for row in rows}) == len(rows)
         return {row["account"]: row["secondary_used_percent"] for row in rows}
 
+
 @pytest.fixture
 def pool(tmp_path, proxy, collect):
     made = Pool(tmp_path, proxy, collect)
@@ -106,9 +107,6 @@ ONE, TWO = named("id-1"), named("id-2")
 def two_workspaces(pool, plans=("business", "business")) -> None:
     pool.file("one", "id-1", plan=plans[0])
     pool.file("two", "id-2", plan=plans[1])
-
-
-# ---- two accounts under one mail ---------------------------------------------------------------------------------
 
 
 def test_two_workspaces_in_a_container_are_mixed_by_nothing_and_told_apart_by_a_token(pool):
@@ -224,9 +222,6 @@ def test_two_files_with_one_token_decide_where_they_are_one_account(pool, accoun
     assert [used for used in pool.quota().values() if used] == [50] * decided
 
 
-# ---- one account over every change --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("first", ["no file", "another file", "the file"])
 def test_account_that_changed_its_plan_file_and_index_stays_one(pool, first):
     lines = case("case-06-plan-upgrade.jsonl").splitlines()
@@ -297,9 +292,6 @@ def test_reading_of_another_plan_than_the_files_is_taken_where_no_other_account_
     assert pool.quota() == {MAIL: 12}
 
 
-# ---- names without a mail, files of any kind ----------------------------------------------------------------------
-
-
 def test_codex_file_without_an_id_is_asked_beside_another_providers_of_its_mail(pool):
     pool.file("cx")
     pool.file("cl", odd={"type": "claude", "last_refresh": "2026-05-01T12:00:00Z"})
@@ -320,9 +312,6 @@ def test_account_without_a_mail_is_named_by_its_file_and_never_by_a_clients_key(
     told = [(row["account"], row["email"]) for row in pool.site.json("/api/quota")["quotas"]]
     assert told == [(name, "work")] * (provider == "codex") and list(pool.quota().values()) == [20] * len(told)
     assert {row["source"] for row in pool.site.json("/api/requests")["requests"]} == {""}
-
-
-# ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("commit_s", [0, 1000])

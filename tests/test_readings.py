@@ -18,9 +18,6 @@ HEADERS = {
 }  # fmt: skip
 
 
-# ---- what headers say ------------------------------------------------------------------------------------
-
-
 def read(**changes) -> app.Reading:
     headers = {**HEADERS, **{name.replace("_", "-"): text for name, text in changes.items()}}
     return app.parse_quota(app.payload_of_headers({k: v for k, v in headers.items() if v is not None}), NOW)
@@ -70,9 +67,6 @@ def test_headers_of_a_used_up_window_are_limited(changes):
 ])  # fmt: skip
 def test_headers_tell_the_credits(sent, shown):
     assert read(**{f"x_codex_credits_{name}": text for name, text in sent.items()}).credits_balance == shown
-
-
-# ---- whose reading it is ---------------------------------------------------------------------------------
 
 
 class World:
@@ -186,9 +180,6 @@ def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, st
     assert [row["state"] for row in world.store.quotas()] == (["limited"] if booked else [])
 
 
-# ---- how often ------------------------------------------------------------------------------------------
-
-
 def test_readings_are_saved_once_a_minute_at_most_and_the_newest_of_it(world):
     world.ask(1)
     for second in range(1, 60):
@@ -236,9 +227,6 @@ def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
     world.take(world.event())
     (row,) = world.store.quotas()
     assert (row["state"], row["message"]) == ("ok", None)
-
-
-# ---- as time goes by -------------------------------------------------------------------------------------
 
 
 def test_windows_of_a_row_of_the_original_are_in_its_columns():
