@@ -5,21 +5,13 @@
         ...                                     # point the program at proxy.host, proxy.port
         proxy.wait_for(lambda: proxy.queued == 0)
 
-    FakeProxy(version="v8.0.47")                # upstream's releases by their tag: both trees of management routes
-    FakeProxy(version="newest-first")           # a fork, by its name in FORKS
-    FakeProxy(version="v8.0.47", routes_of_v0=False)  # or with single differences of one's own
+    FakeProxy(version="v8.0.47")                # a release by its tag, or a fork by its name in FORKS,
+    FakeProxy(routes_of_v0=False)               # and single differences of one's own, see Dialect
 
-What a version or fork does differently is in Dialect and FORKS; nothing else looks at the version.
-
-    proxy.add_account("00000000000000ab", email="an@example.com")     # an account file, listed by /auth-files
-    proxy.add_key("sk-or-upstream-0001", provider="my-router")        # a key of its config, by /api-key-usage
-    proxy.push(event)                           # counted for the credential of its auth_index, or else its source
-    proxy.push(event, counted=False)            # an event that the proxy does not count (image tool, client left)
-    proxy.count("00000000000000ab", failed=1)   # an attempt that is counted and makes no event (count_tokens)
-
-    proxy.ban()                                 # a refused connection stays open, until
+    proxy.add_account("00000000000000ab", email="an@example.com")     # an account file; its events are counted
+    proxy.count("00000000000000ab", failed=1)   # an attempt that makes no event (count_tokens)
     proxy.restart()                             # everything in memory is gone: queue, bans, counters, connections
-    proxy.pass_time(125)                        # heartbeats, idle connections, retention, bans, counters' buckets
+    proxy.pass_time(125)                        # idle connections, retention, bans, counters' buckets
     proxy.answers["/v0/management/config"] = http_reply(302, b"", "text/html", {"Location": "/x"})  # sockets.http_reply
 """
 
@@ -45,13 +37,11 @@ MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
-HEARTBEAT_S = 30
 BUCKET_S, BUCKETS = 600, 20
 THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "heartbeats": ("v7.2.140", {"heartbeats": True}),
     "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),
@@ -67,7 +57,6 @@ class Dialect:
         tag = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
         self.sniffs_resp = True  # without: RESP meets the HTTP server
         self.resp = tag != (7, 1, 17)
-        self.any_pop_key = tag < (7, 1, 44)
         self.subscribe = tag >= (7, 0, 7)
         self.control_messages = tag >= (7, 1, 39)
         self.echoes_channel = tag >= (7, 1, 44)
@@ -80,7 +69,7 @@ class Dialect:
         self.request_totals = tag >= (6, 9, 49)
         self.routes_of_v0 = True
         self.routes_of_v8 = tag >= (8, 0, 0)
-        self.heartbeats = self.rpop_takes_newest = self.keeps_published = False
+        self.rpop_takes_newest = self.keeps_published = False
         self.most_at_once: int | None = None
         self.idle_s: float | None = None
         assert changes.keys() <= vars(self).keys(), changes
@@ -363,10 +352,7 @@ class FakeProxy(SocketServer):
     def pass_time(self, seconds: float) -> None:
         """Let time go by at the proxy, and do at once what it would have done meanwhile."""
         with self.change():
-            before, self._passed_s = self._passed_s, self._passed_s + seconds
-            if self.dialect.heartbeats:
-                for _ in range(int(self._passed_s // HEARTBEAT_S - before // HEARTBEAT_S)):
-                    self._broadcast(b'{"heartbeat":true}')
+            self._passed_s += seconds
             for wire in self._open if self.dialect.idle_s else ():
                 if wire.last_command_at is not None and self._now() - wire.last_command_at >= self.dialect.idle_s:
                     wire.shut()
@@ -540,7 +526,7 @@ class FakeProxy(SocketServer):
         if count and not 0 < _integer(count.encode()) <= (most or 2**31):
             wire.send(error("value is not an integer or out of range"))
             return
-        if not self.dialect.any_pop_key and key.lower() != CHANNEL:
+        if key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
         popped = self._pop(wire, int(count or 1), newest=name == "RPOP" and self.dialect.rpop_takes_newest)

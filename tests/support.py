@@ -59,8 +59,8 @@ def payload(number: int = 0, **changes: Any) -> bytes:
     return json.dumps(record(**{"request_id": f"r{number}", **changes})).encode()
 
 
-def payloads(count: int, first: int = 0) -> list[bytes]:
-    return [payload(number) for number in range(first, first + count)]
+def payloads(count: int, first: int = 0, **changes: Any) -> list[bytes]:
+    return [payload(number, **changes) for number in range(first, first + count)]
 
 
 def event(at: float = NOON, **changes: Any) -> app.Event:
@@ -161,8 +161,8 @@ def run_sql(path, script):
 
 
 def stored_ids(store) -> list[str]:
-    """Return the request ids of what is stored, in the order of storing."""
-    return [row[0] for row in rows(store.path, "SELECT request_id FROM events ORDER BY id")]
+    """Return the request ids of what is stored in a store, or a file, in the order of storing."""
+    return [row[0] for row in rows(getattr(store, "path", store), "SELECT request_id FROM events ORDER BY id")]
 
 
 def lock(store):

@@ -14,9 +14,6 @@ from support import ALWAYS, DATA, NOON, ORIGINAL_ROWS, Site, event, make_origina
 
 import usage_dashboard as app
 
-# ---- odd values: what they mean, or unknown ----------------------------------------------------------------
-
-
 ODD_VALUES = [b"\xff\x00", b"gpt", float("inf"), float("-inf"), NOON * 1000, -5, 12.5, "text", "", 2**40, 2**63 - 1,
               "1e999", "\ud83d", None]  # fmt: skip
 QUESTIONS = ("summary?range=all", "summary?range=7d", "requests?limit=500", "requests?q=x", "requests?range=7d",
@@ -74,9 +71,6 @@ def test_odd_values_of_an_adopted_row_become_what_they_mean_or_unknown(tmp_path,
     assert store.event_count == 3 + len(ODD_VALUES) + 3 == len(store.requests(500)) + 1
 
 
-# ---- constraints and triggers that ours lack ---------------------------------------------------------------
-
-
 NAMES = "timestamp ts_epoch auth_index source model input_tokens output_tokens reasoning_tokens total_tokens latency_ms"
 OURS = ", ".join([f"{name} {'TEXT REAL INTEGER TEXT TEXT'.split()[n] if n < 5 else 'INTEGER'}"
                   for n, name in enumerate(NAMES.split())] + ["failed INTEGER"])  # fmt: skip
@@ -120,13 +114,14 @@ def test_adopted_table_keeps_rows_and_ids_without_what_ours_does_not_declare(tmp
         assert rows(path, 'SELECT "my ""note" FROM events WHERE id < 3') == [("x",)] * 2
 
 
-def test_adopted_tables_without_an_id_are_given_one(tmp_path, open_store):
+def test_adopted_tables_without_an_id_or_other_columns_are_given_them(tmp_path, open_store):
     run_sql(tmp_path / "usage.db", f"""
-        CREATE TABLE events({OURS}); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
+        CREATE TABLE events(timestamp TEXT, ts_epoch REAL, model TEXT); CREATE TABLE quota_snapshots(email, ts_epoch, windows);
         INSERT INTO events(ts_epoch, model) VALUES ({NOON}, 'm');
         INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9, 'two')""")
     store = open_store()
-    assert [(row["id"], row["ts_epoch"]) for row in store.requests(5)] == [(1, NOON)]
+    assert [(row["id"], row["ts_epoch"], row["model"]) for row in store.requests(5)] == [(1, NOON, "m")]
+    assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0)[1]) == 1
     assert [(row["email"], row["id"], row["windows"]) for row in store.quotas()] == [("a@x.com", 1, None)]
 
 

@@ -91,9 +91,6 @@ def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_
     assert said[len(kept) :] == [f"log dropped={5000 - len(kept)}"]
 
 
-# ---- the script as a house -------------------------------------------------------------------------------
-
-
 def _sections() -> list[tuple[str, int]]:
     lines = Path(app.__file__).read_text(encoding="utf-8").splitlines()
     banners = [(re.match(r"# -{20,} (\w+)\Z", line), number) for number, line in enumerate(lines, 1)]

@@ -19,7 +19,18 @@ from pathlib import Path
 import pytest
 from collecting import Answering
 from program import COMPILED, configure, get, start
-from support import KEY, ORIGINAL_ROWS, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payload, rows, write_account
+from support import (
+    KEY,
+    QUOTA_BY_NAME,
+    SAMPLES,
+    free_port,
+    make_original,
+    payload,
+    payloads,
+    rows,
+    stored_ids,
+    write_account,
+)
 
 import usage_dashboard as app
 
@@ -35,6 +46,10 @@ def shifted(minutes_ago: float = 10):
     """Return the samples with all their times moved to shortly before now, as the proxy would have written them."""
     when = (datetime.now(timezone.utc) - timedelta(minutes=minutes_ago)).isoformat()
     return [json.dumps({**json.loads(raw), "timestamp": when}).encode() for raw in SAMPLES]
+
+
+def recent(count):
+    return payloads(count, timestamp=datetime.now(timezone.utc).isoformat())
 
 
 def opened(program):
@@ -159,22 +174,6 @@ def test_forced_quota_refresh_prints_the_original_lines_and_no_secret(serve, pro
     assert b"tok-secret" not in stored and b"secret-key" not in stored and b"sample@example" not in stored
 
 
-def test_program_reads_the_quota_from_the_requests_without_any_call(serve, program, proxy, chatgpt):
-    events = [json.loads(line) for line in shifted() if b"X-Codex-Primary" in line]
-    for event in events:
-        ahead = {"X-Codex-Primary-Reset-At": 3600, "X-Codex-Secondary-Reset-At": 86400}
-        event["response_headers"].update({name: [str(int(time.time()) + s)] for name, s in ahead.items()})
-    proxy.push(*(json.dumps(event).encode() for event in events))
-    running = serve(env=chatgpt.environment)
-    running.wait_for(lambda: len(get(running.port, "/api/quota")["quotas"]) == 2)
-    rows = {row["email"]: row for row in get(running.port, "/api/quota")["quotas"]}
-    shown = {mail: (row["primary_remaining_percent"], row["secondary_remaining_percent"]) for mail, row in rows.items()}
-    assert shown == {"dev.one@example.com": (58, 83), "dev.two@example.org": (97, 39)}
-    assert {row["source"] for row in rows.values()} == {"traffic"} and chatgpt.requests == []
-    assert b"__cf_bm" not in b"".join(path.read_bytes() for path in program.folder.glob("usage.db*"))
-    assert "from a request" in program.run("quota").stdout
-
-
 def test_quota_command_asks_the_running_dashboard_and_shares_its_cool_down(serve, program, chatgpt):
     write_accounts(program, 1)
     chatgpt.answer("tok-secret-0", body=QUOTA_BY_NAME["plus_5h_7d"]["body"])
@@ -215,8 +214,9 @@ def test_quota_table_calls_a_reset_that_has_passed_due(program):
     window = {"used_percent": 100, "limit_window_seconds": 18000, "reset_at": int(time.time()) - 60}
     reading = app.parse_quota({"plan_type": "plus", "rate_limit": {"primary_window": window}}, time.time() - 120)
     with opened(program) as store:
-        store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120, "{}"))
-    assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due", program.run("quota").stdout)
+        store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", time.time() - 120))
+    shown = program.run("quota").stdout
+    assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due.*from a request", shown)
 
 
 def test_report_prints_the_totals_of_a_range(program):
@@ -227,7 +227,7 @@ def test_report_prints_the_totals_of_a_range(program):
     assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
     assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
     wrong = program.run("report", "yesterday")
-    assert wrong.returncode == 2 and "today" in wrong.stderr
+    assert wrong.returncode == program.run().returncode == 2 and "today" in wrong.stderr
 
 
 def lose(store, hours_ago, hours, reason="unreachable"):
@@ -421,55 +421,30 @@ def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(serve, pro
     assert running.terminate(timeout=3) == 0
 
 
-def numbered(count):
-    when = datetime.now(timezone.utc).isoformat()
-    return [payload(number, timestamp=when) for number in range(count)]
-
-
-def stored_numbers(program):
-    return [name for (name,) in rows(program.folder / "usage.db", "SELECT request_id FROM events ORDER BY id")]
-
-
 @pytest.mark.parametrize("moment", ["it waits for the lock", "it has said so"])
 def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program, proxy, moment):
     running = serve()
     running.wait_for_line("state=waiting")
     with closing(sqlite3.connect(str(program.folder / "usage.db"), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        proxy.push(*numbered(2000))
+        proxy.push(*recent(2000))
         proxy.wait_for(lambda: len(proxy.handed_over) >= 16)
         if moment == "it has said so":
             running.wait_for_line("state=storage_error")
         assert running.terminate(timeout=3) == 0
         assert len(proxy.handed_over) < 2000  # a full batch at most
     wait_for_events(serve(), 2000)
-    assert stored_numbers(program) == [f"r{number}" for number in range(2000)]
-
-
-def test_refresh_that_goes_on_refuses_another_and_a_stop_stores_what_was_popped(serve, program, proxy, chatgpt):
-    write_accounts(program, 1)
-    chatgpt.answer("tok-secret-0", hold=True)
-    running = serve(env=chatgpt.environment)
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as asking:
-        asking.sendall(b"GET /api/quota?force=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        chatgpt.wait_for(lambda: chatgpt.requests)
-        refused = program.run("quota", "--force")
-        assert refused.returncode == 1 and "already running" in refused.stderr
-        proxy.push(*numbered(100))
-        proxy.wait_for(lambda: proxy.handed_over)
-        assert running.terminate(timeout=3) == 0
-    handed = [json.loads(payload)["request_id"] for payload in proxy.handed_over]
-    assert stored_numbers(program) == handed and proxy.lost == []
+    assert stored_ids(program.folder / "usage.db") == [f"r{number}" for number in range(2000)]
 
 
 def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, program, proxy):
-    proxy.push(*numbered(100))
+    proxy.push(*recent(100))
     running = serve()
     wait_for_events(running, 100)
     assert running.terminate() == 0
     path = program.folder / "usage.db"
     whole = path.read_bytes()
-    proxy.push(*numbered(1))
+    proxy.push(*recent(1))
     for content in (b"not a database at all, really not one" * 40, whole[: len(whole) // 2], whole[:4096], whole[:700]):
         path.write_bytes(content)
         done = program.run("start", "--no-browser")
@@ -576,20 +551,13 @@ def test_check_names_the_template_keys_of_the_proxy(program, proxy, management, 
 def test_check_before_the_first_start_says_how_many_events_are_taken_in(program):
     configure(program)
     path = program.folder / "usage.db"
-    make_original(path, ORIGINAL_ROWS)
+    make_original(path)
     before = path.read_bytes()
     done = program.run("check")
     assert "3 events of an earlier version will be taken in" in done.stdout and path.read_bytes() == before
     shown = program.run("report", "7d")
     assert "adopting 3 rows" in shown.stderr and "adopting" not in shown.stdout
     assert re.search("^ok      database: 3 events", program.run("check").stdout, re.M)
-
-
-def test_start_on_a_database_of_the_original_says_what_is_being_done(serve, program):
-    make_original(program.folder / "usage.db", ORIGINAL_ROWS)
-    running = serve()
-    assert any("adopting 3 rows" in line for line in running.lines)
-    assert get(running.port, "/api/summary?range=all")["summary"]["requests"] == 3
 
 
 def test_check_shows_no_control_letters_of_file_names(program):
@@ -621,9 +589,3 @@ def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     assert running.terminate() == 0
     left = {path.name for path in program.folder.iterdir() if not path.name.startswith("__")}
     assert left == {"config.example.json", "config.json", "usage-dashboard.html", "usage_dashboard.py"}
-
-
-def test_bare_command_and_help_name_every_command(program):
-    shown = program.run("--help")
-    assert shown.returncode == 0 and all(name in shown.stdout for name in ("start", "demo", "report", "quota", "check"))
-    assert program.run().returncode == 2

@@ -16,8 +16,6 @@ from support import DATA, EXPECTED_SAMPLES, KEY, SAMPLES, WRONG, ids_of, lock, p
 
 import usage_dashboard as app
 
-# ---- every kind of queue ---------------------------------------------------------------------------------
-
 
 def assert_samples(run, greetings=0) -> None:
     """Wait until every sample is stored, but for a warm-up, which is ignored as a greeting of the queue is."""
@@ -51,17 +49,14 @@ def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, ve
         assert (proxy.failures, proxy.lost, proxy.queued) == (0, [], 0)
 
 
-@pytest.mark.parametrize(
-    ("version", "mode", "state", "said"),
-    [
-        ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
-        ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
-        ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
-        ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
-        ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
-        ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
-    ],
-)
+@pytest.mark.parametrize(("version", "mode", "state", "said"), [
+    ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
+    ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
+    ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
+    ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
+    ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
+    ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
+])  # fmt: skip
 def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(collect, version, mode, state, said):
     with FakeProxy(version=version) as proxy:
         proxy.push(*SAMPLES)
@@ -280,9 +275,6 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
     turned = time.monotonic() + 0.3  # a subscriber waits without the stop event
     run.wait_for(lambda: time.monotonic() > turned)
     assert (run.state, run.status["publishing"]) == ("publishing_off", False)
-
-
-# ---- the default ports -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -29,8 +29,6 @@ import usage_dashboard as app
 
 pytestmark = pytest.mark.slow
 
-# ---- connections that break ------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
 def test_collector_whose_connection_breaks_connects_again_without_loss_or_outage(collect, proxy, store, mode):
@@ -103,9 +101,6 @@ def test_reply_to_a_pop_that_is_no_value_costs_itself_alone(collect):
         assert run.status["rejected"] == len(ODD_REPLIES) and run.error is None
 
 
-# ---- odd events ------------------------------------------------------------------------------------------
-
-
 def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(collect, proxy):
     secrets = {"api_key": "sk-client-aaaa-1111", "source": "AIzaSyFAKE-0001", "client_ip": "10.1.2.3"}
     fail = {"status_code": 500, "body": "the prompt of somebody"}
@@ -122,9 +117,6 @@ def test_collector_given_malformed_events_parks_them_and_keeps_their_neighbours(
     assert all(reason for reason, _, _ in kept) and run.store.find_faults() == []
     assert json.loads(kept[-1][2])["model"] == "gpt-5.4"
     assert not any(secret in str(kept) + run.log for secret in ("sk-client", "AIzaSy", "10.1.2.3", "prompt"))
-
-
-# ---- the database cannot be written ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("fault", "said"), [("locked", "locked"), ("full", "no room on the disk")])

@@ -18,8 +18,6 @@ import usage_dashboard as app
 
 pytestmark = pytest.mark.slow
 
-# ---- nobody locked out -----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
 @pytest.mark.parametrize(("key", "state"), [(WRONG, "wrong_password"), ("", "no_password")])
@@ -74,15 +72,12 @@ def test_collector_that_is_banned_takes_a_corrected_config_meanwhile(collect, pr
         run.wait_for_state("waiting")
 
 
-@pytest.mark.parametrize(
-    ("said", "state", "longest_s"),
-    [
-        ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
-        ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
-        ("IP banned due to too many failed attempts", "banned", 1800),
-        ("this model is banned here", "unreachable", None),
-    ],
-)
+@pytest.mark.parametrize(("said", "state", "longest_s"), [
+    ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
+    ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
+    ("IP banned due to too many failed attempts", "banned", 1800),
+    ("this model is banned here", "unreachable", None),
+])  # fmt: skip
 def test_ban_is_told_by_the_proxys_own_text_and_lasts_a_day_at_most(collect, said, state, longest_s):
     with Answering(b"-ERR " + said.encode() + b"\r\n") as server:
         run = collect(server)
@@ -90,9 +85,6 @@ def test_ban_is_told_by_the_proxys_own_text_and_lasts_a_day_at_most(collect, sai
         until = run.status["until"]
         assert (until and until - time.time() <= longest_s) == (longest_s and True)
         run.end()
-
-
-# ---- never banned: three logins without a success in half an hour ----------------------------------------
 
 
 HALF_AN_HOUR_S = 1800.0
@@ -218,9 +210,6 @@ def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on
         for name, value in cure.items():
             setattr(proxy, name, value)
         run.wait_for_state("waiting" if cure else state)
-
-
-# ---- says why --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["waiting", "recording"])
@@ -363,9 +352,6 @@ def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_st
     again.wait_for_state("waiting")
     (outage,) = again.store.outages(ALWAYS, time.time())
     assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
-
-
-# ---- a clock that is wrong -------------------------------------------------------------------------------
 
 
 YEAR_S = 365 * 86400.0

@@ -31,10 +31,12 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
     assert (config.cliproxy_host, config.dashboard_host, warnings) == ("10.0.0.5", "0.0.0.0", [])
 
 
-def test_second_environment_name_and_other_key_name_are_taken(tmp_path):
+def test_second_environment_name_other_key_name_and_a_byte_order_mark_are_taken(tmp_path):
     assert load(tmp_path, {}, env={"MANAGEMENT_PASSWORD": "x"})[0].management_password == "x"
     assert load(tmp_path, {"management_key": "y"})[0].management_password == "y"
     assert load(tmp_path, {"management_key": "y"}, env={"MANAGEMENT_PASSWORD": ""})[0].management_password == "y"
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"dashboard_port": 1234}')  # with a byte order mark
+    assert app.load_config(tmp_path / "config.json", {})[0].dashboard_port == 1234
 
 
 def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
@@ -74,11 +76,6 @@ def test_file_that_is_missing_or_no_json_object_is_named(tmp_path, content, said
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(app.ConfigError, match=f"config.json.*{said}"):
         app.load_config(tmp_path / "config.json", {})
-
-
-def test_file_with_a_byte_order_mark_is_read(tmp_path):
-    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"dashboard_port": 1234}')
-    assert app.load_config(tmp_path / "config.json", {})[0].dashboard_port == 1234
 
 
 def test_secrets_stay_out_of_the_printed_form(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,8 +9,6 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from sockets import deaf_client, ended
 from support import NOW, at, put
-
-import usage_dashboard as app
 
 
 @pytest.fixture
@@ -38,20 +34,6 @@ def seconds_of(site, path):
     began = time.monotonic()
     site.json(path)
     return time.monotonic() - began
-
-
-def test_answers_that_nobody_takes_are_given_up_beyond_the_limit_longest_without_progress_first():
-    connections, pairs = app.Connections(most_bytes=100), [socket.socketpair() for _ in range(5)]
-    for here, _ in pairs:
-        assert connections.add(here)
-    for number, size in ((0, 40), (1, 40), (2, 0)):
-        assert connections.wait(pairs[number][0], 60, size)
-    assert connections.wait(pairs[0][0], None, 30)  # has taken some
-    assert connections.wait(pairs[3][0], 60, 60) and ended([there for _, there in pairs]) == [1]
-    assert connections.wait(pairs[4][0], 60, 1000) and ended([there for _, there in pairs]) == [0, 1, 3]
-    assert not connections.wait(pairs[1][0], 60) and connections.wait(pairs[2][0], 60)
-    for end in itertools.chain(*pairs):
-        end.close()
 
 
 def test_clients_that_never_read_lock_nobody_out_and_take_little_memory(site):

@@ -67,9 +67,6 @@ def field(tmp_path):
     made.close()
 
 
-# ---- meters ----------------------------------------------------------------------------------------------
-
-
 def without_group(headers):
     return {name: value for name, value in headers.items() if "Bengalfox" not in name}
 
@@ -92,10 +89,11 @@ def test_request_to_a_model_with_its_own_meter_moves_that_meter_alone(field, edi
 
 def test_ordinary_request_keeps_the_meters_and_what_only_a_refresh_tells(field):
     field.refresh(case("spark-reply"))
-    field.request(case("ordinary-headers"), 4)
-    row, windows = field.shown()
-    assert windows == {"7d": 51, f"{SPARK} 5h": 17, f"{SPARK} 7d": 8}
-    assert (row["source"], row["reset_credits"], row["credits_balance"]) == ("traffic", 2, "0")
+    for after_s in (4, 65):  # a new row, and one in the same five minutes
+        field.request(case("ordinary-headers"), after_s)
+        row, windows = field.shown()
+        assert windows == {"7d": 51, f"{SPARK} 5h": 17, f"{SPARK} 7d": 8}
+        assert (row["source"], row["reset_credits"], row["credits_balance"]) == ("traffic", 2, "0")
 
 
 def test_requests_of_one_minute_to_two_meters_are_both_read(field):
@@ -170,9 +168,6 @@ def test_request_whose_meter_is_in_doubt_moves_nothing(field, sent):
 def test_request_to_the_accounts_own_meter_moves_its_windows(field, own):
     field.request({**case("ordinary-headers"), "X-Codex-Active-Limit": own}, 3)
     assert field.shown()[1] == {"7d": 51}
-
-
-# ---- credits and limits ----------------------------------------------------------------------------------
 
 
 def test_account_over_its_window_is_limited_until_a_request_succeeds_on_credits(field):
@@ -256,8 +251,6 @@ def test_scarcest_window_that_governs_is_what_is_left_until_it_comes_back(field)
     row, windows = field.shown()
     assert (row["state"], row["message"], windows["7d"], windows["budget"]) == ("ok", None, 51, None)
 
-
-# ---- Claude ----------------------------------------------------------------------------------------------
 
 CLAUDE = {"Status": "allowed", "Reset": "@100", "5h-Status": "allowed", "5h-Utilization": "0.34", "5h-Reset": "@3600",
           "7d-Status": "allowed_warning", "7d-Utilization": "0.805", "7d-Reset": "@90000", "7d_oi-Status": "allowed",

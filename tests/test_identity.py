@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from support import ALWAYS, DATA, Site, record
+from support import ALWAYS, DATA, Site, id_token, record, run_sql, write_account
 
 import usage_dashboard as app
 
@@ -44,10 +42,10 @@ class Pool:
 
     def file(self, name, account_id="", mail=MAIL, token="", plan="business", user="", odd=None, listed=True) -> Path:
         about = {"chatgpt_plan_type": plan, "chatgpt_user_id": user}
-        claims = app.base64.urlsafe_b64encode(json.dumps({"https://api.openai.com/auth": about}).encode()).decode()
-        content = {"type": "codex", "email": mail, "account_id": account_id, "access_token": token or f"token-{name}"}
+        content = {"type": "codex", "email": mail, "account_id": account_id, "access_token": token or f"token-{name}",
+                   "id_token": id_token({"https://api.openai.com/auth": about}), **(odd or {})}  # fmt: skip
         path = self.folder / f"{name}.json"
-        path.write_text(json.dumps({**content, "id_token": f"h.{claims}.s", **(odd or {})}), encoding="utf-8")
+        path.write_text(json.dumps(content), encoding="utf-8")
         if listed:
             self.site.refresher.register_accounts()  # as at a start and each hour
         self.run.slept_s += 5  # the time until files are looked at again
@@ -84,9 +82,12 @@ class Pool:
         return {row["account"]: row["total_tokens"] for row in rows}
 
     def quota(self) -> dict[str, float]:
+        """Return what is used of each account's week, once what waits is saved."""
+        self.read()
         rows = self.site.json("/api/quota")["quotas"]
         assert len({row["account"] for row in rows}) == len(rows)
         return {row["account"]: row["secondary_used_percent"] for row in rows}
+
 
 @pytest.fixture
 def pool(tmp_path, proxy, collect):
@@ -108,9 +109,6 @@ def two_workspaces(pool, plans=("business", "business")) -> None:
     pool.file("two", "id-2", plan=plans[1])
 
 
-# ---- two accounts under one mail ---------------------------------------------------------------------------------
-
-
 def test_two_workspaces_in_a_container_are_mixed_by_nothing_and_told_apart_by_a_token(pool):
     told = json.loads(case("case-04-two-workspaces.json"))
     for file in told["files"]:
@@ -125,7 +123,6 @@ def test_two_workspaces_in_a_container_are_mixed_by_nothing_and_told_apart_by_a_
     assert guess not in (first, second) and guess.startswith(f"{MAIL} (#")
     assert pool.quota() == {first: 90, second: 20}
     pool.take(json.dumps({**line, "access_token_sha256": hash_of(told["files"][1]["account_id"])}))
-    pool.read()
     assert pool.usage() == {second: 2200} and pool.quota() == {first: 90, second: 21}
 
 
@@ -136,14 +133,12 @@ def test_workspace_that_takes_over_two_hours_later_is_another_account_also_befor
     assert sorted(pool.usage().values()) == [50, 1000] and not set(pool.usage()) & {ONE, TWO}
     assert set(pool.quota().values()) <= {None}
     pool.take(pool.event("token-two", 2, auth_index="b2", tokens=7), pool.event("token-one", 100, tokens=3))
-    pool.read()
     assert pool.usage() == {ONE: 1003, TWO: 57} and pool.quota() == {ONE: 100, TWO: 2}
 
 
 def test_accounts_of_one_mail_are_named_by_their_plans_where_these_differ(pool):
     two_workspaces(pool, ("plus", "team"))
     pool.take(pool.event("token-one", 10, plan="plus"), pool.event("token-two", 30, plan="team", auth_index="b2"))
-    pool.read()
     assert pool.quota() == {f"{MAIL} (plus)": 10, f"{MAIL} (team)": 30}
     assert pool.usage() == {f"{MAIL} (plus)": 1000, f"{MAIL} (team)": 1000}
 
@@ -153,7 +148,6 @@ def test_colleagues_in_one_workspace_are_two_accounts(pool, users):
     pool.file("one", "id-1", mail="a@x.com", user=users[0])
     pool.file("two", "id-1", mail="b@x.com", user=users[1])
     pool.take(pool.event(used=10, source="a@x.com"), pool.event(used=20, source="b@x.com", auth_index="b2", tokens=5))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 5} and pool.quota() == {"a@x.com": 10, "b@x.com": 20}
 
 
@@ -178,7 +172,6 @@ def test_index_that_is_used_again_keeps_its_history_at_the_old_account(pool, res
         pool.run.end()
         pool.start()
     pool.take(pool.event("token-two", 30, source="b@x.com", tokens=2), pool.event("gone", source="", tokens=5, ago=20))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1010, "b@x.com": 7} and pool.quota() == {"a@x.com": None, "b@x.com": 30}
 
 
@@ -188,7 +181,6 @@ def test_index_of_an_account_with_another_mail_is_the_one_of_that_mail_without_a
     pool.read()
     pool.file("work", "id-2", mail="b@x.com", token="two")
     pool.take(used=50, source="b@x.com", tokens=7)
-    pool.read()
     assert pool.usage() == {"a@x.com": 1000, "b@x.com": 7} and pool.quota() == {"a@x.com": 10, "b@x.com": 50}
 
 
@@ -206,12 +198,13 @@ def test_reading_without_a_token_belongs_to_the_account_that_had_its_index_last(
     pool.take(pool.event("token-one", 44, ago=10, auth_index="b5"))
     pool.read()
     pool.take(pool.event(used=35, ago=100, tokens=1))
-    pool.read()
     assert pool.usage() == {ONE: 2000, TWO: 1001} and pool.quota() == {ONE: 44, TWO: 35}
 
 
 def test_index_that_follows_from_a_path_decides_without_a_token(pool):
     two_workspaces(pool)
+    example = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
+    assert app.auth_index_of(example) == "4fe05f631e37a3c5"
     index = app.auth_index_of(str((pool.folder / "two.json").absolute()))
     pool.take(pool.event(used=40, auth_index=index, plan="free"))  # the file's plan is old
     pool.read()
@@ -229,9 +222,6 @@ def test_two_files_with_one_token_decide_where_they_are_one_account(pool, accoun
     assert [used for used in pool.quota().values() if used] == [50] * decided
 
 
-# ---- one account over every change --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("first", ["no file", "another file", "the file"])
 def test_account_that_changed_its_plan_file_and_index_stays_one(pool, first):
     lines = case("case-06-plan-upgrade.jsonl").splitlines()
@@ -245,7 +235,6 @@ def test_account_that_changed_its_plan_file_and_index_stays_one(pool, first):
         path.unlink()
     pool.file("codex-dddd0001-up@example.com-pro", account_id, mail="up@example.com", plan="pro")
     pool.take(*lines[0 if first == "the file" else 2 :])
-    pool.read()
     assert pool.usage() == {"up@example.com": 15400} and pool.quota() == {"up@example.com": 4}
 
 
@@ -256,7 +245,6 @@ def test_account_that_changed_its_mail_stays_one_with_its_quota(pool):
     path.unlink()
     pool.file("other", "id-1", mail="new@x.com", token="new", listed=False)
     pool.take(pool.event("new", 40, source="new@x.com", auth_index="b2", tokens=1))
-    pool.read()
     assert pool.usage() == {"new@x.com": 1001} and pool.quota() == {"new@x.com": 40}
 
 
@@ -270,7 +258,6 @@ def test_account_of_which_more_is_known_later_stays_one(pool, then):
     if then == "colleague":
         pool.file("two", "id-1", mail="b@x.com")
     pool.take(pool.event("token-one", 20, source="a@x.com", tokens=5))
-    pool.read()
     assert pool.usage() == {"a@x.com": 1005} and pool.quota().pop("b@x.com", None) is None
     assert pool.quota()["a@x.com"] == 20 and len(pool.quota()) == 1 + (then == "colleague")
 
@@ -300,14 +287,9 @@ def test_reading_of_another_plan_than_the_files_is_taken_where_no_other_account_
     pool.take(used=10, plan="pro", ago=9000)  # the file's plan is old
     pool.read()
     pool.take(used=90, plan="team", auth_index="b2")  # perhaps of an account whose file is elsewhere
-    pool.read()
     assert pool.quota() == {MAIL: 10} and pool.usage() == {MAIL: 2000}
     pool.take(pool.event("token-one", 12, plan="pro"))  # certain, whatever the file's plan was
-    pool.read()
     assert pool.quota() == {MAIL: 12}
-
-
-# ---- names without a mail, files of any kind ----------------------------------------------------------------------
 
 
 def test_codex_file_without_an_id_is_asked_beside_another_providers_of_its_mail(pool):
@@ -316,11 +298,10 @@ def test_codex_file_without_an_id_is_asked_beside_another_providers_of_its_mail(
     assert [file.name for file in app.find_account_files([pool.folder])[1]] == ["cx.json"]
 
 
-@pytest.mark.parametrize(
-    ("content", "provider", "name"),
-    [({"account_id": "id-1", "email": ""}, "codex", f"codex #{app.short_tag('id-1', '')}"),
-     ({"email": ""}, "codex", "work"), ({"type": "claude", "email": None}, "claude", "work")],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "provider", "name"), [
+    ({"account_id": "id-1", "email": ""}, "codex", f"codex #{app.short_tag('id-1', '')}"),
+    ({"email": ""}, "codex", "work"), ({"type": "claude", "email": None}, "claude", "work"),
+])  # fmt: skip
 def test_account_without_a_mail_is_named_by_its_file_and_never_by_a_clients_key(pool, content, provider, name):
     pool.file("work", odd=content)
     keys = [{"source": key, "api_key": key, "provider": provider} for key in ("sk-client-01-secret", "sk-2", "sk-3")]
@@ -331,23 +312,6 @@ def test_account_without_a_mail_is_named_by_its_file_and_never_by_a_clients_key(
     told = [(row["account"], row["email"]) for row in pool.site.json("/api/quota")["quotas"]]
     assert told == [(name, "work")] * (provider == "codex") and list(pool.quota().values()) == [20] * len(told)
     assert {row["source"] for row in pool.site.json("/api/requests")["requests"]} == {""}
-
-
-ODD = [None, 5, [], {"a": 1}, "\ud800", "x" * 100_000, "\n", "?", "~", "#"]
-
-
-@pytest.mark.parametrize("key", ["type", "email", "account_id", "access_token", "id_token", "disabled"])
-def test_account_file_of_any_content_costs_nothing_but_itself(pool, key):
-    pool.file("good", "id-1", token="good")
-    for number, value in enumerate(ODD):
-        pool.file(f"odd{number}", f"id-odd-{number}", mail=f"{number}@x.com", odd={key: value})
-    events = [pool.event(f"token-odd{at}", 50, source=f"{at}@x.com", auth_index=f"i{at}") for at in range(len(ODD))]
-    pool.take(pool.event("good", 10), *events)
-    pool.read()
-    assert pool.usage()[MAIL] == 1000 and pool.quota()[MAIL] == 10 and sum(pool.usage().values()) == 11_000
-
-
-# ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("commit_s", [0, 1000])
@@ -369,21 +333,17 @@ def test_hash_of_a_token_is_on_no_disk(pool, commit_s):
 
 
 def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path, open_store):
-    with closing(sqlite3.connect(str(tmp_path / "usage.db"))) as db:
-        db.executescript((DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
-        former = "#" + app.short_tag("acc-1", "user1@example.com")
-        db.execute("UPDATE quota_accounts SET account_id_tag = ?", (former,))
-        db.execute("UPDATE identities SET source = 'user1@example.com' WHERE id = 1")  # of another plan and index
-        db.execute("UPDATE contexts SET api_key = 'sk-…1111 #4bdca8', alias = id WHERE identity_id = 2")
-        db.execute("UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2")  # a client's key, as it was named
-        db.commit()
+    former = "#" + app.short_tag("acc-1", "user1@example.com")
+    run_sql(tmp_path / "usage.db", (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8"))
+    run_sql(tmp_path / "usage.db", f"""  -- one of another plan and index, and a client's key, as it was named
+        UPDATE quota_accounts SET account_id_tag = '{former}';
+        UPDATE identities SET source = 'user1@example.com' WHERE id = 1;
+        UPDATE contexts SET api_key = 'sk-…1111 #4bdca8', alias = id WHERE identity_id = 2;
+        UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2;""")
     store = open_store()
     before = store.usage(ALWAYS, 86400, 0)
     assert len(before.accounts) == 3
-    folder = tmp_path / "accounts"
-    folder.mkdir()
-    content = {"type": "codex", "email": "user1@example.com", "account_id": "acc-1", "access_token": "t"}
-    (folder / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    folder = write_account(tmp_path / "accounts").parent
     files = app.AccountFiles([folder])
     for _ in range(2):  # it can be done again
         files.look()

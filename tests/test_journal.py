@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
-import sqlite3
 import threading
 from contextlib import closing
 
@@ -75,25 +73,10 @@ def test_spool_with_one_number_twice_and_numbers_that_are_none_stores_each_batch
     assert "are no batches" in run.log
 
 
-def test_collector_goes_on_after_a_replay_that_failed_for_a_lock(collect, proxy, store):
-    spool_path(store).write_bytes(batch_line(1, event(request_id="left")))
-    locker = sqlite3.connect(str(store.path), isolation_level=None)
-    locker.execute("BEGIN IMMEDIATE")
-    proxy.push(payload(1))
-    run = collect(proxy)
-    run.wait_for_state("storage_error")
-    wait_a_while(run, 4)
-    assert proxy.handed_over == []
-    locker.close()
-    run.wait_for_events(2)
-    assert stored_ids(store) == ["left", "r1"]
-
-
 @pytest.mark.parametrize("mark", [0, 40])
 def test_what_a_previous_run_left_goes_to_the_file_that_is_at_the_path_by_then(tmp_path, collect, proxy, store, mark):
     spool_path(store).write_bytes(batch_line(1, event(request_id="left")) + batch_line(2, event(request_id="behind")))
-    locker = sqlite3.connect(str(store.path), isolation_level=None)
-    locker.execute("BEGIN IMMEDIATE")
+    locker = lock(store)
     run = collect(proxy)
     run.wait_for_state("storage_error")
     if mark:  # of another database, which has seen more batches
@@ -150,36 +133,30 @@ def test_five_hundred_rows_are_committed_at_once(collect, proxy, store):
     run.wait_for(lambda: len(stored_ids(store)) >= 500)
 
 
-@pytest.mark.parametrize("waiting", [0, 5])
-def test_deleted_database_is_made_again_and_takes_what_waits(collect, proxy, store, waiting):
+@pytest.mark.parametrize(("waiting", "replaced"), [(0, False), (5, False), (5, True)])
+def test_database_that_is_deleted_or_replaced_is_opened_again_and_takes_what_waits(
+    collect, proxy, store, tmp_path, waiting, replaced
+):
     run = collect(proxy, commit_s=30.0)
     proxy.push(*payloads(20))
     run.wait_for(lambda: run.collector.journal.rows == 20)
     run.collector.journal.flush_for_reader()
     proxy.push(*payloads(waiting, first=100))
     run.wait_for(lambda: run.collector.journal.rows == waiting)
-    for suffix in ("", "-wal", "-shm"):
-        (store.path.parent / f"usage.db{suffix}").unlink()
-    run.wait_for(store.path.exists)
+    if replaced:  # by one that has seen more batches
+        with closing(app.Store(tmp_path / "other.db")) as other:
+            put(other, event(request_id="theirs"), sequence=7_000)
+        os.replace(str(other.path), str(store.path))
+    else:
+        for suffix in ("", "-wal", "-shm"):
+            (tmp_path / f"usage.db{suffix}").unlink()
+    run.wait_for(lambda: ("was replaced or moved" if replaced else "was deleted") in run.log and store.path.exists())
     proxy.push(*payloads(5, first=200))
     run.wait_for(lambda: run.collector.journal.rows == waiting + 5)
     run.collector.journal.flush_for_reader()
-    assert stored_ids(store) == [f"r{number}" for number in (*range(100, 100 + waiting), *range(200, 205))]
-    assert "was deleted" in run.log and store.find_faults() == []
-
-
-def test_replaced_database_is_opened_and_takes_what_waits(collect, proxy, store, tmp_path):
-    other = app.Store(tmp_path / "other.db")
-    put(other, event(request_id="theirs"), sequence=7_000)
-    other.close()
-    run = collect(proxy, commit_s=30.0)
-    proxy.push(*payloads(5))
-    run.wait_for(lambda: run.collector.journal.rows == 5)
-    shutil.move(str(tmp_path / "other.db"), str(store.path))
-    run.wait_for(lambda: "was replaced or moved" in run.log)
-    run.collector.journal.flush_for_reader()
-    assert stored_ids(store) == ["theirs", "r0", "r1", "r2", "r3", "r4"]
-    assert list(app.Spool(spool_path(store)).read()) == []
+    ours = [f"r{number}" for number in (*range(100, 100 + waiting), *range(200, 205))]
+    assert stored_ids(store) == ["theirs"] * replaced + ours
+    assert store.find_faults() == [] and list(app.Spool(spool_path(store)).read()) == []
 
 
 def test_folder_that_is_renamed_stops_the_pops_and_what_is_back_goes_on(collect, proxy, tmp_path):

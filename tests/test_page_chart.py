@@ -38,9 +38,6 @@ def kinds_of(drawn):
     return {kind for bar in drawn["bars"] for kind in bar}
 
 
-# ---- what is drawn ----------------------------------------------------------------------------------------------
-
-
 def test_bars_are_as_high_as_their_tokens(page, site):
     drawn = page.open().chart()
     assert kinds_of(drawn) == {"cached", "input", "output", "reasoning", "failed"}
@@ -121,9 +118,6 @@ def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
     assert page.one("#chart", "e.getAttribute('aria-valuetext')").startswith("Last 24 hours, 98.3k tokens")
 
 
-# ---- days and hours ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("start, end, expected", [
     # Berlin, autumn: 26 October 2025 has 25 hours, and October as seen from winter lies in summer time.
     ("2025-10-20T00:00:00+02:00", "2025-11-02T00:00:00+01:00",
@@ -178,9 +172,6 @@ def test_today_is_told_by_the_hour_from_its_first_minute_to_midnight(page, site,
     assert page.buckets()[0][0].endswith("00:00–01:00")
     midnights = page.js("[0, 24].map((hour) => new Date().setHours(hour, 0, 0, 0) / 1000)")
     assert len(page.chart()["bars"]) == (midnights[1] - midnights[0]) / HOUR
-
-
-# ---- reading and narrowing --------------------------------------------------------------------------------------
 
 
 def test_chart_is_read_out_by_the_keyboard(page, site):

@@ -20,9 +20,6 @@ def cell(page, email, by, expression="e.innerText"):
     return page.account(email, f"((e) => {expression})(e.querySelector('[data-by={by}]'))")
 
 
-# ---- the table --------------------------------------------------------------------------------------------------
-
-
 def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
     page.open()
     page.wait_until("document.querySelectorAll('#accounts tbody tr').length >= 4")
@@ -147,14 +144,19 @@ def test_every_quota_state_is_told_with_what_to_do_in_both_languages(page, empty
             assert ("in English" in row) is (lang == "en")
 
 
-def test_account_without_windows_is_neither_active_nor_counted(page, site):
+def test_account_without_a_window_or_a_reading_is_not_counted_and_one_on_credits_is_active(page, site):
     none = reading(email="none@example.com", account_id_tag="#none", state="no_windows", ts_epoch=site.now)
     site.store.save_reading(none)
+    site.store.save_quota_state("new@example.com", "#new", "plus", "never", "not asked yet", site.now)
+    save_quota(site, "credits@example.com", 50, 0, state="ok", limit_reached=1)
     page.open()
     text = page.account("none@example.com")
     assert "⚪ No quota window" in text and "Active" not in text
-    assert "2 of 4 with quota left" in page.text("#accounts-note")
+    assert "Active" in page.account("credits@example.com") and "0%" in page.account("credits@example.com")
+    assert page.text("#accounts-note").startswith("3 of 5 with quota left1 not read yet")
     assert cell(page, WEEKLY, "reset", "e.firstChild.textContent") == "—"
+    page.click("#lang-vi")
+    page.wait_for_text("#accounts-note", "1 chưa đọc")
 
 
 def save_reply(site, email, **reply):
@@ -194,21 +196,6 @@ def test_budget_meters_credits_and_resets_stand_in_the_accounts_row(page, empty)
     page.wait_for_text("#accounts", "đã dùng 3.832/15.000 credits")
 
 
-def test_account_that_runs_on_credits_is_active_with_nothing_left_in_its_window(page, empty):
-    save_quota(empty, AN, 50, 0, state="ok", limit_reached=1)
-    save_quota(empty, B, 50, 0, state="limited", limit_reached=1)
-    page.open()
-    assert "Active" in page.account(AN) and "0%" in page.account(AN) and "Limited" in page.account(B)
-
-
-def test_account_that_was_never_read_is_unknown_and_not_used_up(page, site):
-    site.store.save_quota_state("new@example.com", "#new", "plus", "never", "not asked yet", site.now)
-    page.open()
-    assert page.text("#accounts-note").startswith("2 of 4 with quota left1 not read yet")
-    page.click("#lang-vi")
-    page.wait_for_text("#accounts-note", "1 chưa đọc")
-
-
 @pytest.mark.parametrize("width, told", [(1440, "1"), (390, "1 failed")])
 def test_failures_of_an_account_are_told_on_every_width(page, site, width, told):
     page.resize(width, 900)
@@ -224,9 +211,6 @@ def test_status_of_an_account_is_not_cut_on_a_tablet(page, site):
     page.script("document.querySelectorAll('#accounts .aged').forEach((e) => { e.textContent = ' · ⇄ 35 phút'; })")
     cells = page.all("#accounts td[data-by=status]", "[e.scrollWidth <= e.clientWidth, e.innerText]")
     assert len(cells) >= 4 and [text for whole, text in cells if not whole] == []
-
-
-# ---- the button -------------------------------------------------------------------------------------------------
 
 
 def test_refresh_quota_locks_with_a_countdown_that_a_reload_keeps(page, site, tmp_path, chatgpt_here):

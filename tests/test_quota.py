@@ -50,15 +50,12 @@ def test_window_is_named_by_its_length():
     assert {seconds: app.window_label(seconds) for seconds in labels} == labels
 
 
-@pytest.mark.parametrize(
-    ("sent", "five_hour", "weekly", "state"),
-    [
-        (body({"used_percent": 10}, window(20, 0)), 10, 20, "ok"),  # the slot decides only where no length is given
-        (body(window(1, 604800), window(2)), 2, 1, "ok"),
-        (body(window(1), window(9)), 9, None, "ok"),  # of two windows of one length the fuller counts
-        (body(window(0), window(100, 604800), allowed=True, limit_reached=False), 0, 100, "limited"),
-    ],
-)
+@pytest.mark.parametrize(("sent", "five_hour", "weekly", "state"), [
+    (body({"used_percent": 10}, window(20, 0)), 10, 20, "ok"),  # the slot decides only where no length is given
+    (body(window(1, 604800), window(2)), 2, 1, "ok"),
+    (body(window(1), window(9)), 9, None, "ok"),  # of two windows of one length the fuller counts
+    (body(window(0), window(100, 604800), allowed=True, limit_reached=False), 0, 100, "limited"),
+])  # fmt: skip
 def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, five_hour, weekly, state):
     reading = app.parse_quota(sent, NOW)
     used = [window and window.used_percent for window in (reading.five_hour, reading.weekly)]
@@ -78,14 +75,13 @@ def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
     assert five_hour.remaining_percent == (None if used is None else 100 - used)
 
 
-@pytest.mark.parametrize(
-    ("sent", "reset_at"),
-    [({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
-     ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None),
-     ({"reset_after_seconds": -1}, None), ({"reset_at": 10**30}, None), ({}, None),
-     ({"reset_at": 1500000000}, None),  # before there was any such window
-     ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60), ({"reset_after_seconds": 1e300}, None)],
-)  # fmt: skip
+@pytest.mark.parametrize(("sent", "reset_at"), [
+    ({"reset_at": 1800000100}, 1800000100), ({"reset_at": 1800000100000}, 1800000100),
+    ({"reset_at": 0, "reset_after_seconds": 60}, NOW + 60), ({"reset_at": "soon"}, None),
+    ({"reset_after_seconds": -1}, None), ({"reset_at": 10**30}, None), ({}, None),
+    ({"reset_at": 1500000000}, None),  # before there was any such window
+    ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60), ({"reset_after_seconds": 1e300}, None),
+])  # fmt: skip
 def test_reset_time_is_taken_in_every_form_or_unknown(sent, reset_at):
     assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).five_hour.reset_at == reset_at
 
@@ -148,11 +144,10 @@ def test_files_of_one_login_are_one_account_with_the_newest_token(tmp_path, file
     assert len({file.tag for file in found}) == len(accounts)
 
 
-@pytest.mark.parametrize(
-    ("sent", "shown"),
-    [("2027-02-01T07:00:00+07:00", "2027-02-01T00:00:00Z"), (1800000000, "2027-01-15T08:00:00Z"), (None, None),
-     ("soon", None), (-5, None), ([], None)],
-)  # fmt: skip
+@pytest.mark.parametrize(("sent", "shown"), [
+    ("2027-02-01T07:00:00+07:00", "2027-02-01T00:00:00Z"), (1800000000, "2027-01-15T08:00:00Z"), (None, None),
+    ("soon", None), (-5, None), ([], None),
+])  # fmt: skip
 def test_end_of_the_subscription_is_read_in_any_form(tmp_path, sent, shown):
     about = {"https://api.openai.com/auth": {"chatgpt_subscription_active_until": sent}}
     write(tmp_path, "a.json", {**CODEX, "id_token": id_token(about)})
@@ -207,13 +202,12 @@ def test_failed_sample_becomes_its_state_and_goes_nowhere_else(chatgpt_here, sam
     assert "tok-secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("status", "reply", "state"),
-    [(401, {"error": {"code": "token_invalidated"}}, "relogin"), (404, {}, "bad_response"),
-     (403, {"error": {"code": "account_deactivated"}}, "deactivated"), (500, "oops", "server_error"),
-     (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
-     (503, {}, "server_error"), (402, {"detail": "payment_required"}, "deactivated")],
-)  # fmt: skip
+@pytest.mark.parametrize(("status", "reply", "state"), [
+    (401, {"error": {"code": "token_invalidated"}}, "relogin"), (404, {}, "bad_response"),
+    (403, {"error": {"code": "account_deactivated"}}, "deactivated"), (500, "oops", "server_error"),
+    (403, {"error": {"code": "unsupported_country_region_territory"}}, "region_blocked"),
+    (503, {}, "server_error"), (402, {"detail": "payment_required"}, "deactivated"),
+])  # fmt: skip
 def test_other_failures_have_their_state(status, reply, state):
     raw = reply if isinstance(reply, str) else json.dumps(reply)
     assert app.classify_failure(status, raw.encode()) == state

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import SAMPLES, id_token, record, rows, write_account
+from support import SAMPLES, put, record, rows, run_sql, write_account
 
 import usage_dashboard as app
 
@@ -18,9 +16,6 @@ HEADERS = {
     "x-codex-primary-reset-at": str(int(NOW) + 7200), "x-codex-secondary-used-percent": "17",
     "x-codex-secondary-window-minutes": "10080", "x-codex-secondary-reset-at": str(int(NOW) + 86400),
 }  # fmt: skip
-
-
-# ---- what headers say ------------------------------------------------------------------------------------
 
 
 def read(**changes) -> app.Reading:
@@ -58,15 +53,6 @@ def test_header_reset_may_be_given_as_seconds_from_now():
     assert reading.five_hour.reset_at == NOW + 60
 
 
-def test_headers_of_a_group_are_an_extra_meter_and_never_the_main_one():
-    spark = {"limit_name": "GPT-5.3-Codex-Spark", "primary_used_percent": "99", "primary_window_minutes": "300",
-             "primary_reset_at": str(int(NOW) + 60)}  # fmt: skip
-    reading = read(**{f"x_codex_bengalfox_{name}": text for name, text in spark.items()})
-    assert (reading.five_hour.used_percent, reading.state) == (42, "ok")
-    extra = [window for window in reading.windows if window.meter]
-    assert [(window.meter, window.used_percent) for window in extra] == [("GPT-5.3-Codex-Spark", 99)]
-
-
 @pytest.mark.parametrize("changes", [
     {"primary_used_percent": "100"}, {"secondary_used_percent": "100"},
     {"primary_used_percent": "100", "primary_window_minutes": "43200", "secondary_window_minutes": "0"},
@@ -83,9 +69,6 @@ def test_headers_tell_the_credits(sent, shown):
     assert read(**{f"x_codex_credits_{name}": text for name, text in sent.items()}).credits_balance == shown
 
 
-# ---- whose reading it is ---------------------------------------------------------------------------------
-
-
 class World:
     """A store with a folder of account files and readings from traffic, on clocks that the test moves."""
 
@@ -95,14 +78,11 @@ class World:
         self.store = app.Store(folder / "usage.db")
         self.later_s = 0.0
         self.files = app.AccountFiles([self.accounts])
-        self.traffic = app.TrafficReadings(
-            self.files, self.store, lambda: NOW + self.later_s, lambda: 1000.0 + self.later_s
-        )
-        self.sequence = 0
+        clocks = (lambda: NOW + self.later_s, lambda: 1000.0 + self.later_s)
+        self.traffic = app.TrafficReadings(self.files, self.store, *clocks)
 
-    def file(self, mail: str, number: int = 1, plan: str = "", **changes) -> Path:
-        token = id_token({"https://api.openai.com/auth": {"chatgpt_plan_type": plan}})
-        return write_account(self.accounts, number, email=mail, id_token=token, **changes)
+    def file(self, mail: str, **changes) -> Path:
+        return write_account(self.accounts, email=mail, **changes)
 
     def event(self, headers=None, *, at: float = 0.0, **changes) -> app.Event:
         sent = {"auth_index": "aa", "source": "an@example.com", "request_id": "", **changes}
@@ -114,8 +94,7 @@ class World:
 
     def take(self, *events: app.Event) -> None:
         """Store the events and save the readings that are due, as the collector does."""
-        self.sequence += 1
-        self.store.store_batch(app.Parsed(list(events), [], 0), self.sequence, NOW + self.later_s)
+        put(self.store, *events)
         self.traffic.note(events)
         self.traffic.save_due()
 
@@ -148,25 +127,8 @@ def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
     assert world.store.quotas()[0]["ts_epoch"] == NOW - 70
     world.ask(43, 60, at=3000)
     assert world.store.quotas()[0]["ts_epoch"] == NOW + 60
-
-
-@pytest.mark.parametrize("plans", [("plus", "team"), ("plus", "plus")])
-def test_reading_of_a_mail_with_two_files_goes_to_neither_by_guess(world, plans):
-    for number, plan in enumerate(plans):
-        world.file("an@example.com", number, plan)
-    world.take(world.event({**used(10), "x-codex-plan-type": "team"}))
-    assert world.shown() == []
-
-
-def test_reading_is_told_by_the_index_of_the_account_file_before_all_else(world):
-    world.file("an@example.com", 1, "plus")
-    path = world.file("an@example.com", 2, "plus")
-    example = "/root/.cli-proxy-api/codex-user@example.com-plus.json"  # the worked example of the wire facts
-    assert app.auth_index_of(example) == "4fe05f631e37a3c5"
-    index = app.hashlib.sha256(f"codex:{path.absolute()}".encode()).hexdigest()[:16]
-    world.take(world.event(auth_index=index))
-    by_index = {file.auth_index: file.tag for file in app.find_account_files([world.accounts])[1]}
-    assert [row["account_id_tag"] for row in world.store.quotas()] == [by_index[index]]
+    world.ask(40, 121, at=30)  # an older one never replaces a newer one
+    assert (world.count(), world.shown()[0][2]) == (2, 43)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +152,10 @@ def test_reading_with_a_key_as_its_source_is_told_by_the_mail_last_seen_with_the
 USED_UP = {"failed": True, "fail": {"status_code": 429, "body": ""}}
 
 
-@pytest.mark.parametrize(
-    ("request_id", "attempts", "shown"),
-    [("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
-     ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100))],
-)  # fmt: skip
+@pytest.mark.parametrize(("request_id", "attempts", "shown"), [
+    ("r1", [("a", 91, {"failed": True}), ("b", 91, {}), ("c", 12, {})], ("c@example.com", "plus", 12)),
+    ("", [("a", 100, USED_UP), ("b", 100, USED_UP)], ("a@example.com", "plus", 100)),
+])  # fmt: skip
 def test_headers_of_another_accounts_earlier_attempt_are_not_booked(world, request_id, attempts, shown):
     """The second attempt, by another account, ends before any reply and shows the first one's headers."""
     world.take(*(
@@ -219,9 +180,6 @@ def test_failure_is_believed_only_where_it_and_its_headers_say_used_up(world, st
     assert [row["state"] for row in world.store.quotas()] == (["limited"] if booked else [])
 
 
-# ---- how often ------------------------------------------------------------------------------------------
-
-
 def test_readings_are_saved_once_a_minute_at_most_and_the_newest_of_it(world):
     world.ask(1)
     for second in range(1, 60):
@@ -243,8 +201,7 @@ def test_readings_of_five_minutes_are_one_row_and_it_is_the_newest(world):
 
 def test_reading_by_a_clock_that_was_ahead_gives_way_to_the_next(world):
     world.ask(42)
-    with closing(sqlite3.connect(str(world.store.path))) as db, db:
-        db.execute("UPDATE quota_snapshots SET ts_epoch = ?", (NOW + 864000,))
+    run_sql(world.store.path, f"UPDATE quota_snapshots SET ts_epoch = {NOW + 864000}")
     world.ask(90, 61)
     assert (world.shown()[0][2], world.store.quotas()[0]["ts_epoch"]) == (90, NOW + 61)
 
@@ -263,27 +220,6 @@ def test_reading_of_a_request_is_not_merged_into_that_of_a_refresh(world):
     assert (row["source"], row["state"], row["allowed"], row["limit_reached"]) == ("traffic", "ok", None, None)
 
 
-def test_older_reading_never_replaces_a_newer_one(world):
-    world.ask(50)
-    world.ask(40, 61, at=-30)
-    assert (world.count(), world.shown()[0][2]) == (1, 50)
-
-
-def test_reading_from_traffic_keeps_the_extra_meters_and_credits_of_the_last_refresh(world):
-    world.file("an@example.com")
-    (file,) = app.find_account_files([world.accounts])[1]
-    spark = {"limit_name": "Spark", "rate_limit": {"primary_window": {
-        "used_percent": 5, "limit_window_seconds": 18000, "reset_at": NOW + 60}}}  # fmt: skip
-    reply = {"plan_type": "plus", "additional_rate_limits": [spark], "credits": {"balance": "9.5"}}
-    world.store.save_reading(app.snapshot_of(file, reply, NOW - 60))
-    for later_s in (0, 60):  # a new row, and one in the same five minutes
-        world.ask(42, later_s)
-        (row,) = world.store.quotas()
-        windows = [(window.label, window.used_percent) for window in app.windows_of(row)]
-        assert windows == [("5h", 42), ("7d", 17), ("Spark 5h", 5)] and row["credits_balance"] == "9.5"
-    assert world.count() == 2
-
-
 def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
     world.file("an@example.com")
     (file,) = app.find_account_files([world.accounts])[1]
@@ -291,9 +227,6 @@ def test_reading_from_traffic_ends_a_failure_of_the_refresh(world):
     world.take(world.event())
     (row,) = world.store.quotas()
     assert (row["state"], row["message"]) == ("ok", None)
-
-
-# ---- as time goes by -------------------------------------------------------------------------------------
 
 
 def test_windows_of_a_row_of_the_original_are_in_its_columns():
@@ -305,11 +238,10 @@ def test_windows_of_a_row_of_the_original_are_in_its_columns():
     assert app.windows_of({"windows": None, **places, "secondary_used_percent": None}) == [five_hour]
 
 
-@pytest.mark.parametrize(
-    ("state", "five_hour_reset", "weekly_used", "shown"),
-    [("limited", NOW - 1, 20, "reset_due"), ("limited", NOW + 1, 20, "limited"), ("limited", NOW - 1, 100, "limited"),
-     ("ok", NOW - 1, 20, "ok"), ("expired", NOW - 1, 20, "expired")],
-)  # fmt: skip
+@pytest.mark.parametrize(("state", "five_hour_reset", "weekly_used", "shown"), [
+    ("limited", NOW - 1, 20, "reset_due"), ("limited", NOW + 1, 20, "limited"), ("limited", NOW - 1, 100, "limited"),
+    ("ok", NOW - 1, 20, "ok"), ("expired", NOW - 1, 20, "expired"),
+])  # fmt: skip
 def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_hour_reset, weekly_used, shown):
     five_hour = app.QuotaWindow("5h", 18000, 100, five_hour_reset, None)
     weekly = app.QuotaWindow("7d", 604800, weekly_used, NOW + 999, None)
@@ -338,18 +270,15 @@ def test_forecast_says_at_the_pace_of_the_last_hour_when_it_runs_out(points, use
     assert told["runs_out_at"] == (runs_out_in_s and app.utc_text(NOW + runs_out_in_s))
 
 
-@pytest.mark.parametrize(
-    "points",
-    [
-        [], line(10, 20), line(10, 15, 20, every_s=299), line(10, 15, 20, until=NOW - 901), line(80, 90, 100),
-        line(10, 15, 20, reset_at=NOW - 1),
-        line(70, 80, 5, 6),  # it was reset in between
-        line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
-        line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
-        # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
-        line(10, 10, 11, **WEEK),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("points", [
+    [], line(10, 20), line(10, 15, 20, every_s=299), line(10, 15, 20, until=NOW - 901), line(80, 90, 100),
+    line(10, 15, 20, reset_at=NOW - 1),
+    line(70, 80, 5, 6),  # it was reset in between
+    line(5, 8)[:2] + line(10, 15, reset_at=NOW + 90000),  # its reset moved
+    line(10, 15, 20, every_s=1801)[:1] + line(18, 20),  # an hour ago is another pace
+    # 1 % in ten minutes, where 89 % are left for six days: it may as well have been a tenth of that.
+    line(10, 10, 11, **WEEK),
+])  # fmt: skip
 def test_forecast_says_nothing_where_it_cannot_know(points):
     assert app.forecast(points, NOW) is None
 
@@ -368,23 +297,20 @@ def until(reset_in_s: float, runs_out_in_s: float | None) -> dict:
 DEAD = [member(100, None, state=state) for state in ("disabled", "deactivated", "relogin", "no_token")]
 
 
-@pytest.mark.parametrize(
-    ("members", "accounts", "remaining_percent", "reset_in_s", "forecast"),
-    [
-        ([member(80, None), member(40, None, reset_in=600)], 2, 60, 600, None),
-        # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
-        ([member(30, 20), member(30, 40)], 2, 30, 7200, until(7200, 3600)),
-        ([member(30, 20), member(30, 40, reset_in=3599)], 2, 30, 3599, until(3599, None)),
-        # A limited account is empty whatever its bar says, and some accounts are of no use.
-        ([member(30, 60), member(90, None, state="limited")], 2, 15, 7200, until(7200, 1800)),
-        ([member(10, 30), *DEAD], 1, 10, 7200, until(7200, 1200)),
-        # A window that came back, a pace that is unknown, plans that differ, nothing left.
-        ([member(10, 30), member(None, None)], 1, 10, 7200, None),
-        ([member(30, 20), member(50, None)], 2, 40, 7200, None),
-        ([member(30, 20), member(30, 20, plan="pro")], 2, 30, 7200, None),
-        ([member(0, None)], 1, 0, 7200, None),
-    ],
-)
+@pytest.mark.parametrize(("members", "accounts", "remaining_percent", "reset_in_s", "forecast"), [
+    ([member(80, None), member(40, None, reset_in=600)], 2, 60, 600, None),
+    # 30 + 30 % are left and 60 % an hour are used: an hour, and the first reset is in two.
+    ([member(30, 20), member(30, 40)], 2, 30, 7200, until(7200, 3600)),
+    ([member(30, 20), member(30, 40, reset_in=3599)], 2, 30, 3599, until(3599, None)),
+    # A limited account is empty whatever its bar says, and some accounts are of no use.
+    ([member(30, 60), member(90, None, state="limited")], 2, 15, 7200, until(7200, 1800)),
+    ([member(10, 30), *DEAD], 1, 10, 7200, until(7200, 1200)),
+    # A window that came back, a pace that is unknown, plans that differ, nothing left.
+    ([member(10, 30), member(None, None)], 1, 10, 7200, None),
+    ([member(30, 20), member(50, None)], 2, 40, 7200, None),
+    ([member(30, 20), member(30, 20, plan="pro")], 2, 30, 7200, None),
+    ([member(0, None)], 1, 0, 7200, None),
+])  # fmt: skip
 def test_pool_sums_what_is_left_and_whether_it_lasts(members, accounts, remaining_percent, reset_in_s, forecast):
     (pool,) = app.pool_of(members, NOW)
     assert (pool["label"], pool["accounts"], pool["remaining_percent"]) == ("5h", accounts, remaining_percent)

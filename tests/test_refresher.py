@@ -147,18 +147,6 @@ def test_link_into_a_closed_folder_hides_none_of_the_other_accounts(bench, folde
     assert sum("skipped" in line for line in bench.lines) > 1 and "an.nguyen@" not in "\n".join(bench.lines)
 
 
-def test_round_stores_the_reading_of_the_reply(bench, folder, store):
-    write_account(folder)
-    bench.round()
-    (row,) = store.quotas()
-    assert (row["email"], row["plan"], row["state"]) == ("user1@example.com", "plus", "ok")
-    assert row["source"] == "refresh" and json.loads(row["raw_json"])["plan_type"] == "plus"
-    # 23 % and 41 % used, as the sample says
-    assert (row["primary_used_percent"], row["primary_remaining_percent"]) == (23, 77)
-    assert (row["secondary_used_percent"], row["secondary_remaining_percent"]) == (41, 59)
-    assert (row["primary_reset_at"], row["state_at"]) == ("2027-01-15T10:31:40Z", NOW)
-
-
 @pytest.mark.parametrize("status", [200, 401, 500])
 def test_round_leaves_no_token_or_id_anywhere(bench, folder, store, world, status):
     write_account(folder)
@@ -194,9 +182,8 @@ def test_round_reads_the_token_again_each_time(bench, folder, store, world):
 
 
 ODD_ANSWERS = [
-    ("expired", 401, '{"detail": "Unauthorized"}'), ("rate_limited", 429, ""), ("server_error", 500, "oops"),
-    ("blocked", 403, "<html>challenge</html>"), ("bad_response", 200, "not json"), ("bad_response", 200, "[]"),
-    ("bad_response", 200, "null"), ("bad_response", 200, "7"), ("no_windows", 200, "{}"),
+    ("expired", 401, '{"detail": "Unauthorized"}'), ("bad_response", 200, "not json"), ("bad_response", 200, "7"),
+    ("no_windows", 200, "{}"),
     ("no_windows", 200, '{"plan_type": "\\ud800"}'), ("no_windows", 200, '{"x\\udfff": "\\udfff"}'),
     ("no_windows", 200, '{"additional_rate_limits": [{"limit_name": "\\ud800"}]}'),
     ("no_windows", 200, '{"rate_limit": ' * 400 + "1" + "}" * 400),
@@ -234,7 +221,8 @@ def test_round_with_a_failure_keeps_the_last_good_reading_beside_it(bench, folde
     bench.round(301)
     (row,) = store.quotas()
     assert (row["state"], row["state_at"], row["ts_epoch"]) == ("server_error", NOW + 301, NOW)
-    assert row["primary_remaining_percent"] == 77
+    assert (row["primary_remaining_percent"], row["secondary_used_percent"], row["source"]) == (77, 41, "refresh")
+    assert json.loads(row["raw_json"])["plan_type"] == row["plan"] == "plus"
 
 
 def test_round_does_not_ask_for_disabled_or_token_less_accounts(bench, folder, store, world):
@@ -335,13 +323,12 @@ def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder,
     assert states(store) == ["ok"]
 
 
-@pytest.mark.parametrize(
-    ("state", "answer", "changes", "asked"),
-    [("rate_limited", dict(status=429, headers={"Retry-After": "3600"}), {}, "123456"),
-     ("blocked", dict(status=403, body="<html>"), {}, "123456"), ("expired", dict(status=401), {}, "123456"),
-     ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
-     ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6")],
-)  # fmt: skip
+@pytest.mark.parametrize(("state", "answer", "changes", "asked"), [
+    ("rate_limited", dict(status=429, headers={"Retry-After": "3600"}), {}, "123456"),
+    ("blocked", dict(status=403, body="<html>"), {}, "123456"), ("expired", dict(status=401), {}, "123456"),
+    ("deactivated", dict(status=402), {}, "123456"), ("server_error", dict(status=500), {}, "123456"),
+    ("network", {}, {"proxy_url": "http://127.0.0.1:9"}, "6"),
+])  # fmt: skip
 def test_every_round_asks_every_account_again(bench, folder, store, world, state, answer, changes, asked):
     write_accounts(folder, 5, **changes)
     write_account(folder, 6)

@@ -15,8 +15,6 @@ import usage_dashboard as app
 
 pytestmark = pytest.mark.slow
 
-# ---- the spool -------------------------------------------------------------------------------------------
-
 
 def parsed(*numbers) -> app.Parsed:
     return app.parse_events([payload(number) for number in numbers])
@@ -88,9 +86,6 @@ def test_spool_is_private_and_dated_while_recording(collect, proxy, store):
     Watched().wait_for(path.exists)
     assert path.stat().st_mode & 0o777 == 0o600
     assert abs(path.stat().st_mtime - time.time()) < 20
-
-
-# ---- stopping --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
