@@ -2551,6 +2551,8 @@ class Store:
     def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
         """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
         mails = Counter(file.email for file in files)
+        known = "SELECT CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' ELSE 'ok' END FROM quota_snapshots s "
+        known = f"({known} WHERE s.id = snapshot_id AND excluded.state <> 'disabled')"  # as it was before
         with self._write() as db:
             for file in files:
                 state = "disabled" if file.disabled else "never"
@@ -2560,7 +2562,8 @@ class Store:
                 db.execute(
                     "INSERT INTO quota_accounts(email, account_id_tag, plan, state, message, state_at) "
                     "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(email, account_id_tag) DO UPDATE SET "
-                    "state = excluded.state, message = excluded.message, state_at = excluded.state_at "
+                    f"state = IFNULL({known}, excluded.state), state_at = excluded.state_at, "
+                    f"message = CASE WHEN {known} IS NULL THEN excluded.message END "
                     "WHERE (state = 'disabled') <> (excluded.state = 'disabled')",
                     (file.email, file.tag, file.plan or None, state, messages[state], now),
                 )

@@ -345,6 +345,11 @@ def test_account_is_listed_before_it_was_ever_asked_also_when_switched_off_and_o
         bench.refresher.register_accounts()
         assert (states(store), bench.refresher.known_files) == ([state], 1)
     assert world.requests == [] and bench.refresher.cooldown_s() == 0
+    bench.round()
+    for disabled, state in ((True, "disabled"), (False, "ok")):  # as it was read before
+        write_account(folder, disabled=disabled)
+        bench.refresher.register_accounts()
+        assert states(store) == [state]
 
 
 def test_account_seen_in_the_traffic_alone_outlives_the_rounds_for_a_week(bench, folder, store):
