@@ -4400,12 +4400,12 @@ class ProxyFacts:
 
     def _question(self, path: str, most: int = 1) -> Any:
         """Return an answer; None where it fails, or where ten minutes have no room for so many requests more."""
-        now = self._clock()
+        api, now = self._api, self._clock()
         while self._asked and not 0 <= now - self._asked[0] < self._SPAN_S:
             self._asked.popleft()
-        if self._api is None or len(self._asked) + most > self._MOST:
+        if api is None or len(self._asked) + most > self._MOST:
             return None
-        api, sent = self._api, self._api.sent
+        sent = api.sent
         try:
             return api.ask(path)
         except QueueFault:
@@ -4430,9 +4430,10 @@ class ProxyFacts:
             self._look()
 
     def _look(self) -> None:
-        if self._api is not None:
-            self._status.proxy_version, self._status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-            self.has_example_keys = self._api.has_example_keys()
+        api = self._api
+        if api is not None:
+            self._status.proxy_version, self._status.clock_ahead_seconds = api.version, api.clock_ahead_s
+            self.has_example_keys = api.has_example_keys()
 
     def attempts(self) -> tuple[dict[Any, Attempts], bool]:
         """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
@@ -4467,6 +4468,12 @@ class ProxyFacts:
         if self._api is not None:
             self._api.close()
             self._api = None
+
+    def abort(self) -> None:
+        """Give up a question that is on its way; nothing is asked until the next connect()."""
+        api, self._api = self._api, None
+        if api is not None:
+            api.abort()
 
     def state(self, otherwise: str) -> str:
         """Return why nothing comes although the connection is well; else ``otherwise``."""
@@ -4806,6 +4813,7 @@ class Collector:
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
         self._source.abort()
+        self._facts.abort()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""

@@ -58,6 +58,7 @@ def test_collector_on_each_dialect_stores_what_can_be_had_or_says_why_not(collec
 def test_collector_asks_the_tree_that_a_proxy_has_and_tries_the_other_once(collect):
     with FakeProxy(**WITHOUT_V0) as proxy:
         run = collect(proxy, until="waiting")
+        run.wait_for(lambda: "/v8/management/credentials" in asked(proxy))
         run.ahead_s = 58.0
         run.wait_for(lambda: V8_SWITCH in asked(proxy))
         assert asked(proxy) == [V0_CONFIG, "/v8/management/config", "/v8/management/credentials", V8_SWITCH]

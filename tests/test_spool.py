@@ -129,6 +129,20 @@ def test_stop_in_the_middle_of_an_answer_gives_up_when_hurried_and_keeps_what_ca
     assert mode != "pop" or stored_ids(run.store)[:2] == ["r0", "r1"]
 
 
+def test_stop_while_the_proxy_answers_a_question_gives_up_when_hurried(collect, proxy):
+    run = collect(proxy, until="waiting")
+    run.wait_for(lambda: ("GET", "/v0/management/api-key-usage") in proxy.http_requests)
+    proxy.publishing = False
+    proxy.answers["/v0/management/usage-statistics-enabled"] = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"
+    asked = len(proxy.http_requests)
+    run.ahead_s = 60.0
+    run.wait_for(lambda: len(proxy.http_requests) > asked)
+    run.stop.set()
+    run.collector.interrupt()
+    run.thread.join(5)
+    assert not run.thread.is_alive()
+
+
 @pytest.mark.parametrize("state", ["banned", "wrong_password", "refused"])
 def test_stop_while_waiting_ends_at_once(collect, proxy, state):
     if state == "banned":
