@@ -2491,7 +2491,10 @@ class Store:
                 if len(rows) >= limit:
                     break
         names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
-        return [_request_of(row, names) for row in rows]
+        for row in rows:
+            row.update({name: row[name] or None for name in (*_CONTEXT_COLUMNS, "auth_index")})
+            row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+        return rows
 
     # Quota: rows as they are; what they mean is known in readings
 
@@ -2724,13 +2727,6 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
     )
     for (bucket,) in buckets:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
-
-
-def _request_of(row: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    for name in (*_CONTEXT_COLUMNS, "auth_index"):
-        row[name] = row[name] or None
-    row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
-    return row
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -3711,14 +3707,6 @@ def _pieces_of(reply: Any) -> Iterator[bytes]:
         raise IncompleteRead(b"")
 
 
-def _json_or_elements(content: bytes) -> Any:
-    """Decode JSON, or return the elements of an array undecoded where one is odd. Raises ValueError."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return list(elements_of([content]))
-
-
 _V0, _V8 = "/v0/management", "/v8/management"
 _CONFIG, _PUBLISHING, _QUEUE = f"{_V0}/config", f"{_V0}/usage-statistics-enabled", f"{_V0}/usage-queue"
 _FILES, _KEYS = f"{_V0}/auth-files", f"{_V0}/api-key-usage"
@@ -3778,8 +3766,12 @@ class ProxyApi:
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
+            if status == 200 and isinstance(content, bytes):
+                with suppress(ValueError, RecursionError):  # of one odd element
+                    return json.loads(content)
+                content = list(elements_of([content]))
             if status == 200:
-                return content if isinstance(content, list) else _json_or_elements(content)
+                return content
         except (OSError, HTTPException) as error:
             self.close()
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
