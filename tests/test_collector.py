@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
 import time
@@ -192,6 +193,8 @@ def test_collector_with_the_wrong_tls_is_closed_and_told_what_to_set(collect, mo
         run = collect(proxy, cliproxy_tls=tls_here, until="closed")
         wanted = "SSL_CERT_FILE=" if tls_there and tls_here else "cliproxy_tls"
         assert wanted in run.status["message"]
+        run.end()
+    gc.collect()  # so that what was forgotten is told here, and not in the test after this one
 
 
 def test_collector_that_subscribes_drains_the_queue_of_each_gap_and_ignores_control_messages(collect, proxy):
