@@ -44,7 +44,7 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -482,6 +482,7 @@ class QueueFault(DashboardError):
     ):
         super().__init__(message)
         self.state, self.lasts_s = state or self.state, lasts_s  # nothing is sent before so many seconds have passed
+        self.held: Source | None = None  # whose connection stays open, since its end tells of a restart
         self.is_no_failed_login = is_no_failed_login  # for sure; a key without an answer may have been counted as wrong
 
 
@@ -630,14 +631,14 @@ class RespClient:
     """RESP over one connection: commands out in one write, whole replies in."""
 
     def __init__(self, connect: Callable[[], socket.socket]):
-        self._socket = connect()
-        self._stream = self._socket.makefile("rb", 256 * 1024)
+        self.socket = connect()
+        self._stream = self.socket.makefile("rb", 256 * 1024)
         self._reader = RespReader(self._stream)
 
     def send(self, *commands: bytes) -> None:
         """Send encoded commands in one write."""
         try:
-            self._socket.sendall(b"".join(commands))
+            self.socket.sendall(b"".join(commands))
         except OSError as error:
             raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
 
@@ -657,15 +658,11 @@ class RespClient:
         self.send(encode_command(*words))
         return self.receive()
 
-    def wait_for_ever(self) -> None:
-        """Lift the time limit of replies, as a subscription needs it."""
-        self._socket.settimeout(None)
-
     def close(self) -> None:
         """Close the connection, also under a thread that reads from it; what was not read is gone."""
         with suppress(OSError):  # the other side was quicker
-            self._socket.shutdown(socket.SHUT_RDWR)
-        for thing in (self._stream, self._socket):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        for thing in (self._stream, self.socket):
             with suppress(OSError):
                 thing.close()
 
@@ -737,6 +734,32 @@ class Parsed(NamedTuple):
     events: list[Event]
     rejects: list[Reject]
     ignored: int
+    warm_ups: int = 0  # of what is ignored, what a proxy counts as an attempt
+
+
+class Recent:
+    """The latest events, by ``execution_id``, or with ``by_values`` also by time, index, model, tokens and latency."""
+
+    def __init__(self, most: int = 10_000):
+        self.by_values, self._most = False, most
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def has_seen(self, content: Mapping[str, Any], event: Event) -> bool:
+        """Return whether the event came before, and remember it."""
+        name = content.get("execution_id")
+        if name and isinstance(name, str):
+            known = hash((name, event.model))  # one call may tell of an image model as well
+        elif self.by_values:
+            model_tokens_and_latency = event[3:11]
+            known = hash((content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id))
+        else:
+            return False
+        if known in self._seen:
+            return True
+        self._seen[known] = None
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+        return False
 
 
 _LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
@@ -758,9 +781,9 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parsed:
-    """Parse values of the queue: JSON as bytes, decoded objects or Oversized. A bad one costs itself alone."""
-    parsed, ignored = Parsed([], [], 0), 0
+def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
+    """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
+    parsed, ignored, warm_ups = Parsed([], [], 0), 0, 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
         part = raws[first : first + step]
@@ -773,11 +796,12 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None) -> Parse
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
                 continue
-            if event is None:
+            if event is None or (recent is not None and recent.has_seen(content, event)):
                 ignored += 1
+                warm_ups += event is None and "timestamp" in content
             else:
                 parsed.events.append(event)
-    return parsed._replace(ignored=ignored)
+    return parsed._replace(ignored=ignored, warm_ups=warm_ups)
 
 
 def _length_of(raw: Any) -> int:
@@ -798,13 +822,19 @@ def _decode(raws: Sequence[Any]) -> list[Any]:
     return [_decode_one(raw) for raw in raws]
 
 
+def _without_stamp(raw: Any) -> Any:
+    """Return a value without the 8 bytes of its time, which one fork's list in a Redis has in front of each event."""
+    is_stamped = isinstance(raw, bytes) and raw[8:9] == b"{" and raw[:1] != b"{"
+    return raw[8:] if is_stamped else raw
+
+
 def _decode_one(raw: Any) -> Any:
     if isinstance(raw, Oversized):
         return Rejected("it is larger than an event can be")
     if not isinstance(raw, bytes):
         return raw
     try:
-        return _loads(raw)
+        return _loads(_without_stamp(raw))
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -820,13 +850,16 @@ def compact(raw: Any) -> Any:
     content = _decode_one(raw)
     if not isinstance(content, dict):
         return Oversized(len(raw))
-    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), "tokens", "token_breakdown", "fail", "response_headers")
+    of_tokens = (*_SENT_COUNTS, "read_tokens", "write_tokens", "cache_input_mode")
+    parts = {"fail": ("status_code", "error_code"), "tokens": of_tokens}
+    names = (*_CONTEXT_NAMES, *_KEPT_OF_REJECT.split(), *parts, "token_breakdown", "response_headers", "execution_id")
     texts = ((name, content[name]) for name in names if name in content)
     kept = {name: value[:1024] if isinstance(value, str) else value for name, value in texts}
-    fail = kept.get("fail")
-    if isinstance(fail, dict):
-        is_small = isinstance(fail.get("body"), str) and len(fail["body"]) <= _LONGEST_ERROR
-        kept["fail"] = {"status_code": fail.get("status_code"), "body": fail["body"] if is_small else None}
+    for name in parts:
+        if isinstance(kept.get(name), dict):
+            kept[name] = {key: kept[name][key] for key in parts[name] if key in kept[name]}
+    body = _failure_text(content)
+    kept["error_message"] = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
         kept["response_headers"] = {name: [text] for name, text in headers.items()}
@@ -884,11 +917,9 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     """Parse one decoded record, masked; None for control messages and warm-ups, which are no usage. Raises Rejected."""
     if not isinstance(content, dict):
         raise Rejected("it is not a JSON object")
-    if set(content) in ({"refresh"}, {"support_refresh"}):
-        return None
     get = content.get
-    if get("generate") is False:
-        return None
+    if len(content) == 1 and "timestamp" not in content and next(iter(content.values())) is True:
+        return None  # {"refresh": true}, {"heartbeat": true} …
     try:
         ts_epoch, timestamp = parse_time(get("timestamp"))
     except TypeError:
@@ -896,11 +927,15 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
     model, context = _context_of(content, contexts)
-    failed, status, error = _outcome(get("failed"), get("fail"))
-    headers = _quota_headers(get("response_headers"), context.provider)
+    failed, status, error, has_reply = _outcome(content)
+    usage = _usage(content, context.provider)
+    if get("generate") is False and not failed and not any(usage):
+        return None  # a warm-up; with tokens it is a request
+    # Without a reply of its own, an attempt comes with the headers of one before, perhaps of another account.
+    headers = _quota_headers(get("response_headers"), context.provider) if has_reply else None
     return Event(
         *(timestamp, ts_epoch, context, model),
-        *_usage(content, context.provider),
+        *usage,
         latency_ms=_number(get("latency_ms"), "latency_ms"),
         failed=failed,
         ttft_ms=_number(get("ttft_ms"), "ttft_ms") or None,  # the proxy writes 0 where no first token was seen
@@ -912,7 +947,7 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
     )
 
 
-_CONTEXT_NAMES = ("model", "access_token_sha256", *Context._fields[:-1])
+_CONTEXT_NAMES = ("model", "access_token_sha256", "api_key_hash", "response_service_tier", *Context._fields[:-1])
 _contexts = Contexts()
 
 
@@ -935,6 +970,7 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
     source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
     is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
     model = _text(get("model"), "model") or "unknown"
+    served = get("response_service_tier")
     context = Context(
         auth_index=_auth_index(get("auth_index")),
         source="" if is_clients_key else _mask_source(source),
@@ -943,11 +979,18 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
         auth_type=_text(get("auth_type"), "auth_type", 32),
         alias=_text(get("alias"), "alias"),
         reasoning_effort=_text(get("reasoning_effort"), "reasoning_effort", 32),
-        service_tier=_text(get("service_tier"), "service_tier", 32),
-        api_key=mask_key(_text(get("api_key"), "api_key", 512)),
+        service_tier=_text(served if served and isinstance(served, str) else get("service_tier"), "service_tier", 32),
+        api_key=mask_key(_text(get("api_key"), "api_key", 512)) or _mask_of_hash(get("api_key_hash")),
     )
     account = contexts.account_of(context, token_hash.lower() if isinstance(token_hash, str) else "")
     return model, context._replace(account=account)
+
+
+def _mask_of_hash(value: Any) -> str:
+    """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
+    if not isinstance(value, str) or not value:
+        return ""
+    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{12,64}$', value) else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1021,6 +1064,8 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
             into, out = breakdown["input"], breakdown["output"]
             counts = (into["total_tokens"], out["total_tokens"], out["reasoning_tokens"], breakdown["total_tokens"])
             counts += (into["cache_read_tokens"], into["cache_write_tokens"])
+            if sum(counts[4:]) > counts[0]:
+                raise Rejected("the cache is larger than the input")
             return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
     tokens = content.get("tokens")
     if tokens is None:
@@ -1046,44 +1091,84 @@ _THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", 
 
 
 def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
-    """Return counts whose meaning depends on provider and release: Claude's input leaves the cache out."""
+    """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
+    names, mode = _SENT_COUNTS, tokens.get("cache_input_mode")
+    if "read_tokens" in tokens and tokens.get("input_tokens") is None:
+        names = ("read_tokens", "write_tokens", *names[2:])  # of a fork: input and output
     try:
-        into, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, _SENT_COUNTS), _SENT_COUNTS)
+        given, out, reasoning, total, cached, read, written = map(_number, map(tokens.get, names), names)
     except Rejected as fault:
         raise Rejected(f"tokens.{fault}") from None
-    if is_claude or provider == "claude":
-        # Before v7.0.3 there is no cache_read_tokens; since then cached_tokens repeats writes where nothing was read.
-        read = cached if read is None else read
-        if total == _sum(into, out):  # before v7.1.26, without the cache
-            total = None
-        into = None if into is None else _sum(into, read, written)
-    else:
-        read = read or cached  # from v7.0.3 to v7.2.66 cache_read_tokens stays 0 although cached_tokens is filled
-        out = _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
-    return TokenCounts(into, out, reasoning, total or _sum(into, out), read, written)
+    is_claude = is_claude or provider == "claude"
+    # Before v7.0.3 there is none, up to v7.2.66 it stays 0, but for Claude, whose cached_tokens may be the writes.
+    if read is None or not (read or is_claude):
+        read = cached
+    cache = (read or 0) + (written or 0)
+    is_apart = mode == "separate_from_input" or (is_claude and mode != "included_in_input")
+    into = (given or 0) + cache if cache > (given or 0) or (is_apart and given is not None) else given
+    before, out = out, _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
+    if not total or (into != given and total == _sum(given, before)):  # so is Claude's total before v7.1.26
+        total = _sum(into, out)
+    return TokenCounts(into, out, reasoning, total, read, written)
 
 
-def _outcome(flag: Any, fail: Any) -> tuple[int, int | None, str | None]:
-    """Return whether an attempt failed, with its HTTP status, None where that is 0 or absent, and the reason."""
+def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, bool]:
+    """Return whether an attempt failed, its status (None: 0 or absent), the reason, and whether a reply had begun."""
+    flag, fail, outcome = content.get("failed"), content.get("fail"), content.get("outcome")
     if fail is not None and not isinstance(fail, dict):
         raise Rejected("fail is not an object")
     if flag not in (None, True, False):
         raise Rejected("failed is neither true nor false")
     status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
-    failed = bool(flag) or (status or 0) >= 400
-    return int(failed), status, failure_reason(status, fail and fail.get("body")) if failed else None
+    status = status or (499 if outcome == "canceled" else None)
+    if not (flag or outcome == "failed" or (status or 0) >= 400):
+        return 0, status, None, True
+    body = _failure_text(content)
+    has_reply = not _network_words(body) or body.startswith(_STREAM_TEXTS)
+    return 1, status, failure_reason(status, body, fail and fail.get("error_code")), has_reply
 
 
-def failure_reason(status: int | None, body: Any) -> str | None:
+# What the proxy's own texts begin with where a reply had begun, and end with where there was none.
+_STREAM_TEXTS = ("stream error: ", "claude executor: upstream returned error", "upstream stream returned an error")
+_NETWORK_TEXTS = {
+    **{text: text for text in ("connection refused", "no such host", "no route to host")},
+    **dict.fromkeys(("connection reset by peer", "broken pipe"), "connection reset"),
+    **dict.fromkeys(("i/o timeout", "tls handshake timeout", "context deadline exceeded"), "no answer in time"),
+    **dict.fromkeys(("eof", "unexpected eof"), "stream broken off"),
+    "context canceled": "client left",
+}
+
+
+def _failure_text(content: Mapping[str, Any]) -> Any:
+    fail = content.get("fail")
+    return (isinstance(fail, dict) and fail.get("body")) or content.get("error_message")
+
+
+def _network_words(body: Any) -> str:
+    """Return what one of the proxy's own texts says, in words of a fixed list; empty for any other text."""
+    if not isinstance(body, str):
+        return ""
+    if body.startswith(_STREAM_TEXTS):
+        return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
+    end = body[-1000:].rstrip()
+    words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].partition(" (")[0].lower(), "")
+    if not words and (": tls: " in end or ": x509: " in end):
+        words = "TLS failure"
+    is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
+    return f"egress proxy: {words}" if is_of_proxy else words
+
+
+def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str | None:
     """Return shortly, without keys and mails, why a call failed: ``429 usage_limit_reached: The usage limit …``."""
     code, message = _json_error(body)
+    if not code and isinstance(error_code, str) and re.match(r"[A-Za-z]\w{1,63}\Z", error_code):
+        code = error_code
     if code or message:
-        reason = ": ".join(part for part in (code, message) if part)
+        reason = ": ".join(part for part in (code, message or _network_words(body)) if part)
         return without_secrets(reason if status is None else f"{status} {reason}")
-    if status is None:
-        return None
-    own = {200: "stream broken off", 499: "Client Closed Request", 529: "Overloaded"}
-    return f"{status} {own.get(status) or responses.get(status, '')}".strip()
+    own = {200: "stream broken off", 499: "client left", 529: "Overloaded"}
+    words = _network_words(body) or own.get(status or 0) or responses.get(status or 0, "")
+    return f"{status or ''} {words}".strip() or None
 
 
 def failure_kind(status: int | None, error: str | None) -> str:
@@ -1094,7 +1179,7 @@ def failure_kind(status: int | None, error: str | None) -> str:
 
 
 _KEPT_OF_REJECT = (
-    "timestamp latency_ms ttft_ms source auth_index failed generate accounting_version provider executor_type "
+    "timestamp latency_ms ttft_ms source auth_index failed outcome generate accounting_version provider executor_type "
     "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
 )
 
@@ -2320,15 +2405,18 @@ class Store:
                 (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
-    def end_outage(self, at: float, shortest_s: float = SHORTEST_RETENTION_S) -> None:
-        """End the open outage, and record whether the queue had forgotten something; a shorter one is dropped."""
+    def end_outage(self, at: float, shortest_s=SHORTEST_RETENTION_S, restart_lost: bool | None = None) -> None:
+        """End the open outage, by a restart that lost records or not where told; a shorter one is dropped otherwise."""
         self.mend_outages(at)
         with self._write() as db:
-            too_short = "to_at IS NULL AND from_at > ? AND reason <> 'publishing_off'"
-            db.execute(f"DELETE FROM outages WHERE {too_short}", (at - shortest_s,))
+            network = "to_at IS NULL AND reason <> 'publishing_off'"
+            if restart_lost is None:
+                db.execute(f"DELETE FROM outages WHERE {network} AND from_at > ?", (at - shortest_s,))
+            else:
+                db.execute(f"UPDATE outages SET reason = 'proxy_restarted' WHERE {network}")
             db.execute(
-                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = {_OUTAGE_LOST} WHERE to_at IS NULL",
-                (at, at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
+                f"UPDATE outages SET to_at = MAX(from_at, ?), lost = ? OR {_OUTAGE_LOST} WHERE to_at IS NULL",
+                (at, bool(restart_lost), at, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
     def outages(self, window: Window, now: float) -> list[dict[str, Any]]:
@@ -3463,6 +3551,12 @@ class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
 
+class NotFound(QueueFault):
+    """A 404 of the management API: a route that is not there."""
+
+    state = "closed"
+
+
 # Patterns of an error reply of a proxy or a Redis, what it means, and the state where it is another than the kind's.
 _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("home mode", QueueFault, "the usage queue is switched off there", "home_mode"),
@@ -3513,6 +3607,7 @@ class Source:
     is_proxy = True
     list_length: int | None = None
     api: ProxyApi | None = None
+    _client: Any = None  # with a socket
     before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
 
     def open(self) -> None:
@@ -3528,10 +3623,26 @@ class Source:
 
     def close(self) -> None:
         """Close all connections."""
+        if self._client is not None:
+            self._client.close()
 
     def abort(self) -> None:
         """Wake a thread that waits for an answer."""
         self.close()
+
+    def has_ended(self) -> bool:
+        """Return whether the other side has ended the connection of the login, on which no reply is awaited."""
+        connection = getattr(self._client, "socket", None)
+        if connection is None or connection.fileno() < 0:
+            return False
+        timeout_s = connection.gettimeout()
+        try:
+            connection.settimeout(0)
+            return not connection.recv(1)
+        except OSError as error:
+            return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
+        finally:
+            connection.settimeout(timeout_s)
 
 
 class PopSource(Source):
@@ -3544,7 +3655,6 @@ class PopSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str):
         self._connect, self._password, self._key = connect, password, key
         self._pop = encode_command("RPOP", key)
-        self._client: Any = None
         self._early: list[Any] = []
 
     def open(self) -> None:
@@ -3586,10 +3696,6 @@ class PopSource(Source):
     def drain(self) -> list[Any]:
         return self._early
 
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-
 
 def _pieces_of(reply: Any) -> Iterator[bytes]:
     """Yield an answer in pieces: older Pythons would allocate the most that is allowed. Raises IncompleteRead."""
@@ -3601,17 +3707,63 @@ def _pieces_of(reply: Any) -> Iterator[bytes]:
         raise IncompleteRead(b"")
 
 
+_V0, _V8 = "/v0/management", "/v8/management"
+_CONFIG, _PUBLISHING, _QUEUE = f"{_V0}/config", f"{_V0}/usage-statistics-enabled", f"{_V0}/usage-queue"
+_FILES, _KEYS = f"{_V0}/auth-files", f"{_V0}/api-key-usage"
+# The routes of the older tree, which proxies before version 8 have alone, and what they are called in the newer one.
+_TWINS = {
+    _CONFIG: f"{_V8}/config",
+    _PUBLISHING: f"{_V8}/config/observability/usage/usage-statistics-enabled",
+    _QUEUE: f"{_V8}/observability/usage/queue",
+    _FILES: f"{_V8}/credentials",
+}
+
+
 class ProxyApi:
     """The proxy's management API over HTTP; never asked through a proxy of the environment."""
 
     def __init__(self, host: str, port: int, tls: bool, password: str, timeout_s: float = 10.0):
         self._host, self._port, self._tls, self._password, self._timeout_s = host, port, tls, password, timeout_s
         self._connection: Any = None
+        self.socket: Any = None
+        self._has_v8: bool | None = None
+        self.config: Any = None  # where it was asked for to log in
         self.version: str | None = None
         self.clock_ahead_s: float | None = None
+        self.has_refused = False
+        self.sent = 0  # requests with the key
 
     def get(self, path: str, before_login: Callable[[], None] = lambda: None) -> Any:
-        """Return the decoded JSON of a 200. Raises QueueFault with the state for anything else."""
+        """Return the decoded JSON of a 200, of the tree that has the route. Raises QueueFault for anything else.
+
+        Version 8's tree is tried after the first 404, once; what is not known there is not asked of it.
+        """
+        route, *query = re.split(r"(?=\?)", path)
+        twin = _TWINS.get(route)
+        if not self._has_v8:
+            try:
+                return self._get(path, before_login)
+            except NotFound:
+                if self._has_v8 is False or twin is None:
+                    raise
+                self._has_v8 = False
+        elif twin is None:
+            raise NotFound("what this is called in version 8 of the proxy is not known")
+        answer = self._get("".join([twin, *query]), before_login)
+        self._has_v8 = True
+        return answer
+
+    def ask(self, path: str) -> Any:
+        """Return an answer as get() does, within the time limit as a whole."""
+        limit = threading.Timer(self._timeout_s, self.abort)
+        limit.start()
+        try:
+            return self.get(path)
+        finally:
+            limit.cancel()
+            self.close()
+
+    def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
             if status == 200 and isinstance(content, bytes):
@@ -3625,16 +3777,18 @@ class ProxyApi:
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
             if isinstance(error, IncompleteRead):
                 said = "the management API broke off in the middle of an answer"
-            raise _distrust(self._host, self._port, error) or QueueFault(said) from error
+            state = "refused" if isinstance(error, ConnectionRefusedError) else None
+            raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
         except ValueError:
             raise NotResp("the management API answered with something that is not JSON") from None
-        if status in (401, 403):
+        self.has_refused = status in (401, 403)
+        if self.has_refused:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
             if status == 401 and fault.state == "unreachable":  # in words of another server, which counts as well
                 fault = QueueFault("the management key is refused", "wrong_password")
             raise fault
         if status == 404:
-            raise QueueFault("the proxy has its management API switched off or is older than v6.10.8", "closed", True)
+            raise NotFound("the proxy has its management API switched off", None, True)
         is_no_failed_login = status in (502, 503)  # of a web server that did not reach the proxy
         raise QueueFault(f"the management API answered with status {status}", None, is_no_failed_login)
 
@@ -3654,14 +3808,18 @@ class ProxyApi:
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
             self._connection.connect()
             before_login()
+        self.sent += path != "/"
         key = self._password.encode("utf-8").decode("latin-1")
         self._connection.request("GET", path, headers={} if path == "/" else {"Authorization": f"Bearer {key}"})
+        self.socket = self._connection.sock  # which the connection may forget before the answer is read
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         pieces, content = _pieces_of(reply), b""
         for piece in pieces:
             content += piece
+            if len(content) > 4 << 20 and "queue" not in path:
+                raise ValueError("no setting is as long")
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
                 return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
@@ -3670,7 +3828,7 @@ class ProxyApi:
     def abort(self) -> None:
         """Wake a thread that waits for an answer; close() would wait as long as it does."""
         with suppress(OSError, AttributeError):  # the other side was quicker, or there is no connection
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next call opens another."""
@@ -3685,21 +3843,24 @@ class HttpSource(Source):
     mode = "http"
 
     def __init__(self, api: ProxyApi):
-        self._api = api
-        self.close, self.abort = api.close, api.abort
+        self._client = api
+        self.abort = api.abort
 
     def open(self) -> None:
         """Log in with a question that takes nothing off the queue."""
-        self._api.get("/v0/management/usage-statistics-enabled", self.before_login)
+        self._client.config = self._client.get(_CONFIG, self.before_login)
 
     def take(self, count: int) -> PopResult:
         """Ask for so many; the answer is whole or none."""
         try:
-            values = self._api.get(f"/v0/management/usage-queue?count={count}")
+            values = self._client.get(f"{_QUEUE}?count={count}")
             if not isinstance(values, list):
                 raise NotResp("the management API did not answer with a list")
+        except NotFound:
+            return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
-            return PopResult([], False, fault)
+            has_ended = isinstance(fault.__cause__, ConnectionResetError)  # instead of an answer
+            return PopResult([], False, ConnectionClosed(clean=True) if has_ended else fault)
         return PopResult(values, len(values) >= count, None)
 
 
@@ -3711,7 +3872,6 @@ class SubscribeSource(Source):
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
         self._backlog: Any = PopSource(connect, password, key)  # until it is empty
-        self._client: Any = None
         self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
@@ -3725,7 +3885,7 @@ class SubscribeSource(Source):
             raise _fault_of_reply(reply)
         self._backlog.open()
         self.is_proxy = self._backlog.is_proxy
-        self._client.wait_for_ever()
+        self._client.socket.settimeout(None)
         threading.Thread(target=self._listen, args=(self._client,), name="subscriber", daemon=True).start()
 
     def _listen(self, client: RespClient) -> None:
@@ -3766,9 +3926,9 @@ class SubscribeSource(Source):
         return [value for value in left if not isinstance(value, QueueFault)]
 
     def close(self) -> None:
-        for part in (self._client, self._backlog):
-            if part is not None:
-                part.close()
+        super().close()
+        if self._backlog is not None:
+            self._backlog.close()
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
@@ -3814,6 +3974,8 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
         is_other = isinstance(no_resp, NotResp)
         if (is_other or (no_resp.state == "closed" and config.collect_mode == "http")) and api.has_example_keys():
             raise QueueFault("the proxy serves nothing but a warning page", "example_keys") from no_resp
+        if isinstance(no_resp, NoQueue) and not password:
+            raise QueueFault("a management key is needed", "no_password", True) from no_resp
         if not is_other or config.collect_mode != "auto" or not password:
             raise
         source = HttpSource(api)
@@ -3840,7 +4002,10 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
     try:
         source.open()
     except BaseException as fault:
-        source.close()
+        if isinstance(fault, QueueFault) and fault.state == "banned":
+            fault.held = source
+        else:
+            source.close()
         if isinstance(fault, ConnectionClosed) and isinstance(_empty_command(connect), ConnectionClosed):
             logins.settle("shut")
         elif isinstance(fault, QueueFault):
@@ -3870,22 +4035,29 @@ STATE_REMEDIES = {
     "refused": "Nothing listens there: start CLIProxyAPI, or set cliproxy_host and cliproxy_port to where it listens "
     "(8317 by default).",
     "unreachable": "It is tried again by itself; if it stays so, check cliproxy_host, cliproxy_port and the network.",
-    "closed": "The proxy closes the connection without a word: set remote-management.secret-key in its config.yaml, "
-    "or set cliproxy_tls to true if it serves TLS.",
-    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key).",
+    "closed": "The proxy closes the connection without a word: set remote-management.secret-key (version 8: "
+    "management.secret-key) in its config.yaml, or set cliproxy_tls to true if it serves TLS.",
+    "no_password": "Set management_password to the proxy's management key (remote-management.secret-key; version 8: "
+    "management.secret-key).",
     "wrong_password": "Correct management_password (or touch config.json after correcting the proxy's key); until then "
     "it is not sent again, since five failures lock this machine out of the proxy for 30 minutes.",
     "banned": "The proxy has locked this address out after failed logins; recording goes on by itself when that ends. "
     "Restarting the proxy lifts it at once.",
-    "remote_disabled": "Set remote-management.allow-remote: true in the proxy's config.yaml, or run the dashboard on "
-    "the proxy's machine.",
+    "remote_disabled": "Set remote-management.allow-remote: true (version 8: management.allow-remote) in the proxy's "
+    "config.yaml, or run the dashboard on the proxy's machine.",
     "home_mode": "The proxy runs in home mode and gives no usage; collect from its home node.",
     "not_resp": "A web server answers there instead of the queue; set cliproxy_port to the proxy's own port, or "
     "collect_mode to http.",
     "wrong_queue_key": 'Set "queue_key": "usage"; on a Redis server, the list that your forwarder fills.',
+    "no_queue": 'If "collect_mode" is "http", set it to "auto": proxies older than v6.10.8 have no queue over HTTP. '
+    "Otherwise this one is a fork without a queue, or older than v6.9.38: use another.",
+    "foreign_list": "That list is another program's; to destroy no more of it, nothing is popped until config.json "
+    "changes or the dashboard restarts: set queue_key to the list that your forwarder fills, or cliproxy_port to the "
+    "proxy's (8317).",
     "example_keys": "Put keys of your own in place of the template ones (your-api-key-1 …) under api-keys in the "
     "proxy's config.yaml; until then it serves nobody.",
-    "publishing_off": "Set usage-statistics-enabled: true in the proxy's config.yaml; until then it records nothing.",
+    "publishing_off": "Set usage-statistics-enabled: true (version 8: observability.usage.usage-statistics-enabled) in "
+    "the proxy's config.yaml; until then it records nothing.",
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
@@ -3894,11 +4066,14 @@ _open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
 
 
+RETENTION_LINE = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml (in observability.usage with v8)"
+
+
 def retention_warning(retention_s: float, poll_interval_s: float) -> str:
     """Return what is wrong where the proxy forgets about as quickly as it is asked, and which lines change it."""
     return (
         f"the proxy forgets after {retention_s:g} s and is asked every {poll_interval_s:g} s, so requests can be lost; "
-        'set "poll_interval_seconds": 2 here, or redis-usage-queue-retention-seconds: 3600 in the proxy\'s config.yaml'
+        f'set "poll_interval_seconds": 2 here, or {RETENTION_LINE}'
     )
 
 
@@ -4067,7 +4242,7 @@ class Journal:
     def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
         if not waiting:
             return
-        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
+        events, rejects, ignored, _ = zip(*(parsed for _, parsed in waiting))
         joined = itertools.chain.from_iterable
         merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
         self._store.store_batch(merged, waiting[-1][0], self._clock())
@@ -4155,64 +4330,130 @@ class Journal:
             self._log.once("spool", fault=os_reason(error))
 
 
-class ProxyFacts:
-    """Ask the proxy about itself, for the status: with a key that just worked, never again after a refusal."""
+def _setting(answer: Any, name: str) -> Any:
+    """Return a setting of the proxy's usage: of a configuration in either layout, or alone."""
+    with suppress(KeyError, TypeError):
+        answer = answer["observability"]["usage"]
+    return answer.get(name) if isinstance(answer, dict) else answer
 
-    _PAUSE_S, _PAUSE_WHILE_OFF_S = 300.0, 15.0
+
+# Providers that are asked to count tokens too, and whose failures at that make no record.
+_COUNTING = ("claude", "gemini", "vertex", "aistudio", "antigravity", "interactions", "xai", "kimi", "unknown")
+
+
+class Attempts(NamedTuple):
+    """What the proxy has counted for one auth_index or masked key since its start."""
+
+    good: int = 0
+    bad: int = 0
+    is_recorded: bool = True  # whether each failure makes a record
+
+
+class ProxyFacts:
+    """Ask the proxy about itself: with a key that just worked, never again after a refusal, and seldom."""
+
+    _PAUSE_S = 56.0
+    _MOST, _SPAN_S = 13, 600.0  # each question costs the proxy 60 ms
 
     def __init__(self, status: CollectorStatus, store: Store, log: Log, poll_interval_s: float, clock=time.time):
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
+        self._asked: deque[float] = deque()
+        self._failed: set[str] = set()  # routes, on this connection
         self._asked_at = 0.0
         self.has_example_keys = False
 
-    def connect(self, source: Source) -> None:
-        """Begin with a new connection, and ask what can be asked."""
-        self._api, self._status.publishing, self._status.retention_seconds = source.api, None, None
-        self.has_example_keys = False
+    @property
+    def is_open(self) -> bool:
+        """Whether the proxy can be asked, and publishes as far as is known."""
+        return self._api is not None and bool(self._status.publishing)
+
+    def connect(self, source: Source, goes_on: bool = False) -> None:
+        """Ask by a new connection, from the beginning unless it goes on with the last one."""
+        self._api = source.api
+        if goes_on:
+            return
+        self._failed.clear()
+        self._status.publishing = self._status.retention_seconds = None
+        self.has_example_keys, self._asked_at = False, 0.0
         if not source.is_proxy:
             self._learn_retention(_FOR_EVER_S)
         elif self._store.get_meta("retention_s") == _FOR_EVER_S:
             self._store.put_meta("retention_s", None)
+        config = self._api and (self._api.config or self._question(_CONFIG, most=2))
+        if isinstance(config, dict):
+            seconds = _finite(_setting(config, "redis-usage-queue-retention-seconds")) or 0.0
+            # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
+            self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
+            self._learn_publishing(config)
+        self._look()
         self.ask()
 
-    def ask(self) -> None:
-        """Ask the proxy whether it publishes, for how long it keeps records, and its version."""
-        if self._api is None:
-            return
-        self._asked_at = self._clock()
+    def _question(self, path: str, most: int = 1) -> Any:
+        """Return an answer; None where it fails, or where ten minutes have no room for so many requests more."""
+        api, now = self._api, self._clock()
+        while self._asked and not 0 <= now - self._asked[0] < self._SPAN_S:
+            self._asked.popleft()
+        if api is None or len(self._asked) + most > self._MOST:
+            return None
+        sent = api.sent
         try:
-            answer = self._api.get("/v0/management/usage-statistics-enabled")
-            publishing = answer.get("usage-statistics-enabled") if isinstance(answer, dict) else None
-            status = self._status
-            status.publishing = publishing if isinstance(publishing, bool) else None
-            status.proxy_version, status.clock_ahead_seconds = self._api.version, self._api.clock_ahead_s
-            if status.retention_seconds is None:
-                config = self._api.get("/v0/management/config")
-                told = config.get("redis-usage-queue-retention-seconds") if isinstance(config, dict) else None
-                seconds = _finite(told) or 0.0
-                # Proxies before v6.10.1 have no such setting and keep records for 60 s, the default of later ones.
-                self._learn_retention(min(seconds, 3600.0) if seconds > 0 else SHORTEST_RETENTION_S)
-            self.has_example_keys = self._api.has_example_keys()
+            return api.ask(path)
         except QueueFault:
-            self.disconnect()
+            self._failed.add(path)
+            if api.has_refused:
+                self.disconnect()
+            return None
+        finally:
+            self._asked.extend([now] * (api.sent - sent))  # two where both trees were tried
+
+    def _learn_publishing(self, answer: Any) -> None:
+        publishing = _setting(answer, "usage-statistics-enabled")
+        if isinstance(publishing, bool):
+            self._status.publishing, self._asked_at = publishing, self._clock()
+
+    def ask(self) -> None:
+        """Ask, where it is time to, whether the proxy publishes and whether template keys stand in its config."""
+        now = self._clock()
+        if not 0 <= now - self._asked_at < self._PAUSE_S:
+            self._asked_at = now
+            self._learn_publishing(self._question(_PUBLISHING))
+            self._look()
+
+    def _look(self) -> None:
+        api = self._api
+        if api is not None:
+            self._status.proxy_version, self._status.clock_ahead_seconds = api.version, api.clock_ahead_s
+            self.has_example_keys = api.has_example_keys()
+
+    def attempts(self) -> tuple[dict[Any, Attempts], bool]:
+        """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
+        files, keys = (path not in self._failed and self._question(path, most=2) for path in (_FILES, _KEYS))
+        attempts: dict[Any, Attempts] = {}
+        is_whole = False
+        with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
+            listed = (files or {}).get("files") or ()
+            told = [(file.get("auth_index"), file.get("type") == "codex", file) for file in listed]
+            for provider, entries in (keys or {}).items():
+                is_recorded = provider.lower() not in _COUNTING
+                told += [(mask_key(name.rpartition("|")[2]), is_recorded, entry) for name, entry in entries.items()]
+            for name, is_recorded, entry in told:
+                good, bad, were_recorded = attempts.get(name, Attempts())  # entries may share a key
+                more_good, more_bad = (_number(entry.get(word), word) for word in ("success", "failed"))
+                attempts[name] = Attempts(good + more_good, bad + more_bad, is_recorded and were_recorded)
+            is_whole = bool(attempts and files and keys is not None and keys is not False)
+        return attempts, is_whole
 
     def note_events(self) -> None:
         """Take events as a sign that the proxy publishes; where it denied that, ask again in two seconds."""
+        self.has_example_keys = False
         if self._api is None:
             self._status.publishing = None
         elif self._status.publishing is not False:
-            self._status.publishing, self._asked_at = True, self._clock()
+            self._learn_publishing(True)
         else:  # left from before it was switched off, or it is on again
-            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_WHILE_OFF_S + 2)
-
-    def ask_if_due(self) -> None:
-        """Ask again where the last answer is old: 5 minutes, 15 s while it does not publish."""
-        is_off = self._status.publishing is False or self.has_example_keys
-        pause_s = self._PAUSE_WHILE_OFF_S if is_off else self._PAUSE_S
-        if not 0 <= self._clock() - self._asked_at < pause_s:
-            self.ask()
+            self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_S + 2)
 
     def disconnect(self) -> None:
         """Close the connection to the management API; nothing is asked until the next connect()."""
@@ -4220,15 +4461,17 @@ class ProxyFacts:
             self._api.close()
             self._api = None
 
+    def abort(self) -> None:
+        """Give up a question that is on its way; nothing is asked until the next connect()."""
+        api, self._api = self._api, None
+        if api is not None:
+            api.abort()
+
     def state(self, otherwise: str) -> str:
         """Return why nothing comes although the connection is well; else ``otherwise``."""
-        return (
-            "example_keys"
-            if self.has_example_keys
-            else "publishing_off"
-            if self._status.publishing is False
-            else otherwise
-        )
+        if self.has_example_keys:
+            return "example_keys"
+        return "publishing_off" if self._status.publishing is False else otherwise
 
     def _learn_retention(self, seconds: float) -> None:
         """Record how long the queue keeps what nobody takes, and warn where that is hardly longer than the pause."""
@@ -4241,6 +4484,91 @@ class ProxyFacts:
         self._status.retention_seconds = None if seconds == _FOR_EVER_S else seconds
 
 
+class Rival:
+    """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
+
+    It counts some that make no record, so two signs alone are believed: nothing comes at all for a while, or failures
+    are missing, of providers each of whose failures makes a record. Pairs of numbers are of all, and of these failures.
+    """
+
+    def __init__(self, facts: ProxyFacts, status: CollectorStatus, poll_interval_s: float, clock, monotonic):
+        self._facts, self._status, self._clock, self._monotonic = facts, status, clock, monotonic
+        self._poll_interval_s = poll_interval_s
+        self._turn_s = self._read_s = -math.inf
+        self.connect()
+
+    def connect(self) -> None:
+        """Begin with a new connection, or after a gap: what was missed before is unknown."""
+        self._reading: Any = None  # time, attempts and records, of which more may be on their way
+        self._attempts: dict[Any, Attempts] = {}
+        self._expected, self._received, self._since, self._grown = [0, 0], [0, 0], [0.0, 0.0], 0
+
+    def note(self, parsed: Parsed) -> None:
+        """Count what came, but not what a client left: the proxy does not count it either."""
+        for event in parsed.events:
+            if event.failed:  # which the second event of an image tool never is
+                has_left = event.status_code == 499 or "client left" in (event.error or "")
+                names = (event.context.auth_index, event.context.source)
+                known = next((self._attempts[name] for name in names if name in self._attempts), Attempts())
+                self._received[0] -= has_left
+                self._received[1] += known.is_recorded and not has_left
+        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.warm_ups
+        self._received[1] += len(parsed.rejects)
+
+    def turn(self) -> None:
+        """Read the counters every 10 minutes, and compare when their records must be here; with the queue empty."""
+        before, self._turn_s = self._turn_s, self._monotonic()
+        retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
+        if not self._facts.is_open or self._status.warning:
+            self.connect()
+            self._status.rival = None
+        elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
+            self.connect()
+        elif self._reading is None and self._turn_s - self._read_s >= 600:
+            self._read_s = self._turn_s
+            self._reading = self._clock(), self._facts.attempts()[0], self._received[:]
+        elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
+            self._compare(*self._reading)
+            self._reading = None
+
+    def _compare(self, at: float, attempts: dict[Any, Attempts], had: Sequence[int]) -> None:
+        """Judge what the counters have grown by; one that fell, or is new, has not."""
+        before, self._attempts, grown = self._attempts, attempts, 0
+        if not attempts:  # nothing can be said
+            self._status.rival = None
+        for name, now in attempts.items():
+            old = before.get(name, now)
+            if now.good >= old.good and now.bad >= old.bad:
+                grown += now.good - old.good + now.bad - old.bad
+                self._expected[1] += now.is_recorded * (now.bad - old.bad)
+        self._expected[0] += grown
+        self._grown += grown > 0
+        for number in self._judge() if before else (0, 1):
+            self._expected[number], self._since[number] = 0, at
+            self._received[number] -= had[number]
+            self._grown *= number
+
+    def _judge(self) -> Sequence[int]:
+        """Set or end the verdict, and return which of the pairs' numbers begin again."""
+        (every, failed), (came, came_failed), rival = self._expected, self._received, self._status.rival
+        takes_all, are_even = came <= 0 and every >= 10 and self._grown >= 3, came_failed > 0.8 * failed
+        if takes_all or (failed - came_failed >= 3 and not are_even):
+            expected, received, since = (pair[not takes_all] for pair in (self._expected, self._received, self._since))
+            if rival is None:
+                self._facts.ask()  # whether it publishes: it may have been switched off a moment ago
+                rival = {"expected": 0, "received": 0, "since": since}
+            if self._status.publishing:
+                expected, received = rival["expected"] + expected, rival["received"] + max(0, received)
+                self._status.rival = {**rival, "expected": expected, "received": received}
+            return 0, 1
+        # Where nothing came, half of all is enough again, since some attempts make no record.
+        share = 0.5 if rival and not rival["received"] else 0.8
+        if (are_even and failed >= 5) or (every >= 10 and came > share * every):
+            self._status.rival = None
+            return 0, 1
+        return (0,) if came > 0 and (rival is None or every >= 10) else ()
+
+
 class OutageLog:
     """The spans in which nothing is recorded. One that cannot be written yet is kept until it can."""
 
@@ -4251,6 +4579,7 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
+        self.restart_lost: bool | None = None  # whether the restart that was its cause lost records
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4262,8 +4591,8 @@ class OutageLog:
     def end(self) -> None:
         """Record that recording goes on. Raises StoreError."""
         self._write_begin()
-        self._store.end_outage(self._clock())
-        self._reason = None
+        self._store.end_outage(self._clock(), restart_lost=self.restart_lost)
+        self._reason = self.restart_lost = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
@@ -4370,6 +4699,7 @@ class CollectorStatus:
     retention_seconds: float | None = None
     clock_ahead_seconds: float | None = None
     warning: str | None = None
+    rival: dict[str, float] | None = None
 
     def as_json(self, counts: Mapping[str, int]) -> dict[str, Any]:
         """Return the status as ``/api/health`` shows it, with how many events were stored, rejected and ignored."""
@@ -4385,6 +4715,8 @@ class CollectorStatus:
 
 class Collector:
     """Take events off the queue and store them until ``stop``, the only thing it sleeps on: states and waiting."""
+
+    _MOST_STRANGE = 20
 
     def __init__(
         self,
@@ -4409,14 +4741,21 @@ class Collector:
         self._readings = TrafficReadings(self._files, store, clock, monotonic)
         self._outages = OutageLog(store, config.poll_interval_seconds, clock, monotonic)
         self._refused = RefusedLogins(store, clock, monotonic)
+        self._recent = Recent()
         self._source = Source()
         self._is_proven = False  # whether this connection has given a good reply to a pop
+        self._connected_at = 0.0
         self._recorded_at: float | None = None  # on this connection
+        self._records = 0  # on this connection
+        self._records_before, self._is_fresh_loss = 0, False  # of the one that broke while it recorded
+        self._has_held_out = self._goes_on = False
+        self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
         self._status = CollectorStatus("starting", clock(), STATE_REMEDIES["starting"], endpoint)
         self._status.last_event = (store.span() or [None])[-1]
         self._facts = ProxyFacts(self._status, store, log, config.poll_interval_seconds, clock)
+        self._rival = Rival(self._facts, self._status, config.poll_interval_seconds, clock, monotonic)
 
     def status(self) -> dict[str, Any]:
         """Return the state and what is known of the proxy, as ``/api/health`` shows it."""
@@ -4442,17 +4781,23 @@ class Collector:
 
     def _turn(self) -> None:
         """Run one session, and wait after the fault that ended it."""
+        has_held_out, self._has_held_out = self._has_held_out, False
         try:
             self._session()
         except QueueFault as fault:
-            self._enter(fault.state, fault)
-            self._outages.begin(fault.state)
-            if fault.lasts_s is not None:
-                self._wait_for_change(fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff))
-            elif fault.state in _REFUSALS:
-                self._wait_for_change(math.inf, fault.state)
+            self._note_break(fault)
+            if fault.state == "banned":  # told again after its connection ended, that was not a restart
+                self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
+            elif fault.lasts_s is not None:
+                self._wait_for_change(next(self._backoff))
+            elif fault.state in (*_REFUSALS, "foreign_list"):
+                self._wait_for_change(math.inf, fault.state if fault.state in _REFUSALS else None)
+            elif fault.state == "no_queue":
+                self._wait_for_change(300.0)
             else:
                 self._stop.wait(next(self._backoff))
+            if fault.held is not None:
+                fault.held.close()
         except StoreError as error:
             self._enter_storage_error(error)
             self._stop.wait(next(self._backoff))
@@ -4460,6 +4805,7 @@ class Collector:
     def interrupt(self) -> None:
         """Abort a wait for the other side: replies that are not here by now are given up."""
         self._source.abort()
+        self._facts.abort()
 
     def probe(self) -> dict[str, Any]:
         """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
@@ -4486,8 +4832,13 @@ class Collector:
         self._store.check_writable()
         source = self._source = self._open()
         try:
-            self._is_proven, self._recorded_at, self._status.mode = False, None, source.mode
-            self._facts.connect(source)
+            self._facts.connect(source, self._goes_on)
+            if not self._goes_on:
+                self._is_proven, self._recorded_at, self._records = False, None, 0
+                self._rival.connect()
+                self._outages.restart_lost = self._loss_of_restart()
+            self._connected_at, self._status.mode, self._goes_on = self._clock(), source.mode, False
+            self._recent.by_values = source.mode == "subscribe"
             self._collect(source)
         finally:
             self._source = Source()
@@ -4505,20 +4856,32 @@ class Collector:
         """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
         count = few = 16  # where little comes, more would only be more empty replies
         while source.unread or not self._stop.is_set():
-            result = source.take(min(count, source.largest_batch))
+            left = math.inf if source.is_proxy else self._MOST_STRANGE - self._strange
+            if left <= 0:
+                raise QueueFault(f"{self._MOST_STRANGE} values came, and none was a usage record", "foreign_list")
+            result = source.take(int(min(count, source.largest_batch, left)))
             more = result.full and not self._stop.is_set()
             recorded = self._hold(result.values)
             count = source.largest_batch if more else few
             if not more:
                 self.journal.sync()
             self._store_if_due(source, at_rest=not more)
-            if isinstance(result.fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                raise QueueFault(str(result.fault), "unreachable") from result.fault
-            if result.fault is not None:
-                raise result.fault
-            self._after_turn(recorded)
-            if not result.full and source.mode != "subscribe":
-                self._stop.wait(self._config.poll_interval_seconds)
+            fault = result.fault
+            if fault is None:
+                self._after_turn(recorded)
+                if not result.full and not self._stop.is_set():
+                    self._rival.turn()
+                is_polled = not result.full and source.mode != "subscribe"
+                if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
+                    fault = ConnectionClosed(clean=True)
+            if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
+                idle_s = self._clock() - max(self._connected_at, self._recorded_at or 0.0)
+                self._goes_on = fault.clean and self._is_proven and idle_s > 60
+                if self._goes_on:
+                    return
+                raise QueueFault(str(fault), "unreachable") from fault
+            if fault is not None:
+                raise fault
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
@@ -4540,19 +4903,21 @@ class Collector:
         if fault is not None:
             raise fault
 
-    def _hold(self, values: Sequence[Any]) -> bool:
-        """Parse and spool what was popped, and return whether there was a record in it."""
+    def _hold(self, values: Sequence[Any]) -> int:
+        """Parse and spool what was popped, and return how many records were in it."""
         if not values:
-            return False
+            return 0
         self._files.look(2.0)
-        parsed = parse_events(values, self._files.contexts)
-        self._follow_files(2.0)
-        self.journal.hold(parsed)
+        parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
+        self._rival.note(parsed)
+        self.journal.hold(parsed)
+        self._follow_files(2.0)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
-        return bool(parsed.events or parsed.rejects)
+        self._strange = -math.inf if parsed.events else self._strange + len(parsed.rejects)
+        return len(parsed.events) + len(parsed.rejects)
 
     def _follow_files(self, pause_s: float) -> None:
         """Notice account files that have changed, and what they tell of events that are stored already."""
@@ -4562,7 +4927,7 @@ class Collector:
                 self._store.decide_accounts(self._files.account_of, self._files.renamed)
                 self._decided_changes = self._files.changes
 
-    def _after_turn(self, got_values: bool) -> None:
+    def _after_turn(self, recorded: int) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
@@ -4574,12 +4939,13 @@ class Collector:
             self._backoff = backoff()
             self._refused.forget()
             self._outages.end()
+            self._records_before = 0
         self._outages.turn()
         now = self._clock()
-        if got_values:
-            self._recorded_at = now
+        if recorded:
+            self._records, self._recorded_at = self._records + recorded, now
             self._facts.note_events()
-        self._facts.ask_if_due()
+        self._facts.ask()
         publishing = self._status.publishing
         self._outages.note_publishing(publishing)
         is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
@@ -4588,6 +4954,26 @@ class Collector:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
             self._log.event("quota", fault=error)
+
+    def _note_break(self, fault: QueueFault) -> None:
+        """Enter the state of a fault, and begin an outage."""
+        if self._status.state == "recording":
+            self._records_before = self._records
+            self._is_fresh_loss = self._clock() - (self._recorded_at or 0.0) <= SHORTEST_RETENTION_S
+        self._goes_on = False
+        self._enter(fault.state, fault)
+        self._outages.begin(fault.state)
+
+    def _loss_of_restart(self) -> bool | None:
+        """Return whether a restart of the proxy cost records; None where there was none for sure."""
+        if not self._records_before:
+            return None
+        attempts, is_whole = self._facts.attempts()
+        # A proxy that has counted fewer attempts than it handed over records has begun again. One that does not tell
+        # has where nobody listened a moment ago.
+        counted = sum(told.good + told.bad for told in attempts.values())
+        has_restarted = 2 * counted < self._records_before if is_whole else self._status.state == "refused"
+        return self._is_fresh_loss if has_restarted else None
 
     # States and waiting
 
@@ -4616,23 +5002,25 @@ class Collector:
                 written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, seconds: float, refused: str | None = None) -> None:
-        """Wait, or until address, key or the config file's time is another one; ``refused`` is remembered first."""
+    def _wait_for_change(self, seconds: float, refused: str | None = None, held: Source | None = None) -> bool:
+        """Wait, until the config is another one at most; return whether the end of what is held ended the wait."""
         before = self._login()
         while seconds > 0:
             if refused is not None:
                 with suppress(StoreError):  # it is tried again
                     self._refused.remember(before, refused)
             if self._stop.wait(min(3.0, seconds)):
-                return
+                return False
             seconds -= 3.0
+            has_ended = held is not None and held.has_ended()
             try:
                 self._config = self._load()
             except ConfigError as error:
                 self._log.once("config", fault=error)
-            if self._login() != before:
-                self._backoff = backoff()
-                return
+            if has_ended or self._login() != before:
+                self._backoff, self._strange = backoff(), 0
+                return has_ended
+        return False
 
 
 # ------------------------------------------------------------------ refresher
@@ -4687,7 +5075,7 @@ class QuotaRefresher:
                 message = f"the quota was refreshed just now; try again in {wait_s} s"
                 raise ApiError(429, "cooldown", message, {"Retry-After": str(wait_s)})
             self._log.line(f"refresh_quota: found {len(found[0])} auth files")
-            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir'
+            message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir (v8: oauth.auth-dir)'
             raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
         thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
@@ -4968,6 +5356,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "uptime_seconds": round(time.monotonic() - app.started_at, 1),
         "demo": app.demo,
         "now": app.clock(),
+        "rival": collector.pop("rival", None),
         "collector": collector,
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
@@ -5597,8 +5986,10 @@ def _check_losses(store: Store) -> list[Finding]:
         found = f"{store.path.name} was deleted or replaced under the running dashboard, {local_minute(changed_at)}"
         findings.append(Finding("warning", found, "keep other programs away from it; what it held may be in a backup"))
     for outage in losses[-5:]:
-        remedy = "redis-usage-queue-retention-seconds: 3600 in the proxy's config.yaml lets it remember for an hour"
-        if outage["to"] is None:
+        remedy = f"{RETENTION_LINE} lets it remember for an hour"
+        if outage["reason"] == "proxy_restarted":
+            remedy = 'what it still held is gone with each restart; with "collect_mode": "subscribe" that is less'
+        elif outage["to"] is None:
             remedy = STATE_REMEDIES.get(outage["reason"], remedy)
         findings.append(Finding("warning", f"requests were lost, {outage_text(outage)}", remedy))
     return findings or [Finding("ok", "no losses are known of in the last 24 hours")]
@@ -5615,7 +6006,7 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
     folder, files, problems = find_account_files(config.auth_dirs())
     findings = [Finding("warning", problem, "sign in again in the proxy if it stays so") for problem in problems]
     if not files:
-        remedy = 'set "auth_dir" to the proxy\'s auth-dir, and let this user read it'
+        remedy = 'set "auth_dir" to the proxy\'s auth-dir (version 8: oauth.auth-dir), and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
     stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
     odd = []
@@ -5647,7 +6038,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
     if health is not None and "collector" in health:
         running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
-        return [running, *_findings_of_status(health["collector"], config)]
+        return [running, *_findings_of_status(health["collector"], config), *_check_rival(health.get("rival"))]
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -5704,6 +6095,14 @@ def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
         yield Finding("warning", found, "let both machines set their clocks by NTP")
+
+
+def _check_rival(rival: Mapping[str, float] | None) -> list[Finding]:
+    if rival is None:
+        return []
+    counted = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
+    found = f"{counted} of which {rival['received']} came here: another program takes records, or they expired"
+    return [Finding("warning", found, 'stop it, or set "collect_mode": "subscribe" if it subscribes')]
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:

@@ -5,7 +5,14 @@
         ...                                     # point the program at proxy.host, proxy.port
         proxy.wait_for(lambda: proxy.queued == 0)
 
-What a version does differently is in Dialect; nothing else looks at the version.
+    FakeProxy(version="v8.0.47")                # a release by its tag, or a fork by its name in FORKS,
+    FakeProxy(routes_of_v0=False)               # and single differences of one's own, see Dialect
+
+    proxy.add_account("00000000000000ab", email="an@example.com")     # an account file; its events are counted
+    proxy.count("00000000000000ab", failed=1)   # an attempt that makes no event (count_tokens)
+    proxy.restart()                             # everything in memory is gone: queue, bans, counters, connections
+    proxy.pass_time(125)                        # idle connections, retention, bans, counters' buckets
+    proxy.answers["/v0/management/config"] = http_reply(302, b"", "text/html", {"Location": "/x"})  # sockets.http_reply
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ import select
 import socket
 import ssl
 import time
-from collections import deque
+from collections import Counter, deque
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -30,15 +37,26 @@ MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
+BUCKET_S, BUCKETS = 600, 20
+THE_QUEUE = object()
+
+# Forks by what is odd about them: the release that they began with, and what differs from it.
+FORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
+    "keeps-published": ("v7.2.140", {"keeps_published": True}),
+    "http-only": ("v7.2.140", {"resp": False}),
+    "resp-only": ("v7.2.140", {"http_queue": False}),
+    "no-queue": ("v7.2.140", {"sniffs_resp": False, "http_queue": False}),
+}
 
 
 class Dialect:
-    """The differences between versions, each by the first tag that has it."""
+    """The differences between versions, each by the first tag that has it, and those of a fork."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, changes: dict[str, Any]) -> None:
         tag = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        self.sniffs_resp = True  # without: RESP meets the HTTP server
         self.resp = tag != (7, 1, 17)
-        self.any_pop_key = tag < (7, 1, 44)
         self.subscribe = tag >= (7, 0, 7)
         self.control_messages = tag >= (7, 1, 39)
         self.echoes_channel = tag >= (7, 1, 44)
@@ -47,6 +65,15 @@ class Dialect:
         self.home_mode = tag >= (7, 0, 0)
         self.home_mode_text = tag >= (7, 1, 18)
         self.sniffs_in_accept_loop = tag <= (7, 0, 2)
+        self.recent_requests = tag >= (6, 9, 46)
+        self.request_totals = tag >= (6, 9, 49)
+        self.routes_of_v0 = True
+        self.routes_of_v8 = tag >= (8, 0, 0)
+        self.rpop_takes_newest = self.keeps_published = False
+        self.most_at_once: int | None = None
+        self.idle_s: float | None = None
+        assert changes.keys() <= vars(self).keys(), changes
+        vars(self).update(changes)
 
 
 def go_duration(seconds: float) -> str:
@@ -94,8 +121,33 @@ def as_json_element(payload: bytes) -> bytes:
         return json.dumps(payload.decode("utf-8", "replace")).encode()
 
 
+class Credential:
+    """An account file or a key, and what the proxy counts of it: attempts in buckets of ten minutes."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+        self.good: Counter[int] = Counter()
+        self.bad: Counter[int] = Counter()
+
+    def as_json(self, now: int, dialect: Dialect) -> dict[str, Any]:
+        """Return the entry of a listing; the newest bucket is the last, and their labels have no date."""
+        told = dict(self.entry)
+        if dialect.request_totals:
+            told.update(success=sum(self.good.values()), failed=sum(self.bad.values()))
+        if dialect.recent_requests:
+            buckets = range(now - BUCKETS + 1, now + 1)
+            clock = {at: time.strftime("%H:%M", time.gmtime(at * BUCKET_S)) for at in (*buckets, now + 1)}
+            told["recent_requests"] = [
+                {"time": f"{clock[at]}-{clock[at + 1]}", "success": self.good[at], "failed": self.bad[at]}
+                for at in buckets
+            ]
+        return told
+
+
 class Wire(Stream):
     """A connection whose replies go through the proxy's faults."""
+
+    last_command_at: float | None = None  # of RESP, in the proxy's time
 
     def send(self, data: bytes) -> None:
         """Write a reply; raises CutOff where a fault ends it early."""
@@ -141,8 +193,9 @@ class FakeProxy(SocketServer):
 
     These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
     `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
-    `ban_seconds`, `clock` (of the ban), `answer_http_only` (a reverse proxy: only HTTP is understood), and
-    `example_page` (template keys stand in its configuration: `/` warns of them).
+    `ban_seconds`, `clock` (of all but the counters, which go by `wall_clock`), `answer_http_only` (a reverse
+    proxy: only HTTP is understood), `example_page` (template keys stand in its configuration: `/` warns of them),
+    and `answers`, whole HTTP answers as bytes by path, which are sent in place of the proxy's own.
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
     them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
@@ -153,18 +206,19 @@ class FakeProxy(SocketServer):
     stream_type = Wire
 
     def __init__(
-        self, key: str = "secret-key", version: str = "v7.2.140", tls: ssl.SSLContext | None = None, port: int = 0
+        self, key: str = "secret-key", version: str = "v7.2.140", tls: Any = None, port: int = 0, **differences: Any
     ) -> None:
         super().__init__(port)
         self.key = key
-        self.version = version
-        self.dialect = Dialect(version)
+        self.version, changes = FORKS.get(version, (version, {}))
+        self.dialect = Dialect(self.version, {**changes, **differences})
         self.publishing = self.allow_remote = self.management = True
         self.home_mode = self.answer_http_only = self.example_page = False
         self.retention_seconds = 60
         self.seen_from: str | None = None
         self.ban_seconds = 1800.0
         self.clock = time.monotonic
+        self.wall_clock = time.time
         self.seconds_per_byte = 0.0
 
         self.handed_over: list[bytes] = []
@@ -172,6 +226,7 @@ class FakeProxy(SocketServer):
         self.forgotten: list[bytes] = []
         self.commands: list[str] = []
         self.http_requests: list[tuple[str, str]] = []
+        self.answers: dict[str, bytes] = {}
         self.failures = 0
 
         self._tls = tls
@@ -180,6 +235,9 @@ class FakeProxy(SocketServer):
         self._failures_of: dict[str, int] = {}
         self._banned_until: dict[str, float] = {}
         self._cut_after: int | None = None
+        self._passed_s = 0.0
+        self._accounts: dict[str, Credential] = {}
+        self._keys: dict[str, Credential] = {}
 
     def describe(self) -> str:
         return (
@@ -205,12 +263,40 @@ class FakeProxy(SocketServer):
 
     # -- for tests: events
 
-    def push(self, *events: str | bytes) -> None:
+    def push(self, *events: str | bytes, counted: bool = True) -> None:
         """Publish events; as in the proxy, they vanish while it does not publish or is not managed."""
         with self.change():
             for event in events:
+                if counted and (self._accounts or self._keys):
+                    told = json.loads(event)
+                    name = told.get("auth_index")
+                    one = name if name in self._accounts else told.get("source")
+                    self.count(one, failed=1) if told.get("failed") else self.count(one, success=1)
                 if self.publishing and self.management:
                     self._publish(event.encode() if isinstance(event, str) else event)
+
+    def add_account(self, auth_index: str, **entry: Any) -> None:
+        """List an account file; its counters begin at zero, also where it was listed before."""
+        with self.change():
+            base = {"auth_index": auth_index, "name": f"codex-{auth_index}.json", "type": "codex", "disabled": False}
+            self._accounts[auth_index] = Credential({**base, **entry})
+
+    def add_key(self, key: str, provider: str = "codex", base_url: str = "https://up.example/v1") -> None:
+        """List a key of the proxy's configuration, which events name as their source."""
+        with self.change():
+            self._keys[key] = Credential({"provider": provider, "name": f"{base_url}|{key}"})
+
+    def count(self, credential: str, success: int = 0, failed: int = 0) -> None:
+        """Count attempts of a credential, by its auth_index or key, now."""
+        with self.change():
+            found = self._accounts.get(credential) or self._keys.get(credential)
+            if found is not None:
+                found.good[self._bucket] += success
+                found.bad[self._bucket] += failed
+
+    @property
+    def _bucket(self) -> int:
+        return int(self.wall_clock() + self._passed_s) // BUCKET_S
 
     def refresh(self) -> None:
         """Tell subscribers that account files may have changed (pollers never see this)."""
@@ -223,7 +309,7 @@ class FakeProxy(SocketServer):
     def ban(self) -> None:
         """Ban the clients of this machine as if they had failed often enough."""
         with self.change():
-            self._banned_until["127.0.0.1"] = self.clock() + self.ban_seconds
+            self._banned_until["127.0.0.1"] = self._now() + self.ban_seconds
 
     def lift_ban(self) -> None:
         """Forget all bans and failures, as a restart of the proxy does."""
@@ -248,11 +334,32 @@ class FakeProxy(SocketServer):
                 raise CutOff
 
     def forget(self) -> None:
-        """Lose the queue, the bans and the failures, as a restart does."""
+        """Lose the queue, the bans, the failures and the counters, as a restart does."""
         with self.change():
             self.forgotten += [payload for _, payload in self._queue]
             self._queue.clear()
             self.lift_ban()
+            for listed in (self._accounts, self._keys):
+                listed.update({name: Credential(one.entry) for name, one in listed.items()})
+
+    def restart(self) -> None:
+        """Stop and start again at the same port: every connection ends, and what was in memory is gone."""
+        self.stop_listening()
+        self.disconnect_all()
+        self.forget()
+        self.listen_again()
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time go by at the proxy, and do at once what it would have done meanwhile."""
+        with self.change():
+            self._passed_s += seconds
+            for wire in self._open if self.dialect.idle_s else ():
+                if wire.last_command_at is not None and self._now() - wire.last_command_at >= self.dialect.idle_s:
+                    wire.shut()
+            self._expire()
+
+    def _now(self) -> float:
+        return self.clock() + self._passed_s
 
     def allowance(self, length: int) -> int | None:
         """Return how many of the next bytes may be written; None: all."""
@@ -266,18 +373,17 @@ class FakeProxy(SocketServer):
     # -- events
 
     def _publish(self, payload: bytes) -> None:
-        if not self._subscribers:
-            self._queue.append((time.monotonic(), payload))
-        elif self._broadcast(payload):
-            self.handed_over.append(payload)
-        else:
-            self.lost.append(payload)
+        is_told = bool(self._subscribers)
+        if not is_told or self.dialect.keeps_published:
+            self._queue.append((self._now(), payload))
+        if is_told:
+            (self.handed_over if self._broadcast(payload) else self.lost).append(payload)
         self._expire()
 
     def _expire(self) -> None:
         """Drop what is older than the retention, silently, as at each push and pop of the proxy."""
         seconds = min(self.retention_seconds, 3600) if self.retention_seconds > 0 else 60
-        while self._queue and time.monotonic() - self._queue[0][0] > seconds:
+        while self._queue and self._now() - self._queue[0][0] > seconds:
             self.forgotten.append(self._queue.popleft()[1])
 
     def _broadcast(self, payload: bytes) -> bool:
@@ -297,12 +403,13 @@ class FakeProxy(SocketServer):
         subscriber.dismissed = True
         subscriber.wake()
 
-    def _pop(self, wire: Wire, count: int) -> list[bytes]:
+    def _pop(self, wire: Wire, count: int, newest: bool = False) -> list[bytes]:
         with self.change():
             if wire.is_shut:
                 raise Hangup  # a disconnected client's commands may still wait here; they take nothing any more
             self._expire()
-            popped = [self._queue.popleft()[1] for _ in range(min(count, len(self._queue)))]
+            take = self._queue.pop if newest else self._queue.popleft
+            popped = [take()[1] for _ in range(min(count, len(self._queue)))]
             self.handed_over += popped
             return popped
 
@@ -321,7 +428,7 @@ class FakeProxy(SocketServer):
     def _authenticate(self, address: str, given: str) -> tuple[int, str]:
         """Return (200, "") or the refusal; failures are counted per address, HTTP and RESP together."""
         with self.change():
-            left_s = self._banned_until.get(address, 0.0) - self.clock()
+            left_s = self._banned_until.get(address, 0.0) - self._now()
             if left_s > 0:
                 return 403, f"IP banned due to too many failed attempts. Try again in {go_duration(left_s)}"
             if address not in LOCAL_ADDRESSES and not self.allow_remote:
@@ -338,7 +445,7 @@ class FakeProxy(SocketServer):
         self.failures += 1
         count = self._failures_of.get(address, 0) + 1
         if count >= MAX_FAILURES:
-            self._banned_until[address] = self.clock() + self.ban_seconds
+            self._banned_until[address] = self._now() + self.ban_seconds
             count = 0
         self._failures_of[address] = count
 
@@ -362,7 +469,8 @@ class FakeProxy(SocketServer):
 
     def _route(self, wire: Wire) -> None:
         by_alpn = isinstance(wire.sock, ssl.SSLSocket) and wire.sock.selected_alpn_protocol() is not None
-        if self.answer_http_only or by_alpn or wire.buffer[:1] not in RESP_FIRST_BYTES:
+        only_http = self.answer_http_only or not self.dialect.sniffs_resp
+        if only_http or by_alpn or wire.buffer[:1] not in RESP_FIRST_BYTES:
             self._serve_http(wire)
         else:
             self._serve_resp(wire)
@@ -396,6 +504,7 @@ class FakeProxy(SocketServer):
             name, args = command[0].strip().upper(), command[1:]
             with self.change():
                 self.commands.append(name)
+                wire.last_command_at = self._now()
             if name == "AUTH":
                 status, text = self._authenticate(wire.peer, args[-1])
                 authenticated = authenticated or status == 200
@@ -404,20 +513,25 @@ class FakeProxy(SocketServer):
                 _, text = self._authenticate(wire.peer, "")
                 banned = text.startswith("IP banned")
                 wire.send(error(text) if banned else error("Authentication required.", "NOAUTH"))
-            elif name == "RPOP":
-                self._answer_pop(wire, args[0].strip())
+            elif name in ("LPOP", "RPOP"):
+                self._answer_pop(wire, name, *args)
             elif name == "SUBSCRIBE" and self.dialect.subscribe:
                 if self._answer_subscribe(wire, args[0].strip()):
                     return
             else:
                 wire.send(error(f"unknown command '{name.lower()}'"))
 
-    def _answer_pop(self, wire: Wire, key: str) -> None:
-        if not self.dialect.any_pop_key and key.lower() != CHANNEL:
+    def _answer_pop(self, wire: Wire, name: str, asked: str, count: str = "") -> None:
+        key, most = asked.strip(), self.dialect.most_at_once
+        if count and not 0 < _integer(count.encode()) <= (most or 2**31):
+            wire.send(error("value is not an integer or out of range"))
+            return
+        if key.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
-        popped = self._pop(wire, 1)
-        self._send_popped(wire, bulk(popped[0] if popped else None), popped)
+        popped = self._pop(wire, int(count or 1), newest=name == "RPOP" and self.dialect.rpop_takes_newest)
+        one = bulk(popped[0] if popped else None)
+        self._send_popped(wire, array(*map(bulk, popped)) if count else one, popped)
 
     def _answer_subscribe(self, wire: Wire, asked: str) -> bool:
         """Serve a subscription to its end; False when it was refused and the connection goes on."""
@@ -467,48 +581,74 @@ class FakeProxy(SocketServer):
 
     def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str]) -> None:
         url = urlsplit(target)
-        route = url.path.rpartition("/v0/management/")[2] if url.path.startswith("/v0/management/") else ""
-        known = ("usage-statistics-enabled", "config", *(["usage-queue"] if self.dialect.http_queue else []))
-        if url.path == "/" and self.example_page:
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        documents = self._documents(query) if method == "GET" else {}
+        if url.path in self.answers:
+            wire.send(self.answers[url.path])
+        elif url.path == "/" and self.example_page:
             page = b"<!DOCTYPE html><title>Example API key detected</title>"
             wire.send(http_reply(200, page, "text/html; charset=utf-8"))
-            return
-        if method != "GET" or route not in known:
+        elif url.path not in documents:
             wire.send(http_reply(404, b"404 page not found", "text/plain"))
-            return
-        if not self.management or (self.home_mode and self.dialect.home_mode):
+        elif not self.management or (self.home_mode and self.dialect.home_mode):
             wire.send(http_reply(404, b"", "text/plain"))
-            return
-        status, text = self._authenticate(wire.peer, bearer_token(headers))
-        if status != 200:
-            self._send_json(wire, status, {"error": text})
-        elif route == "usage-queue":
-            self._answer_queue(wire, _integer(parse_qs(url.query).get("count", ["1"])[0].encode()))
-        elif route == "config":
-            self._answer_config(wire)
         else:
-            self._send_json(wire, 200, {"usage-statistics-enabled": self.publishing})
+            status, text = self._authenticate(wire.peer, bearer_token(headers))
+            if status != 200:
+                self._send_json(wire, status, {"error": text})
+            elif documents[url.path] is THE_QUEUE:
+                self._answer_queue(wire, query)
+            else:
+                self._send_json(wire, 200, documents[url.path])
 
-    def _answer_queue(self, wire: Wire, count: int) -> None:
-        if count <= 0:
+    def _documents(self, query: dict[str, str]) -> dict[str, Any]:
+        """Return what each management route that there is answers with, in both trees."""
+        switch = {"usage-statistics-enabled": self.publishing}
+        usage: dict[str, Any] = dict(switch)
+        if self.dialect.retention_setting:
+            usage["redis-usage-queue-retention-seconds"] = self.retention_seconds
+        config = {"api-keys": ["sk-client-secret"], **usage}
+        accounts = self._list_accounts(query)
+        v0 = {"usage-statistics-enabled": switch, "config": config, "auth-files": accounts}
+        v8 = {f"config/observability/usage/{name}": value for name, value in usage.items()}
+        config = {"config-version": 8, "observability": {"usage": usage}}
+        v8.update({"config": config, "config/config-version": 8, "credentials": accounts})
+        if self.dialect.request_totals:
+            v0["api-key-usage"] = self._list_keys()
+        if self.dialect.http_queue:
+            v0["usage-queue"] = v8["observability/usage/queue"] = THE_QUEUE
+        trees = [("v0", v0)] * self.dialect.routes_of_v0 + [("v8", v8)] * self.dialect.routes_of_v8
+        return {f"/{tree}/management/{route}": one for tree, routes in trees for route, one in routes.items()}
+
+    def _answer_queue(self, wire: Wire, query: dict[str, str]) -> None:
+        count = _integer(query.get("count", "1").encode())
+        if not 0 < count <= (self.dialect.most_at_once or count):
             self._send_json(wire, 400, {"error": "count must be a positive integer"})
             return
         popped = self._pop(wire, count)
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
 
-    def _answer_config(self, wire: Wire) -> None:
-        config = {"api-keys": ["sk-client-secret"], "usage-statistics-enabled": self.publishing}
-        if self.dialect.retention_setting:
-            config["redis-usage-queue-retention-seconds"] = self.retention_seconds
-        self._send_json(wire, 200, config)
+    def _list_accounts(self, query: dict[str, str]) -> dict[str, Any]:
+        with self.lock:
+            listed = [one for name, one in self._accounts.items() if query.get("auth_index") in (None, name)]
+            return {"files": [one.as_json(self._bucket, self.dialect) for one in listed]}
 
-    def _send_json(self, wire: Wire, status: int, value: dict[str, Any]) -> None:
+    def _list_keys(self) -> dict[str, Any]:
+        usage: dict[str, dict[str, Any]] = {}
+        with self.lock:
+            for one in self._keys.values():
+                told = one.as_json(self._bucket, self.dialect)
+                usage.setdefault(told.pop("provider"), {})[told.pop("name")] = told
+        return usage
+
+    def _send_json(self, wire: Wire, status: int, value: Any) -> None:
         wire.send(self._json_reply(status, json.dumps(value, separators=(",", ":")).encode()))
 
     def _json_reply(self, status: int, body: bytes) -> bytes:
-        version = {"X-CPA-VERSION": self.version, "Date": formatdate(usegmt=True)}
-        return http_reply(status, body, "application/json; charset=utf-8", version)
+        build = {"X-CPA-VERSION": self.version, "X-CPA-COMMIT": "a7e3596b7", "X-CPA-BUILD-DATE": "2026-08-22T10:00:00Z"}
+        headers = {**build, "Date": formatdate(usegmt=True)}
+        return http_reply(status, body, "application/json; charset=utf-8", headers)
 
 
 def read_command(wire: Wire) -> list[str]:

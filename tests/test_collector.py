@@ -17,33 +17,31 @@ from support import DATA, EXPECTED_SAMPLES, KEY, SAMPLES, WRONG, ids_of, lock, p
 
 import usage_dashboard as app
 
-# ---- every kind of queue ---------------------------------------------------------------------------------
-
 
 def assert_samples(run, greetings=0) -> None:
     """Wait until every sample is stored, but for a warm-up, which is ignored as a greeting of the queue is."""
     run.wait_for(lambda: run.accounted >= len(SAMPLES) + greetings)
     names = "timestamp, model, input_tokens, output_tokens, reasoning_tokens, total_tokens"
-    assert rows(run.store.path, f"SELECT {names} FROM events ORDER BY id") == [
+    assert rows(run.store.path, f"SELECT {names} FROM events ORDER BY timestamp") == sorted(
         (at, model, input, output, reasoning, total)
         for at, _, model, input, output, reasoning, _, _, total in EXPECTED_SAMPLES
-    ]
+    )
     assert [run.status[name] for name in ("events", "rejected", "ignored")] == [7, 0, 1 + greetings]
     assert run.store.find_faults() == []
 
 
 RELEASES = {
-    "auto": "v6.9.38 v6.10.8 v7.0.2 v7.1.17 v7.1.18 v7.1.43 v7.1.44 v7.2.140",
+    "auto": "v6.9.38 v6.10.8 v7.0.2 v7.1.17 v7.1.18 v7.1.43 v7.1.44 v7.2.140 v8.0.47 http-only resp-only newest-first",
     "pop": "v7.2.140",
     "http": "v6.10.8 v7.1.17 v7.1.43 v7.2.140",
-    "subscribe": "v7.0.7 v7.1.16 v7.1.18 v7.1.38 v7.1.39 v7.1.43 v7.1.44 v7.2.140",
+    "subscribe": "v7.0.7 v7.1.16 v7.1.18 v7.1.38 v7.1.39 v7.1.43 v7.1.44 v7.2.140 v8.0.47",
 }
 
 
 @pytest.mark.parametrize(("mode", "version"), [(mode, tag) for mode, tags in RELEASES.items() for tag in tags.split()])
 def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, version):
-    used = mode if mode != "auto" else "http" if version == "v7.1.17" else "pop"
     with FakeProxy(version=version) as proxy:
+        used = mode if mode != "auto" else "pop" if proxy.dialect.resp else "http"
         proxy.push(*SAMPLES)
         run = collect(proxy, collect_mode=mode)
         # a subscription to a newer proxy begins with a control message
@@ -52,17 +50,14 @@ def test_collector_on_each_release_and_mode_stores_the_samples(collect, mode, ve
         assert (proxy.failures, proxy.lost, proxy.queued) == (0, [], 0)
 
 
-@pytest.mark.parametrize(
-    ("version", "mode", "state", "said"),
-    [
-        ("v6.9.38", "http", "closed", "older than v6.10.8"),
-        ("v6.10.7", "http", "closed", "older than v6.10.8"),
-        ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
-        ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
-        ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
-        ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
-    ],
-)
+@pytest.mark.parametrize(("version", "mode", "state", "said"), [
+    ("v6.9.38", "http", "no_queue", "older than v6.10.8"),
+    ("v6.10.7", "http", "no_queue", "older than v6.10.8"),
+    ("v7.1.17", "pop", "not_resp", "does not serve its queue over RESP"),
+    ("v7.1.17", "subscribe", "not_resp", "does not serve its queue over RESP"),
+    ("v6.9.38", "subscribe", "not_resp", '"collect_mode": "auto"'),
+    ("v7.0.6", "subscribe", "not_resp", '"collect_mode": "auto"'),
+])  # fmt: skip
 def test_collector_in_a_mode_that_a_release_lacks_says_so_and_takes_nothing(collect, version, mode, state, said):
     with FakeProxy(version=version) as proxy:
         proxy.push(*SAMPLES)
@@ -265,6 +260,17 @@ def test_collector_that_subscribes_and_is_too_slow_loses_only_what_the_proxy_thr
     assert Counter(stored_ids(run.store)) == Counter(ids_of(proxy.handed_over))
 
 
+@pytest.mark.parametrize("changes", [{}, {"execution_id": "0d3c1c5e-1111"}])
+def test_what_a_fork_published_and_queued_as_well_is_stored_once(collect, changes):
+    with FakeProxy(version="keeps-published") as proxy:
+        run = collect(proxy, collect_mode="subscribe", until="waiting")
+        proxy.push(payload(1, **changes), payload(2))
+        run.wait_for_events(2)
+        proxy.disconnect_all()
+        run.wait_for(lambda: run.accounted >= 2 + 2 + 2)  # and a control message for each subscription
+        assert (proxy.queued, stored_ids(run.store)) == (0, ["r1", "r2"])
+
+
 def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(collect, proxy):
     proxy.publishing = False
     run = collect(proxy, collect_mode="subscribe")
@@ -272,9 +278,6 @@ def test_collector_that_subscribes_to_a_proxy_that_publishes_nothing_says_so(col
     turned = time.monotonic() + 0.3  # a subscriber waits without the stop event
     run.wait_for(lambda: time.monotonic() > turned)
     assert (run.state, run.status["publishing"]) == ("publishing_off", False)
-
-
-# ---- the default ports -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

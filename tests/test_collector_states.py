@@ -18,8 +18,6 @@ import usage_dashboard as app
 
 pytestmark = pytest.mark.slow
 
-# ---- nobody locked out -----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("mode", ["auto", "pop", "http", "subscribe"])
 @pytest.mark.parametrize(("key", "state"), [(WRONG, "wrong_password"), ("", "no_password")])
@@ -74,15 +72,12 @@ def test_collector_that_is_banned_takes_a_corrected_config_meanwhile(collect, pr
         run.wait_for_state("waiting")
 
 
-@pytest.mark.parametrize(
-    ("said", "state", "longest_s"),
-    [
-        ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
-        ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
-        ("IP banned due to too many failed attempts", "banned", 1800),
-        ("this model is banned here", "unreachable", None),
-    ],
-)
+@pytest.mark.parametrize(("said", "state", "longest_s"), [
+    ("IP banned due to too many failed attempts. Try again in 99999999h0m0s", "banned", 86400),
+    ("IP banned due to too many failed attempts. Try again in " + "9" * 5000 + "s", "banned", 1800),
+    ("IP banned due to too many failed attempts", "banned", 1800),
+    ("this model is banned here", "unreachable", None),
+])  # fmt: skip
 def test_ban_is_told_by_the_proxys_own_text_and_lasts_a_day_at_most(collect, said, state, longest_s):
     with Answering(b"-ERR " + said.encode() + b"\r\n") as server:
         run = collect(server)
@@ -90,9 +85,6 @@ def test_ban_is_told_by_the_proxys_own_text_and_lasts_a_day_at_most(collect, sai
         until = run.status["until"]
         assert (until and until - time.time() <= longest_s) == (longest_s and True)
         run.end()
-
-
-# ---- never banned: three logins without a success in half an hour ----------------------------------------
 
 
 HALF_AN_HOUR_S = 1800.0
@@ -220,17 +212,14 @@ def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on
         run.wait_for_state("waiting" if cure else state)
 
 
-# ---- says why --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("state", ["waiting", "recording"])
-def test_collector_on_a_proxy_that_stops_publishing_notices_within_minutes(collect, proxy, state):
+def test_collector_on_a_proxy_that_stops_publishing_notices_within_a_minute(collect, proxy, state):
     run = collect(proxy)
     if state == "recording":
         proxy.push(payload(1))
     run.wait_for_state(state)
     proxy.publishing = False
-    run.ahead_s = 301.0
+    run.ahead_s = 58.0
     run.wait_for_state("publishing_off")
 
 
@@ -244,10 +233,10 @@ def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(
     shown = [(outage["reason"], outage["to"], outage["lost"]) for outage in store.outages(ALWAYS, time.time())]
     assert shown == [("publishing_off", None, True)]
     proxy.publishing = True
-    run.ahead_s = 20.0
+    run.ahead_s = 58.0
     run.wait_for_state("waiting")  # without any event
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["lost"] and 19 <= outage["to"] - outage["from"] <= 30 and run.status["publishing"] is True
+    assert outage["lost"] and 57 <= outage["to"] - outage["from"] <= 68 and run.status["publishing"] is True
 
 
 @pytest.mark.parametrize(
@@ -301,7 +290,7 @@ def test_collector_whose_api_fails_once_does_not_take_a_proxy_for_silent_for_eve
     run = collect(proxy, until="publishing_off")
     proxy.ban()  # over HTTP alone, as behind a reverse proxy that forwards another address
     asked = len(proxy.http_requests)
-    run.ahead_s = 20.0
+    run.ahead_s = 58.0
     run.wait_for(lambda: len(proxy.http_requests) > asked)
     proxy.publishing = True
     proxy.push(payload(1))
@@ -363,9 +352,6 @@ def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_st
     again.wait_for_state("waiting")
     (outage,) = again.store.outages(ALWAYS, time.time())
     assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
-
-
-# ---- a clock that is wrong -------------------------------------------------------------------------------
 
 
 YEAR_S = 365 * 86400.0

@@ -20,7 +20,8 @@ import usage_dashboard as app
 ROOT = app.BASE_DIR
 SCRIPT = inspect.getsource(app)
 FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in
-         ("README.md", "docs/api.md", "docs/performance.md", "docs/development.md", "docs/vi.md")}  # fmt: skip
+         ("README.md", "docs/api.md", "docs/performance.md", "docs/development.md", "docs/vi.md",
+          "docs/proxies.md")}  # fmt: skip
 README, API, DEVELOPMENT, VIETNAMESE = (FILES[name] for name in
                                         ("README.md", "docs/api.md", "docs/development.md", "docs/vi.md"))  # fmt: skip
 FOR_USERS = pytest.mark.parametrize("name", ["README.md", "docs/vi.md"])

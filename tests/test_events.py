@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 
@@ -21,12 +22,6 @@ def test_samples_of_several_releases_become_the_expected_events():
     got = [(e.timestamp, e.context.source, e.model, *(getattr(e, name) for name in names)) for e in parsed.events]
     assert got == EXPECTED_SAMPLES
     assert (parsed.rejects, parsed.ignored) == ([], 1)  # the warm-up with "generate": false
-
-
-def test_failed_sample_keeps_its_status_and_a_short_reason():
-    failed = app.parse_events(SAMPLES).events[3]
-    assert (failed.failed, failed.status_code, failed.ttft_ms, failed.latency_ms) == (1, 401, None, 388)
-    assert failed.error == "401 token_expired: Provided authentication token is expired. Please try signing in again."
 
 
 def test_nothing_secret_of_the_samples_is_kept():
@@ -59,10 +54,27 @@ def counts(input, output, **more):
         ("codex", counts(-1, 5, total=5), (None, 5, None, 5, None, None)),
         ("codex", {}, (None, None, None, None, None, None)),
         ("codex", counts(10**12, None), (10**12, None, None, 10**12, None, None)),
+        # cache above the input, an unknown input, and names and modes of forks
+        ("codex", counts(100, 30, cached=80, cache_creation=40, total=130), (220, 30, None, 250, 80, 40)),
+        ("codex", counts(100, 30, cached=80, cache_creation=20, total=130), (100, 30, None, 130, 80, 20)),
+        ("codex", counts(100, 30, cached=101, total=231), (201, 30, None, 231, 101, None)),
+        ("openai-compat", counts(None, 5, cached=7, total=5), (7, 5, None, 12, 7, None)),
+        ("codex", counts(None, None, read=100, write=30, reasoning=12, cache_read=80, total=130),
+         (100, 30, 12, 130, 80, None)),
+        ("codex", {**counts(10, 5, cached=8, total=15), "cache_input_mode": "separate_from_input"},
+         (18, 5, None, 23, 8, None)),
+        ("claude", {**counts(117, 5, cache_read=100, total=122), "cache_input_mode": "included_in_input"},
+         (117, 5, None, 122, 100, None)),
+        ("codex", {**counts(1, 2, total=3), "token_usage_source": "x" * 5_000_000, "detail": {"a": [1]}},
+         (1, 2, None, 3, None, None)),
     ],
 )  # fmt: skip
 def test_tokens_have_one_meaning_for_every_provider(provider, tokens, expected):
-    event = parse_one(provider=provider, tokens=tokens)
+    assert_tokens(expected, provider=provider, tokens=tokens)
+
+
+def assert_tokens(expected, **sent):
+    event = parse_one(**sent)
     assert (event.input_tokens, event.output_tokens, event.reasoning_tokens, event.total_tokens) == expected[:4]
     assert (event.cached_tokens, event.cache_write_tokens) == expected[4:]
 
@@ -79,19 +91,15 @@ def breakdown(**changes):
 PLAIN = counts(1, 2, reasoning=0, cached=0, total=3)
 
 
-def test_complete_breakdown_wins_over_the_plain_counts():
-    event = parse_one(provider="claude", tokens=PLAIN, token_breakdown=breakdown())
-    assert (event.input_tokens, event.cached_tokens, event.cache_write_tokens) == (40, 25, 5)
-    assert (event.output_tokens, event.reasoning_tokens, event.total_tokens) == (20, 8, 60)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}}, {"total_tokens": "60"}],
-)
-def test_other_breakdowns_leave_the_plain_counts(changes):
-    event = parse_one(tokens=PLAIN, token_breakdown=breakdown(**changes))
-    assert (event.input_tokens, event.output_tokens, event.total_tokens) == (1, 2, 3)
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, (40, 20, 8, 60, 25, 5)),
+    *((changes, (1, 2, 0, 3, 0, None)) for changes in (
+        {"schema_version": 3}, {"quality": "inconsistent"}, {"input": None}, {"output": {}}, {"total_tokens": "60"},
+        {"input": {"total_tokens": 29, "cache_read_tokens": 25, "cache_write_tokens": 5}},
+    )),
+])  # fmt: skip
+def test_complete_breakdown_wins_over_the_plain_counts_and_no_other(changes, expected):
+    assert_tokens(expected, provider="claude", tokens=PLAIN, token_breakdown=breakdown(**changes))
 
 
 NO_OBJECTS = [7, [1, 2], [b"a", [b"b"]], None, 1.5, "text", json.loads("[" * 90 + "]" * 90)]
@@ -115,10 +123,6 @@ def test_pieces_that_only_fit_together_are_not_taken_for_events():
     assert len(parsed.rejects) == 3
 
 
-def test_objects_that_were_json_already_are_taken_too():
-    assert app.parse_events([json.loads(SAMPLES[0])]).events == app.parse_events([SAMPLES[0]]).events
-
-
 @pytest.mark.parametrize(("source", "kept"), [
     ("an.nguyen@gmail.com", "an.nguyen@gmail.com"), ("", ""), ("short", "… #f9b007"), ("not@mail", "… #"),
     ("sk-proj-0123456789abcdef", "sk-…cdef #"), ("a b@c.de", "… #"),
@@ -126,10 +130,6 @@ def test_objects_that_were_json_already_are_taken_too():
 def test_source_that_may_be_a_key_is_masked(source, kept):
     masked = parse_one(source=source).context.source
     assert masked.startswith(kept) and (source == "" or "@" in kept or source not in masked)
-
-
-def test_mask_tells_keys_with_the_same_end_apart():
-    assert app.mask_key("sk-aaaaaaaaaaaaaaaa-0001") != app.mask_key("sk-bbbbbbbbbbbbbbbb-0001")
 
 
 @pytest.mark.parametrize(("status", "body", "said"), [
@@ -140,7 +140,19 @@ def test_mask_tells_keys_with_the_same_end_apart():
     (429, '[{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","message":"Quota"}}]', "429 RESOURCE_EXHAUSTED: Quota"),
     (402, '{"detail":{"code":"deactivated_workspace"}}', "402 deactivated_workspace"),
     (401, '{"detail":"Unauthorized"}', "401 Unauthorized"), (502, "<html>secret prompt</html>", "502 Bad Gateway"),
-    (500, "context canceled: my prompt", "500 Internal Server Error"), (499, "", "499 Client Closed Request"),
+    (500, 'Post "https://a.b/c": dial tcp 10.1.2.3:443: connect: connection refused', "500 connection refused"),
+    (500, 'Post "https://a.b/c?key=AIzaSy1": proxyconnect tcp: dial tcp 10.1.2.3:1: connect: connection refused',
+     "500 egress proxy: connection refused"),
+    (500, 'Get "https://a.b": socks connect tcp p:1->a.b:443: dial tcp: lookup p on 10.0.0.1:53: no such host',
+     "500 egress proxy: no such host"),
+    (500, "read tcp 10.1.2.3:5: read: connection reset by peer", "500 connection reset"),
+    (504, 'Post "https://a.b": context deadline exceeded (Client.Timeout exceeded while awaiting headers)',
+     "504 no answer in time"), (500, 'Post "https://a.b/c": unexpected EOF', "500 stream broken off"),
+    (500, 'Post "https://a.b": tls: failed to verify certificate: x509: certificate is valid for c, not a.b',
+     "500 TLS failure"), (500, 'Post "https://a.b/c": context canceled', "500 client left"),
+    (408, "stream error: stream disconnected before completion: my prompt", "408 stream broken off"),
+    (500, "claude executor: upstream returned error event: my prompt", "500 error within the stream"),
+    (500, "context canceled: my prompt", "500 Internal Server Error"), (499, "", "499 client left"),
     (200, "", "200 stream broken off"), (999, None, "999"), (None, "x", None),
     (400, '{"error":{"message":"key sk-proj-aa1234567890 of bob@x.org at 10.1.2.3 is bad"}}',
      "400 key … of … at … is bad"),
@@ -159,10 +171,85 @@ def test_no_secret_shows_wherever_it_stands_in_a_message():
             assert not any(secret in said for secret in (first, second, third)), said
 
 
-def test_failed_without_fail_and_fail_without_failed_are_understood():
-    assert parse_one(failed=True).failed == 1
-    assert parse_one(failed=None, fail={"status_code": 503, "body": ""}).failed == 1
-    assert parse_one(failed=None).failed == 0
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"failed": True}, (1, None, None)), ({"failed": None}, (0, None, None)),
+    ({"failed": None, "fail": {"status_code": 503, "body": ""}}, (1, 503, "503 Service Unavailable")),
+    ({"outcome": "canceled", "fail": {"status_code": 499, "body": ""}}, (1, 499, "499 client left")),
+    ({"outcome": "canceled", "fail": None}, (1, 499, "499 client left")), ({"outcome": "success"}, (0, None, None)),
+    ({"outcome": "failed", "error_message": "my prompt"}, (1, None, None)),
+    ({"failed": True, "fail": {"status_code": 500}, "error_message": 'Post "https://a.b": EOF'},
+     (1, 500, "500 stream broken off")),
+    ({"failed": True, "fail": {"status_code": 429, "error_code": "usage_limit_reached", "reset_at": 1795688024}},
+     (1, 429, "429 usage_limit_reached")),
+    ({"failed": True, "fail": {"status_code": 429, "error_code": "my prompt"}}, (1, 429, "429 Too Many Requests")),
+])  # fmt: skip
+def test_failure_is_understood_in_the_words_of_every_proxy(changes, expected):
+    event = parse_one(**changes)
+    assert (event.failed, event.status_code, event.error) == expected
+
+
+def test_warm_up_is_one_without_tokens_and_control_messages_are_no_events():
+    zero, some = counts(0, 0, total=0), counts(7, 0, total=7)
+    messages = [b'{"heartbeat":true}', b'{"support_refresh":true}', b'{"timestamp":true}', b'{"refresh":1}']
+    warm_ups = [payload(n, generate=False, tokens=tokens) for n, tokens in enumerate([zero, some, {}])]
+    failed = payload(3, generate=False, tokens=zero, failed=True)
+    parsed = app.parse_events([*messages, *warm_ups, failed])
+    assert [event.request_id for event in parsed.events] == ["r1", "r3"]
+    assert (parsed.ignored, len(parsed.rejects)) == (4, 2)
+    headers = {"X-Codex-Plan-Type": ["plus"]}
+    assert parse_one(generate=False, tokens=some, response_headers=headers).quota_headers is not None
+
+
+V8 = {"stream": True, "resolved_client_ip": "203.0.113.7", "execution_id": "0d3c1c5e-1111", "trace_id": "trace-secret",
+      "session_id": "session-secret", "parent_session_id": None, "node_kind": "leaf-secret", "is_fork": True,
+      "is_compaction": True, "response_model": "other-model", "metadata": {"a": ["secret" * 500_000]},
+      "request_body": "secret" * 500_000, "first_byte_latency_ms": 12, "user_id": "user-secret"}  # fmt: skip
+
+
+def test_new_keys_of_version_8_and_forks_are_harmless_and_not_kept():
+    plain = record(request_id="r", service_tier="auto", response_service_tier="priority")
+    raw = json.dumps({**plain, **V8}).encode()
+    stamped = (1_795_688_024_000_000_000).to_bytes(8, "big") + json.dumps(plain).encode()
+    expected = app.parse_events([plain]).events
+    assert expected[0].context.service_tier == "priority" and expected[0].ttft_ms is None
+    assert parse_one(service_tier="auto", response_service_tier=None).context.service_tier == "auto"
+    for one in (raw, app.compact(raw), stamped):
+        assert app.parse_events([one, SAMPLES[0]]).events[:1] == expected
+    rejected = app.parse_events([json.dumps({**plain, **V8, "timestamp": None}).encode()]).rejects[0].event
+    assert "secret" not in rejected and "203.0.113.7" not in rejected
+
+
+@pytest.mark.parametrize(("sent", "mask"), [  # the SHA-256 of sk-client-aaaa-1111 begins with 4bdca8
+    ({"api_key": "sk-client-aaaa-1111", "api_key_hash": "x"}, "sk-…1111 #4bdca8"),
+    ({"api_key_hash": hashlib.sha256(b"sk-client-aaaa-1111").hexdigest()}, "… #4bdca8"),
+    ({"api_key": "", "api_key_hash": "4BDCA8000000"}, "… #4bdca8"), ({"api_key_hash": "short"}, "… #f9b007"),
+    ({"api_key_hash": ["4bdca8"]}, ""),
+])  # fmt: skip
+def test_hash_of_a_key_has_the_tag_of_the_key(sent, mask):
+    assert parse_one(**sent).context.api_key == mask
+
+
+def test_headers_of_a_failure_without_a_reply_are_not_its_own():
+    headers = {"X-Codex-Primary-Used-Percent": ["100"]}
+    bodies = ['Post "https://a.b": connect: connection refused', "stream error: stream disconnected", '{"error": "no"}']
+    failures = [{"failed": True, "fail": {"status_code": 429, "body": body}} for body in bodies]
+    kept = [parse_one(response_headers=headers, **failure).quota_headers for failure in failures]
+    assert [bool(one) for one in kept] == [False, True, True]
+
+
+@pytest.mark.parametrize(("by_values", "sent", "ignored"), [
+    (False, [{"execution_id": "a"}, {"execution_id": "b"}, {"execution_id": "a", "latency_ms": 11}], 1),
+    (False, [{"execution_id": "a"}, {"execution_id": "a", "model": "image"}, {}, {}, {"execution_id": ["a"]}], 0),
+    (False, [{"execution_id": name} for name in "abca"], 0),  # two are remembered
+    (True, [{}, {}, {"latency_ms": 11}, {"auth_index": "cd"}, {}], 1),
+    (True, [{}, {"timestamp": "2026-08-22T13:00:00.000000001Z"}, *[{"tokens": counts(1, 2)}] * 2], 1),
+])  # fmt: skip
+def test_event_that_comes_again_is_ignored(by_values, sent, ignored):
+    recent = app.Recent(most=2)
+    recent.by_values = by_values
+    parts = [app.parse_events([json.dumps(record(**one)).encode()], None, recent) for one in sent]
+    assert sum(part.ignored for part in parts) == ignored
+    assert sum(len(part.events) for part in parts) == len(sent) - ignored
 
 
 def test_reject_keeps_the_event_masked_as_a_good_one_would_be():
@@ -198,6 +285,7 @@ def test_quota_headers_of_a_codex_reply_are_kept_and_no_other_header():
     event = parse_one(response_headers={**QUOTA_HEADERS, **others, "X-Codex-Long": ["9" * 500]})
     kept = {"x-codex-plan-type": "Plus ", "x-codex-primary-used-percent": "42", "x-codex-long": "9" * 100}
     assert (event.quota_headers, event.plan) == (kept, "plus")
+    assert parse_one(failed=True, response_headers=QUOTA_HEADERS).plan == ""  # perhaps of another account
 
 
 @pytest.mark.parametrize("changes", [
@@ -208,10 +296,6 @@ def test_quota_headers_of_a_codex_reply_are_kept_and_no_other_header():
 def test_reply_without_sound_quota_headers_of_codex_has_none(changes):
     event = parse_one(**changes)
     assert (event.quota_headers, event.plan) == (None, "")
-
-
-def test_failed_reply_tells_no_plan_since_its_headers_may_be_another_accounts():
-    assert parse_one(failed=True, response_headers=QUOTA_HEADERS).plan == ""
 
 
 def identity(number, index, source, *, plan="", first=0.0, last=100.0, provider="codex"):

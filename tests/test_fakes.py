@@ -42,33 +42,10 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         assert (new.call("AUTH", KEY), new.call("AUTH", "wrong")) == ("OK", "ERR invalid management key")
 
 
-@pytest.mark.parametrize(
-    ("version", "command", "reply"),
-    [
-        ("v7.1.43", ("RPOP", "queue"), b"e0"),
-        ("v7.1.44", ("RPOP", "queue"), "ERR unsupported channel 'queue'"),
-        ("v7.1.44", ("RPOP", " USAGE "), b"e0"),
-        ("v7.2.140", ("LLEN", "usage"), "ERR unknown command 'llen'"),
-        ("v7.0.6", ("SUBSCRIBE", "usage"), "ERR unknown command 'subscribe'"),
-        ("v7.1.38", ("SUBSCRIBE", "Usage"), [b"subscribe", b"usage", 1]),
-        ("v7.1.44", ("SUBSCRIBE", "Usage"), [b"subscribe", b"Usage", 1]),
-    ],
-)
-def test_proxy_answers_as_its_version_does(version, command, reply):
-    with FakeProxy(version=version) as proxy, connected(proxy, KEY) as client:
-        proxy.push("e0", "e1")
-        assert client.call(*command) == reply
-
-
-@pytest.mark.parametrize(("version", "freezes"), [("v7.0.2", True), ("v7.0.3", False)])
-def test_proxy_of_an_old_version_is_frozen_by_an_idle_connection(version, freezes):
-    with FakeProxy(version=version) as proxy, connected(proxy), connected(proxy) as other:
-        other._socket.settimeout(0.2 if freezes else 10)
-        if freezes:
-            with pytest.raises(app.QueueFault, match="in time"):
-                other.call("AUTH", KEY)
-        else:
-            assert other.call("AUTH", KEY) == "OK"
+def test_proxy_of_a_fork_pops_the_newest_on_the_right_and_the_oldest_on_the_left():
+    with FakeProxy(version="newest-first") as proxy, connected(proxy, KEY) as client:
+        proxy.push("e0", "e1", "e2")
+        assert (client.call("RPOP", "usage"), client.call("LPOP", "usage", "2")) == (b"e2", [b"e0", b"e1"])
 
 
 @pytest.mark.parametrize("n_bytes", [0, 9, 10, 19])

@@ -182,7 +182,7 @@ def test_every_fault_of_the_collector_is_told_with_its_remedy_in_both_languages(
             remedy = (f"The proxy: {state} in English.", WORDS[f"remedy.{state}"][1])[n]
             assert all(part in told for part in re.split(r"{\w+}", remedy)) and "{" not in told
             forgets = WORDS["forgets"][n].replace("{t}", ("1m", "1 phút")[n])
-            assert (forgets in told) is (state not in ("publishing_off", "example_keys"))  # then it records none
+            assert (forgets in told) is (state not in ("publishing_off", "example_keys", "no_queue", "foreign_list"))
             assert ("in English" in page.js("document.body.innerText")) is (lang == "en")
     page.speak("en")
     site.status.update(state="brand_new", message="Feed the hamster.")  # of a newer program
@@ -199,6 +199,19 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     assert "fail" not in page.one("#remedy", "e.className")
     page.click("#lang-vi")
     page.wait_for_text("#remedy", "quên sau 10 giây")
+
+
+def test_program_that_takes_records_is_told_of_quietly_with_what_to_do(page, site):
+    site.status.update(rival={"expected": 1500, "received": 24, "since": site.now - 600})
+    page.open()
+    for lang, words in (("en", ["counted 1,500 requests", "24 came", "Stop"]), ("vi", ["1.500 yêu cầu", "Hãy dừng"])):
+        page.speak(lang)
+        page.wait_for_text("#remedy", words[0])
+        assert all(word in page.text("#remedy") for word in words) and "{" not in page.text("#remedy")
+        assert "fail" not in page.one("#remedy", "e.className")
+    site.status.update(rival=None)
+    page.click("#refresh")
+    page.wait_until("document.getElementById('remedy').hidden")
 
 
 # ---- filters ----------------------------------------------------------------------------------------------------

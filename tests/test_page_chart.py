@@ -84,7 +84,7 @@ def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page,
     between.changes["/api/summary"] = lambda body: body.update(outages=[
         {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
         {"from": hour - 10 * HOUR, "to": hour - 9 * HOUR, "reason": "unreachable", "lost": False},
-        {"from": hour - 6 * HOUR, "to": hour - 5 * HOUR, "reason": "unreachable"},
+        {"from": hour - 6 * HOUR, "to": hour - 5 * HOUR, "reason": "proxy_restarted"},
     ])  # fmt: skip
     page.open(server=between)
     drawn = page.chart()
@@ -104,9 +104,10 @@ def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page,
     (lost, lost_red), (kept, kept_red), (unknown, unknown_red) = found
     assert lost == unknown > kept >= 3
     assert (lost_red, kept_red, unknown_red) == (True, False, False)
-    for back, told in ((20, "chart.lost"), (10, "chart.kept"), (6, None)):
+    for back, told, why in ((20, "chart.lost", "outage.stopped"), (10, "chart.kept", "state.unreachable"),
+                            (6, None, "outage.proxy_restarted")):  # fmt: skip
         text = page.hover(last - back)
-        assert "not recording" in text
+        assert "not recording" in text and WORDS[why][0] in text
         assert [key for key in ("chart.lost", "chart.kept") if WORDS[key][0] in text] == ([told] if told else [])
 
 

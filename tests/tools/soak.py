@@ -97,7 +97,7 @@ class Feeder(threading.Thread):
     def _payload(self, number: int) -> bytes:
         lot = self._dice.random()
         if lot < 0.02:
-            return self._event(f"i{number}", generate=False)
+            return self._event(f"i{number}", generate=False, tokens=None)
         if lot < 0.025:
             return b'{"refresh":true%s}' % format(number, "b").replace("0", " ").replace("1", "\t").encode()
         if lot < 0.027 and self._rejects < MOST_REJECTS:
@@ -110,8 +110,8 @@ class Feeder(threading.Thread):
         return json.dumps({
             "request_id": name, "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "provider": "codex",
             "source": f"user{account}@example.com", "auth_index": f"{account:016x}",
-            "model": f"gpt-5.{dice.randrange(4)}", **more,
-            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)},
+            "model": f"gpt-5.{dice.randrange(4)}",
+            "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
         }).encode()  # fmt: skip
 
     def _reject(self, start: bytes, length: int = 100) -> bytes:
