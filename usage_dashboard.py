@@ -37,6 +37,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -822,19 +823,15 @@ def _decode(raws: Sequence[Any]) -> list[Any]:
     return [_decode_one(raw) for raw in raws]
 
 
-def _without_stamp(raw: Any) -> Any:
-    """Return a value without the 8 bytes of its time, which one fork's list in a Redis has in front of each event."""
-    is_stamped = isinstance(raw, bytes) and raw[8:9] == b"{" and raw[:1] != b"{"
-    return raw[8:] if is_stamped else raw
-
-
 def _decode_one(raw: Any) -> Any:
     if isinstance(raw, Oversized):
         return Rejected("it is larger than an event can be")
     if not isinstance(raw, bytes):
         return raw
+    if raw[8:9] == b"{" and raw[:1] != b"{":
+        raw = raw[8:]  # one fork's list in a Redis has 8 bytes of time in front of each event
     try:
-        return _loads(_without_stamp(raw))
+        return _loads(raw)
     except UnicodeDecodeError:
         return Rejected("it is not UTF-8 text")
     except RecursionError:
@@ -3632,17 +3629,9 @@ class Source:
 
     def has_ended(self) -> bool:
         """Return whether the other side has ended the connection of the login, on which no reply is awaited."""
-        connection = getattr(self._client, "socket", None)
-        if connection is None or connection.fileno() < 0:
-            return False
-        timeout_s = connection.gettimeout()
-        try:
-            connection.settimeout(0)
-            return not connection.recv(1)
-        except OSError as error:
-            return type(error).__name__ not in ("BlockingIOError", "SSLWantReadError")
-        finally:
-            connection.settimeout(timeout_s)
+        with suppress(OSError, TypeError, ValueError):  # there is none any more
+            return bool(select.select([self._client.socket], [], [], 0)[0])
+        return False
 
 
 class PopSource(Source):
@@ -4579,7 +4568,6 @@ class OutageLog:
         self._ahead_s = 0.0  # of the clock before the monotonic one
         self._unwritten: tuple[float, str] | None = None
         self._reason: str | None = None  # of the one that is open
-        self.restart_lost: bool | None = None  # whether the restart that was its cause lost records
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
@@ -4588,11 +4576,11 @@ class OutageLog:
         with suppress(StoreError):  # written with the next chance; the state tells of the database
             self._write_begin()
 
-    def end(self) -> None:
-        """Record that recording goes on. Raises StoreError."""
+    def end(self, restart_lost: bool | None = None) -> None:
+        """Record that recording goes on; where the proxy restarted, whether that lost records. Raises StoreError."""
         self._write_begin()
-        self._store.end_outage(self._clock(), restart_lost=self.restart_lost)
-        self._reason = self.restart_lost = None
+        self._store.end_outage(self._clock(), restart_lost=restart_lost)
+        self._reason = None
 
     def turn(self) -> None:
         """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
@@ -4743,12 +4731,9 @@ class Collector:
         self._refused = RefusedLogins(store, clock, monotonic)
         self._recent = Recent()
         self._source = Source()
-        self._is_proven = False  # whether this connection has given a good reply to a pop
-        self._connected_at = 0.0
-        self._recorded_at: float | None = None  # on this connection
-        self._records = 0  # on this connection
-        self._records_before, self._is_fresh_loss = 0, False  # of the one that broke while it recorded
-        self._has_held_out = self._goes_on = False
+        self._is_proven = False  # whether this session has had a good reply to a pop; of one that had, until the next:
+        self._records, self._recorded_at = 0, 0.0
+        self._was_busy = self._has_held_out = False
         self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
@@ -4785,7 +4770,8 @@ class Collector:
         try:
             self._session()
         except QueueFault as fault:
-            self._note_break(fault)
+            self._enter(fault.state, fault)
+            self._outages.begin(fault.state)
             if fault.state == "banned":  # told again after its connection ended, that was not a restart
                 self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
             elif fault.lasts_s is not None:
@@ -4822,29 +4808,32 @@ class Collector:
             self._enter(fault.state, fault)
         return self.status()
 
-    # One connection
+    # One session
 
     def _session(self) -> None:
+        """Collect over one connection, and over the next where that has ended because it was idle."""
         if self._alive_at is not None:
             self._outages.begin("stopped", min(self._alive_at, self._clock()))
             self._alive_at = None
+        if self._is_proven:
+            self._was_busy = self._clock() - self._recorded_at <= SHORTEST_RETENTION_S
+            self._is_proven = False
         self.journal.flush()
         self._store.check_writable()
-        source = self._source = self._open()
-        try:
-            self._facts.connect(source, self._goes_on)
-            if not self._goes_on:
-                self._is_proven, self._recorded_at, self._records = False, None, 0
-                self._rival.connect()
-                self._outages.restart_lost = self._loss_of_restart()
-            self._connected_at, self._status.mode, self._goes_on = self._clock(), source.mode, False
-            self._recent.by_values = source.mode == "subscribe"
-            self._collect(source)
-        finally:
-            self._source = Source()
-            source.close()
-            self._facts.disconnect()
-            self._hold(source.drain())
+        goes_on = False
+        while not self._stop.is_set():
+            source = self._source = self._open()
+            try:
+                self._facts.connect(source, goes_on)
+                if not goes_on:
+                    self._rival.connect()
+                self._status.mode, self._recent.by_values = source.mode, source.mode == "subscribe"
+                goes_on = self._collect(source)
+            finally:
+                self._source = Source()
+                source.close()
+                self._facts.disconnect()
+                self._hold(source.drain())
 
     def _open(self) -> Source:
         state = self._refused.state_of(self._login())
@@ -4852,9 +4841,13 @@ class Collector:
             raise QueueFault("the management key was refused before", state)
         return open_source(self._config, partial(setattr, self._status, "endpoint"), self._refused)
 
-    def _collect(self, source: Source) -> None:
-        """Pop, spool, store and wait in turn; no reply is on its way meanwhile, so that a kill or a lock costs none."""
+    def _collect(self, source: Source) -> bool:
+        """Pop, spool, store and wait in turn, until the connection ends because it is idle (True), or at a stop.
+
+        No reply is on its way meanwhile, so that a kill or a lock costs none.
+        """
         count = few = 16  # where little comes, more would only be more empty replies
+        connected_at = self._clock()
         while source.unread or not self._stop.is_set():
             left = math.inf if source.is_proxy else self._MOST_STRANGE - self._strange
             if left <= 0:
@@ -4868,20 +4861,17 @@ class Collector:
             self._store_if_due(source, at_rest=not more)
             fault = result.fault
             if fault is None:
-                self._after_turn(recorded)
-                if not result.full and not self._stop.is_set():
-                    self._rival.turn()
+                self._after_turn(recorded, is_empty=not result.full)
                 is_polled = not result.full and source.mode != "subscribe"
                 if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
                     fault = ConnectionClosed(clean=True)
             if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                idle_s = self._clock() - max(self._connected_at, self._recorded_at or 0.0)
-                self._goes_on = fault.clean and self._is_proven and idle_s > 60
-                if self._goes_on:
-                    return
+                if fault.clean and self._is_proven and self._clock() - max(connected_at, self._recorded_at) > 60:
+                    return True
                 raise QueueFault(str(fault), "unreachable") from fault
             if fault is not None:
                 raise fault
+        return False
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
@@ -4927,7 +4917,7 @@ class Collector:
                 self._store.decide_accounts(self._files.account_of, self._files.renamed)
                 self._decided_changes = self._files.changes
 
-    def _after_turn(self, recorded: int) -> None:
+    def _after_turn(self, recorded: int, is_empty: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
         if self._stop.is_set():
             return
@@ -4938,8 +4928,8 @@ class Collector:
             self._is_proven = True
             self._backoff = backoff()
             self._refused.forget()
-            self._outages.end()
-            self._records_before = 0
+            self._outages.end(self._loss_of_restart())
+            self._records, self._recorded_at = 0, 0.0
         self._outages.turn()
         now = self._clock()
         if recorded:
@@ -4948,32 +4938,24 @@ class Collector:
         self._facts.ask()
         publishing = self._status.publishing
         self._outages.note_publishing(publishing)
-        is_quiet = self._recorded_at is None or now - self._recorded_at > 3600
-        self._enter(self._facts.state("waiting" if is_quiet else "recording"))
+        self._enter(self._facts.state("waiting" if now - self._recorded_at > 3600 else "recording"))
+        if is_empty:
+            self._rival.turn()
         try:
             self._readings.save_due()
         except StoreError as error:  # readings come with the next requests again; events are not held up for them
             self._log.event("quota", fault=error)
 
-    def _note_break(self, fault: QueueFault) -> None:
-        """Enter the state of a fault, and begin an outage."""
-        if self._status.state == "recording":
-            self._records_before = self._records
-            self._is_fresh_loss = self._clock() - (self._recorded_at or 0.0) <= SHORTEST_RETENTION_S
-        self._goes_on = False
-        self._enter(fault.state, fault)
-        self._outages.begin(fault.state)
-
     def _loss_of_restart(self) -> bool | None:
         """Return whether a restart of the proxy cost records; None where there was none for sure."""
-        if not self._records_before:
+        if not self._records:
             return None
         attempts, is_whole = self._facts.attempts()
         # A proxy that has counted fewer attempts than it handed over records has begun again. One that does not tell
         # has where nobody listened a moment ago.
         counted = sum(told.good + told.bad for told in attempts.values())
-        has_restarted = 2 * counted < self._records_before if is_whole else self._status.state == "refused"
-        return self._is_fresh_loss if has_restarted else None
+        has_restarted = 2 * counted < self._records if is_whole else self._status.state == "refused"
+        return self._was_busy if has_restarted else None
 
     # States and waiting
 
@@ -6434,17 +6416,21 @@ def run_check(options: Any) -> int:
 
 def start_from_compiled() -> None:
     """Start again from the compiled module, where it can be kept: what compiling takes, 15 MB, stays for good."""
+    from importlib.machinery import SourceFileLoader
     from importlib.util import cache_from_source
-    from py_compile import compile as compile_file
 
     script = BASE_DIR / Path(__file__).name
     if os.name != "posix" or sys.dont_write_bytecode or not sys.executable or not script.stem.isidentifier():
         return
     compiled = Path(cache_from_source(str(script)))
-    try:
-        if not _is_fresh(compiled, script) and compile_file(str(script), quiet=2) is None:
-            return
-    except OSError:  # the folder cannot be written
+    loader = SourceFileLoader(script.stem, str(script))
+    with suppress(OSError):
+        try:
+            loader.get_code(script.stem)  # compiles and keeps it, unless that was done
+        except (EOFError, ImportError, TypeError, ValueError):  # a power cut has left a part of it
+            compiled.unlink()
+            loader.get_code(script.stem)
+    if not compiled.exists():  # the folder cannot be written
         return
     # glibc gives every thread that serves a client a heap of its own otherwise, 10 MB in all.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
@@ -6454,16 +6440,6 @@ def start_from_compiled() -> None:
         f"import {script.stem} as dashboard; sys.exit(dashboard.main(sys.argv[2:]))"
     )
     os.execv(sys.executable, [sys.executable, "-c", code, __file__, *sys.argv[1:]])
-
-
-def _is_fresh(compiled: Path, script: Path) -> bool:
-    """Return whether the compiled form is new and can be loaded: a power cut may leave a part of it, or zeros."""
-    import marshal
-
-    with suppress(OSError, EOFError, ValueError, TypeError):
-        is_new = compiled.stat().st_mtime >= script.stat().st_mtime
-        return is_new and bool(marshal.loads(compiled.read_bytes()[16:]))
-    return False
 
 
 if __name__ == "__main__":
