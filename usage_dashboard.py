@@ -735,7 +735,6 @@ class Parsed(NamedTuple):
     events: list[Event]
     rejects: list[Reject]
     ignored: int
-    warm_ups: int = 0  # of what is ignored, what a proxy counts as an attempt
 
 
 class Recent:
@@ -784,7 +783,7 @@ def _mask_source(text: str) -> str:
 
 def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
-    parsed, ignored, warm_ups = Parsed([], [], 0), 0, 0
+    parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
     for first in range(0, len(raws), step):
         part = raws[first : first + step]
@@ -799,10 +798,9 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: 
                 continue
             if event is None or (recent is not None and recent.has_seen(content, event)):
                 ignored += 1
-                warm_ups += event is None and "timestamp" in content
             else:
                 parsed.events.append(event)
-    return parsed._replace(ignored=ignored, warm_ups=warm_ups)
+    return parsed._replace(ignored=ignored)
 
 
 def _length_of(raw: Any) -> int:
@@ -4231,7 +4229,7 @@ class Journal:
     def _commit(self, waiting: Sequence[tuple[int, Parsed]]) -> None:
         if not waiting:
             return
-        events, rejects, ignored, _ = zip(*(parsed for _, parsed in waiting))
+        events, rejects, ignored = zip(*(parsed for _, parsed in waiting))
         joined = itertools.chain.from_iterable
         merged = Parsed(list(joined(events)), list(joined(rejects)), sum(ignored))
         self._store.store_batch(merged, waiting[-1][0], self._clock())
@@ -4477,7 +4475,7 @@ class Rival:
     """Compare the attempts that the proxy counts with the records that come, to notice a program that takes some.
 
     It counts some that make no record, so two signs alone are believed: nothing comes at all for a while, or failures
-    are missing, of providers each of whose failures makes a record. Pairs of numbers are of all, and of these failures.
+    are missing, of providers each of whose failures makes a record.
     """
 
     def __init__(self, facts: ProxyFacts, status: CollectorStatus, poll_interval_s: float, clock, monotonic):
@@ -4488,9 +4486,10 @@ class Rival:
 
     def connect(self) -> None:
         """Begin with a new connection, or after a gap: what was missed before is unknown."""
-        self._reading: Any = None  # time, attempts and records, of which more may be on their way
         self._attempts: dict[Any, Attempts] = {}
-        self._expected, self._received, self._since, self._grown = [0, 0], [0, 0], [0.0, 0.0], 0
+        self._sums = [0, 0, 0, 0]  # attempts counted and records that came, of each first all and then these failures
+        self._readings: deque[tuple[float, ...]] = deque(maxlen=144)  # of a day: time and sums
+        self._is_awaiting = False  # records of the last one, which may be on their way
 
     def note(self, parsed: Parsed) -> None:
         """Count what came, but not what a client left: the proxy does not count it either."""
@@ -4499,13 +4498,13 @@ class Rival:
                 has_left = event.status_code == 499 or "client left" in (event.error or "")
                 names = (event.context.auth_index, event.context.source)
                 known = next((self._attempts[name] for name in names if name in self._attempts), Attempts())
-                self._received[0] -= has_left
-                self._received[1] += known.is_recorded and not has_left
-        self._received[0] += len(parsed.events) + len(parsed.rejects) + parsed.warm_ups
-        self._received[1] += len(parsed.rejects)
+                self._sums[2] -= has_left
+                self._sums[3] += known.is_recorded and not has_left
+        self._sums[2] += len(parsed.events) + len(parsed.rejects) + parsed.ignored
+        self._sums[3] += len(parsed.rejects)
 
     def turn(self) -> None:
-        """Read the counters every 10 minutes, and compare when their records must be here; with the queue empty."""
+        """Read the counters every 10 minutes, and judge when their records must be here; with the queue empty."""
         before, self._turn_s = self._turn_s, self._monotonic()
         retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
         if not self._facts.is_open or self._status.warning:
@@ -4513,49 +4512,41 @@ class Rival:
             self._status.rival = None
         elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
             self.connect()
-        elif self._reading is None and self._turn_s - self._read_s >= 600:
-            self._read_s = self._turn_s
-            self._reading = self._clock(), self._facts.attempts()[0], self._received[:]
-        elif self._reading is not None and before - self._read_s >= max(5.0, self._poll_interval_s):
-            self._compare(*self._reading)
-            self._reading = None
-
-    def _compare(self, at: float, attempts: dict[Any, Attempts], had: Sequence[int]) -> None:
-        """Judge what the counters have grown by; one that fell, or is new, has not."""
-        before, self._attempts, grown = self._attempts, attempts, 0
-        if not attempts:  # nothing can be said
-            self._status.rival = None
-        for name, now in attempts.items():
-            old = before.get(name, now)
-            if now.good >= old.good and now.bad >= old.bad:
-                grown += now.good - old.good + now.bad - old.bad
-                self._expected[1] += now.is_recorded * (now.bad - old.bad)
-        self._expected[0] += grown
-        self._grown += grown > 0
-        for number in self._judge() if before else (0, 1):
-            self._expected[number], self._since[number] = 0, at
-            self._received[number] -= had[number]
-            self._grown *= number
-
-    def _judge(self) -> Sequence[int]:
-        """Set or end the verdict, and return which of the pairs' numbers begin again."""
-        (every, failed), (came, came_failed), rival = self._expected, self._received, self._status.rival
-        takes_all, are_even = came <= 0 and every >= 10 and self._grown >= 3, came_failed > 0.8 * failed
-        if takes_all or (failed - came_failed >= 3 and not are_even):
-            expected, received, since = (pair[not takes_all] for pair in (self._expected, self._received, self._since))
-            if rival is None:
+        elif not self._is_awaiting and self._turn_s - self._read_s >= 600:
+            self._read_s, self._is_awaiting = self._turn_s, True
+            self._read()
+        elif self._is_awaiting and before - self._read_s >= max(5.0, self._poll_interval_s):
+            self._is_awaiting = False
+            rival = self._judge()
+            if rival and self._status.rival is None:
                 self._facts.ask()  # whether it publishes: it may have been switched off a moment ago
-                rival = {"expected": 0, "received": 0, "since": since}
-            if self._status.publishing:
-                expected, received = rival["expected"] + expected, rival["received"] + max(0, received)
-                self._status.rival = {**rival, "expected": expected, "received": received}
-            return 0, 1
-        # Where nothing came, half of all is enough again, since some attempts make no record.
-        share = 0.5 if rival and not rival["received"] else 0.8
-        if (are_even and failed >= 5) or (every >= 10 and came > share * every):
-            self._status.rival = None
-            return 0, 1
-        return (0,) if came > 0 and (rival is None or every >= 10) else ()
+            self._status.rival = rival if self._status.publishing else None
+
+    def _read(self) -> None:
+        """Add what the counters have grown by; one that fell, or is new, has not."""
+        attempts, _ = self._facts.attempts()
+        for name, now in attempts.items():
+            old = self._attempts.get(name, now)
+            if now.good >= old.good and now.bad >= old.bad:
+                self._sums[0] += now.good - old.good + now.bad - old.bad
+                self._sums[1] += now.is_recorded * (now.bad - old.bad)
+        self._attempts = attempts or self._attempts
+        self._readings.append((self._clock(), *self._sums))
+
+    def _judge(self) -> dict[str, float] | None:
+        """Return the verdict over the shortest span since a reading that allows one."""
+        grown, last = 0, self._sums[0]
+        for at, *sums in itertools.islice(reversed(self._readings), 1, None):
+            every, failed, came, came_failed = map(operator.sub, self._sums, sums)
+            grown, last = grown + (sums[0] < last), sums[0]
+            are_even = came_failed > 0.8 * failed
+            if came <= 0 and every >= 10 and grown >= 3:
+                return {"expected": every, "received": 0, "since": at}
+            if failed - came_failed >= 3 and not are_even:
+                return {"expected": failed, "received": max(0, came_failed), "since": at}
+            if (are_even and failed >= 5) or (every >= 10 and came > 0.8 * every):
+                break
+        return None
 
 
 class OutageLog:
