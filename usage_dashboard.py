@@ -501,10 +501,6 @@ class ConnectionClosed(QueueFault):
         self.clean = clean
 
 
-class NoReply(QueueFault):
-    """A reply that did not come in time."""
-
-
 class NotResp(QueueFault):
     """Bytes that are no RESP reply; an HTTP answer means a reverse proxy in front of the queue."""
 
@@ -647,8 +643,6 @@ class RespClient:
         """Read the next whole reply."""
         try:
             return self._reader.read_reply()
-        except socket.timeout as error:
-            raise NoReply("the queue does not answer in time") from error
         except ConnectionResetError as error:
             raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
@@ -1040,19 +1034,8 @@ def _quota_headers(headers: Any, provider: str) -> dict[str, str] | None:
     return kept if is_clear and 0 < len(kept) <= 80 else None  # eight groups of ten
 
 
-class TokenCounts(NamedTuple):
-    """Token counts in one meaning for all providers: input with cache, output with reasoning."""
-
-    input: int | None = None
-    output: int | None = None
-    reasoning: int | None = None
-    total: int | None = None
-    cached: int | None = None
-    cache_write: int | None = None
-
-
-def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
-    """Return the token counts of an event. Raises Rejected."""
+def _usage(content: Mapping[str, Any], provider: str) -> tuple[int | None, ...]:
+    """Return input with cache, output with reasoning, reasoning, total, cached and written tokens. Raises Rejected."""
     breakdown = content.get("token_breakdown")
     if isinstance(breakdown, dict) and breakdown.get("schema_version") == 2 and breakdown.get("quality") == "complete":
         with suppress(Rejected, KeyError, TypeError):  # an odd breakdown is no reason to lose the plain counts
@@ -1061,10 +1044,10 @@ def _usage(content: Mapping[str, Any], provider: str) -> TokenCounts:
             counts += (into["cache_read_tokens"], into["cache_write_tokens"])
             if sum(counts[4:]) > counts[0]:
                 raise Rejected("the cache is larger than the input")
-            return TokenCounts(*map(_number, counts, ["token_breakdown"] * len(counts)))
+            return tuple(map(_number, counts, ["token_breakdown"] * len(counts)))
     tokens = content.get("tokens")
     if tokens is None:
-        return TokenCounts()
+        return (None,) * 6
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
     counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
@@ -1085,7 +1068,7 @@ _SENT_COUNTS = tuple(
 _THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", "interactions")
 
 
-def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
+def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> tuple[int | None, ...]:
     """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
     names, mode = _SENT_COUNTS, tokens.get("cache_input_mode")
     if "read_tokens" in tokens and tokens.get("input_tokens") is None:
@@ -1104,7 +1087,7 @@ def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> T
     before, out = out, _sum(out, reasoning) if out is not None and provider in _THOUGHTS_APART else out
     if not total or (into != given and total == _sum(given, before)):  # so is Claude's total before v7.1.26
         total = _sum(into, out)
-    return TokenCounts(into, out, reasoning, total, read, written)
+    return into, out, reasoning, total, read, written
 
 
 def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, bool]:
@@ -3612,10 +3595,6 @@ class Source:
         """Take up to so many values; those that arrived whole count, whatever happens behind them."""
         return PopResult([], False, None)
 
-    def drain(self) -> list[Any]:
-        """Return what has arrived and was not taken."""
-        return []
-
     def close(self) -> None:
         """Close all connections."""
         if self._client is not None:
@@ -3653,7 +3632,7 @@ class PopSource(Source):
             if isinstance(reply, ErrorReply):
                 raise _fault_of_reply(reply)
             self._early = [] if reply is None else [reply]
-            self.list_length = len(self._early)
+            self.list_length = self.unread = len(self._early)
             return
         _log_in(self._client, self._password)
         length = self._client.call("LLEN", self._key)
@@ -3665,7 +3644,8 @@ class PopSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Send so many pops and read their replies."""
-        values, self._early, empty, fault = self._early, [], False, None
+        values, empty, fault = self._early, False, None
+        self._early, self.unread = [], 0
         try:
             self._client.send(self._pop * count)
             for _ in range(count):
@@ -3679,9 +3659,6 @@ class PopSource(Source):
         except QueueFault as broken:
             fault = fault or broken
         return PopResult(values, not empty and fault is None, fault)
-
-    def drain(self) -> list[Any]:
-        return self._early
 
 
 def _pieces_of(reply: Any) -> Iterator[bytes]:
@@ -3892,10 +3869,11 @@ class SubscribeSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
-        if self._backlog is not None:
-            result = self._backlog.take(min(count, self._backlog.largest_batch))
+        backlog = self._backlog  # close() may come from another thread
+        if backlog is not None:
+            result = backlog.take(min(count, backlog.largest_batch))
             if not result.full:
-                self._backlog.close()
+                backlog.close()
                 self._backlog = None
             return result
         values: list[Any] = []
@@ -3906,16 +3884,11 @@ class SubscribeSource(Source):
         fault = values.pop() if values and isinstance(values[-1], QueueFault) else None
         return PopResult(values, self.unread > 0 and fault is None, fault)
 
-    def drain(self) -> list[Any]:
-        left = [] if self._backlog is None else self._backlog.drain()
-        while self.unread:
-            left.append(self._inbox.get_nowait())
-        return [value for value in left if not isinstance(value, QueueFault)]
-
     def close(self) -> None:
         super().close()
         if self._backlog is not None:
             self._backlog.close()
+            self._backlog = None
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
@@ -3977,6 +3950,9 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
 
 
 def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, connect: Any) -> None:
+    refusal = logins.refusal(login)
+    if refusal is not None:
+        raise QueueFault("the management key was refused before", refusal)
     used, wait_s, states = logins.used(login)
     if wait_s:
         said = f"{used} logins were without a success; the next goes out at {local_minute(logins.clock() + wait_s)}"
@@ -4048,6 +4024,7 @@ STATE_REMEDIES = {
     "storage_error": "Nothing is taken from the queue until the database can be written again.",
 }
 _CONNECTED = ("recording", "waiting", "publishing_off")
+_LONG_WAITS_S = {"no_queue": 300.0, **dict.fromkeys((*_REFUSALS, "foreign_list"), math.inf)}
 
 _open_private = partial(os.open, mode=0o600)
 _FOR_EVER_S = 1e9  # a list in a Redis keeps what nobody takes
@@ -4390,7 +4367,7 @@ class ProxyFacts:
         except QueueFault:
             self._failed.add(path)
             if api.has_refused:
-                self.disconnect()
+                self._api = None
             return None
         finally:
             self._asked.extend([now] * (api.sent - sent))  # two where both trees were tried
@@ -4441,12 +4418,6 @@ class ProxyFacts:
             self._learn_publishing(True)
         else:  # left from before it was switched off, or it is on again
             self._asked_at = min(self._asked_at, self._clock() - self._PAUSE_S + 2)
-
-    def disconnect(self) -> None:
-        """Close the connection to the management API; nothing is asked until the next connect()."""
-        if self._api is not None:
-            self._api.close()
-            self._api = None
 
     def abort(self) -> None:
         """Give up a question that is on its way; nothing is asked until the next connect()."""
@@ -4607,55 +4578,54 @@ class RefusedLogins:
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time, monotonic=monotonic_s):
         self._store, self.clock, self._monotonic = store, clock, monotonic
+        self.config_time = 0  # a refusal ends as it changes
 
     def spend(self, login: Sequence[Any]) -> None:
         """Write down a login that is about to go out. Raises StoreError."""
         salt, tries = self._recent()
-        tries.append([self._hash(login, salt), self.clock(), self._monotonic(), ""])
-        self._store.put_meta("logins", json.dumps([salt, tries]))
+        self._write(salt, [*tries, [self._hash(login, salt), self.clock(), self._monotonic(), self.config_time, ""]])
 
     def settle(self, state: str | None) -> None:
         """Write down what became of a login that has just gone out; None is known to be no failed one."""
         salt, tries = self._recent()
         if tries and tries[-1][-1] == "":
             *login, _ = tries.pop()
-            self._store.put_meta("logins", json.dumps([salt, tries + [[*login, state]] if state else tries]))
+            self._write(salt, [*tries, [*login, state]] if state else tries)
 
     def used(self, login: Sequence[Any]) -> tuple[int, float, list[str]]:
         """Return how many of the three logins are used, in how many seconds one may go out, and what they met."""
-        salt, tries = self._recent()
-        tries = [tried for tried in tries if tried[0] == self._hash(login, salt)]
+        tries = [tried for tried in self._tries_of(login) if self._left_s(tried) > 0]
         left_s = [0.0] * self.MOST + sorted(map(self._left_s, tries))
         return len(tries), left_s[-self.MOST], [state for *_, state in tries]
 
-    def _recent(self) -> tuple[str, list[list[Any]]]:
-        with suppress(TypeError, ValueError):
-            salt, tries = json.loads(self._store.get_meta("logins"))
-            return salt, [tried for tried in tries if self._left_s(tried) > 0]
-        return os.urandom(16).hex(), []
-
-    def _left_s(self, tried: Sequence[Any]) -> float:
-        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
-        _, at, uptime_s, _ = tried
-        by_uptime = self._monotonic() - uptime_s
-        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
-
-    def remember(self, login: Sequence[Any], state: str) -> None:
-        """Remember a refused login with the state that says why. Raises StoreError."""
-        if self.state_of(login) is None:
-            salt = os.urandom(16).hex()
-            self._store.put_meta("refused", f"{state} {salt} {self._hash(login, salt)}")
+    def refusal(self, login: Sequence[Any]) -> str | None:
+        """Return the state that this login was refused with; None where it was not, or the config has changed."""
+        met = (state for *_, config_time, state in self._tries_of(login) if config_time == self.config_time)
+        return next((state for state in met if state in _REFUSALS), None)
 
     def forget(self) -> None:
         """Forget all logins: one has worked, and what it brought is worth more than a fault in here."""
         with suppress(StoreError):
-            for name in ("refused", "logins"):
-                self._store.put_meta(name, None)
+            self._store.put_meta("logins", None)
 
-    def state_of(self, login: Sequence[Any]) -> str | None:
-        """Return the state that this login was refused with; None where it was not."""
-        words = str(self._store.get_meta("refused") or "").split()
-        return words[0] if len(words) == 3 and self._hash(login, words[1]) == words[2] else None
+    def _tries_of(self, login: Sequence[Any]) -> list[list[Any]]:
+        salt, tries = self._recent()
+        return [tried for tried in tries if tried[0] == self._hash(login, salt)]
+
+    def _recent(self) -> tuple[str, list[list[Any]]]:
+        with suppress(TypeError, ValueError):
+            salt, tries = json.loads(self._store.get_meta("logins"))
+            return salt, [tried for tried in tries if self._left_s(tried) > 0 or tried[-1] in _REFUSALS]
+        return os.urandom(16).hex(), []
+
+    def _write(self, salt: str, tries: Sequence[Any]) -> None:
+        self._store.put_meta("logins", json.dumps([salt, tries[-20:]]))
+
+    def _left_s(self, tried: Sequence[Any]) -> float:
+        """Return for how long a login counts, by the clock and by the time since boot: a clock may be set."""
+        _, at, uptime_s, _, _ = tried
+        by_uptime = self._monotonic() - uptime_s
+        return self.SPAN_S - min(abs(self.clock() - at), by_uptime if by_uptime >= 0 else self.SPAN_S)
 
     @staticmethod
     def _hash(login: Sequence[Any], salt: str) -> str:
@@ -4711,9 +4681,6 @@ class Collector:
         self._config, self._store, self._log, self._stop, self._clock = config, store, log, stop, clock
         self._load, self._config_path = load or (lambda: config), config_path
         self.journal = Journal(store, log, clock, monotonic)
-        self._alive_at: float | None = None  # in a run before
-        with suppress(OSError):
-            self._alive_at = self.journal.spool.path.stat().st_mtime
         self._decided_changes = 0
         self._backoff = backoff()
         self._files = AccountFiles(config.auth_dirs(), monotonic)
@@ -4745,6 +4712,9 @@ class Collector:
 
     def run(self) -> None:
         """Collect until ``stop`` is set, whatever is raised; what was popped by then is stored first."""
+        with suppress(OSError):
+            alive_at = self.journal.spool.path.stat().st_mtime  # in a run before
+            self._outages.begin("stopped", min(alive_at, self._clock()))
         try:
             while not self._stop.is_set():
                 try:
@@ -4757,24 +4727,12 @@ class Collector:
 
     def _turn(self) -> None:
         """Run one session, and wait after the fault that ended it."""
-        has_held_out, self._has_held_out = self._has_held_out, False
         try:
             self._session()
         except QueueFault as fault:
             self._enter(fault.state, fault)
             self._outages.begin(fault.state)
-            if fault.state == "banned":  # told again after its connection ended, that was not a restart
-                self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
-            elif fault.lasts_s is not None:
-                self._wait_for_change(next(self._backoff))
-            elif fault.state in (*_REFUSALS, "foreign_list"):
-                self._wait_for_change(math.inf, fault.state if fault.state in _REFUSALS else None)
-            elif fault.state == "no_queue":
-                self._wait_for_change(300.0)
-            else:
-                self._stop.wait(next(self._backoff))
-            if fault.held is not None:
-                fault.held.close()
+            self._wait_after(fault)
         except StoreError as error:
             self._enter_storage_error(error)
             self._stop.wait(next(self._backoff))
@@ -4785,7 +4743,7 @@ class Collector:
         self._facts.abort()
 
     def probe(self) -> dict[str, Any]:
-        """Log in once, pop nothing, and return the status that this shows. A refusal is remembered as in a run."""
+        """Log in once, pop nothing, and return the status that this shows."""
         if self._config.collect_mode == "subscribe":  # what is published to a listener is lost with it
             self._config = replace(self._config, collect_mode="pop")
         try:
@@ -4794,8 +4752,6 @@ class Collector:
             source.close()
             self._enter(self._facts.state("waiting"))
         except QueueFault as fault:
-            if fault.state in _REFUSALS and fault.lasts_s is None:
-                self._refused.remember(self._login(), fault.state)
             self._enter(fault.state, fault)
         return self.status()
 
@@ -4803,9 +4759,6 @@ class Collector:
 
     def _session(self) -> None:
         """Collect over one connection, and over the next where that has ended because it was idle."""
-        if self._alive_at is not None:
-            self._outages.begin("stopped", min(self._alive_at, self._clock()))
-            self._alive_at = None
         if self._is_proven:
             self._was_busy = self._clock() - self._recorded_at <= SHORTEST_RETENTION_S
             self._is_proven = False
@@ -4823,13 +4776,11 @@ class Collector:
             finally:
                 self._source = Source()
                 source.close()
-                self._facts.disconnect()
-                self._hold(source.drain())
+                while source.unread:
+                    self._hold(source.take(source.largest_batch).values)
 
     def _open(self) -> Source:
-        state = self._refused.state_of(self._login())
-        if state is not None:
-            raise QueueFault("the management key was refused before", state)
+        *_, self._refused.config_time = self._login()
         return open_source(self._config, partial(setattr, self._status, "endpoint"), self._refused)
 
     def _collect(self, source: Source) -> bool:
@@ -4975,25 +4926,28 @@ class Collector:
                 written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
-    def _wait_for_change(self, seconds: float, refused: str | None = None, held: Source | None = None) -> bool:
-        """Wait, until the config is another one at most; return whether the end of what is held ended the wait."""
-        before = self._login()
-        while seconds > 0:
-            if refused is not None:
-                with suppress(StoreError):  # it is tried again
-                    self._refused.remember(before, refused)
-            if self._stop.wait(min(3.0, seconds)):
-                return False
+    def _wait_after(self, fault: QueueFault) -> None:
+        """Wait as a fault needs it; a long wait ends with another config, or with the connection that was banned."""
+        seconds = _LONG_WAITS_S.get(fault.state)
+        if fault.lasts_s is not None:
+            seconds = fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff)
+        if seconds is None:
+            self._stop.wait(next(self._backoff))
+            return
+        before, held = self._login(), None if self._has_held_out else fault.held
+        self._has_held_out = False  # where a ban is told again after the end of a connection, that was no restart
+        while seconds > 0 and not self._stop.wait(min(3.0, seconds)):
             seconds -= 3.0
-            has_ended = held is not None and held.has_ended()
+            self._has_held_out = held is not None and held.has_ended()
             try:
                 self._config = self._load()
             except ConfigError as error:
                 self._log.once("config", fault=error)
-            if has_ended or self._login() != before:
+            if self._has_held_out or self._login() != before:
                 self._backoff, self._strange = backoff(), 0
-                return has_ended
-        return False
+                break
+        if fault.held is not None:
+            fault.held.close()
 
 
 # ------------------------------------------------------------------ refresher
@@ -6100,7 +6054,7 @@ def _check_without_key(config: Config) -> list[Finding]:
         if fault is None:
             found = "no management key is set, and the proxy needs one"
             return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        if isinstance(fault, NoReply):
+        if isinstance(fault.__cause__, socket.timeout):
             return [Finding("ok", f"{address} is a Redis server, used without a password")]
         if isinstance(fault, ConnectionClosed):
             return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
