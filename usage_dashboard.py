@@ -4328,11 +4328,6 @@ class ProxyFacts:
         self._asked_at = 0.0
         self.has_example_keys = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the proxy can be asked, and publishes as far as is known."""
-        return self._api is not None and bool(self._status.publishing)
-
     def connect(self, source: Source, goes_on: bool = False) -> None:
         """Ask by a new connection, from the beginning unless it goes on with the last one."""
         self._api = source.api
@@ -4478,7 +4473,7 @@ class Rival:
         """Read the counters every 10 minutes, and judge when their records must be here; with the queue empty."""
         before, self._turn_s = self._turn_s, self._monotonic()
         retention_s = self._status.retention_seconds or SHORTEST_RETENTION_S
-        if not self._facts.is_open or self._status.warning:
+        if not self._status.publishing or self._status.warning:
             self.connect()
             self._status.rival = None
         elif self._turn_s - before > max(2 * self._poll_interval_s, min(SHORTEST_RETENTION_S, retention_s)):
@@ -4692,6 +4687,7 @@ class Collector:
         self._is_proven = False  # whether this session has had a good reply to a pop; of one that had, until the next:
         self._records, self._recorded_at = 0, 0.0
         self._was_busy = self._has_held_out = False
+        self._restart_lost: bool | None = None
         self._strange: float = 0  # values that were no records, while none was one
         self._lock = threading.Lock()
         endpoint = f"{config.cliproxy_host}:{config.cliproxy_port}"
@@ -4771,6 +4767,7 @@ class Collector:
                 self._facts.connect(source, goes_on)
                 if not goes_on:
                     self._rival.connect()
+                    self._restart_lost = self._loss_of_restart()
                 self._status.mode, self._recent.by_values = source.mode, source.mode == "subscribe"
                 goes_on = self._collect(source)
             finally:
@@ -4870,7 +4867,7 @@ class Collector:
             self._is_proven = True
             self._backoff = backoff()
             self._refused.forget()
-            self._outages.end(self._loss_of_restart())
+            self._outages.end(self._restart_lost)
             self._records, self._recorded_at = 0, 0.0
         self._outages.turn()
         now = self._clock()
