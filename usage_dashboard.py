@@ -4539,8 +4539,12 @@ class OutageLog:
         self._store.end_outage(self._clock(), restart_lost=restart_lost)
         self._reason = None
 
-    def turn(self) -> None:
-        """Record an outage where this machine slept: the last turn is longer ago than every proxy remembers."""
+    def turn(self, publishing: bool | None) -> None:
+        """Record as outages that the proxy publishes nothing, and that this machine slept longer than it remembers."""
+        if publishing is False and self._reason is None:
+            self.begin("publishing_off")
+        elif publishing is not False and self._reason == "publishing_off":
+            self.end()
         self._write_begin()
         if self._reason == "storage_error":  # which is over: the database takes writes again
             self.end()
@@ -4552,13 +4556,6 @@ class OutageLog:
         if gap_s > self._longest_turn_s:
             self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
-
-    def note_publishing(self, publishing: bool | None) -> None:
-        """Record a proxy that publishes nothing as an outage: what is asked of it meanwhile is never seen."""
-        if publishing is False and self._reason is None:
-            self.begin("publishing_off")
-        elif publishing is not False and self._reason == "publishing_off":
-            self.end()
 
     def _write_begin(self) -> None:
         if self._unwritten is not None:
@@ -4841,20 +4838,11 @@ class Collector:
         self._readings.note(parsed.events)
         self._rival.note(parsed)
         self.journal.hold(parsed)
-        self._follow_files(2.0)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         self._strange = -math.inf if parsed.events else self._strange + len(parsed.rejects)
         return len(parsed.events) + len(parsed.rejects)
-
-    def _follow_files(self, pause_s: float) -> None:
-        """Notice account files that have changed, and what they tell of events that are stored already."""
-        self._files.look(pause_s)
-        if self._files.changes != self._decided_changes:
-            with suppress(StoreError):  # then at the next turn
-                self._store.decide_accounts(self._files.account_of, self._files.renamed)
-                self._decided_changes = self._files.changes
 
     def _after_turn(self, recorded: int, is_empty: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
@@ -4862,21 +4850,23 @@ class Collector:
             return
         with self.journal.logged_fault():
             self.journal.spool.touch(self._clock())
-        self._follow_files(10.0)
+        self._files.look(10.0)
+        if self._files.changes != self._decided_changes:
+            with suppress(StoreError):  # then at the next turn
+                self._store.decide_accounts(self._files.account_of, self._files.renamed)
+                self._decided_changes = self._files.changes
         if not self._is_proven:
             self._is_proven = True
             self._backoff = backoff()
             self._refused.forget()
             self._outages.end(self._restart_lost)
             self._records, self._recorded_at = 0, 0.0
-        self._outages.turn()
         now = self._clock()
         if recorded:
             self._records, self._recorded_at = self._records + recorded, now
             self._facts.note_events()
         self._facts.ask()
-        publishing = self._status.publishing
-        self._outages.note_publishing(publishing)
+        self._outages.turn(self._status.publishing)
         self._enter(self._facts.state("waiting" if now - self._recorded_at > 3600 else "recording"))
         if is_empty:
             self._rival.turn()
@@ -6184,23 +6174,19 @@ def run_demo(options: Any) -> int:
 
 def _stop_on_signal() -> threading.Event:
     """Return an event that SIGTERM, Ctrl+C and a closed terminal (SIGHUP) set from now on."""
-    stop = threading.Event()
+    stop, numbers = threading.Event(), [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+        numbers.append(signal.SIGHUP)
 
     def end(*_: Any) -> None:
-        _handle_stop_signals(lambda *_: None)  # one is enough, and a hail of them would nest
+        for number in numbers:
+            signal.signal(number, lambda *_: None)  # one is enough, and a hail of them would nest
         # Not in the handler: the signal may come while this very thread holds the event's lock.
         threading.Thread(target=stop.set, daemon=True).start()
 
-    _handle_stop_signals(end)
+    for number in numbers:
+        signal.signal(number, end)
     return stop
-
-
-def _handle_stop_signals(handler: Any) -> None:
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)
-        under_nohup = name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN
-        if number is not None and not under_nohup:
-            signal.signal(number, handler)
 
 
 def _announce(log: Log, text: str, config: Config, port: int, closes: str, options: Any) -> None:
