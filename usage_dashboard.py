@@ -4838,11 +4838,20 @@ class Collector:
         self._readings.note(parsed.events)
         self._rival.note(parsed)
         self.journal.hold(parsed)
+        self._follow_files(2.0)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
         self._strange = -math.inf if parsed.events else self._strange + len(parsed.rejects)
         return len(parsed.events) + len(parsed.rejects)
+
+    def _follow_files(self, pause_s: float) -> None:
+        """Notice account files that have changed, and what they tell of events that are stored already."""
+        self._files.look(pause_s)
+        if self._files.changes != self._decided_changes:
+            with suppress(StoreError):  # then at the next turn
+                self._store.decide_accounts(self._files.account_of, self._files.renamed)
+                self._decided_changes = self._files.changes
 
     def _after_turn(self, recorded: int, is_empty: bool) -> None:
         """Update state, outages and what is known of the proxy after each turn; recording ends with a quiet hour."""
@@ -4850,11 +4859,7 @@ class Collector:
             return
         with self.journal.logged_fault():
             self.journal.spool.touch(self._clock())
-        self._files.look(10.0)
-        if self._files.changes != self._decided_changes:
-            with suppress(StoreError):  # then at the next turn
-                self._store.decide_accounts(self._files.account_of, self._files.renamed)
-                self._decided_changes = self._files.changes
+        self._follow_files(10.0)
         if not self._is_proven:
             self._is_proven = True
             self._backoff = backoff()
@@ -5952,7 +5957,7 @@ def _check_dashboard(config: Config, config_path: Path) -> list[Finding]:
         return [Finding("fault", f"port {config.dashboard_port} answers: {error}", remedy)]
     if health is not None and "collector" in health:
         running = Finding("ok", f"dashboard {health.get('version')} runs on port {config.dashboard_port}")
-        return [running, *_findings_of_status(health["collector"], config), *_check_rival(health.get("rival"))]
+        return [running, *_findings_of_status({**health["collector"], "rival": health.get("rival")}, config)]
     try:
         make_server(config.dashboard_host, config.dashboard_port).server_close()
     except DashboardError as error:
@@ -5993,7 +5998,7 @@ def _findings_of_status(status: Mapping[str, Any], config: Config) -> list[Findi
 
 
 def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[Finding]:
-    """Judge whether the proxy publishes, how long it remembers, and its clock; what is unknown is left out."""
+    """Judge whether the proxy publishes, to whom, how long it remembers, and its clock; the unknown is left out."""
     retention_s, ahead_s = status["retention_seconds"], status["clock_ahead_seconds"]
     if status["publishing"]:
         yield Finding("ok", "the proxy publishes its usage")
@@ -6009,14 +6014,11 @@ def _check_proxy(status: Mapping[str, Any], poll_interval_s: float) -> Iterator[
     elif ahead_s is not None:
         found = f"the proxy's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's"
         yield Finding("warning", found, "let both machines set their clocks by NTP")
-
-
-def _check_rival(rival: Mapping[str, float] | None) -> list[Finding]:
-    if rival is None:
-        return []
-    counted = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
-    found = f"{counted} of which {rival['received']} came here: another program takes records, or they expired"
-    return [Finding("warning", found, 'stop it, or set "collect_mode": "subscribe" if it subscribes')]
+    rival = status["rival"]
+    if rival is not None:
+        counted = f"the proxy counted {rival['expected']} attempts since {local_minute(rival['since'])}"
+        found = f"{counted} of which {rival['received']} came here: another program takes records, or they expired"
+        yield Finding("warning", found, 'stop it, or set "collect_mode": "subscribe" if it subscribes')
 
 
 def _check_queue(config: Config, config_path: Path) -> list[Finding]:

@@ -106,6 +106,7 @@ def test_odd_answers_of_the_management_api_leave_recording_alone(collect, proxy,
     run.ahead_s = 58.0
     proxy.push(*payloads(3))
     run.wait_for_events(3)
+    run.wait_for_state("recording")  # so that this turn is over
     assert V8_SWITCH not in asked(proxy) and proxy.auth_attempts == 1
     del proxy.answers[V0_SWITCH]
     proxy.publishing = False
