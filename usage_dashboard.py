@@ -5688,14 +5688,9 @@ class DemoWorld:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
         self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
         self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
-        self._arrivals = self._arrive(self._born_at - 7 * 86400)
-        self._next_at = next(self._arrivals)
         self.store = Store(folder / "usage.db")
         self.auth_dir = folder / "accounts"
         self._write_account_files()
-        self._files = AccountFiles([self.auth_dir])
-        self._files.look()
-        self._traffic = TrafficReadings(self._files, self.store, clock)
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
         self._record()
@@ -5718,30 +5713,22 @@ class DemoWorld:
                     self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
 
     def _arrive(self, at: float) -> Iterator[float]:
-        """Yield the times of requests from ``at`` on, endlessly: busy on workdays, none during the outage."""
-        while True:
+        """Yield the times of requests from ``at`` until now: busy on workdays, none during the outage."""
+        while at < self._born_at:
+            if not self._outage.start <= at < self._outage.end:
+                yield at
             local = time.localtime(at)
             per_hour = self._PER_HOUR[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
             at += self._rng.expovariate(per_hour / 3600)
-            if not self._outage.start <= at < self._outage.end:
-                yield at
 
     def _record(self) -> None:
-        """Store the requests that have arrived by now."""
-        now, payloads = self._clock(), []
-        while self._next_at <= now:
-            payloads.append(self._payload(self._next_at))
-            self._next_at = next(self._arrivals)
+        """Store a week of requests."""
+        files = AccountFiles([self.auth_dir])
+        files.look()
+        payloads = list(map(self._payload, self._arrive(self._born_at - 7 * 86400)))
         for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
-            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, now)
-            self._traffic.note(parsed.events)
-
-    def live(self, stop: threading.Event) -> None:
-        """Let requests arrive at the pace of the week until ``stop``."""
-        while not stop.wait(max(0.0, self._next_at - self._clock())):
-            self._record()
-            self._traffic.save_due()
+            parsed = parse_events(payloads[first : first + 2000], files.contexts)
+            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, self._born_at)
 
     def _payload(self, at: float) -> bytes:
         """Return a request as the proxy hands it over."""
@@ -6169,7 +6156,7 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        exit_code = _run_until_stopped(server, app, page, stop, lambda: world.live(stop))
+        exit_code = _run_until_stopped(server, app, page, stop)
     log.close()
     return exit_code
 

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 import usage_dashboard as app
 
 NOW = 1800000000.0
-DAY = 86400.0
 ALL = app.Window(0, 4e9)
 
 
-class Clock(threading.Event):
-    """A stop event and a clock in one: a wait lasts no time and moves the clock on, until its end is reached."""
-
-    def __init__(self, end: float) -> None:
-        super().__init__()
-        self.now, self.end = NOW, end
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        self.now += timeout
-        return self.now >= self.end
-
-
 @pytest.fixture
-def clock():
-    return Clock(NOW + DAY)
-
-
-@pytest.fixture
-def demo(tmp_path, clock):
-    made = app.DemoWorld(tmp_path, lambda: clock.now)
+def demo(tmp_path):
+    made = app.DemoWorld(tmp_path, lambda: NOW)
     yield made
     made.store.close()
 
@@ -58,13 +37,6 @@ def test_outage_has_no_request_inside(demo):
     assert demo.store.requests(1, app.Window(outage["from"], outage["to"])) == []
     assert requests_in(demo, outage["from"] - 3 * 3600, outage["from"]) > 0
     assert requests_in(demo, outage["to"], outage["to"] + 3 * 3600) > 0
-
-
-def test_live_traffic_keeps_the_pace_of_the_week(demo, clock):
-    demo.live(clock)
-    a_week_before = requests_in(demo, NOW - 7 * DAY, NOW - 6 * DAY)
-    assert requests_in(demo, NOW, NOW + DAY) == pytest.approx(a_week_before, rel=0.15)
-    assert demo.status()["last_event"] == pytest.approx(NOW + DAY, abs=3 * 3600)
 
 
 def test_accounts_are_in_the_states_that_the_page_is_to_show(demo):
