@@ -643,6 +643,8 @@ class RespClient:
         """Read the next whole reply."""
         try:
             return self._reader.read_reply()
+        except socket.timeout as error:
+            raise QueueFault("the queue does not answer in time") from error
         except ConnectionResetError as error:
             raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
