@@ -1131,11 +1131,15 @@ def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, b
 # What the proxy's own texts begin with where a reply had begun, and end with where there was none.
 _STREAM_TEXTS = ("stream error: ", "claude executor: upstream returned error", "upstream stream returned an error")
 _NETWORK_TEXTS = {
-    **{text: text for text in ("connection refused", "no such host", "no route to host")},
-    **dict.fromkeys(("connection reset by peer", "broken pipe"), "connection reset"),
+    **{text: text for text in ("connection refused", "no such host", "no route to host", "network is unreachable")},
+    **dict.fromkeys(("connection reset by peer", "broken pipe", "client connection lost"), "connection reset"),
     **dict.fromkeys(("i/o timeout", "tls handshake timeout", "context deadline exceeded"), "no answer in time"),
+    **dict.fromkeys(("connection timed out", "timeout awaiting response headers"), "no answer in time"),
+    **dict.fromkeys(("request canceled", "request canceled while waiting for connection"), "no answer in time"),
     **dict.fromkeys(("eof", "unexpected eof"), "stream broken off"),
     "context canceled": "client left",
+    "server misbehaving": "no such host",  # the answer of a name server that is broken
+    "proxy authentication required": "egress proxy: login refused",
 }
 
 
@@ -1150,12 +1154,14 @@ def _network_words(body: Any) -> str:
         return ""
     if body.startswith(_STREAM_TEXTS):
         return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
-    end = body[-1000:].rstrip()
+    end = f": {body[-1000:].rstrip()}"
     words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].partition(" (")[0].lower(), "")
     if not words and (": tls: " in end or ": x509: " in end):
         words = "TLS failure"
-    is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
-    return f"egress proxy: {words}" if is_of_proxy else words
+    if not words and (": http2: " in end or ": stream error: stream ID" in end):
+        words = "stream broken off"
+    is_of_proxy = ": proxyconnect tcp: " in end or ": socks connect tcp " in end
+    return f"egress proxy: {words or 'no connection'}" if is_of_proxy else words
 
 
 def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str | None:
