@@ -926,6 +926,8 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
+    if len(content) > 1 and _OF_RECORDS.isdisjoint(content):
+        raise Rejected("it has nothing of a usage record but a time")
     model, context = _context_of(content, contexts)
     failed, status, error, has_reply = _outcome(content)
     usage = _usage(content, context.provider)
@@ -990,7 +992,7 @@ def _mask_of_hash(value: Any) -> str:
     """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
     if not isinstance(value, str) or not value:
         return ""
-    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{12,64}$', value) else short_tag(value)}"
+    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{8,64}$', value) else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1092,7 +1094,7 @@ _THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", 
 
 def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> TokenCounts:
     """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
-    names, mode = _SENT_COUNTS, tokens.get("cache_input_mode")
+    names, mode = _SENT_COUNTS, str(tokens.get("cache_input_mode")).lower()
     if "read_tokens" in tokens and tokens.get("input_tokens") is None:
         names = ("read_tokens", "write_tokens", *names[2:])  # of a fork: input and output
     try:
@@ -1120,7 +1122,7 @@ def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, b
     if flag not in (None, True, False):
         raise Rejected("failed is neither true nor false")
     status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
-    status = status or (499 if outcome == "canceled" else None)
+    status = status or (499 if outcome in ("canceled", "cancelled") else None)
     if not (flag or outcome == "failed" or (status or 0) >= 400):
         return 0, status, None, True
     body = _failure_text(content)
@@ -1188,6 +1190,7 @@ _KEPT_OF_REJECT = (
     "timestamp latency_ms ttft_ms source auth_index failed outcome generate accounting_version provider executor_type "
     "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
 )
+_OF_RECORDS = {"tokens", "token_breakdown", "fail", *_KEPT_OF_REJECT.split()} - {"timestamp", "source", "failed"}
 
 
 def masked_json(content: Any) -> str | None:
@@ -4792,7 +4795,7 @@ class Collector:
             self._session()
         except QueueFault as fault:
             self._note_break(fault)
-            if fault.state == "banned":  # told again after its connection ended, that was not a restart
+            if fault.held is not None:  # banned; told again after the connection ended, that was not a restart
                 self._has_held_out = self._wait_for_change(fault.lasts_s + 1, held=None if has_held_out else fault.held)
             elif fault.lasts_s is not None:
                 self._wait_for_change(next(self._backoff))

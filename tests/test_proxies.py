@@ -188,11 +188,19 @@ def test_list_with_one_record_among_the_first_is_ours(collect):
 
 
 @MODES
-def test_collector_that_is_banned_records_again_soon_after_the_proxy_restarted(collect, proxy, mode):
+@pytest.mark.parametrize("when", ["at the login", "later"])
+def test_collector_that_is_banned_records_again_soon_after_the_proxy_restarted(collect, proxy, mode, when):
+    run = collect(proxy, collect_mode=mode, until="waiting") if when == "later" else None
     proxy.ban()
-    run = collect(proxy, collect_mode=mode, until="banned")
+    if run is None:
+        run = collect(proxy, collect_mode=mode)
+    elif mode != "http":  # where the next poll is told of it
+        proxy.disconnect_all()
+    run.wait_for_state("banned")
     wait_a_while(run, 10)
-    assert proxy.connections == 1
+    connections = proxy.connections
+    wait_a_while(run, 10)
+    assert proxy.connections == connections
     before = len(run.stop.waits)
     proxy.restart()
     proxy.push(payload(1))
