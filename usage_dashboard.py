@@ -3827,11 +3827,14 @@ class ProxyApi:
         pieces, content = _pieces_of(reply), b""
         for piece in pieces:
             content += piece
+            if len(content) > 4 << 20 and reply.status != 200:
+                self.close()  # the rest is not read
+                break
             if len(content) > 4 << 20 and "queue" not in path:
                 raise ValueError("no setting is as long")
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
-                return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
+                return reply.status, list(itertools.islice(elements, 5000))
         return reply.status, content
 
     def abort(self) -> None:

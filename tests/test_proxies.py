@@ -98,6 +98,15 @@ ODD = [*((200, body) for body in (b"<html>", b"[1]", b"7", b"null", b'{"observab
        (302, b""), (500, b"{}"), (204, b""), (599, b"x")]  # fmt: skip
 
 
+@pytest.mark.parametrize(("path", "state"), [(V0_CONFIG, "wrong_password"), ("/v0/management/usage-queue", "no_queue")])
+def test_refusal_with_a_long_page_is_understood_as_one_without(collect, proxy, path, state):
+    status = 401 if path == V0_CONFIG else 404
+    proxy.answers[path] = http_reply(status, LONG, "text/html")
+    run = collect(proxy, collect_mode="http", until=state)
+    wait_a_while(run)
+    assert run.status["rejected"] == 0 and len(asked(proxy)) < 4
+
+
 @pytest.mark.parametrize(("status", "body"), ODD)
 def test_odd_answers_of_the_management_api_leave_recording_alone(collect, proxy, status, body):
     for path in (V0_CONFIG, V0_SWITCH, "/", "/v8/management/config", V8_SWITCH):
@@ -106,6 +115,7 @@ def test_odd_answers_of_the_management_api_leave_recording_alone(collect, proxy,
     run.ahead_s = 58.0
     proxy.push(*payloads(3))
     run.wait_for_events(3)
+    run.wait_for_state("recording")  # the turn that stored them is over
     assert V8_SWITCH not in asked(proxy) and proxy.auth_attempts == 1
     del proxy.answers[V0_SWITCH]
     proxy.publishing = False
