@@ -4343,9 +4343,9 @@ class Journal:
 
 
 def _setting(answer: Any, name: str) -> Any:
-    """Return a setting of the proxy's usage: of a configuration in either layout, or alone."""
+    """Return a setting of the proxy's usage: alone, or of a configuration, of whose two layouts the newer one wins."""
     with suppress(KeyError, TypeError):
-        answer = answer["observability"]["usage"]
+        answer = {**answer, **answer["observability"]["usage"]}
     return answer.get(name) if isinstance(answer, dict) else answer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import closing
@@ -105,6 +106,13 @@ def test_refusal_with_a_long_page_is_understood_as_one_without(collect, proxy, p
     run = collect(proxy, collect_mode="http", until=state)
     wait_a_while(run)
     assert run.status["rejected"] == 0 and len(asked(proxy)) < 4
+
+
+@pytest.mark.parametrize(("usage", "told"), [({}, 900), ({"redis-usage-queue-retention-seconds": 120}, 120), (7, 900)])
+def test_setting_of_the_newer_layout_wins_over_the_older(collect, proxy, usage, told):
+    config = {"observability": {"usage": usage}, "redis-usage-queue-retention-seconds": 900}
+    proxy.answers[V0_CONFIG] = http_reply(200, json.dumps(config).encode(), "application/json")
+    assert collect(proxy, until="waiting").status["retention_seconds"] == told
 
 
 @pytest.mark.parametrize(("status", "body"), ODD)
