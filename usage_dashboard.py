@@ -4441,7 +4441,8 @@ class ProxyFacts:
 
     def attempts(self) -> tuple[dict[Any, Attempts], bool]:
         """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
-        files, keys = (path not in self._failed and self._question(path, most=2) for path in (_FILES, _KEYS))
+        most = {_FILES: 2, _KEYS: 1}  # which has no twin
+        files, keys = (path not in self._failed and self._question(path, most[path]) for path in most)
         attempts: dict[Any, Attempts] = {}
         is_whole = False
         with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
