@@ -917,6 +917,8 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
         raise Rejected("timestamp is missing or not a text") from None
     except ValueError as error:
         raise Rejected(f"timestamp is {error}") from None
+    if len(content) > 1 and _OF_RECORDS.isdisjoint(content):
+        raise Rejected("it has nothing of a usage record but a time")
     model, context = _context_of(content, contexts)
     failed, status, error, has_reply = _outcome(content)
     usage = _usage(content, context.provider)
@@ -981,7 +983,7 @@ def _mask_of_hash(value: Any) -> str:
     """Return the mask of a key of which only a hash is sent; a SHA-256 begins with the tag of the key itself."""
     if not isinstance(value, str) or not value:
         return ""
-    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{12,64}$', value) else short_tag(value)}"
+    return f"… #{value[:6].lower() if re.match('[0-9A-Fa-f]{8,64}$', value) else short_tag(value)}"
 
 
 def _text(value: Any, name: str, limit: int = 200) -> str:
@@ -1072,7 +1074,7 @@ _THOUGHTS_APART = ("gemini", "gemini-cli", "vertex", "aistudio", "antigravity", 
 
 def _plain_usage(tokens: Mapping[str, Any], provider: str, is_claude: bool) -> tuple[int | None, ...]:
     """Add what is sent apart: the cache of Claude, the thoughts of Gemini, and any cache larger than its input."""
-    names, mode = _SENT_COUNTS, tokens.get("cache_input_mode")
+    names, mode = _SENT_COUNTS, str(tokens.get("cache_input_mode")).lower()
     if "read_tokens" in tokens and tokens.get("input_tokens") is None:
         names = ("read_tokens", "write_tokens", *names[2:])  # of a fork: input and output
     try:
@@ -1100,7 +1102,7 @@ def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, b
     if flag not in (None, True, False):
         raise Rejected("failed is neither true nor false")
     status = _number(fail.get("status_code"), "fail.status_code") or None if fail else None
-    status = status or (499 if outcome == "canceled" else None)
+    status = status or (499 if outcome in ("canceled", "cancelled") else None)
     if not (flag or outcome == "failed" or (status or 0) >= 400):
         return 0, status, None, True
     body = _failure_text(content)
@@ -1111,11 +1113,15 @@ def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, b
 # What the proxy's own texts begin with where a reply had begun, and end with where there was none.
 _STREAM_TEXTS = ("stream error: ", "claude executor: upstream returned error", "upstream stream returned an error")
 _NETWORK_TEXTS = {
-    **{text: text for text in ("connection refused", "no such host", "no route to host")},
-    **dict.fromkeys(("connection reset by peer", "broken pipe"), "connection reset"),
+    **{text: text for text in ("connection refused", "no such host", "no route to host", "network is unreachable")},
+    **dict.fromkeys(("connection reset by peer", "broken pipe", "client connection lost"), "connection reset"),
     **dict.fromkeys(("i/o timeout", "tls handshake timeout", "context deadline exceeded"), "no answer in time"),
+    **dict.fromkeys(("connection timed out", "timeout awaiting response headers"), "no answer in time"),
+    **dict.fromkeys(("request canceled", "request canceled while waiting for connection"), "no answer in time"),
     **dict.fromkeys(("eof", "unexpected eof"), "stream broken off"),
     "context canceled": "client left",
+    "server misbehaving": "no such host",  # the answer of a name server that is broken
+    "proxy authentication required": "egress proxy: login refused",
 }
 
 
@@ -1130,12 +1136,14 @@ def _network_words(body: Any) -> str:
         return ""
     if body.startswith(_STREAM_TEXTS):
         return "stream broken off" if body.startswith(_STREAM_TEXTS[0]) else "error within the stream"
-    end = body[-1000:].rstrip()
+    end = f": {body[-1000:].rstrip()}"
     words = _NETWORK_TEXTS.get(end.rpartition(": ")[2].partition(" (")[0].lower(), "")
     if not words and (": tls: " in end or ": x509: " in end):
         words = "TLS failure"
-    is_of_proxy = words and (": proxyconnect tcp: " in end or ": socks connect tcp " in end)
-    return f"egress proxy: {words}" if is_of_proxy else words
+    if not words and (": http2: " in end or ": stream error: stream ID" in end):
+        words = "stream broken off"
+    is_of_proxy = ": proxyconnect tcp: " in end or ": socks connect tcp " in end
+    return f"egress proxy: {words or 'no connection'}" if is_of_proxy else words
 
 
 def failure_reason(status: int | None, body: Any, error_code: Any = None) -> str | None:
@@ -1162,6 +1170,7 @@ _KEPT_OF_REJECT = (
     "timestamp latency_ms ttft_ms source auth_index failed outcome generate accounting_version provider executor_type "
     "model alias endpoint auth_type api_key request_id reasoning_effort service_tier response_service_tier"
 )
+_OF_RECORDS = {"tokens", "token_breakdown", "fail", *_KEPT_OF_REJECT.split()} - {"timestamp", "source", "failed"}
 
 
 def masked_json(content: Any) -> str | None:
@@ -3784,11 +3793,14 @@ class ProxyApi:
         pieces, content = _pieces_of(reply), b""
         for piece in pieces:
             content += piece
+            if len(content) > 4 << 20 and reply.status != 200:
+                self.close()  # the rest is not read
+                break
             if len(content) > 4 << 20 and "queue" not in path:
                 raise ValueError("no setting is as long")
             if len(content) > 4 << 20:  # what is stored of each element is small
                 elements = map(compact, elements_of(itertools.chain([content], pieces)))
-                return reply.status, list(itertools.islice(elements, 5000)) if reply.status == 200 else b""
+                return reply.status, list(itertools.islice(elements, 5000))
         return reply.status, content
 
     def abort(self) -> None:
@@ -4297,9 +4309,9 @@ class Journal:
 
 
 def _setting(answer: Any, name: str) -> Any:
-    """Return a setting of the proxy's usage: of a configuration in either layout, or alone."""
+    """Return a setting of the proxy's usage: alone, or of a configuration, of whose two layouts the newer one wins."""
     with suppress(KeyError, TypeError):
-        answer = answer["observability"]["usage"]
+        answer = {**answer, **answer["observability"]["usage"]}
     return answer.get(name) if isinstance(answer, dict) else answer
 
 
@@ -4390,7 +4402,8 @@ class ProxyFacts:
 
     def attempts(self) -> tuple[dict[Any, Attempts], bool]:
         """Return what the proxy has counted since its start, and whether of all; a route that failed is not asked."""
-        files, keys = (path not in self._failed and self._question(path, most=2) for path in (_FILES, _KEYS))
+        most = {_FILES: 2, _KEYS: 1}  # which has no twin
+        files, keys = (path not in self._failed and self._question(path, most[path]) for path in most)
         attempts: dict[Any, Attempts] = {}
         is_whole = False
         with suppress(AttributeError, TypeError, Rejected):  # what has another shape ends it
@@ -4924,7 +4937,7 @@ class Collector:
         """Wait as a fault needs it; a long wait ends with another config, or with the connection that was banned."""
         seconds = _LONG_WAITS_S.get(fault.state)
         if fault.lasts_s is not None:
-            seconds = fault.lasts_s + 1 if fault.state == "banned" else next(self._backoff)
+            seconds = next(self._backoff) if fault.held is None else fault.lasts_s + 1
         if seconds is None:
             self._stop.wait(next(self._backoff))
             return

@@ -67,6 +67,7 @@ class Dialect:
         self.sniffs_in_accept_loop = tag <= (7, 0, 2)
         self.recent_requests = tag >= (6, 9, 46)
         self.request_totals = tag >= (6, 9, 49)
+        self.text_of_404 = b"404 page not found" if tag < (7, 2, 140) else b""
         self.routes_of_v0 = True
         self.routes_of_v8 = tag >= (8, 0, 0)
         self.rpop_takes_newest = self.keeps_published = False
@@ -588,8 +589,10 @@ class FakeProxy(SocketServer):
         elif url.path == "/" and self.example_page:
             page = b"<!DOCTYPE html><title>Example API key detected</title>"
             wire.send(http_reply(200, page, "text/html; charset=utf-8"))
+        elif url.path == "/" and method == "GET":
+            self._send_json(wire, 200, {"endpoints": ["GET /v1/models"], "message": "CLI Proxy API Server"})
         elif url.path not in documents:
-            wire.send(http_reply(404, b"404 page not found", "text/plain"))
+            wire.send(http_reply(404, self.dialect.text_of_404, "text/plain"))
         elif not self.management or (self.home_mode and self.dialect.home_mode):
             wire.send(http_reply(404, b"", "text/plain"))
         else:

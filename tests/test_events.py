@@ -61,7 +61,7 @@ def counts(input, output, **more):
         ("openai-compat", counts(None, 5, cached=7, total=5), (7, 5, None, 12, 7, None)),
         ("codex", counts(None, None, read=100, write=30, reasoning=12, cache_read=80, total=130),
          (100, 30, 12, 130, 80, None)),
-        ("codex", {**counts(10, 5, cached=8, total=15), "cache_input_mode": "separate_from_input"},
+        ("codex", {**counts(10, 5, cached=8, total=15), "cache_input_mode": "Separate_From_Input"},
          (18, 5, None, 23, 8, None)),
         ("claude", {**counts(117, 5, cache_read=100, total=122), "cache_input_mode": "included_in_input"},
          (117, 5, None, 122, 100, None)),
@@ -105,6 +105,8 @@ def test_complete_breakdown_wins_over_the_plain_counts_and_no_other(changes, exp
 NO_OBJECTS = [7, [1, 2], [b"a", [b"b"]], None, 1.5, "text", json.loads("[" * 90 + "]" * 90)]
 REJECTED = [*MALFORMED, *((odd, "not a JSON object") for odd in NO_OBJECTS)]
 REJECTED.append((app.Oversized(9_000_000), "larger than an event"))
+LOG_LINE = b'{"timestamp": "2026-11-20T09:14:22Z", "level": "info", "message": "hello", "source": "app"}'
+REJECTED.append((LOG_LINE, "nothing of a usage record"))
 
 
 @pytest.mark.parametrize(("raw", "reason"), REJECTED, ids=range(len(REJECTED)))
@@ -145,6 +147,17 @@ def test_source_that_may_be_a_key_is_masked(source, kept):
      "500 egress proxy: connection refused"),
     (500, 'Get "https://a.b": socks connect tcp p:1->a.b:443: dial tcp: lookup p on 10.0.0.1:53: no such host',
      "500 egress proxy: no such host"),
+    (500, "proxyconnect tcp: EOF", "500 egress proxy: stream broken off"),
+    (500, 'Post "https://a.b": socks connect tcp p:1->a.b:443: unknown error host unreachable',
+     "500 egress proxy: no connection"),
+    (500, 'Post "https://a.b": Proxy Authentication Required', "500 egress proxy: login refused"),
+    (500, "dial tcp: lookup a.b on 10.0.0.1:53: server misbehaving", "500 no such host"),
+    (500, "dial tcp 10.1.2.3:443: connect: network is unreachable", "500 network is unreachable"),
+    (500, "dial tcp 10.1.2.3:443: connect: connection timed out", "500 no answer in time"),
+    (500, 'Post "https://a.b": net/http: request canceled (Client.Timeout exceeded while awaiting headers)',
+     "500 no answer in time"), (500, "http2: timeout awaiting response headers", "500 no answer in time"),
+    (500, 'Post "https://a.b": stream error: stream ID 5; INTERNAL_ERROR; received from peer',
+     "500 stream broken off"), (500, "http2: server sent GOAWAY and closed the connection", "500 stream broken off"),
     (500, "read tcp 10.1.2.3:5: read: connection reset by peer", "500 connection reset"),
     (504, 'Post "https://a.b": context deadline exceeded (Client.Timeout exceeded while awaiting headers)',
      "504 no answer in time"), (500, 'Post "https://a.b/c": unexpected EOF', "500 stream broken off"),
@@ -175,7 +188,7 @@ def test_no_secret_shows_wherever_it_stands_in_a_message():
     ({"failed": True}, (1, None, None)), ({"failed": None}, (0, None, None)),
     ({"failed": None, "fail": {"status_code": 503, "body": ""}}, (1, 503, "503 Service Unavailable")),
     ({"outcome": "canceled", "fail": {"status_code": 499, "body": ""}}, (1, 499, "499 client left")),
-    ({"outcome": "canceled", "fail": None}, (1, 499, "499 client left")), ({"outcome": "success"}, (0, None, None)),
+    ({"outcome": "cancelled", "fail": None}, (1, 499, "499 client left")), ({"outcome": "success"}, (0, None, None)),
     ({"outcome": "failed", "error_message": "my prompt"}, (1, None, None)),
     ({"failed": True, "fail": {"status_code": 500}, "error_message": 'Post "https://a.b": EOF'},
      (1, 500, "500 stream broken off")),
@@ -222,7 +235,7 @@ def test_new_keys_of_version_8_and_forks_are_harmless_and_not_kept():
 @pytest.mark.parametrize(("sent", "mask"), [  # the SHA-256 of sk-client-aaaa-1111 begins with 4bdca8
     ({"api_key": "sk-client-aaaa-1111", "api_key_hash": "x"}, "sk-…1111 #4bdca8"),
     ({"api_key_hash": hashlib.sha256(b"sk-client-aaaa-1111").hexdigest()}, "… #4bdca8"),
-    ({"api_key": "", "api_key_hash": "4BDCA8000000"}, "… #4bdca8"), ({"api_key_hash": "short"}, "… #f9b007"),
+    ({"api_key": "", "api_key_hash": "4BDCA800"}, "… #4bdca8"), ({"api_key_hash": "short"}, "… #f9b007"),
     ({"api_key_hash": ["4bdca8"]}, ""),
 ])  # fmt: skip
 def test_hash_of_a_key_has_the_tag_of_the_key(sent, mask):

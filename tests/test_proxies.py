@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import closing
@@ -98,6 +99,22 @@ ODD = [*((200, body) for body in (b"<html>", b"[1]", b"7", b"null", b'{"observab
        (302, b""), (500, b"{}"), (204, b""), (599, b"x")]  # fmt: skip
 
 
+@pytest.mark.parametrize(("path", "state"), [(V0_CONFIG, "wrong_password"), ("/v0/management/usage-queue", "no_queue")])
+def test_refusal_with_a_long_page_is_understood_as_one_without(collect, proxy, path, state):
+    status = 401 if path == V0_CONFIG else 404
+    proxy.answers[path] = http_reply(status, LONG, "text/html")
+    run = collect(proxy, collect_mode="http", until=state)
+    wait_a_while(run)
+    assert run.status["rejected"] == 0 and len(asked(proxy)) < 4
+
+
+@pytest.mark.parametrize(("usage", "told"), [({}, 900), ({"redis-usage-queue-retention-seconds": 120}, 120), (7, 900)])
+def test_setting_of_the_newer_layout_wins_over_the_older(collect, proxy, usage, told):
+    config = {"observability": {"usage": usage}, "redis-usage-queue-retention-seconds": 900}
+    proxy.answers[V0_CONFIG] = http_reply(200, json.dumps(config).encode(), "application/json")
+    assert collect(proxy, until="waiting").status["retention_seconds"] == told
+
+
 @pytest.mark.parametrize(("status", "body"), ODD)
 def test_odd_answers_of_the_management_api_leave_recording_alone(collect, proxy, status, body):
     for path in (V0_CONFIG, V0_SWITCH, "/", "/v8/management/config", V8_SWITCH):
@@ -189,11 +206,19 @@ def test_list_with_one_record_among_the_first_is_ours(collect):
 
 
 @MODES
-def test_collector_that_is_banned_records_again_soon_after_the_proxy_restarted(collect, proxy, mode):
+@pytest.mark.parametrize("when", ["at the login", "later"])
+def test_collector_that_is_banned_records_again_soon_after_the_proxy_restarted(collect, proxy, mode, when):
+    run = collect(proxy, collect_mode=mode, until="waiting") if when == "later" else None
     proxy.ban()
-    run = collect(proxy, collect_mode=mode, until="banned")
+    if run is None:
+        run = collect(proxy, collect_mode=mode)
+    elif mode != "http":  # where the next poll is told of it
+        proxy.disconnect_all()
+    run.wait_for_state("banned")
     wait_a_while(run, 10)
-    assert proxy.connections == 1
+    connections = proxy.connections
+    wait_a_while(run, 10)
+    assert proxy.connections == connections
     before = len(run.stop.waits)
     proxy.restart()
     proxy.push(payload(1))

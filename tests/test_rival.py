@@ -315,8 +315,10 @@ def test_answers_of_any_shape_are_no_fault(hours):
     assert "fault" not in hours.run.log
 
 
-def test_proxy_without_account_files_is_judged_by_its_keys(hours):
-    hours.proxy.answers[ACCOUNTS] = http_reply(200, b'{"files":null}', "application/json")
+@pytest.mark.parametrize("step_s", [80.0, 40.3])  # of the latter, whether it publishes is asked as often as ever
+def test_proxy_without_account_files_is_judged_by_its_keys(collect, proxy, step_s):
+    proxy.answers[ACCOUNTS] = http_reply(200, b'{"files":null}', "application/json")
+    hours = Hours(collect, proxy, step_s)
     hours.read(2)
     hours.lose(UPSTREAM, failed=5)
     hours.read()
