@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Iterator
@@ -36,6 +37,21 @@ for name in PRIVATE_ENVIRONMENT:
     os.environ.pop(name, None)
 # A shell lets what it starts beside ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class TlsSocket(ssl.SSLSocket):
+    """Close what CPython before 3.13 leaves open where the peer resets the connection before the handshake.
+
+    Else the garbage collector warns of it, in whichever test it runs.
+    """
+
+    def __del__(self) -> None:
+        if not hasattr(self, "_connected"):
+            self.close()
+        super().__del__()
+
+
+ssl.SSLContext.sslsocket_class = TlsSocket
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
