@@ -6,7 +6,7 @@ import io
 import threading
 import time
 
-from sockets import SocketServer, Watched
+from sockets import PATIENCE_S, SocketServer, Watched
 from support import KEY
 
 import usage_dashboard as app
@@ -78,7 +78,7 @@ class Run(Watched):
     def describe(self) -> str:
         return f"status {self.status}, error {self.error!r}, log:\n{self.log[-2000:]}"
 
-    def wait_for(self, predicate, timeout: float = 5):
+    def wait_for(self, predicate, timeout: float = PATIENCE_S):
         """Wait for something true; a collector that died in the meantime ends the wait."""
         value = super().wait_for(lambda: predicate() or self.error is not None, timeout)
         assert self.error is None, self.describe()
@@ -94,7 +94,7 @@ class Run(Watched):
     def end(self) -> None:
         """Stop it, and make sure that its thread ended by itself and in peace."""
         self.stop.set()
-        self.thread.join(10)
+        self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive() and self.error is None, self.describe()
 
 

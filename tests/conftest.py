@@ -16,6 +16,7 @@ from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
 from program import Program
 from redis_server import RedisServer
+from sockets import PATIENCE_S
 from support import KEY, Site
 from webdriver import Browser, find_browser
 
@@ -124,7 +125,7 @@ def collect(store):
     for run in runs:
         run.stop.set()
     for run in runs:
-        run.thread.join(10)
+        run.thread.join(PATIENCE_S)
         assert not run.thread.is_alive()
 
 

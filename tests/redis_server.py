@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from fake_proxy import read_command
-from sockets import Hangup, ProtocolError, SocketServer, comes_up
+from sockets import PATIENCE_S, Hangup, ProtocolError, SocketServer, comes_up
 from support import free_port, replies_of
 
 import usage_dashboard as app
@@ -22,7 +22,6 @@ import usage_dashboard as app
 class RedisServer:
     """Start redis-server on a free loopback port; a context manager."""
 
-    START_S = 10
     PUSH_BATCH = 1000
 
     def __init__(self, password: str | None = None) -> None:
@@ -51,7 +50,7 @@ class RedisServer:
         for port in [self.port] if self.port else [free_port() for _ in range(3)]:  # another program may be first
             self._launch(port)
             self.port = port
-            if comes_up(self._process, lambda: self.command("PING"), self.START_S):
+            if comes_up(self._process, lambda: self.command("PING"), PATIENCE_S):
                 return
             self.stop()
         raise AssertionError(f"redis-server does not answer on port {self.port}; see {self._folder}/log")

@@ -236,7 +236,7 @@ def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(
     run.ahead_s = 58.0
     run.wait_for_state("waiting")  # without any event
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["lost"] and 57 <= outage["to"] - outage["from"] <= 68 and run.status["publishing"] is True
+    assert outage["lost"] and 57 <= outage["to"] - outage["from"] <= 120 and run.status["publishing"] is True
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, pr
     proxy.push(payload(1))
     run.wait_for_state("recording")
     (outage,) = store.outages(ALWAYS, time.time())
-    assert outage["reason"] in told and 1990 <= outage["to"] - outage["from"] <= 2010
+    assert outage["reason"] in told and 1990 <= outage["to"] - outage["from"] <= 2100
 
 
 @pytest.mark.parametrize("locked_at_first", [False, True])
@@ -351,7 +351,7 @@ def test_collector_that_did_not_run_notes_the_outage_as_stopped(collect, open_st
         locker.close()
     again.wait_for_state("waiting")
     (outage,) = again.store.outages(ALWAYS, time.time())
-    assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3610
+    assert outage["reason"] == "stopped" and 3590 <= outage["to"] - outage["from"] <= 3700
 
 
 YEAR_S = 365 * 86400.0

@@ -13,6 +13,7 @@ import sys
 from contextlib import closing
 
 import pytest
+from sockets import PATIENCE_S
 from support import free_port
 
 import usage_dashboard as app
@@ -201,10 +202,10 @@ class Served:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         running = program.start(command, "--no-browser", "--host", "127.0.0.1", "--port", str(self.port), *arguments)
-        running.wait_for_line(f":{self.port}", timeout=30)
+        running.wait_for_line(f":{self.port}")
 
     def ask(self, path):
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)) as connection:
             connection.request("GET", path)
             reply = connection.getresponse()
             return reply.status, json.loads(reply.read())
@@ -336,7 +337,7 @@ def systemd_analyze(*arguments):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     return subprocess.run(["systemd-analyze", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          encoding="utf-8", errors="replace", timeout=60, check=False)  # fmt: skip
+                          encoding="utf-8", errors="replace", timeout=PATIENCE_S, check=False)  # fmt: skip
 
 
 def test_systemd_accepts_the_unit(tmp_path):

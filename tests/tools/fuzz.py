@@ -301,7 +301,7 @@ class Fuzzer:
     def _ask(self, path: str, status: int | None, method: str = "GET", headers: Any = ()) -> None:
         lines = [f"{method} {path} HTTP/1.0", *(f"{name}: {value}" for name, value in dict(headers).items()), "", ""]
         head = "\r\n".join(lines).encode("utf-8", "surrogatepass").replace(b"\0", b"\x01")
-        received = self.site.raw(head, timeout=30)
+        received = self.site.raw(head)
         reply = http.client.HTTPResponse(_Wire(received), method=method)
         reply.begin()
         body = reply.read()

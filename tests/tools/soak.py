@@ -318,7 +318,7 @@ class Soak:
             self.wait_until_up()
             self.feeder.start()
             try:
-                while time.monotonic() < ends_at:
+                while time.monotonic() < ends_at or not (self.counts["kill"] and self.counts["stop"]):
                     with self._counted(next(lasting)):
                         self.rest(0.1, 1.0)
                         self._counted(next(sudden))
