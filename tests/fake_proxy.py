@@ -42,6 +42,7 @@ THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v8-alone": ("v8.0.47", {"routes_of_v0": False}),
     "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),

@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import time
-from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
 from collecting import CUT, Answering, config_of, wait_a_while
@@ -184,15 +183,6 @@ def test_web_server_of_any_age_is_not_resp_and_costs_no_login(collect, reply, mo
         run = collect(config_of(cliproxy_port=server.port, management_password=KEY, collect_mode=mode))
         run.wait_for(lambda: server.connections >= 12)
         assert run.state == "not_resp" and app.STATE_REMEDIES["not_resp"] in run.status["message"]
-
-
-def test_web_server_that_speaks_http_1_0_is_not_resp(collect):
-    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        run = collect(config_of(cliproxy_port=server.server_port, management_password=KEY))
-        run.wait_for(lambda: len(run.stop.waits) > 8)
-        server.shutdown()
-        assert run.state == "not_resp"
 
 
 @pytest.mark.parametrize(("state", "there", "here", "cure"), REFUSING)

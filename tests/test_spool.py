@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import pytest
+from collecting import wait_a_while
 from fake_proxy import FakeProxy
 from sockets import Watched
 from support import MALFORMED, ODD_BUT_GOOD, SAMPLES, ids_of, payload, payloads, spool_line, spool_path, stored_ids
@@ -112,7 +113,8 @@ def test_stop_under_load_stores_all_that_was_handed_over(collect, open_store, mo
 @pytest.mark.parametrize("mode", ["pop", "http", "subscribe"])
 def test_stop_in_the_middle_of_an_answer_gives_up_when_hurried_and_keeps_what_came_whole(collect, proxy, mode):
     run = collect(proxy, collect_mode=mode, until="waiting")
-    run.wait_for(lambda: mode != "subscribe" or proxy.subscribers)
+    run.wait_for(lambda: ("GET", "/v0/management/api-key-usage") in proxy.http_requests and proxy.open_connections == 1)
+    wait_a_while(run, 0 if mode == "subscribe" else 2)  # nothing is asked any more
     with proxy.change():
         proxy.push(*payloads(3))
         proxy.dribble(0.001)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import http.client
 import importlib.util
 import itertools
@@ -338,29 +337,6 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
     return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
 
 
-def measure_files(table: Table, events: list[bytes], folder: Path) -> None:
-    """Compare parsing beside 500 account files, whose tokens' hashes the events tell, with parsing alone."""
-    for number in range(500):
-        login = {"email": f"dev.{number}@example.com", "account_id": str(number), "access_token": f"{number}" * 300}
-        (folder / f"{number}.json").write_text(json.dumps({"type": "codex", **login}))
-    hashes = [hashlib.sha256((f"{number}" * 300).encode()).hexdigest().encode() for number in range(0, 500, 20)]
-    pairs = zip(itertools.cycle(hashes), events)
-    told = [b'{"access_token_sha256":"%s",%s' % (text, event[1:]) for text, event in pairs]
-    files, costs = app.AccountFiles([folder]), []
-
-    def parse_all(contexts: app.Contexts) -> None:
-        for batch in in_batches(iter(told), BATCH):
-            files.look(2.0)
-            app.parse_events(batch, contexts)
-
-    table.section("500 account files", "without any")
-    table.row("reading all", timed(files.look, 0) * 1000, "ms")
-    table.row("looking whether one has changed", median_ms(files.look, 0), "ms")
-    for contexts in (app.Contexts(), files.contexts):
-        costs.append(cost_of(lambda: parse_all(contexts), len(told)).processor_us)  # noqa: B023
-    table.row("parse and mask", costs[1], "µs", costs[0])
-
-
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
@@ -381,7 +357,6 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, 
     for step, cost in steps.items():
         table.row(f"of it: {step}", cost, "µs")
     table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
-    measure_files(table, events, new_folder(scratch))
     if others:
         table.section("ingest, end to end", "the other version")
         table.row("redis-server → program → SQLite", rate, "events/s", median(others))
