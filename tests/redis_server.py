@@ -135,7 +135,7 @@ class Scripted(SocketServer):
 
     def answer_pop(self, stream) -> None:
         reply = self.replies.popleft() if self.replies else b"$-1\r\n"
-        stream.send(reply if reply[:1] in (b"-", b"$") else replies_of([reply])[0])
+        stream.send(replies_of([reply])[0] if reply[:1] == b"{" else reply)
         if self.replies and self.replies[0] is None:
             self.replies.popleft()
             while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):

@@ -19,18 +19,7 @@ from pathlib import Path
 import pytest
 from collecting import Answering
 from program import COMPILED, STOP_S, configure, get, start
-from support import (
-    KEY,
-    QUOTA_BY_NAME,
-    SAMPLES,
-    free_port,
-    make_original,
-    payload,
-    payloads,
-    rows,
-    stored_ids,
-    write_account,
-)
+from support import KEY, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payloads, rows, stored_ids, write_account
 
 import usage_dashboard as app
 
@@ -249,7 +238,7 @@ def test_report_names_the_losses_in_its_range(program):
 @pytest.mark.parametrize("command", ["report", "check", "quota"])
 def test_command_on_a_terminal_that_takes_ascii_only_ends_well(program, command):
     with opened(program) as store:
-        store.store_batch(app.parse_events([payload(source="ông@example.com", model="mô-hình")]), 1, 0.0)
+        store.store_batch(app.parse_events(payloads(1, source="ông@example.com", model="mô-hình")), 1, 0.0)
     no_utf8 = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = program.run(command, env={"LC_ALL": "C", "LANG": None, **no_utf8})
     assert done.stderr == "" and done.stdout.isascii() and done.stdout

@@ -10,20 +10,7 @@ from collections import Counter
 import pytest
 from collecting import QuickStop, wait_a_while
 from redis_server import OldRedis, Scripted
-from support import (
-    ALWAYS,
-    MALFORMED,
-    ODD_BUT_GOOD,
-    ids_of,
-    lock,
-    payload,
-    payloads,
-    replies_of,
-    room,
-    rows,
-    spool_path,
-    stored_ids,
-)
+from support import ALWAYS, MALFORMED, ODD_BUT_GOOD, ids_of, lock, payload, payloads, room, rows, spool_path, stored_ids
 
 import usage_dashboard as app
 
@@ -88,7 +75,7 @@ ODD_REPLIES = [b":7\r\n", b"+text\r\n", b"*0\r\n", b"*2\r\n:1\r\n$1\r\nx\r\n", b
 
 
 def test_reply_to_a_pop_that_is_no_value_costs_itself_alone(collect):
-    good = replies_of(payloads(len(ODD_REPLIES) + 1))
+    good = payloads(len(ODD_REPLIES) + 1)
     with Scripted([*itertools.chain.from_iterable(zip(good, ODD_REPLIES)), good[-1]]) as server:
         run = collect(server, collect_mode="pop")
         run.wait_for(lambda: run.accounted == len(good) + len(ODD_REPLIES))

@@ -48,21 +48,6 @@ def test_proxy_of_a_fork_pops_the_newest_on_the_right_and_the_oldest_on_the_left
         assert (client.call("RPOP", "usage"), client.call("LPOP", "usage", "2")) == (b"e2", [b"e0", b"e1"])
 
 
-@pytest.mark.parametrize("n_bytes", [0, 9, 10, 19])
-def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_bytes):
-    proxy.push("e000", "e001", "e002")
-    with connected(proxy, KEY) as client:
-        proxy.cut_replies_after(n_bytes)
-        client.send(app.encode_command("RPOP", "usage") * 3)
-        got = []
-        with pytest.raises(app.QueueFault):
-            while True:
-                got.append(client.receive())
-    proxy.wait_for(lambda: proxy.open_connections == 0)
-    assert got == proxy.handed_over[: n_bytes // 10]  # a reply has 10 bytes
-    assert proxy.lost == proxy.handed_over[n_bytes // 10 :]
-
-
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):
     chatgpt_here.answer("one", status=302, headers={"Location": "https://elsewhere.example/x"})
     headers = {"Authorization": "Bearer one"}

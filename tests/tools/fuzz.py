@@ -3,8 +3,8 @@
 
     python3 tests/tools/fuzz.py [--seconds 20] [--seed N] [--only NAME …] [--case NAME:NUMBER]
 
-Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, replies of the
-queue, its error texts, quota answers, reply headers, account files, configurations and questions to the API.
+Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, error
+texts of the queue, quota answers, reply headers, account files, configurations and questions to the API.
 An exception that is not documented, an answer of 500 and more, or a value of which nobody knows what became of it is
 a failure: it is printed with what repeats it, and the exit code is 1.
 """
@@ -174,19 +174,6 @@ class Fuzzer:
         if dice.random() < 0.02:
             assert self.store.find_faults() == []
             self.store.usage(app.Window(0, 5e9), 86400, 0)
-
-    def fuzz_replies(self, dice: Dice) -> None:
-        """Read replies to the end of the stream, which is always told in words."""
-        good = [b"$5\r\nhello\r\n", b"$-1\r\n", b"*-1\r\n", b":12\r\n", b"+OK\r\n", b"-ERR no\r\n",
-                b"*2\r\n$1\r\na\r\n:1\r\n", b"$0\r\n\r\n", b"*1\r\n" * 6, b"$99999999999\r\n",
-                b":" + b"9" * 30 + b"\r\n", b"*100001\r\n", b"HTTP/1.1 400\r\n"]  # fmt: skip
-        stream = io.BytesIO(b"".join(dice.damaged(dice.choice(good)) for _ in range(dice.randrange(1, 12))))
-        reader = app.RespReader(stream, max_line=64, max_bulk=16, max_skipped=64, max_items=8)
-        with contextlib.suppress(app.QueueFault):
-            while True:
-                at = stream.tell()
-                reader.read_reply()
-                assert stream.tell() > at, "a reply of nothing"
 
     def fuzz_errors(self, dice: Dice) -> None:
         """Name a fault for whatever the queue says."""
