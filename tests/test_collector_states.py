@@ -317,12 +317,13 @@ def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, pr
     told = {reason, "unreachable"} if was_connected else {reason}  # the first of them
     (outage,) = store.outages(ALWAYS, time.time())
     assert outage["reason"] in told and outage["to"] is None
-    run.ahead_s = 2000.0  # its three logins may be used by now
-    proxy.lift_ban()
-    proxy.management = True
-    if reason == "refused":
-        proxy.listen_again()
-    proxy.push(payload(1))
+    with proxy.change():  # nobody logs in meanwhile
+        run.ahead_s = 2000.0  # its three logins may be used by now
+        proxy.lift_ban()
+        proxy.management = True
+        if reason == "refused":
+            proxy.listen_again()
+        proxy.push(payload(1))
     run.wait_for_state("recording")
     (outage,) = store.outages(ALWAYS, time.time())
     assert outage["reason"] in told and 1990 <= outage["to"] - outage["from"] <= 2100
