@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 
 import pytest
 from collecting import CUT, Answering, config_of, wait_a_while
 from fake_proxy import FakeProxy
-from sockets import SocketServer
 from support import ALWAYS, KEY, WRONG, free_port, lock, payload
 
 import usage_dashboard as app
@@ -174,12 +172,7 @@ REFUSING = [  # the state, the proxy, the config, and what makes it well
 @pytest.mark.parametrize("mode", ["pop", "subscribe"])
 @pytest.mark.parametrize("reply", [b"HTTP/1.0 400 Bad request\r\n\r\n", b"HTTP/1.0 400 Bad request\n\n", b"<html>\n"])
 def test_web_server_of_any_age_is_not_resp_and_costs_no_login(collect, reply, mode):
-    class Old(SocketServer):
-        def serve(self, stream):
-            stream.fill()
-            stream.send(reply)
-
-    with Old() as server:
+    with Answering(reply, closes=True) as server:
         run = collect(config_of(cliproxy_port=server.port, management_password=KEY, collect_mode=mode))
         run.wait_for(lambda: server.connections >= 12)
         assert run.state == "not_resp" and app.STATE_REMEDIES["not_resp"] in run.status["message"]

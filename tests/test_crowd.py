@@ -48,8 +48,8 @@ def test_store_is_closed_at_once_also_under_searches(site):
     put_long(site.store, 10_000)
     needle = "a" * 30 + "b"
     took_s = seconds_of(site, f"/api/requests?q={needle}")
-    with searching(site, needle, clients=8):
+    with searching(site, needle, clients=24):
         site.json("/api/health")
         began = time.monotonic()
         site.store.close()
-        assert time.monotonic() - began < took_s * 2
+        assert time.monotonic() - began < took_s * 6
