@@ -11,7 +11,7 @@ from collecting import wait_a_while
 from fake_proxy import FakeProxy
 from redis_server import OldRedis
 from sockets import SocketServer, http_reply
-from support import ALWAYS, KEY, payload, payloads, stored_ids
+from support import ALWAYS, KEY, payload, payloads
 
 import usage_dashboard as app
 
