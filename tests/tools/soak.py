@@ -5,7 +5,7 @@
 
 A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
 and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked and taken away, the spool damaged,
-the clock set, the program killed, stopped and started twice, and HTTP clients read the API. In the end what was handed
+the clock set, the program killed and stopped, and HTTP clients read the API. In the end what was handed
 over must be what is stored, rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event
 once. Exit code 1 if not.
 """
@@ -291,7 +291,7 @@ class Soak:
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
         sudden = self._deck(
             [self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill,
-             self.damaged_spool, self.second_start, self.taken_away, self.clock_jump]
+             self.damaged_spool, self.taken_away, self.clock_jump]
         )  # fmt: skip
         with self.proxy, self.clients:
             self.start()
@@ -386,15 +386,6 @@ class Soak:
         with open(f"{self.database}.spool", "ab") as spool:
             spool.write(b"\n" + b"\n".join(self.dice.sample([odd, checked, torn, b"\x00" * 4096], 3)))
         self._again("damaged_spool", IN_FLIGHT[self.mode])
-
-    def second_start(self) -> None:
-        """Start the program once more on the same database, which it must refuse."""
-        self.wait_until_up()
-        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--port", str(free_port()),
-                   "--config", str(self.folder / "config.json")]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
-        if done.returncode != 1 or str(self.process.pid).encode() not in done.stdout:
-            self.found.append(f"a second start ended with {done.returncode}: {done.stdout[-300:]!r}")
 
     def taken_away(self) -> None:
         """Take the database away under the running program, which makes a new one."""
