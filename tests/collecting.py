@@ -6,7 +6,7 @@ import io
 import threading
 import time
 
-from sockets import SocketServer, Watched
+from sockets import PATIENCE_S, SocketServer, Watched
 from support import KEY
 
 import usage_dashboard as app
@@ -78,7 +78,7 @@ class Run(Watched):
     def describe(self) -> str:
         return f"status {self.status}, error {self.error!r}, log:\n{self.log[-2000:]}"
 
-    def wait_for(self, predicate, timeout: float = 5):
+    def wait_for(self, predicate, timeout: float = PATIENCE_S):
         """Wait for something true; a collector that died in the meantime ends the wait."""
         value = super().wait_for(lambda: predicate() or self.error is not None, timeout)
         assert self.error is None, self.describe()
@@ -94,7 +94,7 @@ class Run(Watched):
     def end(self) -> None:
         """Stop it, and make sure that its thread ended by itself and in peace."""
         self.stop.set()
-        self.thread.join(10)
+        self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive() and self.error is None, self.describe()
 
 
@@ -117,9 +117,9 @@ CUT = (b"+O", b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
 class Answering(SocketServer):
     """Count the logins that arrive, and answer everything that comes with the same bytes, or with none at all."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, closes=False):
         super().__init__()
-        self.answer, self.logins = answer, 0
+        self.answer, self.logins, self.closes = answer, 0, closes or answer in CUT
 
     def serve(self, stream):
         while stream.fill():
@@ -130,5 +130,5 @@ class Answering(SocketServer):
             if not self.answer:
                 return
             stream.send(self.answer)
-            if self.answer in CUT:
+            if self.closes:
                 return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
+import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Iterator
@@ -13,8 +15,10 @@ import pytest
 from collecting import QuickStop, Run, config_of
 from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
+from page_support import PAGE, Between, Page, fill
 from program import Program
 from redis_server import RedisServer
+from sockets import PATIENCE_S
 from support import KEY, Site
 from webdriver import Browser, find_browser
 
@@ -36,6 +40,21 @@ for name in PRIVATE_ENVIRONMENT:
     os.environ.pop(name, None)
 # A shell lets what it starts beside ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class TlsSocket(ssl.SSLSocket):
+    """Close what CPython before 3.13 leaves open where the peer resets the connection before the handshake.
+
+    Else the garbage collector warns of it, in whichever test it runs.
+    """
+
+    def __del__(self) -> None:
+        if not hasattr(self, "_connected"):
+            self.close()
+        super().__del__()
+
+
+ssl.SSLContext.sslsocket_class = TlsSocket
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,7 +127,7 @@ def collect(store):
     for run in runs:
         run.stop.set()
     for run in runs:
-        run.thread.join(10)
+        run.thread.join(PATIENCE_S)
         assert not run.thread.is_alive()
 
 
@@ -171,3 +190,48 @@ def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
     with Browser() as browser:
         yield browser
+
+
+# ---- of the page -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """A dashboard in this process without a request, at the time of now, whose collector records."""
+    made = Site(tmp_path, PAGE)
+    made.now = time.time()
+    made.status.update(
+        state="recording", last_event=made.now - 4, endpoint="127.0.0.1:8317", mode="pop", events=3, rejected=0,
+        ignored=0, publishing=True, since=made.now - 100, until=None,
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def site(empty):
+    """The same with known requests and quotas."""
+    fill(empty)
+    return empty
+
+
+@pytest.fixture
+def between(empty):
+    """What stands between the browser and the site."""
+    made = Between(empty)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(browser, empty):
+    """The page of the site, in English; console errors and requests to another host fail the test."""
+    browser.resize(1440, 900, 1)
+    browser.emulate(dark=False, print=False)
+    browser.goto("about:blank")
+    browser.console_errors()
+    browser.requested_urls()
+    made = Page(browser, empty)
+    yield made
+    made.check()
+    browser.goto("about:blank")  # so that nothing asks on while the servers close

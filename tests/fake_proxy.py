@@ -42,6 +42,7 @@ THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v8-alone": ("v8.0.47", {"routes_of_v0": False}),
     "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),
@@ -150,9 +151,9 @@ class Wire(Stream):
 
     last_command_at: float | None = None  # of RESP, in the proxy's time
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, carries_events: bool = False) -> None:
         """Write a reply; raises CutOff where a fault ends it early."""
-        allowed = self.server.allowance(len(data))
+        allowed = self.server.allowance(len(data)) if carries_events else None
         chunk = data if allowed is None else data[:allowed]
         sent = 0
         while self.server.seconds_per_byte and sent < len(chunk):
@@ -319,7 +320,7 @@ class FakeProxy(SocketServer):
             self._failures_of.clear()
 
     def cut_replies_after(self, n_bytes: int) -> None:
-        """Close the connection that writes the n-th further reply byte, right after it; once."""
+        """Close the connection that writes the n-th further byte of replies with events, right after it; once."""
         with self.change():
             self._cut_after = n_bytes
 
@@ -417,7 +418,7 @@ class FakeProxy(SocketServer):
     def _send_popped(self, wire: Wire, reply: bytes, popped: list[bytes]) -> None:
         """Write a reply that carries events; those of an incomplete one are lost, as in the proxy."""
         try:
-            wire.send(reply)
+            wire.send(reply, carries_events=bool(popped))
         except (OSError, CutOff) as fault:
             if not getattr(fault, "whole", False):
                 with self.change():
@@ -557,7 +558,7 @@ class FakeProxy(SocketServer):
         wire = subscriber.wire
         while True:
             while subscriber.outbox:
-                wire.send(subscriber.outbox.popleft())
+                wire.send(subscriber.outbox.popleft(), carries_events=True)
             if subscriber.dismissed and not subscriber.outbox:
                 return
             readable, _, _ = select.select([wire.sock, subscriber.woken], [], [])

@@ -13,10 +13,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from sockets import Watched
+from sockets import PATIENCE_S, Watched
 from support import KEY, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+STOP_S = 8  # three seconds, and what a busy machine adds: an answer that is waited for takes ten
 COMPILED: dict[str, str | None] = {"PYTHONDONTWRITEBYTECODE": None}  # so that it keeps its compiled form
 
 
@@ -52,7 +53,7 @@ class Running(Watched):
     def describe(self) -> str:
         return "the program printed:\n" + "\n".join(self.lines)
 
-    def wait_for_line(self, text: str, timeout: float = 10) -> str:
+    def wait_for_line(self, text: str, timeout: float = PATIENCE_S) -> str:
         """Return the first line that contains the text."""
 
         def found() -> list[str]:
@@ -62,13 +63,13 @@ class Running(Watched):
         assert found(), f"the program ended without printing {text!r}; {self.describe()}"
         return found()[0]
 
-    def wait(self, timeout: float = 10) -> int:
+    def wait(self, timeout: float = PATIENCE_S) -> int:
         """Wait until it ends by itself, and return its exit code."""
         code = self.process.wait(timeout)
         self._reader.join(timeout)
         return code
 
-    def terminate(self, signum: int = signal.SIGTERM, timeout: float = 10) -> int:
+    def terminate(self, signum: int = signal.SIGTERM, timeout: float = PATIENCE_S) -> int:
         """Ask it to stop, and return its exit code."""
         self.process.send_signal(signum)
         return self.wait(timeout)
@@ -118,7 +119,7 @@ class Program:
         return running
 
     def run(
-        self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = 30, **options: Any
+        self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = PATIENCE_S, **options: Any
     ) -> Any:
         """Run it to its end; stdout and stderr are kept apart."""
         return subprocess.run(
@@ -158,7 +159,7 @@ def start(program: Program, port: int, *more: str, **where: Any) -> Running:
     return running
 
 
-def get(port: int, path: str, timeout: float = 30) -> Any:
+def get(port: int, path: str, timeout: float = PATIENCE_S) -> Any:
     """Return what a route of a dashboard answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{port}{path}", timeout=timeout) as reply:

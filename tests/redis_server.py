@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from fake_proxy import read_command
-from sockets import Hangup, ProtocolError, SocketServer, comes_up
+from sockets import PATIENCE_S, Hangup, ProtocolError, SocketServer, comes_up
 from support import free_port, replies_of
 
 import usage_dashboard as app
@@ -22,7 +22,6 @@ import usage_dashboard as app
 class RedisServer:
     """Start redis-server on a free loopback port; a context manager."""
 
-    START_S = 10
     PUSH_BATCH = 1000
 
     def __init__(self, password: str | None = None) -> None:
@@ -51,7 +50,7 @@ class RedisServer:
         for port in [self.port] if self.port else [free_port() for _ in range(3)]:  # another program may be first
             self._launch(port)
             self.port = port
-            if comes_up(self._process, lambda: self.command("PING"), self.START_S):
+            if comes_up(self._process, lambda: self.command("PING"), PATIENCE_S):
                 return
             self.stop()
         raise AssertionError(f"redis-server does not answer on port {self.port}; see {self._folder}/log")
@@ -136,7 +135,7 @@ class Scripted(SocketServer):
 
     def answer_pop(self, stream) -> None:
         reply = self.replies.popleft() if self.replies else b"$-1\r\n"
-        stream.send(reply if reply[:1] in (b"-", b"$") else replies_of([reply])[0])
+        stream.send(replies_of([reply])[0] if reply[:1] == b"{" else reply)
         if self.replies and self.replies[0] is None:
             self.replies.popleft()
             while struct.unpack("i", fcntl.ioctl(stream.sock, termios.TIOCOUTQ, bytes(4))) != (0,):

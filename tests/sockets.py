@@ -16,6 +16,8 @@ import usage_dashboard as app
 
 # ---- waiting ---------------------------------------------------------------------------------------------
 
+PATIENCE_S = 60  # for what takes a moment: the machine may be busy, and only a test that fails waits so long
+
 
 class Watched:
     """An object whose changes a test can wait for.
@@ -45,7 +47,7 @@ class Watched:
         """Return what state this is in, for the message of a wait that failed."""
         return repr(self)
 
-    def wait_for(self, predicate: Callable[[], Any], timeout: float = 10) -> Any:
+    def wait_for(self, predicate: Callable[[], Any], timeout: float = PATIENCE_S) -> Any:
         """Return the predicate's first true value; raise AssertionError when there is none in time."""
         deadline = time.monotonic() + timeout
         while True:
@@ -189,7 +191,7 @@ class SocketServer(Watched):
         self.stop_listening()
         self.disconnect_all()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE_S)
 
     @property
     def open_connections(self) -> int:
@@ -206,7 +208,7 @@ class SocketServer(Watched):
         accepting, self._accepting = self._accepting, None
         if accepting is not None:
             self._stop_accepting.close()
-            accepting.join(10)
+            accepting.join(PATIENCE_S)
 
     def listen_again(self) -> None:
         """Accept connections, on the same port as before."""
@@ -254,7 +256,7 @@ def deaf_client(port: int, path: str) -> socket.socket:
     """Ask a question and take nothing of the answer."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(10)
+    client.settimeout(PATIENCE_S)
     client.connect(("127.0.0.1", port))
     with contextlib.suppress(OSError):  # it was ended meanwhile
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())

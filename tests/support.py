@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sockets import PATIENCE_S
+
 import usage_dashboard as app
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -150,7 +152,7 @@ def reading(**changes) -> dict[str, Any]:
 
 def rows(path, sql) -> list[tuple[Any, ...]]:
     """Read the database as another program would."""
-    with contextlib.closing(sqlite3.connect(str(path), timeout=20)) as db:
+    with contextlib.closing(sqlite3.connect(str(path), timeout=PATIENCE_S)) as db:
         return db.execute(sql).fetchall()
 
 
@@ -249,7 +251,7 @@ class Site:
         self.store.close()
 
     def ask(self, path, method="GET", **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
             connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
             reply = connection.getresponse()
@@ -269,8 +271,8 @@ class Site:
         assert set(content) == {"error", "code"}
         return content
 
-    def raw(self, data, timeout=5):
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
+    def raw(self, data):
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S) as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -47,12 +47,6 @@ def test_parse_time_of_anything_else_is_refused(text):
         app.parse_time(text)
 
 
-def test_backoff_doubles_up_to_its_limit():
-    waits = app.backoff(first_s=1, limit_s=60, jitter=lambda: 0.0)
-    assert [next(waits) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert next(app.backoff(first_s=8, jitter=lambda: 1.0)) == 6
-
-
 def test_make_private_closes_a_file_that_others_could_read(tmp_path):
     path = tmp_path / "usage.db"
     path.write_text("kept")

@@ -18,19 +18,8 @@ from pathlib import Path
 
 import pytest
 from collecting import Answering
-from program import COMPILED, configure, get, start
-from support import (
-    KEY,
-    QUOTA_BY_NAME,
-    SAMPLES,
-    free_port,
-    make_original,
-    payload,
-    payloads,
-    rows,
-    stored_ids,
-    write_account,
-)
+from program import COMPILED, STOP_S, configure, get, start
+from support import KEY, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payloads, rows, stored_ids, write_account
 
 import usage_dashboard as app
 
@@ -68,7 +57,7 @@ def serve(program, proxy):
     yield start_one
     for running in started:
         if running.process.poll() is None:
-            assert running.terminate(timeout=3) == 0
+            assert running.terminate(timeout=STOP_S) == 0
         assert not any("Traceback" in line for line in running.lines), "\n".join(running.lines)
 
 
@@ -249,7 +238,7 @@ def test_report_names_the_losses_in_its_range(program):
 @pytest.mark.parametrize("command", ["report", "check", "quota"])
 def test_command_on_a_terminal_that_takes_ascii_only_ends_well(program, command):
     with opened(program) as store:
-        store.store_batch(app.parse_events([payload(source="ông@example.com", model="mô-hình")]), 1, 0.0)
+        store.store_batch(app.parse_events(payloads(1, source="ông@example.com", model="mô-hình")), 1, 0.0)
     no_utf8 = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = program.run(command, env={"LC_ALL": "C", "LANG": None, **no_utf8})
     assert done.stderr == "" and done.stdout.isascii() and done.stdout
@@ -371,7 +360,7 @@ def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
     running = serve(management_password="wrong")
     running.wait_for_line("state=wrong_password")
     configure(program, cliproxy_port=proxy.port, management_password=KEY, dashboard_port=running.port)
-    running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == STORED, timeout=15)
+    running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == STORED)
     assert (proxy.auth_attempts, proxy.failures) == (2, 1)
 
 
@@ -395,12 +384,11 @@ def test_part_that_ended_by_itself_ends_the_program_with_1(program, proxy, part)
 def test_signals_until_the_very_end_leave_the_exit_code_0(serve):
     running = serve()
     running.wait_for_line("state=waiting")
-    began = time.monotonic()
-    while running.process.poll() is None:
+    deadline = time.monotonic() + STOP_S
+    while running.process.poll() is None and time.monotonic() < deadline:
         running.process.send_signal(signal.SIGTERM)
         running.process.send_signal(signal.SIGINT)
-        assert time.monotonic() - began < 5
-    assert running.wait() == 0, running.describe()
+    assert running.process.poll() == 0, running.describe()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to make what is root's")
@@ -414,11 +402,11 @@ def test_what_root_makes_belongs_to_the_owner_of_its_folder(program, proxy):
     assert {"usage.db", "usage.db.lock"} <= set(owners) and set(owners.values()) == {(12345, 12346)}
 
 
-def test_stop_while_the_proxy_is_silent_takes_less_than_three_seconds(serve, proxy):
+def test_stop_while_the_proxy_is_silent_does_not_wait_for_it(serve, proxy):
     running = serve()
     running.wait_for_line("state=waiting")
-    proxy.dribble(5)  # from now on every reply takes for ever
-    assert running.terminate(timeout=3) == 0
+    proxy.dribble(60)  # from now on every reply takes for ever
+    assert running.terminate(timeout=STOP_S) == 0
 
 
 @pytest.mark.parametrize("moment", ["it waits for the lock", "it has said so"])
@@ -431,7 +419,7 @@ def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program,
         proxy.wait_for(lambda: len(proxy.handed_over) >= 16)
         if moment == "it has said so":
             running.wait_for_line("state=storage_error")
-        assert running.terminate(timeout=3) == 0
+        assert running.terminate(timeout=STOP_S) == 0
         assert len(proxy.handed_over) < 2000  # a full batch at most
     wait_for_events(serve(), 2000)
     assert stored_ids(program.folder / "usage.db") == [f"r{number}" for number in range(2000)]

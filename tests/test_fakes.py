@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from urllib.parse import quote
 
 import pytest
-from fake_proxy import FakeProxy
 from support import KEY
 
 import usage_dashboard as app
@@ -40,27 +39,6 @@ def test_proxy_fifth_failure_bans_over_both_protocols_until_its_time_is_over(pro
         proxy.clock = lambda: time.monotonic() + 1801
         assert [new.call("AUTH", "wrong") for _ in range(4)] == ["ERR invalid management key"] * 4
         assert (new.call("AUTH", KEY), new.call("AUTH", "wrong")) == ("OK", "ERR invalid management key")
-
-
-def test_proxy_of_a_fork_pops_the_newest_on_the_right_and_the_oldest_on_the_left():
-    with FakeProxy(version="newest-first") as proxy, connected(proxy, KEY) as client:
-        proxy.push("e0", "e1", "e2")
-        assert (client.call("RPOP", "usage"), client.call("LPOP", "usage", "2")) == (b"e2", [b"e0", b"e1"])
-
-
-@pytest.mark.parametrize("n_bytes", [0, 9, 10, 19])
-def test_proxy_that_cuts_its_replies_keeps_account_of_what_was_lost(proxy, n_bytes):
-    proxy.push("e000", "e001", "e002")
-    with connected(proxy, KEY) as client:
-        proxy.cut_replies_after(n_bytes)
-        client.send(app.encode_command("RPOP", "usage") * 3)
-        got = []
-        with pytest.raises(app.QueueFault):
-            while True:
-                got.append(client.receive())
-    proxy.wait_for(lambda: proxy.open_connections == 0)
-    assert got == proxy.handed_over[: n_bytes // 10]  # a reply has 10 bytes
-    assert proxy.lost == proxy.handed_over[n_bytes // 10 :]
 
 
 def test_chatgpt_refuses_and_records_any_other_target(chatgpt_here):

@@ -10,8 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
-from program import COMPILED, configure, get
-from sockets import comes_up, deaf_client, ended
+from program import COMPILED, STOP_S, configure, get
+from sockets import PATIENCE_S, comes_up, deaf_client, ended
 from support import event, payloads, put
 
 import usage_dashboard as app
@@ -22,7 +22,7 @@ def start(program, proxy, **options):
     port = configure(program, proxy)
     running = program.start("start", "--no-browser", env=COMPILED, **options)
     running.port = port
-    assert comes_up(running.process, lambda: get(port, "/api/health"), 20)
+    assert comes_up(running.process, lambda: get(port, "/api/health"), PATIENCE_S)
     return running
 
 
@@ -32,7 +32,7 @@ def test_console_that_nobody_reads_has_no_effect(program, proxy, full_pipe):
     running = start(program, proxy, stdout=writing, stderr=writing)
     os.close(writing)
     running.wait_for(lambda: get(running.port, "/api/health")["collector"]["events"] == 100)
-    assert running.terminate(timeout=3) == 0
+    assert running.terminate(timeout=STOP_S) == 0
 
 
 def limit_descriptors():
@@ -47,7 +47,7 @@ def test_clients_beyond_the_descriptors_cost_no_processor_time_and_nobody_the_pa
         before_s, began = running.processor_s, time.monotonic()
         running.wait_for(lambda: time.monotonic() > began + 1.5)
         assert running.processor_s - before_s < 0.6
-        assert get(running.port, "/api/health", timeout=20)["version"]
+        assert get(running.port, "/api/health")["version"]
 
 
 def test_wide_questions_at_once_and_answers_that_nobody_takes_stay_within_90_mb(program, proxy):
@@ -62,10 +62,10 @@ def test_wide_questions_at_once_and_answers_that_nobody_takes_stay_within_90_mb(
         before = "&before=" + get(running.port, f"/api/requests?limit=500{before}")["next"]
     wide = [f"/api/summary?start={now - 2900 * 3600 + number:.0f}" for number in range(80)]
     with ThreadPoolExecutor(40) as pool:
-        asked = list(pool.map(lambda path: get(running.port, path, timeout=60), wide[:40]))
+        asked = list(pool.map(lambda path: get(running.port, path), wide[:40]))
     assert [len(answer["hours"]) // 100 for answer in asked] == [29] * 40 and len(asked[0]["models"]) > 9000
     with ExitStack() as stack:
         deaf = [stack.enter_context(deaf_client(running.port, path)) for path in wide[40:]]
-        running.wait_for(lambda: len(ended(deaf)) == 40, 30)
+        running.wait_for(lambda: len(ended(deaf)) == 40)
         assert get(running.port, "/api/summary?range=24h")["summary"]["requests"] > 0
     assert running.peak_mb < 90

@@ -24,7 +24,7 @@ def test_second_start_ends_with_1_names_the_first_and_pops_nothing(program, prox
     first.wait_for_line("state=waiting")
     logins = proxy.auth_attempts
     for other in (port, free_port()):
-        second = program.run("start", "--no-browser", "--port", str(other), timeout=10)
+        second = program.run("start", "--no-browser", "--port", str(other))
         assert second.returncode == 1 and "Traceback" not in second.stderr
         assert SECOND.search(second.stderr).groups() == (str(first.pid), str(port))
     assert proxy.auth_attempts == logins

@@ -12,8 +12,6 @@ from webdriver import Browser
 
 import usage_dashboard as app
 
-pytest_plugins = ["page_fixtures"]
-
 SCRIPT = re.search(r'<script type="module">(.*?)</script>', PAGE, re.S).group(1)
 MARKUP = re.sub(r"<(script|style)\b.*?</\1>|<!--.*?-->", "", PAGE[PAGE.index("<body") :], flags=re.S)
 

@@ -11,8 +11,6 @@ from support import event, put
 
 import usage_dashboard as app
 
-pytest_plugins = ["page_fixtures"]
-
 
 def moments(*texts):
     return [app.parse_time(text)[0] for text in texts]

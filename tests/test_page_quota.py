@@ -10,8 +10,6 @@ from support import reading, write_account
 
 import usage_dashboard as app
 
-pytest_plugins = ["page_fixtures"]
-
 AN, B, WEEKLY, OLD = "an@example.com", "b@example.com", "weekly@example.com", "old@example.com"
 
 

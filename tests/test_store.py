@@ -104,20 +104,6 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
     assert sorted(known[len(buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
 
 
-@pytest.mark.parametrize(
-    "filters", [{"status": "failed"}, {"status": "ok"}, {"account": "user1@example.com", "model": "gpt-5.5"}]
-)
-@pytest.mark.parametrize("offset_s", [0, 19800, 20700])
-def test_database_of_3_0_0_says_the_same_in_every_zone(store_of_300, filters, offset_s):
-    window = app.Window(NOON - NOON % 3600 - 5 * 86400, NOON)  # whole hours below the floor
-    usage = store_of_300.usage(window, 3600, offset_s, app.Filters(**filters))
-    totals = [
-        app.add_sums(part) for part in (usage.buckets.values(), *([row[1] for row in rows] for rows in usage[1:]))
-    ]
-    assert totals[0] == totals[1] == totals[2] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
-    assert totals[0] == app.add_sums(store_of_300.usage(window, 3600, 0, app.Filters(**filters)).buckets.values())
-
-
 def test_database_of_3_0_0_keeps_its_readings_outages_rejects_and_counts(store_of_300):
     assert store_of_300.find_faults() == []
     counts = {"stored": 480, "rejected": 2, "ignored": 3, "adopted": 0, "deleted": 187, "sequence": 1}
@@ -363,12 +349,3 @@ def test_outages_of_a_clock_that_was_wrong_are_mended(store, events, begin, end,
     found = store.outages(app.Window(0, 9e9), NOON)
     assert [(outage["from"] - NOON, outage["to"] - NOON) for outage in found] == spans
     assert not any(outage["lost"] for outage in found if outage["to"] - outage["from"] < 60)
-
-
-def test_floor_of_deleted_events_is_never_later_than_the_newest_event(store):
-    put(store, event(at=NOON - 7200), event(at=NOON))
-    while store.delete_some(NOON + YEAR):
-        pass
-    assert store.event_count == 1
-    assert store.get_meta("events_floor") * 900 <= NOON
-    assert store.find_faults() == []

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
-from sockets import ended
+from sockets import PATIENCE_S, ended
 from support import NOW, at, event, payload, put, reading, rows, write_account
 
 import usage_dashboard as app
@@ -227,7 +227,7 @@ def test_page_comes_with_a_policy_that_lets_only_its_own_parts_run(site):
 
 
 def test_kept_connection_answers_many_requests_also_pipelined_and_http_1_0_is_closed(site):
-    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=PATIENCE_S)
     for _ in range(3):
         connection.request("GET", "/api/health")
         assert json.loads(connection.getresponse().read())["ok"] is True
@@ -273,7 +273,7 @@ def test_head_that_was_cut_short_is_no_request(pool, head):
 ])  # fmt: skip
 def test_what_is_sent_on_is_never_taken_for_a_request_and_costs_nobody_the_answer(site, start, headers, status):
     sent = start + b" HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\nGET /api/quota HTTP/1.1\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=PATIENCE_S) as connection:
         connection.sendall(sent)
         reply = b"".join(iter(lambda: connection.recv(65536), b""))
         for _ in range(20):
@@ -283,7 +283,7 @@ def test_what_is_sent_on_is_never_taken_for_a_request_and_costs_nobody_the_answe
 
 
 def clients_of(site, count):
-    return [socket.create_connection(("127.0.0.1", site.port), timeout=10) for _ in range(count)]
+    return [socket.create_connection(("127.0.0.1", site.port), timeout=PATIENCE_S) for _ in range(count)]
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def test_connection_limit_ends_the_longest_idle_and_none_whose_answer_is_being_m
 
 
 def test_head_that_drips_is_given_up_but_no_answer_that_is_being_made(make_site, tmp_path, chatgpt_here):
-    site = make_site(head_s=0.3)
+    site = make_site(head_s=1.0)
     (slow,) = clients_of(site, 1)
 
     def is_given_up() -> bool:

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from typing import Any, Iterator
 
-from sockets import comes_up
+from sockets import PATIENCE_S, comes_up
 from support import free_port
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -69,8 +69,8 @@ class Browser:
     `width` and `height` are CSS pixels and `scale` is devicePixelRatio.
     """
 
-    START_S = 30
-    COMMAND_S = 60
+    START_S = PATIENCE_S
+    COMMAND_S = PATIENCE_S + 30
 
     def __init__(self, width: int = 1440, height: int = 900, accept_lang: str = "en-US", dark: bool = False) -> None:
         self.width = width
@@ -132,7 +132,7 @@ class Browser:
         """Run the body of a function in the page, and return what it hands to its last argument, a function."""
         return self._call("POST", "/execute/async", {"script": source, "args": list(args)})
 
-    def wait_until(self, expression: str, timeout: float = 10) -> Any:
+    def wait_until(self, expression: str, timeout: float = PATIENCE_S) -> Any:
         """Return the expression's first true value; AssertionError when there is none in time."""
         deadline = time.monotonic() + timeout
         while True:

@@ -1,28 +1,23 @@
 """Look for faults of accessibility with axe-core, in both themes and languages, wide and narrow.
 
-python3 tests/tools/axe.py path/to/axe.min.js [address of a running dashboard]
+python3 tests/tools/axe.py path/to/axe.min.js http://127.0.0.1:8320/?range=7d
 
-axe.min.js is no part of the dashboard; `npm install axe-core` in a folder elsewhere brings it. Without an address
-a demo is started. It prints each violation, and ends with 1 where there is one.
+axe.min.js is no part of the dashboard; `npm install axe-core` in a folder elsewhere brings it. The address is that of
+a running dashboard, such as the demo. It prints each violation, and ends with 1 where there is one.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from program import Running  # noqa: E402
-from support import free_port  # noqa: E402
 from webdriver import Browser  # noqa: E402
 
-SCRIPT = ROOT / "usage_dashboard.py"
 WIDTHS = (1440, 390)
 READY = "document.body && !document.body.classList.contains('booting') && document.querySelectorAll('#requests tbody tr').length > 0"
 LOOK = """
@@ -50,25 +45,15 @@ def violations(browser: Browser, address: str, axe: str, width: int, lang: str, 
 
 
 def main(arguments: list[str]) -> int:
-    axe = Path(arguments[0]).read_text(encoding="utf-8")
-    port, demo = free_port(), None
-    address = arguments[1] if len(arguments) > 1 else f"http://127.0.0.1:{port}/?range=7d"
-    if len(arguments) < 2:
-        command = [sys.executable, str(SCRIPT), "demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port)]
-        demo = Running(command, dict(os.environ), ROOT)
-        demo.wait_for_line("Demo with made-up data")
-    found = 0
-    try:
-        with Browser() as browser:
-            for view in itertools.product(WIDTHS, ("en", "vi"), (False, True)):
-                faults = violations(browser, address, axe, *view)
-                found += len(faults)
-                print(*view, "no violation" if not faults else "")
-                for fault in faults:
-                    print(f"  {fault['id']}: {fault['help']}", *fault["nodes"], sep="\n    ")
-    finally:
-        if demo is not None:
-            demo.close()
+    path, address = arguments
+    axe, found = Path(path).read_text(encoding="utf-8"), 0
+    with Browser() as browser:
+        for view in itertools.product(WIDTHS, ("en", "vi"), (False, True)):
+            faults = violations(browser, address, axe, *view)
+            found += len(faults)
+            print(*view, "no violation" if not faults else "")
+            for fault in faults:
+                print(f"  {fault['id']}: {fault['help']}", *fault["nodes"], sep="\n    ")
     return 1 if found else 0
 
 
