@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import http.client
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -27,7 +29,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
@@ -36,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 from program import COMPILED, Running, get  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
 from sockets import comes_up  # noqa: E402
-from support import free_port, rows  # noqa: E402
+from support import free_port, make_original, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
@@ -44,6 +46,7 @@ DAY_S = 86400
 HISTORY_S = 100 * DAY_S  # so that 90 days are really 90 days
 PACE_S = 30 * DAY_S / 1_000_000  # between two events of the ingest: a million in a month
 MOST_INGESTED = 100_000  # more would measure the same again, and fill the memory of redis-server
+BATCH = 500
 SCRIPT = ROOT / "usage_dashboard.py"
 RANGES_S = {"24h": DAY_S, "7d": 7 * DAY_S, "30d": 30 * DAY_S, "90d": 90 * DAY_S, "all": 2 * HISTORY_S}
 
@@ -143,6 +146,20 @@ class Table:
 def _figure(value: float, unit: str) -> str:
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 20 else 2
     return f"{value:,.{digits}f} {unit}"
+
+
+class Cost(NamedTuple):
+    """What some events cost: how many a second on the clock, and microseconds of this process's time for each."""
+
+    rate: float
+    processor_us: float
+
+
+def cost_of(work: Callable[[], Any], events: int) -> Cost:
+    """Measure some work on so many events."""
+    processor_s = time.process_time()
+    seconds = timed(work)
+    return Cost(events / seconds, (time.process_time() - processor_s) / events * 1e6)
 
 
 def timed(work: Callable[..., Any], *args: Any) -> float:
@@ -257,7 +274,7 @@ def folder_bytes(folder: Path) -> int:
 STORED_COLUMNS = (*app._EVENT_COLUMNS, "context_id", "reason_id")
 
 
-def bare_rate(events: list[bytes], folder: Path) -> float:
+def bare_cost(events: list[bytes], folder: Path) -> Cost:
     """Do the least that could be called storing: json.loads and executemany of all columns, a time index, FULL."""
     db = sqlite3.connect(str(folder / "bare.db"), isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
@@ -275,7 +292,22 @@ def bare_rate(events: list[bytes], folder: Path) -> float:
             db.execute("COMMIT")
 
     with contextlib.closing(db):
-        return len(events) / timed(store_all)
+        return cost_of(store_all, len(events))
+
+
+def pop_cost(redis: RedisServer, events: list[bytes]) -> Cost:
+    """Take events off the queue by the program's own client, and do nothing with them."""
+    redis.push("usage", *events)
+    source = app.PopSource(app.tcp_connector(redis.host, redis.port), "", "usage")
+    source.open()
+
+    def pop_all() -> None:
+        while source.take(source.largest_batch).full:
+            pass
+
+    cost = cost_of(pop_all, len(events))
+    source.close()
+    return cost
 
 
 def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path, script: Path = SCRIPT) -> tuple[float, float]:
@@ -286,19 +318,70 @@ def ingest_rate(redis: RedisServer, events: list[bytes], folder: Path, script: P
     return rate, folder_bytes(folder) / len(events)
 
 
+def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
+    """Return the processor time that each step of the collector costs an event, one after the other in one thread."""
+    store, spool = app.Store(folder / "usage.db"), app.Spool(folder / "usage.db.spool")
+    spent = {"parse and mask": 0.0, "spool": 0.0, "store with roll-ups, commit": 0.0}
+
+    def add(step: str, work: Callable[..., Any], *args: Any) -> Any:
+        started = time.process_time()
+        result = work(*args)
+        spent[step] += time.process_time() - started
+        return result
+
+    for number, batch in enumerate(in_batches(iter(events), BATCH), start=1):
+        parsed = add("parse and mask", app.parse_events, batch)
+        add("spool", spool.append, number, parsed)
+        add("store with roll-ups, commit", store.store_batch, parsed, number, time.time())
+        add("spool", spool.clear)
+    store.close()
+    return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
+
+
+def measure_files(table: Table, events: list[bytes], folder: Path) -> None:
+    """Compare parsing beside 500 account files, whose tokens' hashes the events tell, with parsing alone."""
+    for number in range(500):
+        login = {"email": f"dev.{number}@example.com", "account_id": str(number), "access_token": f"{number}" * 300}
+        (folder / f"{number}.json").write_text(json.dumps({"type": "codex", **login}))
+    hashes = [hashlib.sha256((f"{number}" * 300).encode()).hexdigest().encode() for number in range(0, 500, 20)]
+    pairs = zip(itertools.cycle(hashes), events)
+    told = [b'{"access_token_sha256":"%s",%s' % (text, event[1:]) for text, event in pairs]
+    files, costs = app.AccountFiles([folder]), []
+
+    def parse_all(contexts: app.Contexts) -> None:
+        for batch in in_batches(iter(told), BATCH):
+            files.look(2.0)
+            app.parse_events(batch, contexts)
+
+    table.section("500 account files", "without any")
+    table.row("reading all", timed(files.look, 0) * 1000, "ms")
+    table.row("looking whether one has changed", median_ms(files.look, 0), "ms")
+    for contexts in (app.Contexts(), files.contexts):
+        costs.append(cost_of(lambda: parse_all(contexts), len(told)).processor_us)  # noqa: B023
+    table.row("parse and mask", costs[1], "µs", costs[0])
+
+
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
     bares, drains, others = [], [], []
     for _ in range(3):
-        bares.append(bare_rate(events, new_folder(scratch)))
+        bares.append(bare_cost(events, new_folder(scratch)))
         drains.append(ingest_rate(redis, events, new_folder(scratch)))
         if against is not None:
             others.append(ingest_rate(redis, events, new_folder(scratch), against)[0])
+    pops = [pop_cost(redis, events) for _ in range(3)]
+    steps = {"pop": median(pop.processor_us for pop in pops), **microseconds_by_step(events, new_folder(scratch))}
     rate = median(rate for rate, _ in drains)
     table.section(f"ingest, {count:,} events of {len(b''.join(events)) / count:.0f} bytes", "json.loads + executemany")
-    table.row("end to end: redis-server → program → SQLite", rate, "events/s", median(bares))
+    table.row("end to end: redis-server → program → SQLite", rate, "events/s", median(bare.rate for bare in bares))
+    table.row("pops alone", median(pop.rate for pop in pops), "events/s")
+    bare_us = median(bare.processor_us for bare in bares)
+    table.row("processor time of an event", sum(steps.values()), "µs", bare_us)
+    for step, cost in steps.items():
+        table.row(f"of it: {step}", cost, "µs")
     table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
+    measure_files(table, events, new_folder(scratch))
     if others:
         table.section("ingest, end to end", "the other version")
         table.row("redis-server → program → SQLite", rate, "events/s", median(others))
@@ -352,8 +435,8 @@ def measure_queries(table: Table, small: Path, large: Path, count: int, end: flo
         part.close()
 
 
-def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> None:
-    """Ask for hourly summaries of a month's events in zones off the hour."""
+def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> list[Path]:
+    """Ask for hourly summaries of a month's events in zones off the hour; returns the versions' databases."""
     versions = [app] if against is None else [app, load_script(against)]
     databases = [fill(new_folder(scratch), count, end, version, 30 * DAY_S) for version in versions]
     stores = [version.Store(database) for version, database in zip(versions, databases)]
@@ -368,6 +451,7 @@ def measure_zones(table: Table, count: int, end: float, scratch: Path, against: 
         table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", *times[1:])
     for store in stores:
         store.close()
+    return databases
 
 
 # ---- serving ---------------------------------------------------------------------------------------------
@@ -449,6 +533,42 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
         table.row("write-ahead log, largest", Path(f"{large}-wal").stat().st_size / 1e6, "MB")
 
 
+def measure_retention(table: Table, redis: RedisServer, events: list[bytes], large: Path, scratch: Path) -> None:
+    """Let the program delete nine tenths of a copy while it empties a full queue."""
+    folder = new_folder(scratch)
+    shutil.copy(str(large), str(folder / "usage.db"))
+    before = folder_bytes(folder)
+    redis.push("usage", *events)
+    with Dashboard(folder, redis, retention_days=10) as dashboard:
+        started = time.monotonic()
+        rate = drain_rate(dashboard, len(events))
+        with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
+            oldest = time.time() - 10 * DAY_S - 7200
+            while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
+                time.sleep(0.05)
+            deleted = db.execute("SELECT value FROM meta WHERE key = 'deleted'").fetchone()[0]
+        table.section("retention_days while a full queue is emptied")
+        table.row("ingest meanwhile", rate, "events/s")
+        table.row(f"{deleted:,} rows deleted within", time.monotonic() - started, "s")
+    table.row("database after it, beside before it", folder_bytes(folder) / 1e6, "MB", before / 1e6)
+
+
+def copy_as_original(large: Path, folder: Path) -> Path:
+    """Write the events as the original dashboard kept them: without an index, and without sums."""
+    names = """id, timestamp, ts_epoch, auth_index, source, model, input_tokens, output_tokens, reasoning_tokens,
+        total_tokens, latency_ms, failed"""
+    with contextlib.closing(sqlite3.connect(str(large))) as db:
+        make_original(folder / "usage.db", db.execute(f"SELECT {names} FROM events"))
+    return folder / "usage.db"
+
+
+def measure_adoption(table: Table, redis: RedisServer, databases: list[Path]) -> None:
+    """Start the program on databases of the original and of the other version with as many events."""
+    table.section("adopting as many events")
+    for name, database in zip(("the original", "the other version"), databases):
+        table.row(f"{name}: start to the first summary", seconds_to_answer(database, redis), "s")
+
+
 # ---- all of it -------------------------------------------------------------------------------------------
 
 
@@ -459,8 +579,11 @@ def new_folder(scratch: Path) -> Path:
 
 def machine() -> str:
     """Name what the figures were measured on."""
-    machine = f"{os.cpu_count()} cores ({platform.machine()})"
-    return f"{machine}, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
 
 
 def main() -> None:
@@ -480,10 +603,12 @@ def main() -> None:
         small = fill(new_folder(scratch), options.events // 10, end)
         large = fill(new_folder(scratch), options.events, end)
         measure_queries(table, small, large, options.events, end)
-        measure_zones(table, options.events, end, scratch, options.against)
+        month, *other = measure_zones(table, options.events, end, scratch, options.against)
         measure_serving(table, redis, large, options.idle)
         measure_writes(table, redis, large, options.writes)
+        measure_adoption(table, redis, [copy_as_original(month, new_folder(scratch)), *other])
         events = list(payloads(ingested, time.time(), ingested * PACE_S))
+        measure_retention(table, redis, events, large, scratch)
         measure_both(table, redis, events, large)
 
 

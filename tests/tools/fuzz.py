@@ -3,8 +3,8 @@
 
     python3 tests/tools/fuzz.py [--seconds 20] [--seed N] [--only NAME …] [--case NAME:NUMBER]
 
-Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, error
-texts of the queue, quota answers, reply headers, account files, configurations and questions to the API.
+Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, replies of the
+queue, its error texts, spools, quota answers, reply headers, account files, configurations and questions to the API.
 An exception that is not documented, an answer of 500 and more, or a value of which nobody knows what became of it is
 a failure: it is printed with what repeats it, and the exit code is 1.
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import http.client
 import io
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +29,8 @@ from typing import Any, Callable
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from support import NOW, QUOTA, SAMPLES, Site, event, put, reading  # noqa: E402
+from collecting import QuickStop, Run, config_of  # noqa: E402
+from support import NOW, QUOTA, SAMPLES, Site, event, put, reading, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
@@ -175,6 +178,19 @@ class Fuzzer:
             assert self.store.find_faults() == []
             self.store.usage(app.Window(0, 5e9), 86400, 0)
 
+    def fuzz_replies(self, dice: Dice) -> None:
+        """Read replies to the end of the stream, which is always told in words."""
+        good = [b"$5\r\nhello\r\n", b"$-1\r\n", b"*-1\r\n", b":12\r\n", b"+OK\r\n", b"-ERR no\r\n",
+                b"*2\r\n$1\r\na\r\n:1\r\n", b"$0\r\n\r\n", b"*1\r\n" * 6, b"$99999999999\r\n",
+                b":" + b"9" * 30 + b"\r\n", b"*100001\r\n", b"HTTP/1.1 400\r\n"]  # fmt: skip
+        stream = io.BytesIO(b"".join(dice.damaged(dice.choice(good)) for _ in range(dice.randrange(1, 12))))
+        reader = app.RespReader(stream, max_line=64, max_bulk=16, max_skipped=64, max_items=8)
+        with contextlib.suppress(app.QueueFault):
+            while True:
+                at = stream.tell()
+                reader.read_reply()
+                assert stream.tell() > at, "a reply of nothing"
+
     def fuzz_errors(self, dice: Dice) -> None:
         """Name a fault for whatever the queue says."""
         said = ["ERR unknown command", "NOAUTH Authentication required.", "WRONGPASS invalid",
@@ -183,6 +199,34 @@ class Fuzzer:
         text = dice.damaged(dice.choice(said).encode()) + dice.choice(TEXTS).encode("utf-8", "replace")
         fault = app._fault_of_reply(text.decode("utf-8", "replace"))
         assert isinstance(fault, app.QueueFault) and fault.state and "sk-abcdefgh1" not in str(fault)
+
+    def fuzz_spool(self, dice: Dice) -> None:
+        """Start on a spool of good, bent and damaged lines: every good batch is stored once, and recording goes on."""
+        folder = Path(tempfile.mkdtemp(dir=str(self.folder)))
+        spool, expected = app.Spool(folder / "usage.db.spool"), []
+        for sequence in range(1, dice.randrange(2, 6)):
+            parsed = app.parse_events([json.dumps({**GOOD_EVENTS[0], "request_id": f"good{sequence}"}).encode()])
+            start = len((folder / "usage.db.spool").read_bytes()) if sequence > 1 else 0
+            spool.append(sequence, parsed)
+            expected.append(f"good{sequence}")
+            line = (folder / "usage.db.spool").read_bytes()[start:].strip()
+            for _ in range(dice.randrange(3)):  # another one, from somebody else
+                content = json.loads(line.partition(b" ")[2])
+                bent = dice.bent(content[1:], 4)
+                content[1:] = bent if isinstance(bent, list) else [bent]
+                content[0] = dice.choice([sequence, str(sequence), None, -1, 1.5])
+                text = dice.json(dice.choice([content, content, content, dice.value()])).replace(b"good", b"odd-")
+                sums = hashlib.sha256(text).hexdigest()[:16].encode()
+                with open(folder / "usage.db.spool", "ab") as stream:
+                    stream.write(b"\n" + dice.damaged(sums + b" " + text).replace(b"good", b"odd-"))
+        with contextlib.closing(app.Store(folder / "usage.db")) as store:
+            run = Run(config_of(cliproxy_port=1), store, QuickStop())
+            run.wait_for_state("refused", "unreachable")
+            run.end()
+            found = [row[0] for row in rows(store.path, "SELECT request_id FROM events WHERE request_id LIKE 'good%'")]
+            assert sorted(found) == sorted(expected), f"{found} is not {expected}"
+            assert store.find_faults() == []
+        shutil.rmtree(folder)
 
     def fuzz_quota(self, dice: Dice) -> None:
         """Parse an answer, store its reading, and answer the page from it."""

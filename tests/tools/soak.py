@@ -5,9 +5,8 @@
 
 A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
 and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked and taken away, the spool damaged,
-the clock set, the program killed and stopped, and HTTP clients read the API. In the end what was handed
-over must be what is stored, rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event
-once. Exit code 1 if not.
+the clock set, the program killed, stopped and started twice, and HTTP clients, fast and slow, read the API. In the end what was handed over must be what is stored,
+rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event once. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -132,15 +132,15 @@ def identity(payload: bytes) -> tuple[str, Any]:
 
 
 class Clients:
-    """Read the API over and over."""
+    """Read the API over and over, and beside that send requests, and read answers, a byte at a time."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, slow: int = 40) -> None:
         self.statuses: Counter[int] = Counter()
         self.ending = False  # what is asked while the program ends may be refused
         self.faults: list[str] = []
-        self._port = port
+        self._port, self._slow = port, slow
         self._ended, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(2)]
+        self._threads = [threading.Thread(target=job, daemon=True) for job in (self._read, self._read, self._dribble)]
 
     def __enter__(self) -> Clients:
         for thread in self._threads:
@@ -168,6 +168,26 @@ class Clients:
             self.statuses[status] += 1
             if status != 200 and not self.ending:
                 self.faults.append(f"{path} was answered with {status} {said[:300]!r}")
+
+    def _dribble(self) -> None:
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        places: list[tuple[socket.socket, int] | None] = [None] * self._slow
+        while not self._ended.wait(0.1):
+            for index, place in enumerate(places):
+                try:
+                    sock, sent = place or (socket.create_connection(("127.0.0.1", self._port), timeout=1), 0)
+                    if sent < len(request):
+                        sock.sendall(request[sent : sent + 1])
+                    elif not sock.recv(1):
+                        raise ConnectionError
+                    places[index] = (sock, sent + 1)
+                except OSError:
+                    if place:
+                        place[0].close()
+                    places[index] = None
+        for sock, _ in filter(None, places):
+            sock.close()
+
 
 class Book:
     """Follow what was handed over, and compare at each end of the program what it had of that."""
@@ -291,7 +311,7 @@ class Soak:
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
         sudden = self._deck(
             [self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill,
-             self.damaged_spool, self.taken_away, self.clock_jump]
+             self.damaged_spool, self.second_start, self.taken_away, self.clock_jump]
         )  # fmt: skip
         with self.proxy, self.clients:
             self.start()
@@ -386,6 +406,15 @@ class Soak:
         with open(f"{self.database}.spool", "ab") as spool:
             spool.write(b"\n" + b"\n".join(self.dice.sample([odd, checked, torn, b"\x00" * 4096], 3)))
         self._again("damaged_spool", IN_FLIGHT[self.mode])
+
+    def second_start(self) -> None:
+        """Start the program once more on the same database, which it must refuse."""
+        self.wait_until_up()
+        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--port", str(free_port()),
+                   "--config", str(self.folder / "config.json")]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
+        if done.returncode != 1 or str(self.process.pid).encode() not in done.stdout:
+            self.found.append(f"a second start ended with {done.returncode}: {done.stdout[-300:]!r}")
 
     def taken_away(self) -> None:
         """Take the database away under the running program, which makes a new one."""
