@@ -255,6 +255,11 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
+def tag_of_mask(mask: str) -> str:
+    """Return the tag of a masked key, which all masks of one key share; a mask that has none is its own."""
+    return mask[-7:] if re.search(r"#[0-9a-f]{6}\Z", mask) else mask
+
+
 def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
     """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
@@ -1241,7 +1246,7 @@ class Identity(NamedTuple):
     last_at: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
@@ -1988,6 +1993,13 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_KEY_OF = "IFNULL(c.key_id, -1)"
+# What sums are kept apart by, on an event and in a roll-up.
+_CELL_COLUMNS = {
+    _IDENTITY_OF: "r.identity_id",
+    f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
+    _KEY_OF: "r.key_id",
+}
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
@@ -2062,17 +2074,29 @@ def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
     return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
 
 
-def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
-    """Add up the sums of each key."""
-    return [(key, add_sums(parts)) for key, parts in by_key(rows).items()]
+class Cell(NamedTuple):
+    """What sums are kept apart by; ``key`` is a client key's mask, empty where none was sent, None if unknown."""
+
+    account: Account
+    model: str
+    key: str | None
 
 
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds), by model and by account, most tokens first."""
+    """Sums of a window by bucket start (epoch seconds), and by cell."""
 
     buckets: dict[int, Sums]
-    models: list[tuple[str, Sums]]
-    accounts: list[tuple[Account, Sums]]
+    cells: dict[Cell, Sums]
+
+    def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
+        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
+
+        def order(row: tuple[Any, dict[Cell, Sums]]) -> tuple[Any, ...]:
+            sums = add_sums(row[1].values())
+            return -sums[-1], -sums[0], getattr(row[0], "name", row[0]) or ""
+
+        groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
+        return sorted(((value, dict(cells)) for value, cells in groups.items()), key=order)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -2456,16 +2480,15 @@ class Store:
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
             plan = _UsagePlan(window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            by_pair = plan.by_pair(db)
-        by_model = _folded((model, sums) for (_, model), sums in by_pair.items())
-        owners = {key: number for number, account in enumerate(accounts) for key in account.identity_ids}
-        by_owner = _folded((owners[key], sums) for (key, _), sums in by_pair.items())
-        by_account = [(accounts[number], sums) for number, sums in by_owner]
-        return Usage(
-            {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()},
-            sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
-            sorted(by_account, key=lambda row: (-row[1][-1], -row[1][0], row[0].name)),
-        )
+            rows = plan.by_cell(db)
+            models = dict(db.execute("SELECT id, name FROM models").fetchall())
+            keys = _keys_in(db)
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        cells: dict[Cell, Sums] = {}
+        for identity_id, model_id, key_id, *sums in rows:
+            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
+            cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells)
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2673,6 +2696,13 @@ def _sums_in(db, table: str, from_bucket: int) -> Sums:
     return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
 
 
+def _keys_in(db) -> dict[int, str]:
+    """Return the client keys by id, each as its fullest mask: what has one tag is one key; 0 is none."""
+    rows = db.execute("SELECT id, name FROM client_keys ORDER BY LENGTH(name), name").fetchall()
+    fullest = {tag_of_mask(mask): mask for _, mask in rows}
+    return {0: "", **{key_id: fullest[tag_of_mask(mask)] for key_id, mask in rows}}
+
+
 def _store_reason(path: Path, error: BaseException) -> str:
     """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
@@ -2782,35 +2812,32 @@ class _UsagePlan:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
-        return {key: tuple(sums) for key, *sums in self._sums(db, levels, in_rows, in_roll_up)}
+        return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
 
-    def by_pair(self, db) -> dict[tuple[Any, str], Sums]:
-        """Return sums by (identity, model)."""
-        in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
-        rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, name FROM models").fetchall())
-        return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
+    def by_cell(self, db) -> list[tuple[int, ...]]:
+        """Return rows of identity, model, client key and their sums."""
+        return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-    def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
-        """Sum up by one or two keys, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
+    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
+        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
         parts, values = [], []
         middle = min(max(self._start, self._floor_at), self._end)
         below = _cut(levels or ["usage_by_quarter"], self._start, middle)
         for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
             if roll_up is None:
-                key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
+                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
                 group = key
             else:
-                key = in_roll_up.replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
+                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
                 # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
-                group = f"r.bucket, {key}" if "," in key else "r.bucket"
+                group = f"r.bucket, {key}" if len(columns) > 1 else "r.bucket"
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
-        keys = "k1, k2" if ", " in in_roll_up else "k1"
+        keys = ", ".join(f"k{number}" for number in range(len(columns)))
         with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
@@ -5300,12 +5327,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
-    buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
+    usage = app.store.usage(window, bucket_s, offset_s, filters)
+    buckets = usage.buckets
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
 
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
+
+    def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row(add_sums(cells.values()), **columns_of(value)) for value, cells in usage.by(part)]
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5320,11 +5351,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [row(sums, model=model) for model, sums in models],
-        "accounts": [
-            row(sums, account=account.name, **{name: getattr(account, name) or None for name in told})
-            for account, sums in accounts
-        ],
+        "models": rows("model", lambda model: {"model": model}),
+        "accounts": rows(
+            "account",
+            lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
+        ),
         "outages": app.store.outages(window, now),
     }
 

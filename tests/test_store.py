@@ -6,11 +6,12 @@ import stat
 import threading
 
 import pytest
-from support import ALWAYS, DATA, NOON, event, make_original, put, rows, run_sql
+from support import ALWAYS, DATA, NOON, event, make_original, put, rows, run_sql, sums_by
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
 
+PARTS = ("account", "model", "key")
 TOTALS_OF_300 = json.loads((DATA / "totals-3.0.0.json").read_text(encoding="utf-8"))
 
 
@@ -65,22 +66,22 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path, open_stor
     make_original(tmp_path / "usage.db")
     lines = []
     store = open_store(announce=lines.append)
-    buckets, models, accounts = store.usage(ALWAYS, 3600, 0)
-    assert dict(models) == {
+    usage = store.usage(ALWAYS, 3600, 0)
+    assert sums_by(usage, "model") == {
         "gpt-5.4": (1, 0, 0, 100, 20, 5, 0, 125),
         "gpt-5.5": (1, 1, 0, 7, 3, 0, 0, 10),
         "unknown": (1, 0, 0, 0, 0, 0, 0, 0),
     }
-    counted = {account.name: sums[0] for account, sums in accounts}
+    counted = {name: sums[0] for name, sums in sums_by(usage, "account").items()}
     assert counted == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
-    assert store.usage(ALWAYS, 3600, 0, from_rows=True) == (buckets, models, accounts)
+    assert store.usage(ALWAYS, 3600, 0, from_rows=True) == usage
     assert (store.event_count, store.find_faults()) == (3, [])
     assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
     quota = store.quotas()[0]
     assert (quota["email"], quota["state"], quota["primary_remaining_percent"]) == ("an@example.com", "ok", 60)
     assert len(lines) == 2 and lines[0].startswith("adopting 3 rows of usage.db, once")
     put(store, event(auth_index="3"), event(auth_index="3"))
-    assert {account.name: sums[0] for account, sums in store.usage(ALWAYS, 3600, 0)[2]}["an@example.com"] == 3
+    assert sums_by(store.usage(ALWAYS, 3600, 0), "account")["an@example.com"][0] == 3
     assert (store.event_count, store.find_faults()) == (5, [])
 
 
@@ -96,12 +97,13 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
     """The totals were answered by 3.0.0 itself from the same file; below the floor single events are gone."""
     told = TOTALS_OF_300[name]
     window, filters = app.Window(*told["window"]), app.Filters(**told["filters"])
-    buckets, models, accounts = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
+    usage = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
     limited = app.SUM_NAMES.index("rate_limited")  # 3.0.0 did not tell them apart
+    parts = (row for part in ("model", "account") for row in sums_by(usage, part).items())
     known = [[key, [*sums[:limited], *sums[limited + 1 :]]] for key, sums in
-             (*sorted(buckets.items()), *models, *((account.name, sums) for account, sums in accounts))]  # fmt: skip
-    assert known[: len(buckets)] == told["buckets"]
-    assert sorted(known[len(buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
+             (*sorted(usage.buckets.items()), *parts)]  # fmt: skip
+    assert known[: len(usage.buckets)] == told["buckets"]
+    assert sorted(known[len(usage.buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,8 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
 def test_database_of_3_0_0_says_the_same_in_every_zone(store_of_300, filters, offset_s):
     window = app.Window(NOON - NOON % 3600 - 5 * 86400, NOON)  # whole hours below the floor
     usage = store_of_300.usage(window, 3600, offset_s, app.Filters(**filters))
-    totals = [
-        app.add_sums(part) for part in (usage.buckets.values(), *([row[1] for row in rows] for rows in usage[1:]))
-    ]
-    assert totals[0] == totals[1] == totals[2] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
+    totals = [app.add_sums(part.values()) for part in usage[:2]]
+    assert totals[0] == totals[1] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
     assert totals[0] == app.add_sums(store_of_300.usage(window, 3600, 0, app.Filters(**filters)).buckets.values())
 
 
@@ -156,12 +156,12 @@ def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, b
         pass
     assert store.event_count == 2 * 96 * 6 - 25 * 4 * 6  # up to the full hour before
     assert store.find_faults() == []
-    buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
-    assert (models, accounts) == whole[1:]
-    assert sum(sums[0] for sums in buckets.values()) == sum(sums[0] for sums in whole[0].values())
+    usage = store.usage(window, bucket_s, offset_s, filters)
+    assert all(sums_by(usage, part) == sums_by(whole, part) for part in PARTS)
+    assert app.add_sums(usage.buckets.values()) == app.add_sums(whole.buckets.values())
     for start in (DAY + 5000, DAY + 7300):  # ten minutes, where whole quarters are all that is known
         cut = store.usage(app.Window(start, start + 600), bucket_s, offset_s, filters)
-        assert app.add_sums(cut.buckets.values()) == app.add_sums(sums for _, sums in cut.models)
+        assert app.add_sums(cut.buckets.values()) == app.add_sums(cut.cells.values())
 
 
 def test_counts_of_two_threads_that_write_are_all_kept(store):
@@ -241,15 +241,17 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000, 400000]))
         bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
         inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
-        buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
+        usage = store.usage(window, bucket_s, offset_s, filters)
         models_inside = {one.model for one in inside}
-        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
+        assert sums_by(usage, "model") == {
+            name: sums_of([one for one in inside if one.model == name]) for name in models_inside
+        }
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
-        assert buckets == {key: sums_of(members) for key, members in cut.items()}
-        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
-        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == (buckets, models, accounts)
+        assert usage.buckets == {key: sums_of(members) for key, members in cut.items()}
+        assert app.add_sums(usage.cells.values()) == sums_of(inside)
+        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == usage
         assert len(store.requests(1000, window, filters)) == len(inside)
 
 
