@@ -2832,8 +2832,8 @@ class _UsagePlan:
                 key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
-                # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
-                group = f"r.bucket, {key}" if len(columns) > 1 else "r.bucket"
+                # A chart's in the order of the table, so that SQLite sums up as it reads; the rest is done over few below.
+                group = "r.bucket" if len(columns) == 1 else key
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
