@@ -2057,12 +2057,16 @@ class Window(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
+
+    ``account`` is its name or mail, ``key`` a client key's mask or tag.
+    """
 
     account: str | None = None
     model: str | None = None
     status: str | None = None
     text: str | None = None
+    key: str | None = None
 
 
 _NO_FILTERS = Filters()
@@ -2478,7 +2482,7 @@ class Store:
         with self._read() as db:
             accounts = self._accounts_in(db)
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-            plan = _UsagePlan(window, filters, accounts, floor, from_rows)
+            plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
             rows = plan.by_cell(db)
             models = dict(db.execute("SELECT id, name FROM models").fetchall())
@@ -2506,7 +2510,7 @@ class Store:
         rows: list[dict[str, Any]] = []
         with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
-            condition, values = _conditions(filters, accounts, on_rows=True)
+            condition, values = _conditions(db, filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
@@ -2746,7 +2750,7 @@ _LIST_EVENTS = (
 
 def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
     """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
-    condition, values = _conditions(filters, accounts, on_rows=False)
+    condition, values = _conditions(db, filters, accounts, on_rows=False)
     if not condition:
         yield window
         return
@@ -2759,13 +2763,17 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
 
 
-def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
+def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
         ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
         listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
+    if filters.key is not None:
+        asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
+        listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
+        parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
@@ -2796,14 +2804,14 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
-    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
+    def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
         start, end = window
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._event_conditions = _conditions(filters, accounts, on_rows=True)
-        self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
+        self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
+        self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
@@ -5277,7 +5285,7 @@ class Query(dict):
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
+        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"), self.get("key"))
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -5320,7 +5328,7 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
-    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
+    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model, account and client key."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
     bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
@@ -5356,6 +5364,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             "account",
             lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
         ),
+        "keys": rows("key", lambda key: {"key": key or None, **({"unknown": True} if key is None else {})}),
         "outages": app.store.outages(window, now),
     }
 
