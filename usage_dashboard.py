@@ -2000,6 +2000,7 @@ _CELL_COLUMNS = {
     f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
     _KEY_OF: "r.key_id",
 }
+_REASON_OF = "IFNULL(e.reason_id, 0)"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
@@ -2016,10 +2017,28 @@ _TOUCH_IDENTITY = (
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
+
+
+class _Sums(NamedTuple):
+    """What is summed up, as SQL: on ``events e``, on a roll-up ``r``, and on the parts that these make by name."""
+
+    names: str
+    of_events: str
+    of_roll_up: str
+    of_parts: str
+
+
+_ALL_SUMS = _Sums(", ".join(SUM_NAMES), _EVENT_SUMS, _ADDED, _ADDED)
+_LAST_FAILED = _Sums(
+    "requests, last_at",
+    f"COUNT(*), MAX(CAST(e.ts_epoch AS INTEGER)) / {BUCKET_S} * {BUCKET_S}",
+    "SUM(r.requests), MAX(r.bucket) * {seconds}",
+    "SUM(requests), MAX(last_at)",
+)
 _CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
     "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
@@ -2086,11 +2105,22 @@ class Cell(NamedTuple):
     key: str | None
 
 
+class Failure(NamedTuple):
+    """The requests that failed for one reason; ``last_at`` is when the quarter hour of the last one began."""
+
+    status_code: int | None
+    error: str | None
+    requests: int
+    last_at: int
+    accounts: list[Account]
+
+
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds), and by cell."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, and the most frequent failures."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
+    failures: list[Failure]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
         """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
@@ -2487,12 +2517,16 @@ class Store:
             rows = plan.by_cell(db)
             models = dict(db.execute("SELECT id, name FROM models").fetchall())
             keys = _keys_in(db)
-        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+            owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+            failing = filters._replace(status=filters.status or "failed")
+            failures = []
+            if filters.status != "ok":
+                failures = _UsagePlan(db, window, failing, accounts, floor, from_rows).failures(db, owners)
         cells: dict[Cell, Sums] = {}
         for identity_id, model_id, key_id, *sums in rows:
             cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
             cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells)
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures)
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2826,28 +2860,60 @@ class _UsagePlan:
         """Return rows of identity, model, client key and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
-        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
-        parts, values = [], []
+    def failures(self, db, owners: Mapping[int, Account], most: int = 50) -> list[Failure]:
+        """Return the most frequent failures, by reason; the filters must let nothing else through."""
+        rows = self._sums(db, self._levels, {_REASON_OF: "r.reason_id", _IDENTITY_OF: "r.identity_id"}, _LAST_FAILED)
+        by_reason = by_key((reason_id, row) for reason_id, *row in rows if reason_id)
+        counted = [(sum(row[1] for row in rows), reason_id) for reason_id, rows in by_reason.items()]
+        reasons = db.execute("SELECT id, status_code, error FROM reasons").fetchall()
+        told = {key: (status, error or None) for key, status, error in reasons}
+        failures = []
+        for requests, reason_id in sorted(counted, key=lambda row: (-row[0], row[1]))[:most]:
+            rows = sorted(by_reason[reason_id], key=lambda row: -row[1])
+            accounts = list(dict.fromkeys(owners[identity_id] for identity_id, _, _ in rows))
+            last_at = self._last_quarter(db, reason_id, max(last_at for _, _, last_at in rows))
+            failures.append(Failure(*told[reason_id], requests, last_at, accounts))
+        return failures
+
+    def _last_quarter(self, db, reason_id: int, at: int) -> int:
+        """Return when the quarter hour of a reason's last request began, from when its coarse bucket did."""
+        sizes = ((_ROLL_UPS.get(name, BUCKET_S), start, end) for name, start, end in self._spans(self._levels))
+        size_s = next((size for size, start, end in sizes if start <= at // size < end), BUCKET_S)
+        condition, bound = self._roll_up_conditions
+        for roll_up, finer_s in _ROLL_UPS.items():
+            if finer_s < size_s:
+                where = f"r.bucket >= ? AND r.bucket < ? AND r.reason_id = ?{condition}"
+                values = (at // finer_s, (at + size_s) // finer_s, reason_id, *bound)
+                newest = db.execute(f"SELECT MAX(r.bucket) FROM {roll_up} r WHERE {where}", values).fetchone()[0]
+                at, size_s = at if newest is None else newest * finer_s, finer_s
+        return at
+
+    def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
         middle = min(max(self._start, self._floor_at), self._end)
         below = _cut(levels or ["usage_by_quarter"], self._start, middle)
-        for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
+        return [*below, *_cut(levels, middle, self._end)]
+
+    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str], sums: _Sums = _ALL_SUMS) -> Any:
+        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
+        parts, values = [], []
+        for roll_up, start, end in self._spans(levels):
+            seconds = str(_ROLL_UPS.get(roll_up, BUCKET_S))
             if roll_up is None:
-                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
+                key, added, table, column = ", ".join(columns), sums.of_events, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
                 group = key
             else:
-                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
-                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
+                key = ", ".join(columns.values()).replace("{seconds}", seconds)
+                added, table, column = sums.of_roll_up.replace("{seconds}", seconds), f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
-                # A chart's in the order of the table, so that SQLite sums up as it reads; the rest is done over few below.
+                # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
                 group = "r.bucket" if len(columns) == 1 else key
             where = f"{column} >= ? AND {column} < ?{condition}"
-            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
+            parts.append(f"SELECT {key}, {added} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
-        with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
-        return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
+        with_parts = f"WITH parts({keys}, {sums.names}) AS ({' UNION ALL '.join(parts)})"
+        return db.execute(f"{with_parts} SELECT {keys}, {sums.of_parts} FROM parts GROUP BY {keys}", values)
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
@@ -5365,6 +5431,10 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
         ),
         "keys": rows("key", lambda key: {"key": key or None, **({"unknown": True} if key is None else {})}),
+        "failures": [
+            {**failure._asdict(), "accounts": [account.name for account in failure.accounts]}
+            for failure in usage.failures
+        ],
         "outages": app.store.outages(window, now),
     }
 
