@@ -1994,13 +1994,14 @@ _IDENTITY_OF = (
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _KEY_OF = "IFNULL(c.key_id, -1)"
+_REASON_OF = "IFNULL(e.reason_id, 0)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
     f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
     _KEY_OF: "r.key_id",
+    _REASON_OF: "r.reason_id",
 }
-_REASON_OF = "IFNULL(e.reason_id, 0)"
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
@@ -2017,24 +2018,6 @@ _TOUCH_IDENTITY = (
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-
-
-class _Sums(NamedTuple):
-    """What is summed up, as SQL: on ``events e``, on a roll-up ``r``, and on the parts that these make by name."""
-
-    names: str
-    of_events: str
-    of_roll_up: str
-    of_parts: str
-
-
-_ALL_SUMS = _Sums(", ".join(SUM_NAMES), _EVENT_SUMS, _ADDED, _ADDED)
-_LAST_FAILED = _Sums(
-    "requests, last_at",
-    f"COUNT(*), MAX(CAST(e.ts_epoch AS INTEGER)) / {BUCKET_S} * {BUCKET_S}",
-    "SUM(r.requests), MAX(r.bucket) * {seconds}",
-    "SUM(requests), MAX(last_at)",
-)
 _CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
@@ -2111,7 +2094,7 @@ class Failure(NamedTuple):
     status_code: int | None
     error: str | None
     requests: int
-    last_at: int
+    last_at: int | None
     accounts: list[Account]
 
 
@@ -2514,19 +2497,28 @@ class Store:
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
             plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            rows = plan.by_cell(db)
-            models = dict(db.execute("SELECT id, name FROM models").fetchall())
-            keys = _keys_in(db)
-            owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
-            failing = filters._replace(status=filters.status or "failed")
-            failures = []
-            if filters.status != "ok":
-                failures = _UsagePlan(db, window, failing, accounts, floor, from_rows).failures(db, owners)
-        cells: dict[Cell, Sums] = {}
-        for identity_id, model_id, key_id, *sums in rows:
-            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
-            cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
+            cells, failed = self._cells_of(db, plan.by_cell(db), accounts)
+            reasons = {key: told for key, *told in db.execute("SELECT id, status_code, NULLIF(error, '') FROM reasons")}
+            most = sorted(failed.items(), key=lambda row: (-sum(row[1].values()), row[0]))[:50]
+            failures = [
+                Failure(*reasons[key], sum(by.values()), plan.last_quarter(db, key), sorted(by, key=by.get)[::-1])
+                for key, by in most
+            ]
         return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures)
+
+    @staticmethod
+    def _cells_of(db, rows: Iterable[Any], accounts: Sequence[Account]) -> tuple[dict[Cell, Sums], dict[int, Any]]:
+        """Return the sums by cell, and by reason how many requests of which account failed."""
+        models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        cells: dict[Cell, Sums] = {}
+        failed: dict[int, Any] = {}
+        for identity_id, model_id, key_id, reason_id, *sums in rows:
+            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
+            cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
+            if reason_id:
+                failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
+        return cells, failed
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2857,63 +2849,50 @@ class _UsagePlan:
         return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
 
     def by_cell(self, db) -> list[tuple[int, ...]]:
-        """Return rows of identity, model, client key and their sums."""
+        """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-    def failures(self, db, owners: Mapping[int, Account], most: int = 50) -> list[Failure]:
-        """Return the most frequent failures, by reason; the filters must let nothing else through."""
-        rows = self._sums(db, self._levels, {_REASON_OF: "r.reason_id", _IDENTITY_OF: "r.identity_id"}, _LAST_FAILED)
-        by_reason = by_key((reason_id, row) for reason_id, *row in rows if reason_id)
-        counted = [(sum(row[1] for row in rows), reason_id) for reason_id, rows in by_reason.items()]
-        reasons = db.execute("SELECT id, status_code, error FROM reasons").fetchall()
-        told = {key: (status, error or None) for key, status, error in reasons}
-        failures = []
-        for requests, reason_id in sorted(counted, key=lambda row: (-row[0], row[1]))[:most]:
-            rows = sorted(by_reason[reason_id], key=lambda row: -row[1])
-            accounts = list(dict.fromkeys(owners[identity_id] for identity_id, _, _ in rows))
-            last_at = self._last_quarter(db, reason_id, max(last_at for _, _, last_at in rows))
-            failures.append(Failure(*told[reason_id], requests, last_at, accounts))
-        return failures
-
-    def _last_quarter(self, db, reason_id: int, at: int) -> int:
-        """Return when the quarter hour of a reason's last request began, from when its coarse bucket did."""
-        sizes = ((_ROLL_UPS.get(name, BUCKET_S), start, end) for name, start, end in self._spans(self._levels))
-        size_s = next((size for size, start, end in sizes if start <= at // size < end), BUCKET_S)
-        condition, bound = self._roll_up_conditions
-        for roll_up, finer_s in _ROLL_UPS.items():
-            if finer_s < size_s:
-                where = f"r.bucket >= ? AND r.bucket < ? AND r.reason_id = ?{condition}"
-                values = (at // finer_s, (at + size_s) // finer_s, reason_id, *bound)
-                newest = db.execute(f"SELECT MAX(r.bucket) FROM {roll_up} r WHERE {where}", values).fetchone()[0]
-                at, size_s = at if newest is None else newest * finer_s, finer_s
-        return at
+    def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
+        """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
+        for roll_up, start, end in reversed(spans or self._spans(self._levels)):
+            of_rows, of_roll_up = (_EVENTS, "e.ts_epoch", "e.reason_id"), (f"{roll_up} r", "r.bucket", "r.reason_id")
+            table, column, reason = of_roll_up if roll_up else of_rows
+            condition, bound = self._roll_up_conditions if roll_up else self._event_conditions
+            where = f"{column} >= ? AND {column} < ? AND {reason} = ?{condition} ORDER BY 1 DESC LIMIT 1"
+            rows = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (start, end, reason_id, *bound))
+            newest, size_s = rows.fetchone(), _ROLL_UPS.get(roll_up, 1)
+            if newest and size_s > BUCKET_S:
+                first = newest[0] * size_s // BUCKET_S
+                return self.last_quarter(db, reason_id, [("usage_by_quarter", first, first + size_s // BUCKET_S)])
+            if newest:
+                return int(newest[0] * size_s) // BUCKET_S * BUCKET_S
+        return None
 
     def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
         middle = min(max(self._start, self._floor_at), self._end)
         below = _cut(levels or ["usage_by_quarter"], self._start, middle)
         return [*below, *_cut(levels, middle, self._end)]
 
-    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str], sums: _Sums = _ALL_SUMS) -> Any:
+    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
         """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
         parts, values = [], []
         for roll_up, start, end in self._spans(levels):
-            seconds = str(_ROLL_UPS.get(roll_up, BUCKET_S))
             if roll_up is None:
-                key, added, table, column = ", ".join(columns), sums.of_events, _EVENTS, "e.ts_epoch"
+                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
                 group = key
             else:
-                key = ", ".join(columns.values()).replace("{seconds}", seconds)
-                added, table, column = sums.of_roll_up.replace("{seconds}", seconds), f"{roll_up} r", "r.bucket"
+                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
+                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
                 # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
                 group = "r.bucket" if len(columns) == 1 else key
             where = f"{column} >= ? AND {column} < ?{condition}"
-            parts.append(f"SELECT {key}, {added} FROM {table} WHERE {where} GROUP BY {group}")
+            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
-        with_parts = f"WITH parts({keys}, {sums.names}) AS ({' UNION ALL '.join(parts)})"
-        return db.execute(f"{with_parts} SELECT {keys}, {sums.of_parts} FROM parts GROUP BY {keys}", values)
+        with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
+        return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
