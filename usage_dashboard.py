@@ -5381,8 +5381,8 @@ class Query(dict):
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        asked = map(self.get, ("account", "model", "status", "q", "key"))
-        return Filters(*asked, names.by_target)
+        account, model, key = self.get("account"), self.get("model"), self.get("key")
+        return Filters(account, model, self.get("status"), self.get("q"), key, names.by_target)
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
