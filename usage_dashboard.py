@@ -2156,10 +2156,11 @@ class Usage(NamedTuple):
     failures: list[dict[str, Any]]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
-        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first."""
+        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
         groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
         rows = ((value, dict(cells)) for value, cells in groups.items())
-        return sorted(rows, key=lambda row: add_sums(row[1].values())[::-1], reverse=True)
+        order = operator.itemgetter(SUM_NAMES.index("total_tokens"), SUM_NAMES.index("requests"))
+        return sorted(rows, key=lambda row: order(add_sums(row[1].values())), reverse=True)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
