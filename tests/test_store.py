@@ -249,6 +249,7 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
         assert buckets == {key: sums_of(members) for key, members in cut.items()}
         assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
+        assert store.total(window, filters) == store.total(window, filters, with_rows=True) == sums_of(inside)
         assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == (buckets, models, accounts)
         assert len(store.requests(1000, window, filters)) == len(inside)
 
