@@ -2055,11 +2055,6 @@ class Order(NamedTuple):
     sort: str = "time"
     direction: str = "desc"
 
-    @property
-    def unknown(self) -> int:
-        """What an unknown value counts as: less, or more, than any that is known."""
-        return -1 if self.direction == "desc" else 10**15
-
 
 class Filters(NamedTuple):
     """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
@@ -2745,12 +2740,14 @@ _LIST_EVENTS = (
 def _list_events(order: Order, condition: str) -> str:
     """Return the SQL of a list: which rows are in it, then all about them."""
     column, sign, events = f"e.{SORTS[order.sort]}", "<" if order.direction == "desc" else ">", _EVENTS
+    unknown = -1 if order.direction == "desc" else 10**15  # beyond all that are known
     if order.sort != "time":
         # Rows lie about as they came: reading a part of the table from end to end takes a third of the index's time.
         ends = (f"(SELECT {end}(id) FROM events WHERE ts_epoch >= ?1 AND ts_epoch < ?2)" for end in ("MIN", "MAX"))
         condition += f" AND e.id BETWEEN {' AND '.join(ends)}"
-        column, events = f"IFNULL({column}, {order.unknown})", _EVENTS.replace("events e", "events e NOT INDEXED")
-    within = f"e.ts_epoch >= ?1 AND e.ts_epoch < ?2 AND ({column}, e.id) {sign} (?3, ?4){condition}"
+        column, events = f"IFNULL({column}, {unknown})", _EVENTS.replace("events e", "events e NOT INDEXED")
+    behind = f"({column}, e.id) {sign} (IFNULL(?3, {unknown}), ?4)"
+    within = f"e.ts_epoch >= ?1 AND e.ts_epoch < ?2 AND {behind}{condition}"
     in_order = f"ORDER BY {column} {order.direction}, e.id {order.direction}"
     return f"{_LIST_EVENTS} (SELECT e.id FROM {events} WHERE {within} {in_order} LIMIT ?) {in_order}"
 
@@ -2759,15 +2756,13 @@ def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Ac
     """Return the spans that contain what the filters ask for, in the list's order, so that no others are read."""
     condition, values = _conditions(filters, accounts, on_rows=False)
     if not condition:
-        yield window
-        return
+        return [window]
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "
         f"ORDER BY r.bucket {order.direction}",
         (window.start / BUCKET_S - 1, window.end / BUCKET_S, *values),
     )
-    for (bucket,) in buckets:
-        yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
+    return (Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S) for (bucket,) in buckets)
 
 
 def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
@@ -5294,14 +5289,13 @@ class Query(dict):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
         return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
 
-    def cursor(self, order: Order) -> tuple[float, int] | None:
-        """Return the place of the request that a list in this order goes on behind."""
-        number = r"-?\d{1,16}(?:\.\d{1,9})?"
-        match = re.match(rf"{'_'.join(order)}_({number})_(\d{{1,18}})\Z", self.get("before", ""), re.ASCII)
+    def cursor(self, order: Order) -> tuple[float | None, int] | None:
+        """Return the value and the id of the request that a list in this order goes on behind."""
+        own, value = "_".join(order), r"null|\d{1,16}(?:\.\d{1,9})?"
+        match = re.match(rf"{own}_({value})_(\d{{1,18}})\Z", self.get("before", ""), re.ASCII)
         if "before" in self and match is None:
-            asked = f"sort={order.sort} and order={order.direction}"
-            raise ApiError(400, "bad_before", f'before must be the "next" of an earlier answer with {asked}')
-        return (float(match.group(1)), int(match.group(2))) if match else None
+            raise ApiError(400, "bad_before", f'before must be the "next" of an earlier answer sorted as {own}')
+        return (json.loads(match.group(1)), int(match.group(2))) if match else None
 
 
 @dataclass
@@ -5327,12 +5321,11 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     oldest, newest = app.store.span() or (now, now)
     anchor = now if end is None else end
     day = datetime.fromtimestamp(anchor, query.zone()).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
-    midnight = day.timestamp()
     if start is None:
-        starts = {"today": midnight, "yesterday": _day_before(midnight, query), "all": oldest}
+        starts = {"today": day.timestamp(), "yesterday": (day - timedelta(days=1)).timestamp(), "all": oldest}
         start = starts.get(name, anchor - RANGES.get(name, 0))
     if end is None and name == "yesterday":
-        end = midnight
+        end = day.timestamp()
     elif end is None:
         end = max(now, newest + 0.001) if name == "all" or newest + 0.001 <= now + 3600 else now
     if not start < end:
@@ -5340,16 +5333,12 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     return name, Window(start, end)
 
 
-def _day_before(at: float, query: Query) -> float:
-    """Return the same time of the local day before."""
-    return (datetime.fromtimestamp(at, query.zone()) - timedelta(days=1)).timestamp()
-
-
 def _window_before(window: Window, name: str, query: Query) -> Window:
     """Return what a window is compared with: the same hours of the local day before, else as much time right before."""
     if name not in ("today", "yesterday") or {"start", "end"} <= query.keys():
         return Window(window.start - (window.end - window.start), window.start)
-    return Window(*(_day_before(at, query) for at in window))
+    local = (datetime.fromtimestamp(at, query.zone()) for at in window)
+    return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
@@ -5400,8 +5389,7 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     rows = app.store.requests(limit + 1, window, filters, query.cursor(order), order)
     shown, cursor = rows[:limit], None
     if len(rows) > limit:
-        value = shown[-1][SORTS[order.sort]]
-        cursor = f"{'_'.join(order)}_{order.unknown if value is None else value!r}_{shown[-1]['id']}"
+        cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
     total = None if filters.text else app.store.total(window, filters, with_rows=True)[0]
     return {"requests": shown, "next": cursor, "total": total}
 
@@ -6256,7 +6244,10 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
         command.add_argument("--host", metavar="H", help="the address to bind (0.0.0.0)")
         command.add_argument("--port", type=int, metavar="P", help="the port to bind (8320)")
         command.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    report.add_argument("range", nargs="?", default="today", choices=RANGE_NAMES, help="the range (today)")
+    allowed = f"{', '.join(RANGE_NAMES)}; or one or two dates as 2026-11-01, the earlier first: whole local days"
+    report.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
+    report.add_argument("--by", choices=list(_BREAKDOWNS), help="print this breakdown alone")
+    report.set_defaults(refuse=lambda fault: report.error(f"{fault}; the range can be {allowed}"))
     quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
     for command in (report, quota):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -6403,20 +6394,56 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
 def run_report(options: Any) -> int:
     """Print the summary of a range."""
     with _reading_app(_load(options)[0]) as app:
-        summary = api_summary(app, Query(range=options.range))
+        summary = api_summary(app, _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1])))
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0
     start, end = map(local_minute, (summary["start"], summary["end"]))
-    print(f"Usage, {options.range}: {start} to {end}\n")
-    for name in ("model", "account"):
-        rows = [*summary[f"{name}s"], {name: "total", **summary["summary"]}]
-        lines = [[row[name], *(f"{row[column]:,}" for column in SUM_NAMES)] for row in rows]
-        print(_table([name, *(column.replace("_tokens", "") for column in SUM_NAMES)], lines) + "\n")
+    print(f"Usage, {' to '.join(options.range) or 'today'}: {start} to {end}\n")
+    for by in [options.by] if options.by else ("model", "account"):
+        print(_breakdown(summary, by) + "\n")
     losses = [outage_text(outage) for outage in summary["outages"] if outage["lost"]]
     if losses:
         print("Not in these numbers, requests were lost:", *losses, sep="\n  ")
     return 0
+
+
+def _report_query(options: Any, latest_at: float) -> Query:
+    """Return what a report asks for: a range by its name, or the whole local days from one date to another."""
+    words, days = options.range, []
+    if len(words) < 2 and set(words) <= set(RANGE_NAMES):
+        return Query(range="".join(words) or "today")
+    last_year = datetime.fromtimestamp(latest_at).year + 1
+    for word in words:
+        try:
+            days.append(datetime.strptime(word, "%Y-%m-%d"))
+        except ValueError:
+            options.refuse(f"{word} is no day of the calendar")
+        if not 2020 <= days[-1].year <= last_year:
+            options.refuse(f"{word} is not from 2020 to {last_year}")
+    if len(words) > 2 or days[-1] < days[0]:
+        options.refuse(f"{words[2]} is a third date" if len(words) > 2 else f"{words[1]} is before {words[0]}")
+    start, end = days[0].timestamp(), (days[-1] + timedelta(days=1)).timestamp()
+    return Query(start=f"{start:.0f}", end=f"{end:.0f}", bucket="auto")
+
+
+_BREAKDOWNS = {"key": "keys", "model": "models", "account": "accounts", "failure": "failures"}
+
+
+def _breakdown(summary: Mapping[str, Any], by: str) -> str:
+    """Lay out one breakdown of a summary as a table."""
+    rows = summary[_BREAKDOWNS[by]]
+    if by == "failure":
+        lines = [
+            [row["error"] or "unknown", str(row["status_code"] or "—"), f"{row['requests']:,}"]
+            + [local_minute(row["last_at"]), ", ".join(row["accounts"])]
+            for row in rows
+        ]
+        return _table([by, "status", "requests", "last", "accounts"], lines)
+    rows = [*rows, {by: "total", **summary["summary"]}]
+    names = [row.get("name") or row[by] or ("unknown" if row.get("unknown") else "no key") for row in rows]
+    lines = [[name, *(f"{row[column]:,}" for column in SUM_NAMES)] for name, row in zip(names, rows)]
+    return _table([by, *(column.replace("_tokens", "") for column in SUM_NAMES)], lines)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
