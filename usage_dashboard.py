@@ -255,6 +255,11 @@ def mask_key(text: str) -> str:
     return f"{text[:3]}…{text[-4:]} #{tag}" if len(text) >= 16 else f"… #{tag}"
 
 
+def tag_of_mask(mask: str) -> str:
+    """Return the tag of a masked key, which all masks of one key share; a mask that has none is its own."""
+    return mask[-7:] if re.search(r"#[0-9a-f]{6}\Z", mask) else mask
+
+
 def mask_mail(mail: str, others: Iterable[str] = ()) -> str:
     """Shorten an address to a beginning that tells it from others: ``an.nguyen@x.com`` becomes ``a***@x.com``."""
     name, at, domain = mail.partition("@")
@@ -354,6 +359,7 @@ class Config:
     auth_dir: str = "~/.cliproxyapi"
     database: str = "usage.db"
     retention_days: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
     dashboard_host: str = "0.0.0.0"
     dashboard_port: int = 8320
     dashboard_password: str = field(default="", repr=False)
@@ -390,8 +396,27 @@ _HOST_FAULTS = {
 }
 
 
+_NAMED = re.compile(r"#[0-9a-f]{6}|[^@\s]{1,64}@[^@\s]+\.[^@\s]+( #[0-9a-f]{6})?")
+
+
+def _faults_of_names(names: Any) -> Iterator[str]:
+    """Yield what is wrong with the owner's names for keys and accounts."""
+    if not isinstance(names, dict):
+        yield 'must be an object, such as {"#3f9a2c": "An\'s laptop", "ops@example.org": "Ops"}'
+        return
+    for target, name in names.items():
+        if not _NAMED.fullmatch(target.lower()):
+            yield f'has "{target}", which must be a key\'s tag ("#3f9a2c"), a mail, or both ("ops@example.org #1c9e40")'
+        if not isinstance(name, str) or not re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]{1,60}", name.strip()):
+            yield f'must give "{target}" a name of 1 to 60 letters in double quotes, on one line'
+    words = Counter(str(word).strip().lower() for item in names.items() for word in item)
+    yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
+    if key == "names":
+        return "; it ".join(_faults_of_names(value)) or None
     if key in _RANGES:
         low, high = _RANGES[key]
         kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
@@ -465,8 +490,39 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
     fault = _fault_of(name, value)
     if fault:
         faults.append(f'{where}: "{key}" {fault}')
+    elif name == "names":
+        values[name] = _by_target(value)
     else:
         values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
+
+
+def _by_target(names: Mapping[str, str]) -> dict[str, str]:
+    return {target.lower(): name.strip() for target, name in names.items()}
+
+
+class Names:
+    """The owner's names by tag or mail, read again when the config file changes; one with faults changes nothing."""
+
+    def __init__(self, by_target: Mapping[str, str] = {}, path: Path | None = None, log: Log | None = None):
+        self.by_target, self.version = by_target, 0
+        self._path, self._log, self._seen = path, log or Log(), None
+
+    def look(self) -> None:
+        """Read the file again if it is another one than at the last look."""
+        seen, faults = None, []
+        with suppress(OSError, AttributeError):  # there is no file
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        names = _read_config_file(self._path, False, faults).get("names", {})
+        faults += [f'{self._path}: "names" {fault}' for fault in _faults_of_names(names)]
+        if faults:
+            self._log.line(f"warning: {faults[0]}; the names stay as they were")
+        elif _by_target(names) != self.by_target:
+            self.by_target = _by_target(names)
+            self.version += 1
 
 
 # ------------------------------------------------------------------ resp
@@ -1241,7 +1297,7 @@ class Identity(NamedTuple):
     last_at: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
@@ -1320,6 +1376,13 @@ def tag_of(account: str) -> str:
 def own_tag(identity_id: int, mail: str) -> str:
     """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
     return "#" + short_tag(str(identity_id), mail)
+
+
+def owner_name(names: Mapping[str, str], account: Account) -> str | None:
+    """Return the owner's name for an account; behind a name for several of one mail stands what tells them apart."""
+    mail = account.mail.lower()
+    own, shared = names.get(f"{mail} {account.tag}"), names.get(mail)
+    return own or (shared and shared + account.name[len(mail) :])
 
 
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
@@ -1988,8 +2051,18 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_KEY_OF = "IFNULL(c.key_id, -1)"
+_REASON_OF = "IFNULL(e.reason_id, 0)"
+# What sums are kept apart by, on an event and in a roll-up.
+_CELL_COLUMNS = {
+    _IDENTITY_OF: "r.identity_id",
+    f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
+    _KEY_OF: "r.key_id",
+    _REASON_OF: "r.reason_id",
+}
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
+_CELLS_OF_EVENTS = f"SELECT {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS} FROM {_EVENTS} WHERE e.ts_epoch"
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -2007,7 +2080,7 @@ _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
 _CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
     "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
@@ -2057,12 +2130,17 @@ class Order(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
+
+    ``account`` is its name or mail, ``key`` a client key's mask or tag; both may be one of the owner's ``names``.
+    """
 
     account: str | None = None
     model: str | None = None
     status: str | None = None
     text: str | None = None
+    key: str | None = None
+    names: Mapping[str, str] = {}
 
 
 _NO_FILTERS = Filters()
@@ -2074,17 +2152,26 @@ def add_sums(rows: Iterable[Sequence[int]]) -> Sums:
     return tuple(map(sum, zip(*rows))) or (0,) * len(SUM_NAMES)
 
 
-def _folded(rows: Iterable[tuple[Any, Sums]]) -> list[tuple[Any, Sums]]:
-    """Add up the sums of each key."""
-    return [(key, add_sums(parts)) for key, parts in by_key(rows).items()]
+class Cell(NamedTuple):
+    """What sums are kept apart by; ``key`` is a client key's mask, empty where none was sent, None if unknown."""
+
+    account: Account
+    model: str
+    key: str | None
 
 
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds), by model and by account, most tokens first."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, and the most frequent failures first."""
 
     buckets: dict[int, Sums]
-    models: list[tuple[str, Sums]]
-    accounts: list[tuple[Account, Sums]]
+    cells: dict[Cell, Sums]
+    failures: list[dict[str, Any]]
+
+    def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
+        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first."""
+        groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
+        rows = ((value, dict(cells)) for value, cells in groups.items())
+        return sorted(rows, key=lambda row: add_sums(row[1].values())[::-1], reverse=True)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -2466,18 +2553,31 @@ class Store:
         with self._read() as db:
             accounts = self._accounts_in(db)
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-            plan = _UsagePlan(window, filters, accounts, floor, from_rows)
+            plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            by_pair = plan.by_pair(db)
-        by_model = _folded((model, sums) for (_, model), sums in by_pair.items())
-        owners = {key: number for number, account in enumerate(accounts) for key in account.identity_ids}
-        by_owner = _folded((owners[key], sums) for (key, _), sums in by_pair.items())
-        by_account = [(accounts[number], sums) for number, sums in by_owner]
-        return Usage(
-            {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()},
-            sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
-            sorted(by_account, key=lambda row: (-row[1][-1], -row[1][0], row[0].name)),
-        )
+            cells, failed = self._cells_of(db, plan.by_cell(db), accounts)
+            failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
+            failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
+            failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
+            for failure in failures:  # the quarter hour of the last one, and the accounts, most failures first
+                reason_id = failure.pop("id")
+                failure["last_at"] = plan.last_quarter(db, reason_id)
+                failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures)
+
+    @staticmethod
+    def _cells_of(db, rows: Iterable[Any], accounts: Sequence[Account]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
+        """Return the sums by cell, and by reason how many requests of which account failed."""
+        models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        cells: dict[Cell, Sums] = {}
+        failed: dict[int, Counter] = {}
+        for identity_id, model_id, key_id, reason_id, *sums in rows:
+            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
+            cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
+            if reason_id:
+                failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
+        return cells, failed
 
     def total(self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False) -> Sums:
         """Sum up a window as a whole; ``with_rows`` leaves out the requests whose rows are deleted."""
@@ -2486,7 +2586,7 @@ class Store:
             start = max(window.start, floor * BUCKET_S) if with_rows else window.start
             if start >= window.end:
                 return add_sums([])
-            plan = _UsagePlan(Window(start, window.end), filters, self._accounts_in(db), floor, False)
+            plan = _UsagePlan(db, Window(start, window.end), filters, self._accounts_in(db), floor, False)
             return add_sums(plan.by_bucket(db, 86400 * 10**6, 0).values())
 
     def span(self) -> tuple[float, float] | None:
@@ -2505,7 +2605,7 @@ class Store:
         with self._read(is_search=bool(filters.text) or not by_time) as db:
             accounts = self._accounts_in(db)
             start, end = max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S), window.end
-            condition, values = _conditions(filters, accounts, on_rows=True)
+            condition, values = _conditions(db, filters, accounts, on_rows=True)
             spans: Iterable[Window] = [Window(start, end)]
             if by_time:
                 start, end = (start, min(end, before[0] + 1e-6)) if is_down else (max(start, before[0]), end)
@@ -2515,10 +2615,13 @@ class Store:
                 rows += _dicts(db.execute(_list_events(order, condition), bound))
                 if len(rows) >= limit:
                     break
-        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
         for row in rows:
             row.update({name: row[name] or None for name in (*_CONTEXT_COLUMNS, "auth_index")})
-            row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+            owner = owners.get(row.pop("identity_id"))
+            row["account"] = owner.name if owner else row["source"] or row["auth_index"] or "unknown"
+            row["account_name"] = owner_name(filters.names, owner) if owner else None
+            row["key_name"] = filters.names.get(tag_of_mask(row["api_key"] or ""))
         return rows
 
     # Quota: rows as they are; what they mean is known in readings
@@ -2644,13 +2747,13 @@ class Store:
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
             floor = _meta_in(db, "events_floor", 0)
-            rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
-            of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
-            if _sums_in(db, "usage_by_time", floor) != of_events:
-                faults.append("usage_by_time does not add up to the events")
-            everything = _sums_in(db, "usage_by_time", 0)
-            odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
-        return [*faults, *(f"{table} does not add up to usage_by_time" for table in odd)]
+            events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
+            quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
+            faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
+            odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
+            times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
+            odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
+        return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
@@ -2693,9 +2796,16 @@ def events_to_adopt(path: Path) -> int:
         raise StoreError(_store_reason(path, error)) from error
 
 
-def _sums_in(db, table: str, from_bucket: int) -> Sums:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
+def _cells_in(db, table: str, first: int = 0) -> set[tuple[int, ...]]:
+    columns = ", ".join(_CELL_COLUMNS.values())
+    return set(db.execute(f"SELECT {columns}, {_ADDED} FROM {table} r WHERE bucket >= ? GROUP BY {columns}", (first,)))
+
+
+def _keys_in(db) -> dict[int, str]:
+    """Return the client keys by id, each as its fullest mask: what has one tag is one key; 0 is none."""
+    rows = db.execute("SELECT id, name FROM client_keys ORDER BY LENGTH(name), name").fetchall()
+    fullest = {tag_of_mask(mask): mask for _, mask in rows}
+    return {0: "", **{key_id: fullest[tag_of_mask(mask)] for key_id, mask in rows}}
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -2754,7 +2864,7 @@ def _list_events(order: Order, condition: str) -> str:
 
 def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Account], order: Order) -> Iterable[Any]:
     """Return the spans that contain what the filters ask for, in the list's order, so that no others are read."""
-    condition, values = _conditions(filters, accounts, on_rows=False)
+    condition, values = _conditions(db, filters, accounts, on_rows=False)
     if not condition:
         return [window]
     buckets = db.execute(
@@ -2765,13 +2875,18 @@ def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Ac
     return (Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S) for (bucket,) in buckets)
 
 
-def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
+def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
-        listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
+        called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
+        listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
+    if filters.key is not None:
+        asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
+        asked.update(tag for tag, name in filters.names.items() if name == filters.key)
+        listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
+        parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
@@ -2802,14 +2917,14 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
-    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
+    def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
         start, end = window
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._event_conditions = _conditions(filters, accounts, on_rows=True)
-        self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
+        self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
+        self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
@@ -2818,35 +2933,51 @@ class _UsagePlan:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
-        return {key: tuple(sums) for key, *sums in self._sums(db, levels, in_rows, in_roll_up)}
+        return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
 
-    def by_pair(self, db) -> dict[tuple[Any, str], Sums]:
-        """Return sums by (identity, model)."""
-        in_rows = f"{_IDENTITY_OF}, (SELECT id FROM models WHERE name = {_MODEL_OF})"
-        rows = self._sums(db, self._levels, in_rows, "r.identity_id, r.model_id").fetchall()
-        names = dict(db.execute("SELECT id, name FROM models").fetchall())
-        return {(identity_id, names[model_id]): tuple(sums) for identity_id, model_id, *sums in rows}
+    def by_cell(self, db) -> list[tuple[int, ...]]:
+        """Return rows of identity, model, client key, reason and their sums."""
+        return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-    def _sums(self, db, levels: Sequence[str], in_rows: str, in_roll_up: str) -> Any:
-        """Sum up by one or two keys, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
-        parts, values = [], []
+    def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
+        """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
+        for roll_up, start, end in reversed(spans or self._spans(self._levels)):
+            of_rows, of_roll_up = (_EVENTS, "e.ts_epoch", "e.reason_id"), (f"{roll_up} r", "r.bucket", "r.reason_id")
+            table, column, reason = of_roll_up if roll_up else of_rows
+            condition, bound = self._roll_up_conditions if roll_up else self._event_conditions
+            where = f"{column} >= ? AND {column} < ? AND {reason} = ?{condition} ORDER BY 1 DESC LIMIT 1"
+            rows = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (start, end, reason_id, *bound))
+            newest, size_s = rows.fetchone(), _ROLL_UPS.get(roll_up, 1)
+            if newest and size_s > BUCKET_S:
+                first = newest[0] * size_s // BUCKET_S
+                return self.last_quarter(db, reason_id, [("usage_by_quarter", first, first + size_s // BUCKET_S)])
+            if newest:
+                return int(newest[0] * size_s) // BUCKET_S * BUCKET_S
+        return None
+
+    def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
         middle = min(max(self._start, self._floor_at), self._end)
         below = _cut(levels or ["usage_by_quarter"], self._start, middle)
-        for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
+        return [*below, *_cut(levels, middle, self._end)]
+
+    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
+        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
+        parts, values = [], []
+        for roll_up, start, end in self._spans(levels):
             if roll_up is None:
-                key, sums, table, column = in_rows, _EVENT_SUMS, _EVENTS, "e.ts_epoch"
+                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
                 group = key
             else:
-                key = in_roll_up.replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
+                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
-                # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
-                group = f"r.bucket, {key}" if "," in key else "r.bucket"
+                # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
+                group = "r.bucket" if len(columns) == 1 else key
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
-        keys = "k1, k2" if ", " in in_roll_up else "k1"
+        keys = ", ".join(f"k{number}" for number in range(len(columns)))
         with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
         return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
 
@@ -5282,12 +5413,13 @@ class Query(dict):
             raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
         return 3600
 
-    def filters(self) -> Filters:
-        """Return what narrows the answer."""
+    def filters(self, names: Names) -> Filters:
+        """Return what narrows the answer; the owner's ``names`` are understood too."""
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
+        account, model, key = self.get("account"), self.get("model"), self.get("key")
+        return Filters(account, model, self.get("status"), self.get("q"), key, names.by_target)
 
     def cursor(self, order: Order) -> tuple[float | None, int] | None:
         """Return the value and the id of the request that a list in this order goes on behind."""
@@ -5309,6 +5441,7 @@ class App:
     log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
+    names: Names = field(default_factory=Names)
     flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
@@ -5342,20 +5475,32 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
-    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
+    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model, account and client key."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
     bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
-    filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
-    buckets, models, accounts = app.store.usage(window, bucket_s, offset_s, filters)
+    filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
+    usage = app.store.usage(window, bucket_s, offset_s, filters)
+    buckets = usage.buckets
     before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
+    nothing = add_sums([])
 
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
+
+    def account_columns(account: Account) -> dict[str, Any]:
+        columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
+        return {"account": account.name, "name": owner_name(filters.names, account), **columns}
+
+    def key_columns(key: str | None) -> dict[str, Any]:
+        columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
+        return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
+
+    def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row(add_sums(cells.values()), **columns_of(value)) for value, cells in usage.by(part)]
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5371,18 +5516,17 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
-        "models": [row(sums, model=model) for model, sums in models],
-        "accounts": [
-            row(sums, account=account.name, **{name: getattr(account, name) or None for name in told})
-            for account, sums in accounts
-        ],
+        "models": rows("model", lambda model: {"model": model}),
+        "accounts": rows("account", account_columns),
+        "keys": rows("key", key_columns),
+        "failures": usage.failures,
         "outages": app.store.outages(window, now),
     }
 
 
 def api_requests(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/requests``: single events, newest first or as asked, with their number and a cursor to the next."""
-    limit, filters = query.whole("limit", 1, 500, 100), query.filters()
+    limit, filters = query.whole("limit", 1, 500, 100), query.filters(app.names)
     order = Order(query.choice("sort", list(SORTS)) or "time", query.choice("order", ("desc", "asc")) or "desc")
     in_window = any(name in query for name in ("range", "start", "end"))
     window = _window(app, query, app.clock())[1] if in_window else EVER
@@ -5399,6 +5543,9 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     now = app.clock()
     accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
     quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    called = {account.name: owner_name(app.names.by_target, account) for account in accounts}
+    for row in quotas:
+        row["name"] = called.get(row["account"])
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -5419,7 +5566,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
-    return app.store.changes, int(app.clock() // 60)
+    return app.store.changes, app.names.version, int(app.clock() // 60)
 
 
 # Each with what its answer depends on besides the query; None is never a 304.
@@ -5677,6 +5824,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
         app.flush()
+        app.names.look()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
@@ -6286,6 +6434,7 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
+    app.names = Names(config.names, config_path, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -6388,7 +6537,8 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     with suppress(DashboardError):  # what is committed is readable all the same
         ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
+        refresher = QuotaRefresher(config, store, log, threading.Event())
+        yield App(config, store, refresher, dict, log, names=Names(config.names))
 
 
 def run_report(options: Any) -> int:
@@ -6495,7 +6645,7 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["account"] or row["email"], row["plan"] or "—"]
+    cells = [row.get("name") or row["account"] or row["email"], row["plan"] or "—"]
     for window in ("primary", "secondary"):
         left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
         cells.append("—" if left is None else f"{left} %")

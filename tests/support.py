@@ -122,6 +122,11 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
     return store.store_batch(app.Parsed(list(events), list(rejects), ignored), number, NOON)
 
 
+def sums_by(usage, part) -> dict[str, Any]:
+    """Return the sums of each account (by its name), model or key."""
+    return {getattr(value, "name", value): app.add_sums(cells.values()) for value, cells in usage.by(part)}
+
+
 def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:
     """Write the account file of `user<number>@example.com` with the token `tok-secret-<number>`."""
     content = {"type": "codex", "email": f"user{number}@example.com", "account_id": f"acc-{number}",
@@ -234,6 +239,7 @@ class Site:
         clock = {"clock": lambda: self.now}
         self.refresher = app.QuotaRefresher(self.config, self.store, log, self.stop, gap_s=(0, 0), **clock)
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), log, **clock)
+        made.names = app.Names(self.config.names, folder / "config.json", log)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))

@@ -121,7 +121,7 @@ def test_adopted_tables_without_an_id_or_other_columns_are_given_them(tmp_path, 
         INSERT INTO quota_snapshots VALUES ('a@x.com', 1.8e9, 'two')""")
     store = open_store()
     assert [(row["id"], row["ts_epoch"], row["model"]) for row in store.requests(5)] == [(1, NOON, "m")]
-    assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0)[1]) == 1
+    assert app.add_sums(store.usage(ALWAYS, 3600, 0).cells.values())[0] == 1
     assert [(row["email"], row["id"], row["windows"]) for row in store.quotas()] == [("a@x.com", 1, None)]
 
 
@@ -158,4 +158,4 @@ def test_database_of_another_dashboard_opens_and_its_own_tables_stay(tmp_path, o
     readings = rows(store.path, "SELECT primary_used_percent, raw_json FROM quota_snapshots ORDER BY id")
     assert readings == [(30, "{}"), (55, None)]
     assert rows(store.path, "SELECT * FROM usage_events") == others
-    assert sum(sums[0] for _, sums in store.usage(ALWAYS, 3600, 0).models) == 1 and store.find_faults() == []
+    assert app.add_sums(store.usage(ALWAYS, 3600, 0).cells.values())[0] == 1 and store.find_faults() == []

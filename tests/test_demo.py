@@ -39,7 +39,7 @@ def demo(tmp_path, clock):
 
 
 def requests_in(demo, start: float, end: float) -> int:
-    buckets, _, _ = demo.store.usage(app.Window(start, end), 3600, 0)
+    buckets = demo.store.usage(app.Window(start, end), 3600, 0).buckets
     return sum(sums[0] for sums in buckets.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from support import ALWAYS, DATA, Site, id_token, record, run_sql, write_account
+from support import ALWAYS, DATA, Site, id_token, record, run_sql, sums_by, write_account
 
 import usage_dashboard as app
 
@@ -342,7 +342,7 @@ def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path
         UPDATE identities SET source = 'sk-…1111 #4bdca8' WHERE id = 2;""")
     store = open_store()
     before = store.usage(ALWAYS, 86400, 0)
-    assert len(before.accounts) == 3
+    assert len(before.by("account")) == 3
     folder = write_account(tmp_path / "accounts").parent
     files = app.AccountFiles([folder])
     for _ in range(2):  # it can be done again
@@ -350,9 +350,10 @@ def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path
         store.decide_accounts(files.account_of)
         app.QuotaRefresher(app.Config(auth_dir=str(folder)), store, app.Log(), None).register_accounts()
     after = store.usage(ALWAYS, 86400, 0)
-    assert (after.buckets, after.models) == (before.buckets, before.models) and store.find_faults() == []
-    sums = {account.name: total for account, total in after.accounts}
-    joined = [total for account, total in before.accounts if account.mail == "user1@example.com"]
+    assert (after.buckets, sums_by(after, "model")) == (before.buckets, sums_by(before, "model"))
+    assert store.find_faults() == []
+    sums = sums_by(after, "account")
+    joined = [total for cell, total in before.cells.items() if cell.account.mail == "user1@example.com"]
     assert set(sums) == {"user1@example.com", "index 1234567890123e45"}
     assert sums["user1@example.com"] == app.add_sums(joined)
     (row,) = store.quotas()

@@ -6,11 +6,12 @@ import stat
 import threading
 
 import pytest
-from support import ALWAYS, DATA, NOON, event, make_original, put, rows, run_sql
+from support import ALWAYS, DATA, NOON, event, make_original, put, rows, run_sql, sums_by
 from tools.bench import PACE_S, in_batches, payloads
 
 import usage_dashboard as app
 
+PARTS = ("account", "model", "key")
 TOTALS_OF_300 = json.loads((DATA / "totals-3.0.0.json").read_text(encoding="utf-8"))
 
 
@@ -65,22 +66,22 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path, open_stor
     make_original(tmp_path / "usage.db")
     lines = []
     store = open_store(announce=lines.append)
-    buckets, models, accounts = store.usage(ALWAYS, 3600, 0)
-    assert dict(models) == {
+    usage = store.usage(ALWAYS, 3600, 0)
+    assert sums_by(usage, "model") == {
         "gpt-5.4": (1, 0, 0, 100, 20, 5, 0, 125),
         "gpt-5.5": (1, 1, 0, 7, 3, 0, 0, 10),
         "unknown": (1, 0, 0, 0, 0, 0, 0, 0),
     }
-    counted = {account.name: sums[0] for account, sums in accounts}
+    counted = {name: sums[0] for name, sums in sums_by(usage, "account").items()}
     assert counted == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
-    assert store.usage(ALWAYS, 3600, 0, from_rows=True) == (buckets, models, accounts)
+    assert store.usage(ALWAYS, 3600, 0, from_rows=True) == usage
     assert (store.event_count, store.find_faults()) == (3, [])
     assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
     quota = store.quotas()[0]
     assert (quota["email"], quota["state"], quota["primary_remaining_percent"]) == ("an@example.com", "ok", 60)
     assert len(lines) == 2 and lines[0].startswith("adopting 3 rows of usage.db, once")
     put(store, event(auth_index="3"), event(auth_index="3"))
-    assert {account.name: sums[0] for account, sums in store.usage(ALWAYS, 3600, 0)[2]}["an@example.com"] == 3
+    assert sums_by(store.usage(ALWAYS, 3600, 0), "account")["an@example.com"][0] == 3
     assert (store.event_count, store.find_faults()) == (5, [])
 
 
@@ -96,12 +97,13 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
     """The totals were answered by 3.0.0 itself from the same file; below the floor single events are gone."""
     told = TOTALS_OF_300[name]
     window, filters = app.Window(*told["window"]), app.Filters(**told["filters"])
-    buckets, models, accounts = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
+    usage = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
     limited = app.SUM_NAMES.index("rate_limited")  # 3.0.0 did not tell them apart
+    parts = (row for part in ("model", "account") for row in sums_by(usage, part).items())
     known = [[key, [*sums[:limited], *sums[limited + 1 :]]] for key, sums in
-             (*sorted(buckets.items()), *models, *((account.name, sums) for account, sums in accounts))]  # fmt: skip
-    assert known[: len(buckets)] == told["buckets"]
-    assert sorted(known[len(buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
+             (*sorted(usage.buckets.items()), *parts)]  # fmt: skip
+    assert known[: len(usage.buckets)] == told["buckets"]
+    assert sorted(known[len(usage.buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,8 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
 def test_database_of_3_0_0_says_the_same_in_every_zone(store_of_300, filters, offset_s):
     window = app.Window(NOON - NOON % 3600 - 5 * 86400, NOON)  # whole hours below the floor
     usage = store_of_300.usage(window, 3600, offset_s, app.Filters(**filters))
-    totals = [
-        app.add_sums(part) for part in (usage.buckets.values(), *([row[1] for row in rows] for rows in usage[1:]))
-    ]
-    assert totals[0] == totals[1] == totals[2] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
+    totals = [app.add_sums(part.values()) for part in usage[:2]]
+    assert totals[0] == totals[1] and min(totals[0]) >= 0 and totals[0][0] > 0 and totals[0][-1] > 0
     assert totals[0] == app.add_sums(store_of_300.usage(window, 3600, 0, app.Filters(**filters)).buckets.values())
 
 
@@ -156,12 +156,12 @@ def test_deleted_events_stay_in_every_total_whatever_its_steps_and_zone(store, b
         pass
     assert store.event_count == 2 * 96 * 6 - 25 * 4 * 6  # up to the full hour before
     assert store.find_faults() == []
-    buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
-    assert (models, accounts) == whole[1:]
-    assert sum(sums[0] for sums in buckets.values()) == sum(sums[0] for sums in whole[0].values())
+    usage = store.usage(window, bucket_s, offset_s, filters)
+    assert all(sums_by(usage, part) == sums_by(whole, part) for part in PARTS)
+    assert app.add_sums(usage.buckets.values()) == app.add_sums(whole.buckets.values())
     for start in (DAY + 5000, DAY + 7300):  # ten minutes, where whole quarters are all that is known
         cut = store.usage(app.Window(start, start + 600), bucket_s, offset_s, filters)
-        assert app.add_sums(cut.buckets.values()) == app.add_sums(sums for _, sums in cut.models)
+        assert app.add_sums(cut.buckets.values()) == app.add_sums(cut.cells.values())
 
 
 def test_counts_of_two_threads_that_write_are_all_kept(store):
@@ -198,11 +198,16 @@ def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
         open_store()
 
 
+CLIENT_KEYS = ["", "sk-…1111 #4bdca8", "… #4bdca8", "AIz…0001 #3f9a2c"]
+
+
 def random_events(dice, count):
     for _ in range(count):
         yield event(
             at=round(NOON + dice.uniform(0, 86400 * 4), 3), auth_index=dice.choice(["aa", "bb", "", "00000000000012"]),
-            failed=dice.choice([0, 0, 1]), status_code=dice.choice([None, 429, 500]), source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
+            failed=dice.choice([0, 0, 1]), status_code=dice.choice([None, 429, 500]),
+            error=dice.choice([None, "busy", "busy 17 times"]), api_key=dice.choice(CLIENT_KEYS),
+            source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
             model=dice.choice(["m1", "m2", "m3"]), input_tokens=dice.randrange(1000),
             output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999),
         )  # fmt: skip
@@ -214,6 +219,18 @@ def sums_of(events):
     return tuple({**counts, "requests": len(events), "rate_limited": limited}.values())
 
 
+def fullest_key(one) -> str:
+    return CLIENT_KEYS[1] if one.context.api_key == CLIENT_KEYS[2] else one.context.api_key
+
+
+def failures_of(events, name_of):
+    """Return (requests, last quarter hour, accounts) of each (status, reason)."""
+    reasons = {None: None, "busy": "busy", "busy 17 times": "busy … times"}
+    groups = app.by_key(((one.status_code, reasons[one.error]), one) for one in events if one.failed)
+    return {reason: (len(members), int(max(one.ts_epoch for one in members)) // 900 * 900, set(map(name_of, members)))
+            for reason, members in groups.items()}  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store, seed):
     dice = random.Random(seed)
@@ -223,8 +240,11 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
     names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(1000)}
     account = dice.choice(sorted(set(names.values())))
 
+    def name_of(one) -> str:
+        return names[(one.context.auth_index, one.context.source)]
+
     def is_of(one) -> bool:
-        return names[(one.context.auth_index, one.context.source)] == account
+        return name_of(one) == account
 
     for filters, belongs in [
         *[(app.Filters(), lambda one: True)] * 10,
@@ -236,21 +256,27 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         (app.Filters(status="429"), lambda one: one.failed and one.status_code == 429),
         (app.Filters(status="500", model="m1"), lambda one: one.failed and (one.status_code, one.model) == (500, "m1")),
         (app.Filters(account="nobody"), lambda one: False),
+        (app.Filters(key="#4bdca8"), lambda one: one.context.api_key.endswith("#4bdca8")),
+        (app.Filters(key=CLIENT_KEYS[3], status="failed"), lambda one: one.failed and one.context.api_key[:1] == "A"),
     ]:
         start = NOON + dice.uniform(-5000, 86400 * 2)
         window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000, 400000]))
         bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
         inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
-        buckets, models, accounts = store.usage(window, bucket_s, offset_s, filters)
-        models_inside = {one.model for one in inside}
-        assert dict(models) == {name: sums_of([one for one in inside if one.model == name]) for name in models_inside}
+        usage = store.usage(window, bucket_s, offset_s, filters)
+        for part, part_of in (("model", lambda one: one.model), ("account", name_of), ("key", fullest_key)):
+            groups = app.by_key((part_of(one), one) for one in inside)
+            assert sums_by(usage, part) == {name: sums_of(members) for name, members in groups.items()}
+        assert {(row["status_code"], row["error"]): (row["requests"], row["last_at"], set(row["accounts"]))
+                for row in usage.failures} == failures_of(inside, name_of)  # fmt: skip
+        assert sum(row["requests"] for row in usage.failures) == sums_of(inside)[1]
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
-        assert buckets == {key: sums_of(members) for key, members in cut.items()}
-        assert tuple(map(sum, zip(*(sums for _, sums in accounts)))) == (sums_of(inside) if inside else ())
+        assert usage.buckets == {key: sums_of(members) for key, members in cut.items()}
+        assert app.add_sums(usage.cells.values()) == sums_of(inside)
         assert store.total(window, filters) == store.total(window, filters, with_rows=True) == sums_of(inside)
-        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == (buckets, models, accounts)
+        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == usage
         assert len(store.requests(1000, window, filters)) == len(inside)
 
 
@@ -301,7 +327,16 @@ def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
 def test_find_faults_notices_a_roll_up_that_is_off_by_one(store, column):
     put(store, event())
     run_sql(store.path, f"UPDATE usage_by_hour SET {column} = {column} + 1")
-    assert store.find_faults() == ["usage_by_hour does not add up to usage_by_time"]
+    assert store.find_faults() == ["usage_by_hour does not add up to usage_by_quarter"]
+
+
+@pytest.mark.parametrize(("column", "other"), [("key_id", 0), ("identity_id", 9), ("model_id", 9), ("reason_id", 1)])
+@pytest.mark.parametrize("table", ["usage_by_quarter", "usage_by_day"])
+def test_find_faults_notices_sums_that_stand_in_another_cell(store, table, column, other):
+    put(store, event())
+    run_sql(store.path, f"UPDATE {table} SET {column} = {other}")
+    told = "usage_by_quarter does not add up to the events" if "quarter" in table else f"{table} does not add up to"
+    assert told in store.find_faults()[0]
 
 
 def test_text_search_takes_its_letters_literally(store):
