@@ -2606,11 +2606,9 @@ class Store:
             accounts = self._accounts_in(db)
             start, end = max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S), window.end
             condition, values = _conditions(db, filters, accounts, on_rows=True)
-            spans: Iterable[Window] = [Window(start, end)]
-            if by_time:
+            if by_time:  # so that the index is entered where the list goes on
                 start, end = (start, min(end, before[0] + 1e-6)) if is_down else (max(start, before[0]), end)
-                spans = _spans_to_search(db, Window(start, end), filters, accounts, order)
-            for span in spans:
+            for span in _spans_to_search(db, Window(start, end), filters, accounts, order):
                 bound = (max(start, span.start), min(end, span.end), *before, *values, limit - len(rows))
                 rows += _dicts(db.execute(_list_events(order, condition), bound))
                 if len(rows) >= limit:
@@ -2863,9 +2861,9 @@ def _list_events(order: Order, condition: str) -> str:
 
 
 def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Account], order: Order) -> Iterable[Any]:
-    """Return the spans that contain what the filters ask for, in the list's order, so that no others are read."""
+    """Return the spans that contain what the filters ask for, in the order of a list by time; else the whole window."""
     condition, values = _conditions(db, filters, accounts, on_rows=False)
-    if not condition:
+    if not condition or order.sort != "time":
         return [window]
     buckets = db.execute(
         f"SELECT DISTINCT r.bucket FROM usage_by_quarter r WHERE r.bucket > ? AND r.bucket <= ?{condition} "

@@ -232,6 +232,20 @@ def test_report_prints_the_totals_of_a_range(program):
     assert program.run("report", "24h", "--by", "model").stdout.endswith(f"\n\n{of_models}\n\n")
 
 
+def test_report_by_key_account_or_failure_has_names_where_there_are_some(program):
+    configure(program, names={"#4bdca8": "An's laptop", "an@example.com": "Ops"})
+    failed = {"failed": 1, "status_code": 500, "error": "500 overloaded"}
+    with opened(program) as store:
+        then = time.time() - 9
+        put(store, event(at=then, api_key="… #4bdca8", total_tokens=999),
+            event(at=then, api_key="", source="bo@x.com", **failed))  # fmt: skip
+    of = {by: program.run("report", "1h", "--by", by).stdout.splitlines()[2:] for by in ("key", "account", "failure")}
+    assert [line.split("  ")[0] for line in of["key"]] == ["key", "-----------", "An's laptop", "no key", "total", ""]
+    assert [line.split("  ")[0] for line in of["account"]] == ["account", "--------", "Ops", "bo@x.com", "total", ""]
+    last = app.local_minute(then // 900 * 900)
+    assert re.split("  +", of["failure"][2]) == ["500 overloaded", "500", "1", last, "bo@x.com"]
+
+
 @pytest.mark.parametrize(("words", "first", "hours"), [
     (["2025-11-02"], 24, 25), (["2025-11-01", "2025-11-02"], 0, 49), (["2025-11-03", "2025-11-03"], 49, 24),
 ])  # fmt: skip
@@ -240,7 +254,8 @@ def test_report_of_dates_has_whole_local_days(program, words, first, hours):
     with opened(program) as store:
         put(store, *[event(at=begin + 3600 * hour, model=f"m{hour:03}") for hour in range(-30, 100)])
     answer = json.loads(program.run("report", *words, "--json", env={"TZ": "America/New_York"}).stdout)
-    assert (answer["range"], answer["start"], answer["end"]) == (None, *(begin + 3600 * n for n in (first, first + hours)))
+    start, end = (begin + 3600 * number for number in (first, first + hours))
+    assert (answer["range"], answer["start"], answer["end"]) == (None, start, end)
     assert sorted(row["model"] for row in answer["models"]) == [f"m{first + hour:03}" for hour in range(hours)]
     shown = program.run("report", *words, env={"TZ": "America/New_York"}).stdout
     assert shown.startswith(f"Usage, {' to '.join(words)}: {words[0]} 00:00 to ")
