@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 from collecting import Answering
 from program import COMPILED, STOP_S, configure, get, start
-from support import KEY, QUOTA_BY_NAME, SAMPLES, free_port, make_original, payloads, rows, stored_ids, write_account
+from support import (
+    KEY, QUOTA_BY_NAME, SAMPLES, event, free_port, make_original, payloads, put, rows, stored_ids, write_account,
+)  # fmt: skip
 
 import usage_dashboard as app
 
@@ -215,8 +217,51 @@ def test_report_prints_the_totals_of_a_range(program):
     assert table.returncode == 0 and re.search(r"total\s+7\s+1\s.*\s355,035", table.stdout)
     assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
     assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
-    wrong = program.run("report", "yesterday")
-    assert wrong.returncode == program.run().returncode == 2 and "today" in wrong.stderr
+    (of_models,) = re.findall(r"\n(model .*?)\n\n", table.stdout, re.S)
+    assert program.run("report", "24h", "--by", "model").stdout.endswith(f"\n\n{of_models}\n\n")
+
+
+def test_report_by_key_account_or_failure_has_names_where_there_are_some(program):
+    configure(program, names={"#4bdca8": "An's laptop", "an@example.com": "Ops"})
+    failed = {"failed": 1, "status_code": 500, "error": "500 overloaded"}
+    with opened(program) as store:
+        then = time.time() - 9
+        put(store, event(at=then, api_key="… #4bdca8", total_tokens=999),
+            event(at=then, api_key="", source="bo@x.com", **failed))  # fmt: skip
+    of = {by: program.run("report", "1h", "--by", by).stdout.splitlines()[2:] for by in ("key", "account", "failure")}
+    assert [line.split("  ")[0] for line in of["key"]] == ["key", "-----------", "An's laptop", "no key", "total", ""]
+    assert [line.split("  ")[0] for line in of["account"]] == ["account", "--------", "Ops", "bo@x.com", "total", ""]
+    last = app.local_minute(then // 900 * 900)
+    assert re.split("  +", of["failure"][2]) == ["500 overloaded", "500", "1", last, "bo@x.com"]
+
+
+@pytest.mark.parametrize(("words", "first", "hours"), [
+    (["2025-11-02"], 24, 25), (["2025-11-01", "2025-11-02"], 0, 49), (["2025-11-03", "2025-11-03"], 49, 24),
+])  # fmt: skip
+def test_report_of_dates_has_whole_local_days(program, words, first, hours):
+    begin = 1_761_969_600  # 2025-11-01 in New York, the day before one of 25 hours
+    with opened(program) as store:
+        put(store, *[event(at=begin + 3600 * hour, model=f"m{hour:03}") for hour in range(-30, 100)])
+    answer = json.loads(program.run("report", *words, "--json", env={"TZ": "America/New_York"}).stdout)
+    start, end = (begin + 3600 * number for number in (first, first + hours))
+    assert (answer["range"], answer["start"], answer["end"]) == (None, start, end)
+    assert sorted(row["model"] for row in answer["models"]) == [f"m{first + hour:03}" for hour in range(hours)]
+    shown = program.run("report", *words, env={"TZ": "America/New_York"}).stdout
+    assert shown.startswith(f"Usage, {' to '.join(words)}: {words[0]} 00:00 to ")
+    assert re.search(rf"\ntotal\s+{hours}\s", shown)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("foo", "foo is no day"), ("2026-02-30", "2026-02-30 is no day"), ("2026-11-01 today", "today is no day"),
+    ("2026-11-07 2026-11-01", "2026-11-01 is before 2026-11-07"), ("9999-12-31", "9999-12-31 is not from 2020 to "),
+    ("2019-12-31", "2019-12-31 is not from"), ("2026-11-01 2026-11-02 2026-11-03", "2026-11-03 is a third date"),
+    ("--by colour", "'key', 'model', 'account', 'failure'"),
+])  # fmt: skip
+def test_report_of_no_range_ends_with_2_and_names_the_word_and_what_is_allowed(program, words, said):
+    opened(program).thing.close()
+    done = program.run("report", *words.split(), env={"PYTHONWARNINGS": "error"})
+    assert done.returncode == program.run().returncode == 2 and said.replace("'", "") in done.stderr.replace("'", "")
+    assert "--by" in words or "today, yesterday, 1h, 5h, 24h, 7d, 30d, 90d, all; or one or two dates" in done.stderr
 
 
 def lose(store, hours_ago, hours, reason="unreachable"):

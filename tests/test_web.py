@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.client
 import json
+import random
 import re
 import socket
 import threading
@@ -42,7 +43,7 @@ def test_summary_has_exactly_the_promised_shape(site):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4)],
+    [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4), ("yesterday", 2)],
 )
 def test_each_range_counts_what_lies_in_it_to_the_second(site, name, expected):
     edges = [NOW - seconds - late for seconds in (3600, 18000, 86400, 7 * 86400) for late in (0, 1)]
@@ -79,6 +80,44 @@ def test_start_given_by_the_page_wins_on_a_day_of_25_hours(site):
     assert len(answer["hours"]) == 24 and answer["hours"][0]["start"] == midnight
 
 
+HOURLY = [at(hours + 0.2, failed=hours % 3 % 2, model=f"m{hours % 2}") for hours in range(100)]
+
+
+@pytest.mark.parametrize(("query", "start_h", "end_h"), [
+    ("range=1h", 2, 1), ("range=24h&model=m1", 48, 24), ("range=today&tz_offset=0", 36, 24),
+    ("range=today&tz_offset=420&status=ok", 43, 24), ("range=yesterday&tz_offset=0", 60, 36),
+    (f"range=today&start={NOW - 43200:.0f}&tz_offset=0", 36, 24),
+    (f"range=today&start={NOW - 7200:.0f}&end={NOW - 3600:.0f}", 3, 2),
+])  # fmt: skip
+def test_previous_is_the_same_time_before_under_the_same_filters(site, query, start_h, end_h):
+    put(site.store, *HOURLY)
+    answer = site.json(f"/api/summary?{query}")
+    filters = query.partition("&")[2] if "=m1" in query or "=ok" in query else ""
+    asked = f"start={NOW - start_h * 3600}&end={NOW - end_h * 3600}&{filters}"
+    before = site.json(f"/api/summary?{asked}")
+    assert answer["previous"] == before["summary"] and answer["previous"]["requests"] > 0 and before["range"] is None
+
+
+@pytest.mark.parametrize(("query", "is_known"), [
+    ("range=7d", False), ("range=all", False), (f"start={NOW - 178560}&end={NOW}", True),
+    (f"start={NOW - 179000}&end={NOW}", False),
+])  # fmt: skip
+def test_previous_is_null_where_records_do_not_reach_back_so_far(site, query, is_known):
+    assert site.json(f"/api/summary?{query}")["previous"] is None
+    put(site.store, *HOURLY)
+    assert (site.json(f"/api/summary?{query}")["previous"] is not None) == is_known
+
+
+def test_yesterday_and_the_part_of_it_up_to_now_follow_the_clocks_of_the_zone(site, in_zone):
+    in_zone("America/New_York")
+    midnight, site.now = 1_793_505_600, 1_793_638_800  # of 2026-11-01, which has 25 hours there; noon of the next day
+    put(site.store, *[event(at=midnight + 3600 * hour) for hour in range(-30, 40)])
+    yesterday, today = (site.json(f"/api/summary?range={name}") for name in ("yesterday", "today"))
+    assert (yesterday["start"], yesterday["end"], yesterday["summary"]["requests"]) == (midnight, midnight + 90000, 25)
+    assert (yesterday["previous"]["requests"], today["previous"]["requests"]) == (24, 13)
+    assert (today["start"], today["summary"]["requests"]) == (midnight + 90000, 12)
+
+
 def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     put(site.store, event(at=NOW + 120))
     assert site.json("/api/summary?range=1h")["summary"]["requests"] == 1
@@ -88,12 +127,15 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
 
 
 @pytest.mark.parametrize(("query", "code", "allowed"), [
-    ("summary?range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
+    ("summary?range=foo", "bad_range", "today, yesterday, 1h, 5h, 24h, 7d, 30d, 90d, all"),
     ("summary?tz_offset=7", "bad_tz_offset", "multiple of 15"), ("summary?start=10&end=10", "bad_window", "before"),
+    ("summary?start=10&end=9", "bad_window", "start must be before end; 10.000 is not before 9.000"),
+    ("summary?start=2026-11-01", "bad_start", "epoch seconds, from 0 to 4102444800; 2026-11-01 is none"),
     ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
     ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
     ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
+    ("requests?sort=foo", "bad_sort", "time, latency, ttft, tokens"), ("requests?order=up", "bad_order", "desc, asc"),
     ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
     ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
@@ -165,6 +207,54 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
     assert len(site.json("/api/requests?range=24h&q=00000003")["requests"]) == 1
+
+
+def pages_of(site, query, size):
+    """Return a list of requests as its pages have it, each of which tells the total."""
+    rows, page = [], {"next": ""}
+    while page["next"] is not None:
+        before = f"&before={page['next']}" if page["next"] else ""
+        page = site.json(f"/api/requests?{query}&limit={size}{before}")
+        rows += page["requests"]
+        assert len(page["requests"]) == size or page["next"] is None
+    return rows, page["total"]
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize(("sort", "column"), list(app.SORTS.items()))
+def test_requests_are_sorted_over_the_whole_window_and_unknown_values_are_last(site, sort, column, order):
+    dice = random.Random(sort + order)
+    names = ("latency_ms", "ttft_ms", "total_tokens")
+    put(site.store, *[
+        at(dice.randrange(50), model=dice.choice("ab"),
+           **{name: dice.choice([None, 0, 7, 900, 10**12]) for name in names})
+        for _ in range(60)
+    ])  # fmt: skip
+    for filters in ("status=ok", "model=a", "range=24h", "range=24h&model=b&status=ok"):
+        rows = site.json(f"/api/requests?{filters}&limit=500")["requests"]
+        rows.sort(key=lambda row: (row[column] or 0, row["id"]), reverse=order == "desc")
+        rows.sort(key=lambda row: row[column] is None)
+        assert pages_of(site, f"{filters}&sort={sort}&order={order}", 7) == (rows, len(rows)) and len(rows) > 7
+
+
+def test_cursor_of_another_order_is_400_and_says_which_belongs_here(site):
+    put(site.store, *HOURLY)
+    cursors = {(sort, order): site.json(f"/api/requests?limit=1&sort={sort}&order={order}")["next"]
+               for sort in app.SORTS for order in ("desc", "asc")}  # fmt: skip
+    for (sort, order), cursor in cursors.items():
+        for other in set(cursors) - {(sort, order)}:
+            said = site.error("/api/requests?sort={}&order={}&before={}".format(*other, cursor), 400)
+            assert said["code"] == "bad_before" and said["error"].endswith("sorted as {}_{}".format(*other))
+
+
+def test_total_counts_what_the_list_can_reach(site):
+    put(site.store, *HOURLY)
+    assert site.json("/api/requests?q=m1&limit=1")["total"] is None
+    site.store.delete_some(NOW - 50 * 3600, rows=1)  # the others up to there are as good as gone
+    for query, count in (("status=ok", 33), ("range=all", 50), (f"start={NOW - 1e6}&end={NOW - 180000}", 0)):
+        for sort in ("time", "latency"):
+            rows, total = pages_of(site, f"{query}&sort={sort}", 20)
+            assert len(rows) == total == count
 
 
 def test_health_tells_the_collectors_state_and_the_size_and_head_gives_the_same_head(site):
