@@ -2594,6 +2594,13 @@ class Store:
                 failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
         return cells, failed
 
+    def cells(self, window: Window, filters: Filters = _NO_FILTERS) -> dict[Cell, Sums]:
+        """Sum up a window by cell alone."""
+        with self._read() as db:
+            accounts = self._accounts_in(db)
+            plan = _UsagePlan(db, window, filters, accounts, _meta_in(db, "events_floor", 0), False)
+            return self._cells_of(db, plan.by_cell(db), accounts)[0]
+
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
         with self._read() as db:
@@ -5351,7 +5358,7 @@ class Housekeeper:
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
-RANGE_NAMES = ("today", *RANGES, "all")
+RANGE_NAMES = ("today", "yesterday", *RANGES, "all")
 
 
 class Query(dict):
@@ -5377,7 +5384,8 @@ class Query(dict):
         if text is None:
             return None
         if not re.match(r"\d{1,10}(\.\d{1,9})?\Z", text, re.ASCII) or float(text) > _LATEST_AT:
-            raise ApiError(400, f"bad_{name}", f"{name} must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}")
+            allowed = f"must be a time in epoch seconds, from 0 to {int(_LATEST_AT)}"
+            raise ApiError(400, f"bad_{name}", f"{name} {allowed}; {text[:40]} is none")
         return float(text)
 
     def zone(self) -> timezone | None:
@@ -5434,19 +5442,36 @@ class App:
 
 
 def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
-    """Return the range's name and window; its end may be the newest event's, by a clock an hour ahead."""
+    """Return the range's name and window; the end of one up to now may be the newest event's, an hour ahead at most."""
     name = query.choice("range", RANGE_NAMES) or "today"
     start, end = query.moment("start"), query.moment("end")
     oldest, newest = app.store.span() or (now, now)
     if start is None:
         anchor = now if end is None else end
-        midnight = datetime.fromtimestamp(anchor, query.zone()).replace(hour=0, minute=0, second=0, microsecond=0)
-        start = {"today": midnight.timestamp(), "all": oldest}.get(name, anchor - RANGES.get(name, 0))
+        start = oldest if name == "all" else anchor - RANGES.get(name, 0)
+        if name in ("today", "yesterday"):
+            start = _midnight(anchor, query, 1 if name == "yesterday" else 0)
+    if end is None and name == "yesterday":
+        end = _midnight(now, query)
     if end is None:
         end = max(now, newest + 0.001) if name == "all" or newest + 0.001 <= now + 3600 else now
     if not start < end:
-        raise ApiError(400, "bad_window", "start must be before end")
+        raise ApiError(400, "bad_window", f"start must be before end; {start:.3f} is not before {end:.3f}")
     return name, Window(start, end)
+
+
+def _midnight(at: float, query: Query, days_before: int = 0) -> float:
+    """Return when a local day began: that of a moment, or one before it."""
+    begun = datetime.fromtimestamp(at, query.zone()).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    return (begun - timedelta(days=days_before)).timestamp()
+
+
+def _window_before(window: Window, name: str, query: Query) -> Window:
+    """Return what a window is compared with: the same hours of the local day before, else as much time right before."""
+    if name not in ("today", "yesterday") or {"start", "end"} <= query.keys():
+        return Window(window.start - (window.end - window.start), window.start)
+    local = (datetime.fromtimestamp(at, query.zone()) for at in window)
+    return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
 def _sums_json(prices: Mapping[str, Price], cells: Mapping[Cell, Sums]) -> dict[str, Any]:
@@ -5468,6 +5493,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
     buckets = usage.buckets
+    before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
 
@@ -5480,13 +5506,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
-        "range": name,
+        "range": None if {"start", "end"} <= query.keys() and "range" not in query else name,
         "start": window.start,
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
         "prices_as_of": PRICES_AS_OF,
         "summary": _sums_json(app.prices, usage.cells),
+        "previous": (
+            _sums_json(app.prices, app.store.cells(before, filters)) if recorded_from <= before.start else None
+        ),
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)

@@ -44,7 +44,7 @@ def test_summary_has_exactly_the_promised_shape(site):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4)],
+    [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4), ("yesterday", 2)],
 )
 def test_each_range_counts_what_lies_in_it_to_the_second(site, name, expected):
     edges = [NOW - seconds - late for seconds in (3600, 18000, 86400, 7 * 86400) for late in (0, 1)]
@@ -81,6 +81,43 @@ def test_start_given_by_the_page_wins_on_a_day_of_25_hours(site):
     assert len(answer["hours"]) == 24 and answer["hours"][0]["start"] == midnight
 
 
+HOURLY = [at(hours + 0.2, failed=hours % 3 % 2, model=f"m{hours % 2}") for hours in range(100)]
+
+
+@pytest.mark.parametrize(("query", "start_h", "end_h"), [
+    ("range=1h", 2, 1), ("range=24h&model=m1", 48, 24), ("range=today&tz_offset=0", 36, 24),
+    ("range=today&tz_offset=420&status=ok", 43, 24), ("range=yesterday&tz_offset=0", 60, 36),
+    (f"range=today&start={NOW - 43200:.0f}&tz_offset=0", 36, 24),
+    (f"range=today&start={NOW - 7200:.0f}&end={NOW - 3600:.0f}", 3, 2),
+])  # fmt: skip
+def test_previous_is_the_same_time_before_under_the_same_filters(site, query, start_h, end_h):
+    put(site.store, *HOURLY)
+    answer = site.json(f"/api/summary?{query}")
+    filters = query.partition("&")[2] if "=m1" in query or "=ok" in query else ""
+    asked = f"start={NOW - start_h * 3600}&end={NOW - end_h * 3600}&{filters}"
+    before = site.json(f"/api/summary?{asked}")
+    assert answer["previous"] == before["summary"] and answer["previous"]["requests"] > 0 and before["range"] is None
+
+
+@pytest.mark.parametrize(("query", "is_known"), [
+    ("range=7d", False), ("range=all", False), (f"start={NOW - 178560}&end={NOW}", True),
+    (f"start={NOW - 179000}&end={NOW}", False),
+])  # fmt: skip
+def test_previous_is_null_where_records_do_not_reach_back_so_far(site, query, is_known):
+    assert site.json(f"/api/summary?{query}")["previous"] is None
+    put(site.store, *HOURLY)
+    assert (site.json(f"/api/summary?{query}")["previous"] is not None) == is_known
+
+
+def test_yesterday_and_the_part_of_it_up_to_now_follow_the_clocks_of_the_zone(site, in_zone):
+    in_zone("America/New_York")
+    midnight, site.now = 1_793_505_600, 1_793_638_800  # of 2026-11-01, which has 25 hours there; noon of the next day
+    put(site.store, *[event(at=midnight + 3600 * hour) for hour in range(-30, 40)])
+    yesterday, today = (site.json(f"/api/summary?range={name}") for name in ("yesterday", "today"))
+    assert (yesterday["start"], yesterday["end"], yesterday["summary"]["requests"]) == (midnight, midnight + 90000, 25)
+    assert (yesterday["previous"]["requests"], today["summary"]["requests"], today["previous"]["requests"]) == (24, 12, 13)
+
+
 def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     put(site.store, event(at=NOW + 120))
     assert site.json("/api/summary?range=1h")["summary"]["requests"] == 1
@@ -90,8 +127,10 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
 
 
 @pytest.mark.parametrize(("query", "code", "allowed"), [
-    ("summary?range=foo", "bad_range", "today, 1h, 5h, 24h, 7d, 30d, 90d, all"),
+    ("summary?range=foo", "bad_range", "today, yesterday, 1h, 5h, 24h, 7d, 30d, 90d, all"),
     ("summary?tz_offset=7", "bad_tz_offset", "multiple of 15"), ("summary?start=10&end=10", "bad_window", "before"),
+    ("summary?start=10&end=9", "bad_window", "start must be before end; 10.000 is not before 9.000"),
+    ("summary?start=2026-11-01", "bad_start", "epoch seconds, from 0 to 4102444800; 2026-11-01 is none"),
     ("summary?tz_offset=x", "bad_tz_offset", "-840 to 840"), ("summary?status=maybe", "bad_status", "ok, failed"),
     ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
     ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
