@@ -1287,8 +1287,8 @@ def price_of(prices: Mapping[str, Price], model: str | None) -> Price | None:
 
 def cost_at(price: Price, counts: Sequence[int | None]) -> float:
     """Return USD, never negative, for counts of PRICED_TOKENS."""
-    into, *others = (max(0, count or 0) for count in counts)
-    return sum(map(operator.mul, price, (max(0, into - sum(others[:2])), *others))) / 1e6
+    into, cached, written, out = (count or 0 for count in counts)
+    return sum(map(operator.mul, price, (max(0, into - cached - written), cached, written, out))) / 1e6
 
 
 # ------------------------------------------------------------------ accounts
@@ -2067,12 +2067,13 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_MODEL_ID_OF = f"(SELECT id FROM models WHERE name = {_MODEL_OF})"
 _KEY_OF = "IFNULL(c.key_id, -1)"
 _REASON_OF = "IFNULL(e.reason_id, 0)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
-    f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
+    _MODEL_ID_OF: "r.model_id",
     _KEY_OF: "r.key_id",
     _REASON_OF: "r.reason_id",
 }
@@ -2594,12 +2595,12 @@ class Store:
                 failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
         return cells, failed
 
-    def cells(self, window: Window, filters: Filters = _NO_FILTERS) -> dict[Cell, Sums]:
-        """Sum up a window by cell alone."""
+    def models(self, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[str, Sums]]:
+        """Sum up a window by model alone, in a third of the time that all cells take."""
         with self._read() as db:
-            accounts = self._accounts_in(db)
-            plan = _UsagePlan(db, window, filters, accounts, _meta_in(db, "events_floor", 0), False)
-            return self._cells_of(db, plan.by_cell(db), accounts)[0]
+            plan = _UsagePlan(db, window, filters, self._accounts_in(db), _meta_in(db, "events_floor", 0), False)
+            names = dict(db.execute("SELECT id, name FROM models").fetchall())
+            return [(names[model_id], tuple(sums)) for model_id, *sums in plan.by_model(db)]
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2933,6 +2934,10 @@ class _UsagePlan:
         """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
+    def by_model(self, db) -> list[tuple[int, ...]]:
+        """Return rows of model and its sums."""
+        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
+
     def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
         """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
         for roll_up, start, end in reversed(spans or self._spans(self._levels)):
@@ -2967,7 +2972,7 @@ class _UsagePlan:
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
                 # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
-                group = "r.bucket" if len(columns) == 1 else key
+                group = "r.bucket" if "r.bucket" in key else key
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
@@ -5474,13 +5479,13 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
-def _sums_json(prices: Mapping[str, Price], cells: Mapping[Cell, Sums]) -> dict[str, Any]:
-    """Return the sums of cells and their list price, taken cell by cell so that all groupings agree."""
-    priced = [(price_of(prices, cell.model), sums) for cell, sums in cells.items()]
+def _sums_json(prices: Mapping[str, Price], parts: Sequence[tuple[str, Sums]]) -> dict[str, Any]:
+    """Add up parts by model and their list prices; each part has its own, so that all groupings agree."""
+    priced = [(price_of(prices, model), sums) for model, sums in parts]
     costs = [cost_at(price, _priced_tokens(sums)) for price, sums in priced if price]
     worth = {"cost_usd": round(math.fsum(costs), 9) if costs else None}
     worth["unpriced_tokens"] = sum(sums[-1] for price, sums in priced if not price)
-    return {**dict(zip(SUM_NAMES, add_sums(cells.values()))), **worth}
+    return {**dict(zip(SUM_NAMES, add_sums(sums for _, sums in parts))), **worth}
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
@@ -5500,8 +5505,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
 
+    def priced(cells: Mapping[Cell, Sums]) -> dict[str, Any]:
+        return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
+
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**columns_of(value), **_sums_json(app.prices, cells)} for value, cells in usage.by(part)]
+        return [{**columns_of(value), **priced(cells)} for value, cells in usage.by(part)]
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5512,9 +5520,9 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "bucket_seconds": bucket_s,
         "prices_as_of": PRICES_AS_OF,
-        "summary": _sums_json(app.prices, usage.cells),
+        "summary": priced(usage.cells),
         "previous": (
-            _sums_json(app.prices, app.store.cells(before, filters)) if recorded_from <= before.start else None
+            _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
         ),
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
