@@ -361,6 +361,7 @@ class Config:
     auth_dir: str = "~/.cliproxyapi"
     database: str = "usage.db"
     retention_days: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
     prices: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     dashboard_host: str = "0.0.0.0"
     dashboard_port: int = 8320
@@ -398,6 +399,23 @@ _HOST_FAULTS = {
 }
 
 
+_NAMED = re.compile(r"#[0-9a-f]{6}|[^@\s]{1,64}@[^@\s]+\.[^@\s]+( #[0-9a-f]{6})?")
+
+
+def _faults_of_names(names: Any) -> Iterator[str]:
+    """Yield what is wrong with the owner's names for keys and accounts."""
+    if not isinstance(names, dict):
+        yield 'must be an object, such as {"#3f9a2c": "An\'s laptop", "ops@example.org": "Ops"}'
+        return
+    for target, name in names.items():
+        if not _NAMED.fullmatch(target.lower()):
+            yield f'has "{target}", which must be a key\'s tag ("#3f9a2c"), a mail, or both ("ops@example.org #1c9e40")'
+        if not isinstance(name, str) or not re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]{1,60}", name.strip()):
+            yield f'must give "{target}" a name of 1 to 60 letters in double quotes, on one line'
+    words = Counter(str(word).strip().lower() for item in names.items() for word in item)
+    yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
+
+
 def _price_fault(prices: Any) -> str | None:
     form = '{"gpt-5.4": {"input": 2.5, "cached": 0.25, "cache_write": 2.5, "output": 15}}, in USD for a million tokens '
     form += "from 0 to 1000000 without quotes, where cached and cache_write may be missing"
@@ -414,6 +432,8 @@ def _price_fault(prices: Any) -> str | None:
 
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
+    if key == "names":
+        return "; it ".join(_faults_of_names(value)) or None
     if key == "prices":
         return _price_fault(value)
     if key in _RANGES:
@@ -489,8 +509,39 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
     fault = _fault_of(name, value)
     if fault:
         faults.append(f'{where}: "{key}" {fault}')
+    elif name == "names":
+        values[name] = _by_target(value)
     else:
         values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
+
+
+def _by_target(names: Mapping[str, str]) -> dict[str, str]:
+    return {target.lower(): name.strip() for target, name in names.items()}
+
+
+class Names:
+    """The owner's names by tag or mail, read again when the config file changes; one with faults changes nothing."""
+
+    def __init__(self, by_target: Mapping[str, str] = {}, path: Path | None = None, log: Log | None = None):
+        self.by_target, self.version = by_target, 0
+        self._path, self._log, self._seen = path, log or Log(), None
+
+    def look(self) -> None:
+        """Read the file again if it is another one than at the last look."""
+        seen, faults = None, []
+        with suppress(OSError, AttributeError):  # there is no file
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        names = _read_config_file(self._path, False, faults).get("names", {})
+        faults += [f'{self._path}: "names" {fault}' for fault in _faults_of_names(names)]
+        if faults:
+            self._log.line(f"warning: {faults[0]}; the names stay as they were")
+        elif _by_target(names) != self.by_target:
+            self.by_target = _by_target(names)
+            self.version += 1
 
 
 # ------------------------------------------------------------------ resp
@@ -1400,6 +1451,13 @@ def own_tag(identity_id: int, mail: str) -> str:
     return "#" + short_tag(str(identity_id), mail)
 
 
+def owner_name(names: Mapping[str, str], account: Account) -> str | None:
+    """Return the owner's name for an account; behind a name for several of one mail stands what tells them apart."""
+    mail = account.mail.lower()
+    own, shared = names.get(f"{mail} {account.tag}"), names.get(mail)
+    return own or (shared and shared + account.name[len(mail) :])
+
+
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
     """Return the account of an event as far as it is stored; what the files do not decide, its index does."""
     if context.account and not context.account.startswith("?"):
@@ -2079,6 +2137,7 @@ _CELL_COLUMNS = {
 }
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
+_CELLS_OF_EVENTS = f"SELECT {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS} FROM {_EVENTS} WHERE e.ts_epoch"
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -2136,7 +2195,7 @@ class Window(NamedTuple):
 class Filters(NamedTuple):
     """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
 
-    ``account`` is its name or mail, ``key`` a client key's mask or tag.
+    ``account`` is its name or mail, ``key`` a client key's mask or tag; both may be one of the owner's ``names``.
     """
 
     account: str | None = None
@@ -2144,6 +2203,7 @@ class Filters(NamedTuple):
     status: str | None = None
     text: str | None = None
     key: str | None = None
+    names: Mapping[str, str] = {}
 
 
 _NO_FILTERS = Filters()
@@ -2163,32 +2223,18 @@ class Cell(NamedTuple):
     key: str | None
 
 
-class Failure(NamedTuple):
-    """The requests that failed for one reason; ``last_at`` is when the quarter hour of the last one began."""
-
-    status_code: int | None
-    error: str | None
-    requests: int
-    last_at: int | None
-    accounts: list[Account]
-
-
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds) and by cell, and the most frequent failures."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, and the most frequent failures first."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
-    failures: list[Failure]
+    failures: list[dict[str, Any]]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
-        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
-
-        def order(row: tuple[Any, dict[Cell, Sums]]) -> tuple[Any, ...]:
-            sums = add_sums(row[1].values())
-            return -sums[-1], -sums[0], getattr(row[0], "name", row[0]) or ""
-
+        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first."""
         groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
-        return sorted(((value, dict(cells)) for value, cells in groups.items()), key=order)
+        rows = ((value, dict(cells)) for value, cells in groups.items())
+        return sorted(rows, key=lambda row: add_sums(row[1].values())[::-1], reverse=True)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -2573,26 +2619,27 @@ class Store:
             plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
             cells, failed = self._cells_of(db, plan.by_cell(db), accounts)
-            reasons = {key: told for key, *told in db.execute("SELECT id, status_code, NULLIF(error, '') FROM reasons")}
-            most = sorted(failed.items(), key=lambda row: (-sum(row[1].values()), row[0]))[:50]
-            failures = [
-                Failure(*reasons[key], sum(by.values()), plan.last_quarter(db, key), sorted(by, key=by.get)[::-1])
-                for key, by in most
-            ]
+            failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
+            failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
+            failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
+            for failure in failures:  # the quarter hour of the last one, and the accounts, most failures first
+                reason_id = failure.pop("id")
+                failure["last_at"] = plan.last_quarter(db, reason_id)
+                failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
         return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures)
 
     @staticmethod
-    def _cells_of(db, rows: Iterable[Any], accounts: Sequence[Account]) -> tuple[dict[Cell, Sums], dict[int, Any]]:
+    def _cells_of(db, rows: Iterable[Any], accounts: Sequence[Account]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
         """Return the sums by cell, and by reason how many requests of which account failed."""
         models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
         owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
         cells: dict[Cell, Sums] = {}
-        failed: dict[int, Any] = {}
+        failed: dict[int, Counter] = {}
         for identity_id, model_id, key_id, reason_id, *sums in rows:
             cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
             cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
             if reason_id:
-                failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
+                failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
         return cells, failed
 
     def models(self, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[str, Sums]]:
@@ -2625,10 +2672,13 @@ class Store:
                 rows += _dicts(db.execute(_LIST_EVENTS.format(condition), bound))
                 if len(rows) >= limit:
                     break
-        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
         for row in rows:
             row.update({name: row[name] or None for name in (*_CONTEXT_COLUMNS, "auth_index")})
-            row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+            owner = owners.get(row.pop("identity_id"))
+            row["account"] = owner.name if owner else row["source"] or row["auth_index"] or "unknown"
+            row["account_name"] = owner_name(filters.names, owner) if owner else None
+            row["key_name"] = filters.names.get(tag_of_mask(row["api_key"] or ""))
         return rows
 
     # Quota: rows as they are; what they mean is known in readings
@@ -2754,13 +2804,13 @@ class Store:
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
             floor = _meta_in(db, "events_floor", 0)
-            rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
-            of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
-            if _sums_in(db, "usage_by_time", floor) != of_events:
-                faults.append("usage_by_time does not add up to the events")
-            everything = _sums_in(db, "usage_by_time", 0)
-            odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
-        return [*faults, *(f"{table} does not add up to usage_by_time" for table in odd)]
+            events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
+            quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
+            faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
+            odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
+            times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
+            odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
+        return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
@@ -2803,9 +2853,9 @@ def events_to_adopt(path: Path) -> int:
         raise StoreError(_store_reason(path, error)) from error
 
 
-def _sums_in(db, table: str, from_bucket: int) -> Sums:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
+def _cells_in(db, table: str, first: int = 0) -> set[tuple[int, ...]]:
+    columns = ", ".join(_CELL_COLUMNS.values())
+    return set(db.execute(f"SELECT {columns}, {_ADDED} FROM {table} r WHERE bucket >= ? GROUP BY {columns}", (first,)))
 
 
 def _keys_in(db) -> dict[int, str]:
@@ -2875,11 +2925,12 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
-        listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
+        called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
+        listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
     if filters.key is not None:
         asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
+        asked.update(tag for tag, name in filters.names.items() if name == filters.key)
         listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
         parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
     if filters.model is not None:
@@ -5412,12 +5463,13 @@ class Query(dict):
             raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
         return 3600
 
-    def filters(self) -> Filters:
-        """Return what narrows the answer."""
+    def filters(self, names: Names) -> Filters:
+        """Return what narrows the answer; the owner's ``names`` are understood too."""
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"), self.get("key"))
+        account, model, key = self.get("account"), self.get("model"), self.get("key")
+        return Filters(account, model, self.get("status"), self.get("q"), key, names.by_target)
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -5438,6 +5490,7 @@ class App:
     log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
+    names: Names = field(default_factory=Names)
     flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
@@ -5495,15 +5548,23 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
-    filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
+    filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
     buckets = usage.buckets
     before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
+    nothing = add_sums([])
 
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
+
+    def account_columns(account: Account) -> dict[str, Any]:
+        columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
+        return {"account": account.name, "name": owner_name(filters.names, account), **columns}
+
+    def key_columns(key: str | None) -> dict[str, Any]:
+        columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
+        return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
 
     def priced(cells: Mapping[Cell, Sums]) -> dict[str, Any]:
         return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
@@ -5529,15 +5590,9 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
         "models": rows("model", lambda model: {"model": model}),
-        "accounts": rows(
-            "account",
-            lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
-        ),
-        "keys": rows("key", lambda key: {"key": key or None, **({"unknown": True} if key is None else {})}),
-        "failures": [
-            {**failure._asdict(), "accounts": [account.name for account in failure.accounts]}
-            for failure in usage.failures
-        ],
+        "accounts": rows("account", account_columns),
+        "keys": rows("key", key_columns),
+        "failures": usage.failures,
         "outages": app.store.outages(window, now),
     }
 
@@ -5547,7 +5602,7 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     limit, before = query.whole("limit", 1, 500, 100), query.cursor()
     in_window = any(name in query for name in ("range", "start", "end"))
     window = _window(app, query, app.clock())[1] if in_window else None
-    rows = app.store.requests(limit + 1, window, query.filters(), before)
+    rows = app.store.requests(limit + 1, window, query.filters(app.names), before)
     shown, last = rows[:limit], rows[limit - 1] if len(rows) > limit else None
     for row in shown:
         price = price_of(app.prices, row["model"])
@@ -5560,6 +5615,9 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     now = app.clock()
     accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
     quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    called = {account.name: owner_name(app.names.by_target, account) for account in accounts}
+    for row in quotas:
+        row["name"] = called.get(row["account"])
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -5580,7 +5638,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
-    return app.store.changes, int(app.clock() // 60)
+    return app.store.changes, app.names.version, int(app.clock() // 60)
 
 
 # Each with what its answer depends on besides the query; None is never a 304.
@@ -5838,6 +5896,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
         app.flush()
+        app.names.look()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
@@ -6444,6 +6503,7 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
+    app.names = Names(config.names, config_path, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -6546,7 +6606,8 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     with suppress(DashboardError):  # what is committed is readable all the same
         ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
+        refresher = QuotaRefresher(config, store, log, threading.Event())
+        yield App(config, store, refresher, dict, log, names=Names(config.names))
 
 
 def run_report(options: Any) -> int:
@@ -6623,7 +6684,7 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["account"] or row["email"], row["plan"] or "—"]
+    cells = [row.get("name") or row["account"] or row["email"], row["plan"] or "—"]
     for window in ("primary", "secondary"):
         left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
         cells.append("—" if left is None else f"{left} %")
