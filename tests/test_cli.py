@@ -23,10 +23,12 @@ from support import (
     KEY,
     QUOTA_BY_NAME,
     SAMPLES,
+    event,
     free_port,
     make_original,
     payload,
     payloads,
+    put,
     rows,
     stored_ids,
     write_account,
@@ -229,8 +231,36 @@ def test_report_prints_the_totals_of_a_range(program):
     assert re.search(r"total .* at least \$0.4112\n", table.stdout)
     assert re.search(r"gpt-5.5 .*  \$0.2528\n(.*\n)*gemini-3-pro-preview .* -\n", table.stdout)
     assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
-    wrong = program.run("report", "yesterday")
-    assert wrong.returncode == program.run().returncode == 2 and "today" in wrong.stderr
+    (of_models,) = re.findall(r"\n(model .*?)\n\n", table.stdout, re.S)
+    assert program.run("report", "24h", "--by", "model").stdout.endswith(f"\n\n{of_models}\n\n")
+
+
+@pytest.mark.parametrize(("words", "first", "hours"), [
+    (["2025-11-02"], 24, 25), (["2025-11-01", "2025-11-02"], 0, 49), (["2025-11-03", "2025-11-03"], 49, 24),
+])  # fmt: skip
+def test_report_of_dates_has_whole_local_days(program, words, first, hours):
+    begin = 1_761_969_600  # 2025-11-01 in New York, the day before one of 25 hours
+    with opened(program) as store:
+        put(store, *[event(at=begin + 3600 * hour, model=f"m{hour:03}") for hour in range(-30, 100)])
+    answer = json.loads(program.run("report", *words, "--json", env={"TZ": "America/New_York"}).stdout)
+    assert (answer["range"], answer["start"], answer["end"]) == (None, *(begin + 3600 * n for n in (first, first + hours)))
+    assert sorted(row["model"] for row in answer["models"]) == [f"m{first + hour:03}" for hour in range(hours)]
+    shown = program.run("report", *words, env={"TZ": "America/New_York"}).stdout
+    assert shown.startswith(f"Usage, {' to '.join(words)}: {words[0]} 00:00 to ")
+    assert re.search(rf"\ntotal\s+{hours}\s", shown)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("foo", "foo is no day"), ("2026-02-30", "2026-02-30 is no day"), ("2026-11-01 today", "today is no day"),
+    ("2026-11-07 2026-11-01", "2026-11-01 is before 2026-11-07"), ("9999-12-31", "9999-12-31 is not from 2020 to "),
+    ("2019-12-31", "2019-12-31 is not from"), ("2026-11-01 2026-11-02 2026-11-03", "2026-11-03 is a third date"),
+    ("--by colour", "'key', 'model', 'account', 'failure'"),
+])  # fmt: skip
+def test_report_of_no_range_ends_with_2_and_names_the_word_and_what_is_allowed(program, words, said):
+    opened(program).thing.close()
+    done = program.run("report", *words.split(), env={"PYTHONWARNINGS": "error"})
+    assert done.returncode == program.run().returncode == 2 and said.replace("'", "") in done.stderr.replace("'", "")
+    assert "--by" in words or "today, yesterday, 1h, 5h, 24h, 7d, 30d, 90d, all; or one or two dates" in done.stderr
 
 
 def lose(store, hours_ago, hours, reason="unreachable"):

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.client
 import json
+import random
 import re
 import socket
 import threading
@@ -135,6 +136,7 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     ("summary?tz_offset=9000", "bad_tz_offset", "-840 to 840"), ("summary?start=x", "bad_start", "epoch seconds"),
     ("summary?end=-1", "bad_end", "epoch seconds"), ("summary?start=1e9", "bad_start", "epoch"),
     *((f"requests?status={code}", "bad_status", "400 to 599") for code in ("399", "600", "4290", "%D9%A44%D9%A4")),
+    ("requests?sort=foo", "bad_sort", "time, latency, ttft, tokens"), ("requests?order=up", "bad_order", "desc, asc"),
     ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
     ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", ""),
     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
@@ -206,6 +208,53 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
     assert len(site.json("/api/requests?range=24h&q=00000003")["requests"]) == 1
+
+
+def pages_of(site, query, size):
+    """Return a list of requests as its pages have it, each of which tells the total."""
+    rows, page = [], {"next": ""}
+    while page["next"] is not None:
+        before = f"&before={page['next']}" if page["next"] else ""
+        page = site.json(f"/api/requests?{query}&limit={size}{before}")
+        rows += page["requests"]
+        assert len(page["requests"]) == size or page["next"] is None
+    return rows, page["total"]
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize(("sort", "column"), list(app.SORTS.items()))
+def test_requests_are_sorted_over_the_whole_window_and_unknown_values_are_last(site, sort, column, order):
+    dice = random.Random(sort + order)
+    names = ("latency_ms", "ttft_ms", "total_tokens")
+    put(site.store, *[
+        at(dice.randrange(50), model=dice.choice("ab"), **{name: dice.choice([None, 0, 7, 900, 10**12]) for name in names})
+        for _ in range(60)
+    ])  # fmt: skip
+    for filters in ("status=ok", "model=a", "range=24h", "range=24h&model=b&status=ok"):
+        rows = site.json(f"/api/requests?{filters}&limit=500")["requests"]
+        rows.sort(key=lambda row: (row[column] or 0, row["id"]), reverse=order == "desc")
+        rows.sort(key=lambda row: row[column] is None)
+        assert pages_of(site, f"{filters}&sort={sort}&order={order}", 7) == (rows, len(rows)) and len(rows) > 7
+
+
+def test_cursor_of_another_order_is_400_and_says_which_belongs_here(site):
+    put(site.store, *HOURLY)
+    cursors = {(sort, order): site.json(f"/api/requests?limit=1&sort={sort}&order={order}")["next"]
+               for sort in app.SORTS for order in ("desc", "asc")}  # fmt: skip
+    for (sort, order), cursor in cursors.items():
+        for other in set(cursors) - {(sort, order)}:
+            said = site.error("/api/requests?sort={}&order={}&before={}".format(*other, cursor), 400)
+            assert said["code"] == "bad_before" and said["error"].endswith("sorted as {}_{}".format(*other))
+
+
+def test_total_counts_what_the_list_can_reach(site):
+    put(site.store, *HOURLY)
+    assert site.json("/api/requests?q=m1&limit=1")["total"] is None
+    site.store.delete_some(NOW - 50 * 3600, rows=1)  # the others up to there are as good as gone
+    for query, count in (("status=ok", 33), ("range=all", 50), (f"start={NOW - 1e6}&end={NOW - 180000}", 0)):
+        for sort in ("time", "latency"):
+            rows, total = pages_of(site, f"{query}&sort={sort}", 20)
+            assert len(rows) == total == count
 
 
 def test_health_tells_the_collectors_state_and_the_size_and_head_gives_the_same_head(site):
