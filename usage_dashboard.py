@@ -8,6 +8,7 @@ base       errors, log, times, back-off, private files, masks and scrubbing of t
 config     settings from defaults, file, environment and flags, all faults in one error
 resp       the wire protocol of the queue: encoder, reader, client
 events     queue records parsed into events: masks, token rules of each provider
+prices     list prices of models, and what tokens come to at them
 accounts   account files, whose an event is by them, and which identities are one account
 store      the SQLite file, the only SQL: schema steps, writes, summaries
 quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
@@ -343,6 +344,7 @@ class ConfigError(DashboardError):
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
+PRICE_KINDS = ("input", "cached", "cache_write", "output")
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,7 @@ class Config:
     database: str = "usage.db"
     retention_days: int = 0
     names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
+    prices: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     dashboard_host: str = "0.0.0.0"
     dashboard_port: int = 8320
     dashboard_password: str = field(default="", repr=False)
@@ -414,10 +417,26 @@ def _faults_of_names(names: Any) -> Iterator[str]:
     yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
 
 
+def _price_fault(prices: Any) -> str | None:
+    form = '{"gpt-5.4": {"input": 2.5, "cached": 0.25, "cache_write": 2.5, "output": 15}}, in USD for a million tokens '
+    form += "from 0 to 1000000 without quotes, where cached and cache_write may be missing"
+    if not isinstance(prices, dict):
+        return f"must be of the form {form}"
+    wrong = []
+    for model, price in prices.items():
+        for kind, usd in {"input": None, "output": None, **(price if isinstance(price, dict) else {})}.items():
+            is_price = type(usd) in (int, float) and 0 <= usd <= 1e6
+            if not (kind in PRICE_KINDS if is_price else usd is None and kind in ("cached", "cache_write")):
+                wrong.append(f"{json.dumps(kind)} of {json.dumps(model)}")
+    return f"has no allowed value for {', '.join(wrong)}; the form is {form}" if wrong else None
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
     if key == "names":
         return "; it ".join(_faults_of_names(value)) or None
+    if key == "prices":
+        return _price_fault(value)
     if key in _RANGES:
         low, high = _RANGES[key]
         kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
@@ -1258,6 +1277,60 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     return _harmless(value)
 
 
+# ------------------------------------------------------------------ prices
+
+
+PRICES_AS_OF = "2026-11"
+# USD for a million tokens, standard tier, short context: input, cached, cache write, output, and whose price it is, by
+# names and aliases. A cached or written token for which the vendor names no price (-) costs what any input does.
+_LIST = """
+1.25 0.125 - 10: gpt-5 gpt-5-codex gpt-5.1 gpt-5.1-codex gpt-5.1-codex-max gpt-5-chat-latest gpt-5.1-chat-latest
+0.25 0.025 - 2: gpt-5-mini gpt-5.1-codex-mini | 4 0.4 5 20: gpt-5.6 gpt-5.6-sol | 0.2 0.02 0.25 1.2: gpt-5.6-luna
+0.05 0.005 - 0.4: gpt-5-nano | 2 0.2 2.5 12: gpt-5.6-terra | 0.15 0.075 - 0.6: gpt-4o-mini | 1.1 0.275 - 4.4: o4-mini
+1.75 0.175 - 14: gpt-5.2 gpt-5.2-codex gpt-5.3-codex gpt-5.2-chat-latest | 30 - - 180: gpt-5.4-pro gpt-5.5-pro
+2.5 0.25 - 15: gpt-5.4 | 0.75 0.075 - 4.5: gpt-5.4-mini | 0.2 0.02 - 1.25: gpt-5.4-nano | 0.1 0.025 - 0.4: gpt-4.1-nano
+5 0.5 - 30: gpt-5.5 | 2.5 1.25 - 10: gpt-4o | 20 - - 80: o3-pro
+15 - - 120: gpt-5-pro | 2 0.5 - 8: gpt-4.1 o3 | 0.4 0.1 - 1.6: gpt-4.1-mini | 1.1 0.55 - 4.4: o3-mini
+1 0.1 1.25 5: claude-haiku-4-5 | 2 0.2 2.5 10: claude-sonnet-5 | 2 0.1 2.5 10: claude-sonnet-5-5
+3 0.3 3.75 15: claude-sonnet-4-5 claude-sonnet-4-6 | 4 0.2 5 20: claude-opus-5-5 | 0.1 0.01 0.125 0.5: claude-haiku-5-5
+5 0.5 6.25 25: claude-opus-4-5 claude-opus-4-6 claude-opus-4-7 claude-opus-4-8 claude-opus-5
+10 1 12.5 50: claude-fable-5
+1.25 0.125 - 10: gemini-2.5-pro | 1.5 0.15 - 9: gemini-3.5-flash | 0.3 - - 2.5: gemini-2.5-flash-image
+0.3 0.03 - 2.5: gemini-2.5-flash gemini-3.5-flash-lite | 0.1 0.01 - 0.4: gemini-2.5-flash-lite
+2 0.2 - 12: gemini-3.1-pro-preview gemini-3.1-pro gemini-3.1-pro-high gemini-3.1-pro-low gemini-3-pro-image-preview
+0.5 0.05 - 3: gemini-3-flash-preview gemini-3-flash gemini-3.1-flash-image-preview
+0.75 0.075 - 3.75: gemini-3.6-flash gemini-3.7-flash | 0.25 0.025 - 1.5: gemini-3.1-flash-lite
+0.6 0.1 - 3: kimi-k2.5 | 0.95 0.16 - 4: kimi-k2.6 | 1.25 0.2 - 2.5: grok-4.3 | 1 0.2 - 2: grok-code-fast-1
+0.95 0.19 - 4: kimi-k2.7-code | 3 0.3 3 15: kimi-k3 | 0.6 0.11 - 2.2: glm-4.6 glm-4.7 | 0.28 0.028 - 0.4: deepseek-v3.2
+2 0.3 - 6: grok-4.5 | 2 0.5 - 6: grok-4.6 | 0.6 - - 2.2: glm-4.5
+1 0.2 - 3.2: glm-5 | 1.4 0.26 - 4.4: glm-5.1 glm-5.2 glm-5.3 | 0.3 0.03 0.375 1.2: minimax-m2.5 minimax-m2 minimax-m2.1
+1.32 0.044 - 3.96: deepseek-v4-pro | 0.3 0.006 - 1.2: deepseek-v4-flash | 0.28 0.028 - 0.42: deepseek-chat
+"""
+_DATE = re.compile(r"(?:[-@]20\d\d(?:0\d|1[0-2])[0-3]\d|-20\d\d-(?:0\d|1[0-2])-[0-3]\d)\Z", re.ASCII)
+PRICED_TOKENS = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
+Price = Tuple[float, ...]  # for a million of each of these, the first without the next two
+
+
+def list_prices(more: Mapping[str, Mapping[str, float | None]] = {}) -> dict[str, Price]:
+    """Return the built-in list with what the configuration adds or overrides, by names in lower case."""
+    listed = (entry.split(": ") for line in _LIST.strip().splitlines() for entry in line.split(" | "))
+    known: list[tuple[str, list[Any]]] = [(model, usd.split()) for usd, models in listed for model in models.split()]
+    known += [(model.lower(), [*map(price.get, PRICE_KINDS)]) for model, price in more.items()]
+    return {model: tuple(float(usd[0] if one in ("-", None) else one) for one in usd) for model, usd in known}
+
+
+def price_of(prices: Mapping[str, Price], model: str | None) -> Price | None:
+    """Return a model's price by its exact name, or by that before a date; None without."""
+    name = (model or "").lower()
+    return prices.get(name) or prices.get(_DATE.sub("", name))
+
+
+def cost_at(price: Price, counts: Sequence[int | None]) -> float:
+    """Return USD, never negative, for counts of PRICED_TOKENS."""
+    into, cached, written, out = (count or 0 for count in counts)
+    return sum(map(operator.mul, price, (max(0, into - cached - written), cached, written, out))) / 1e6
+
+
 # ------------------------------------------------------------------ accounts
 
 
@@ -1680,8 +1753,9 @@ def lock_holder(database: Path) -> dict[str, int]:
 
 BUCKET_S = 900  # every zone's offset is a multiple of 15 minutes, so these buckets fit every local hour and day
 
-_TOKEN_NAMES = "input_tokens output_tokens reasoning_tokens cached_tokens total_tokens".split()
+_TOKEN_NAMES = "input_tokens output_tokens reasoning_tokens cached_tokens cache_write_tokens total_tokens".split()
 SUM_NAMES = ["requests", "failed", "rate_limited", *_TOKEN_NAMES]
+_priced_tokens = operator.itemgetter(*map(SUM_NAMES.index, PRICED_TOKENS))
 
 
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
@@ -1755,7 +1829,7 @@ def _step_tables(db) -> list[str]:
 
 
 _STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tokens, cached_tokens, total_tokens"
-_STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited"
+_STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited, cache_write_tokens"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
 _STEP_6_MENDED = {
@@ -1909,7 +1983,7 @@ def _add_keys_and_reasons(db) -> None:
 def _sum_up_rows(db, floor: int) -> None:
     """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
     counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
-    counts += ", SUM(failed AND status_code IS 429)"
+    counts += ", SUM(failed AND status_code IS 429), SUM(IFNULL(e.cache_write_tokens, 0))"
     db.execute(
         "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
         "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
@@ -1930,9 +2004,9 @@ def _keep_old_sums(db, floor: int) -> None:
     """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
     for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
         db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
-    db.execute("INSERT INTO usage_by_time SELECT *, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
+    db.execute("INSERT INTO usage_by_time SELECT *, 0, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
     db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0 "
+        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0, 0 "
         "FROM old_usage_by_hour WHERE bucket < ?",
         (floor // 4,),
     )
@@ -1951,7 +2025,7 @@ def _keep_old_sums(db, floor: int) -> None:
             for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
                 rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
         db.executemany(
-            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
             [
                 (bucket, key[1], model, status, requests, requests * status, *counts)
                 for (bucket, model, status), (requests, *counts) in rows.items()
@@ -2040,12 +2114,13 @@ _IDENTITY_OF = (
     "i.auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND i.source = IFNULL(e.source, '') ORDER BY i.id LIMIT 1))"
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
+_MODEL_ID_OF = f"(SELECT id FROM models WHERE name = {_MODEL_OF})"
 _KEY_OF = "IFNULL(c.key_id, -1)"
 _REASON_OF = "IFNULL(e.reason_id, 0)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
-    f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
+    _MODEL_ID_OF: "r.model_id",
     _KEY_OF: "r.key_id",
     _REASON_OF: "r.reason_id",
 }
@@ -2579,6 +2654,13 @@ class Store:
             plan = _UsagePlan(db, Window(start, window.end), filters, self._accounts_in(db), floor, False)
             return add_sums(plan.by_bucket(db, 86400 * 10**6, 0).values())
 
+    def models(self, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[str, Sums]]:
+        """Sum up a window by model alone, in less than half the time of all cells."""
+        with self._read() as db:
+            plan = _UsagePlan(db, window, filters, self._accounts_in(db), _meta_in(db, "events_floor", 0), False)
+            names = dict(db.execute("SELECT id, name FROM models").fetchall())
+            return [(names[model_id], tuple(sums)) for model_id, *sums in plan.by_model(db)]
+
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
         with self._read() as db:
@@ -2927,6 +3009,10 @@ class _UsagePlan:
         """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
+    def by_model(self, db) -> list[tuple[int, ...]]:
+        """Return rows of model and its sums."""
+        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
+
     def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
         """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
         for roll_up, start, end in reversed(spans or self._spans(self._levels)):
@@ -2961,7 +3047,7 @@ class _UsagePlan:
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
                 # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
-                group = "r.bucket" if len(columns) == 1 else key
+                group = "r.bucket" if "r.bucket" in key else key
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
@@ -5379,6 +5465,9 @@ class App:
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
 
+    def __post_init__(self) -> None:
+        self.prices = list_prices(self.config.prices)
+
 
 def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
     """Return the range's name and window; the end of one up to now may be the newest event's, an hour ahead at most."""
@@ -5407,6 +5496,15 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
+def _sums_json(prices: Mapping[str, Price], parts: Sequence[tuple[str, Sums]]) -> dict[str, Any]:
+    """Add up parts by model and their list prices; each part has its own, so that all groupings agree."""
+    priced = [(price_of(prices, model), sums) for model, sums in parts]
+    costs = [cost_at(price, _priced_tokens(sums)) for price, sums in priced if price]
+    worth = {"cost_usd": round(math.fsum(costs), 9) if costs else None}
+    worth["unpriced_tokens"] = sum(sums[-1] for price, sums in priced if not price)
+    return {**dict(zip(SUM_NAMES, add_sums(sums for _, sums in parts))), **worth}
+
+
 def api_summary(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model, account and client key."""
     now, zone = app.clock(), query.zone()
@@ -5432,8 +5530,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
         return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
 
+    def priced(cells: Mapping[Cell, Sums]) -> dict[str, Any]:
+        return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
+
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row(add_sums(cells.values()), **columns_of(value)) for value, cells in usage.by(part)]
+        return [{**columns_of(value), **priced(cells)} for value, cells in usage.by(part)]
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5443,8 +5544,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-        "summary": row(add_sums(buckets.values())),
-        "previous": row(app.store.total(before, filters)) if recorded_from <= before.start else None,
+        "prices_as_of": PRICES_AS_OF,
+        "summary": priced(usage.cells),
+        "previous": (
+            _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
+        ),
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
@@ -5467,6 +5571,9 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     shown, cursor = rows[:limit], None
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
+    for row in shown:
+        price = price_of(app.prices, row["model"])
+        row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
     total = None if filters.text else app.store.total(window, filters, with_rows=True)[0]
     return {"requests": shown, "next": cursor, "total": total}
 
@@ -6505,8 +6612,14 @@ def _breakdown(summary: Mapping[str, Any], by: str) -> str:
         return _table([by, "status", "requests", "last", "accounts"], lines)
     rows = [*rows, {by: "total", **summary["summary"]}]
     names = [row.get("name") or row[by] or ("unknown" if row.get("unknown") else "no key") for row in rows]
-    lines = [[name, *(f"{row[column]:,}" for column in SUM_NAMES)] for name, row in zip(names, rows)]
-    return _table([by, *(column.replace("_tokens", "") for column in SUM_NAMES)], lines)
+    lines = [[name, *(f"{row[column]:,}" for column in SUM_NAMES), _list_price(row)] for name, row in zip(names, rows)]
+    return _table([by, *(column.replace("_tokens", "") for column in SUM_NAMES), "at list price"], lines)
+
+
+def _list_price(row: Mapping[str, Any]) -> str:
+    usd = row["cost_usd"]
+    least = "at least " if row["unpriced_tokens"] else ""
+    return "-" if usd is None else f"{least}${usd:,.{2 if usd >= 1 or not usd else 4}f}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,7 +29,8 @@ STORED = 7  # one of the eight samples is a warm-up
 # Sums over the seven stored samples, added up by hand from the token rules.
 EXPECTED = {
     "requests": 7, "failed": 1, "rate_limited": 0, "input_tokens": 342_872, "output_tokens": 12_163, "reasoning_tokens": 6_350,
-    "cached_tokens": 332_962, "total_tokens": 355_035,
+    "cached_tokens": 332_962, "cache_write_tokens": 2_044, "total_tokens": 355_035, "unpriced_tokens": 1_420,
+    "cost_usd": 0.4112075,  # in millionths, request by request: 15,844.5 + 49,764 + 72,620 + 20,167 + 252,812
 }  # fmt: skip
 
 
@@ -216,6 +217,8 @@ def test_report_prints_the_totals_of_a_range(program):
     table = program.run("report", "24h")
     assert table.returncode == 0 and re.search(r"total\s+7\s+1\s.*\s355,035", table.stdout)
     assert "gpt-5.3-codex" in table.stdout and "writer@example.com" in table.stdout
+    assert re.search(r"total .* at least \$0.4112\n", table.stdout)
+    assert re.search(r"gpt-5.5 .*  \$0.2528\n(.*\n)*gemini-3-pro-preview .* -\n", table.stdout)
     assert json.loads(program.run("report", "7d", "--json").stdout)["summary"] == EXPECTED
     (of_models,) = re.findall(r"\n(model .*?)\n\n", table.stdout, re.S)
     assert program.run("report", "24h", "--by", "model").stdout.endswith(f"\n\n{of_models}\n\n")

@@ -53,6 +53,20 @@ def test_all_faults_are_told_in_one_message_without_the_secret(tmp_path):
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize(("prices", "said"), [
+    *((prices, 'must be of the form {"gpt-5.4": {"input": 2.5, ') for prices in (None, "gpt-5.4", [], 3)),
+    *(({"a": price}, 'for "input" of "a", "output" of "a"; the form is {') for price in (3, None, [1, 2], {})),
+    ({"a": {"input": 1}, "b": {"output": 1, "input": 2}}, 'for "output" of "a"; the form is {"gpt-5.4": {"input": '),
+    *(({"b\n": {"input": usd, "output": 1}}, r'for "input" of "b\n"; the form')
+      for usd in ("2.5", -1, 1e7, 10**400, True, float("nan"), float("inf"), None, [])),
+    ({"a": {"input": 1, "output": 2, "cached": "0", "reasoning": 3}}, 'for "cached" of "a", "reasoning" of "a"; '),
+])  # fmt: skip
+def test_odd_price_is_named_with_its_model_kind_and_the_form(tmp_path, prices, said):
+    with pytest.raises(app.ConfigError) as raised:
+        load(tmp_path, {"prices": prices})
+    assert len(raised.value.faults) == 1 and '"prices" ' in raised.value.faults[0] and said in raised.value.faults[0]
+
+
 @pytest.mark.parametrize("key", ["database", "auth_dir", "cliproxy_host", "dashboard_host", "queue_key"])
 @pytest.mark.parametrize("letter", ["\0", "\n", "\x1b", "\ud800"])
 def test_text_with_letters_that_no_system_takes_is_a_fault(tmp_path, key, letter):

@@ -68,9 +68,9 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path, open_stor
     store = open_store(announce=lines.append)
     usage = store.usage(ALWAYS, 3600, 0)
     assert sums_by(usage, "model") == {
-        "gpt-5.4": (1, 0, 0, 100, 20, 5, 0, 125),
-        "gpt-5.5": (1, 1, 0, 7, 3, 0, 0, 10),
-        "unknown": (1, 0, 0, 0, 0, 0, 0, 0),
+        "gpt-5.4": (1, 0, 0, 100, 20, 5, 0, 0, 125),
+        "gpt-5.5": (1, 1, 0, 7, 3, 0, 0, 0, 10),
+        "unknown": (1, 0, 0, 0, 0, 0, 0, 0, 0),
     }
     counted = {name: sums[0] for name, sums in sums_by(usage, "account").items()}
     assert counted == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
@@ -98,9 +98,9 @@ def test_database_of_3_0_0_keeps_every_total_also_below_the_retention_floor(stor
     told = TOTALS_OF_300[name]
     window, filters = app.Window(*told["window"]), app.Filters(**told["filters"])
     usage = store_of_300.usage(window, told["bucket_s"], told["offset_s"], filters)
-    limited = app.SUM_NAMES.index("rate_limited")  # 3.0.0 did not tell them apart
+    new = ("rate_limited", "cache_write_tokens")  # 3.0.0 did not tell them apart
     parts = (row for part in ("model", "account") for row in sums_by(usage, part).items())
-    known = [[key, [*sums[:limited], *sums[limited + 1 :]]] for key, sums in
+    known = [[key, [count for name, count in zip(app.SUM_NAMES, sums) if name not in new]] for key, sums in
              (*sorted(usage.buckets.items()), *parts)]  # fmt: skip
     assert known[: len(usage.buckets)] == told["buckets"]
     assert sorted(known[len(usage.buckets) :], key=str) == sorted(told["models"] + told["accounts"], key=str)
@@ -198,6 +198,7 @@ def random_events(dice, count):
             source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
             model=dice.choice(["m1", "m2", "m3"]), input_tokens=dice.randrange(1000),
             output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999),
+            cache_write_tokens=dice.choice([None, 0, 9]),
         )  # fmt: skip
 
 

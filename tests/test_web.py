@@ -30,15 +30,17 @@ def test_summary_has_exactly_the_promised_shape(site):
     put(site.store, at(0.5))
     answer = site.json("/api/summary?range=24h")
     sums = {"requests", "failed", "rate_limited", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens",
-            "total_tokens"}  # fmt: skip
+            "cache_write_tokens", "total_tokens"}  # fmt: skip
     names = {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"}
     assert names <= set(answer)
-    assert set(answer["summary"]) == sums
+    prices = {"cost_usd", "unpriced_tokens"}
+    assert set(answer["summary"]) == sums | prices
     assert set(answer["hours"][0]) == sums | {"hour", "start"}
-    assert set(answer["models"][0]) == sums | {"model"}
-    assert sums | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
+    assert set(answer["models"][0]) == sums | prices | {"model"}
+    assert sums | prices | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
     counts = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
-    assert answer["summary"] == {"requests": 1, "failed": 0, "rate_limited": 0, **counts}
+    counts.update(requests=1, failed=0, rate_limited=0, cache_write_tokens=0)
+    assert answer["summary"] == {**counts, "cost_usd": 0.00037, "unpriced_tokens": 0}  # 20 × 2.5 + 80 × 0.25 + 20 × 15
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     assert [row["request_id"] for row in first["requests"]] == ["00000000", "00000001", "00000002"]
     fields = """id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens
         cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id provider endpoint auth_type
-        alias reasoning_effort service_tier api_key""".split()
+        alias reasoning_effort service_tier api_key cost_usd""".split()
     assert set(fields) <= set(first["requests"][0])
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
