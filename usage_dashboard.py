@@ -41,9 +41,11 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -1218,6 +1220,104 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     return _harmless(value)
 
 
+# How fast requests were. A value is one byte, the number of its bin: 0 is unknown, 1 is zero, and each later bin ends
+# at 9/8 of where it begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency
+# and its first token (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row, or where that is
+# shorter their counts: 255, the bytes of a count, the first bin, five bytes of requests, and a count for each bin and
+# measure. To be added up, counts are the digits of one number, five bytes each, and the first is that of requests.
+
+_BIN_RATIO, _BIN_OF_ONE, _LAST_BIN = math.log(9 / 8), 20, 254
+_COUNT_BYTES, _COUNTS = 5, 3 * (_LAST_BIN + 1)
+_MOST_LISTED = 3 * 64
+
+
+def _bin_of(value: float | None) -> int:
+    if not value or value < 0:
+        return 0 if value is None else 1
+    return min(max(2, int(math.log(value) / _BIN_RATIO + _BIN_OF_ONE)), _LAST_BIN)
+
+
+def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
+    """Return a request's speeds; it has a rate where its first token came before its end."""
+    rate = None
+    if output_tokens and latency_ms is not None and ttft_ms is not None and ttft_ms < latency_ms:
+        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
+    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+
+
+def join_speeds(parts: Sequence[bytes]) -> bytes:
+    """Join speeds to one, as short as they can be."""
+    whole = b"".join(parts)
+    if len(whole) <= _MOST_LISTED and all(part[0] <= _LAST_BIN for part in parts):
+        return whole
+    counts = count_speeds((None, part) for part in parts)[None]
+    digits = _in_bytes(counts.to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
+    size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8
+    lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
+    first = (len(lanes) - len(lanes.lstrip(b"\0"))) // (3 * size)
+    return bytes((255, size, first + 1)) + digits[:_COUNT_BYTES] + lanes[first * 3 * size :]
+
+
+def requests_in(speeds: bytes) -> int:
+    """Return the number of requests whose speeds these are."""
+    return int.from_bytes(speeds[3:8], "little") if speeds[0] > _LAST_BIN else len(speeds) // 3
+
+
+def count_speeds(rows: Iterable[tuple[Any, bytes]]) -> dict[Any, int]:
+    """Count the speeds of each key; counts are added up as numbers are."""
+    counts: dict[Any, int] = {}
+    listed: dict[Any, list[bytes]] = {}
+    for key, speeds in rows:
+        if speeds[0] > _LAST_BIN:
+            size, shift = speeds[1], speeds[2] * 24 * _COUNT_BYTES
+            lanes = speeds[8:] + bytes(-(len(speeds) - 8) % size)
+            number = int.from_bytes(_in_bytes(lanes, size, _COUNT_BYTES), "little") << shift
+            counts[key] = counts.get(key, 0) + number + requests_in(speeds)
+        else:
+            listed.setdefault(key, []).append(speeds)
+    for key, parts in listed.items():
+        speeds = b"".join(parts)
+        for start in range(0, len(speeds), 255 * 3):  # no more than one byte can count
+            counts[key] = counts.get(key, 0) + _count_listed(speeds[start : start + 255 * 3])
+    return counts
+
+
+def _count_listed(speeds: bytes) -> int:
+    lanes = bytearray(3 * max(speeds) + 3)
+    for measure in range(3):
+        for number, count in Counter(speeds[measure::3]).items():
+            lanes[3 * number + measure] = count
+    lanes[:3] = len(speeds) // 3, 0, 0
+    return int.from_bytes(_in_bytes(lanes, 1, _COUNT_BYTES), "little")
+
+
+def _in_bytes(numbers: bytes, size: int, new_size: int) -> bytearray:
+    """Return little-endian numbers of ``size`` bytes in ``new_size`` bytes each."""
+    wide = bytearray(len(numbers) // size * new_size)
+    for place in range(min(size, new_size)):
+        wide[place::new_size] = numbers[place::size]
+    return wide
+
+
+def speed_json(counts: int) -> dict[str, Any]:
+    """Return the percentiles by nearest rank of what was counted; None for those of fewer than five values."""
+    digits = counts.to_bytes(_COUNTS * _COUNT_BYTES, "little")
+    lanes = struct.unpack(f"<{_COUNTS}Q", _in_bytes(digits, _COUNT_BYTES, 8))
+
+    def values(measure: int, *percents: int, unit: float = 1.0) -> dict[str, float | None]:
+        below = list(itertools.accumulate(lanes[3 + measure :: 3]))
+        bins = [bisect_left(below, -(-below[-1] * percent // 100)) + 1 for percent in percents]
+        known = [math.exp((number - _BIN_OF_ONE) * _BIN_RATIO) * 18 / 17 * unit * (number > 1) for number in bins]
+        return {f"p{part}": float(f"{value:.4g}") if below[-1] >= 5 else None for part, value in zip(percents, known)}
+
+    return {
+        "latency_ms": values(0, 50, 95),
+        "ttft_ms": values(1, 50, 95),
+        "tokens_per_second": values(2, 50, unit=0.01),
+        "sample": lanes[0],
+    }
+
+
 # ------------------------------------------------------------------ accounts
 
 
@@ -1942,7 +2042,34 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
+def _step_speeds(db) -> None:
+    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
+    for table in ("usage_by_hour", "usage_by_day"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
+    for table, query in (
+        (
+            "usage_by_hour",
+            "SELECT speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens), CAST(e.ts_epoch AS INTEGER) / 3600 AS b, "
+            "COALESCE(c.identity_id, (SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), "
+            "'') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)) AS i, "
+            "(SELECT id FROM models WHERE name = IFNULL(e.model, 'unknown')) AS m, IFNULL(c.key_id, -1) AS k "
+            "FROM events e LEFT JOIN contexts c ON c.id = e.context_id WHERE NOT e.failed AND e.ts_epoch >= "
+            "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) GROUP BY b, i, m, k",
+        ),
+        (
+            "usage_by_day",
+            "SELECT joined_speeds(speeds), bucket / 24 AS b, identity_id AS i, model_id AS m, key_id AS k "
+            "FROM usage_by_hour WHERE speeds IS NOT NULL GROUP BY b, i, m, k",
+        ),
+    ):
+        db.executemany(
+            f"UPDATE {table} SET speeds = ? WHERE bucket = ? AND identity_id = ? AND model_id = ? AND key_id = ? "
+            "AND reason_id = 0",
+            db.execute(query),
+        )
+
+
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (8, _step_speeds))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2002,6 +2129,7 @@ _CELL_COLUMNS = {
 }
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
+_EVENT_SPEEDS = "CASE WHEN NOT e.failed THEN speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens) END AS speeds"
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -2014,23 +2142,28 @@ _TOUCH_IDENTITY = (
     "plan = IFNULL(?, plan) WHERE id = ?"
 )
 
-# The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
+# The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets. Hours
+# and days have the speeds of successes too.
+_WITH_SPEEDS = ("usage_by_hour", "usage_by_day")
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
+_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
-    "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
+    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS}, {_EVENT_SPEEDS} FROM events e "
+    "JOIN contexts c ON c.id = e.context_id JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
 def _add_batch_to(table: str) -> str:
     keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
+    added = {name: (f"SUM({name})", f"{name} + excluded.{name}") for name in SUM_NAMES}
+    if table in _WITH_SPEEDS:
+        added["speeds"] = "joined_speeds(speeds)", "with_speeds(speeds, excluded.speeds)"
     return (
-        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
-        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
-        f"GROUP BY {keys.replace('bucket', '1')} "
-        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+        f"INSERT INTO {table}({keys}, {', '.join(added)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, "
+        f"{', '.join(sum_up for sum_up, _ in added.values())} FROM batch GROUP BY {keys.replace('bucket', '1')} "
+        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {add}' for name, (_, add) in added.items())}"
     )
 
 
@@ -2083,10 +2216,11 @@ class Cell(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds), and by cell."""
+    """Sums of a window by bucket start (epoch seconds), and by cell; and the counted speeds of cells."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
+    speeds: dict[Cell, int]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
         """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
@@ -2142,7 +2276,12 @@ class Store:
 
     def _connect(self):
         timeout_s = self._busy_timeout_s
-        return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db.create_aggregate("speeds_of", 3, _SpeedsOfRows)
+        db.create_aggregate("joined_speeds", 1, _JoinedSpeeds)
+        db.create_function("with_speeds", 2, lambda *parts: join_speeds([part for part in parts if part]) or None)
+        db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
+        return db
 
     def _migrate(self) -> None:
         db = self._writer
@@ -2480,7 +2619,7 @@ class Store:
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
             plan = _UsagePlan(window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            rows = plan.by_cell(db)
+            rows, speeds = plan.by_cell(db), count_speeds(plan.speeds(db))
             models = dict(db.execute("SELECT id, name FROM models").fetchall())
             keys = _keys_in(db)
         owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
@@ -2488,7 +2627,11 @@ class Store:
         for identity_id, model_id, key_id, *sums in rows:
             cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
             cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells)
+        counts: dict[Cell, int] = {}
+        for (identity_id, model_id, key_id), number in speeds.items():
+            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
+            counts[cell] = counts.get(cell, 0) + number
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, counts)
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2648,9 +2791,38 @@ class Store:
                 faults.append("usage_by_time does not add up to the events")
             everything = _sums_in(db, "usage_by_time", 0)
             odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
-        return [*faults, *(f"{table} does not add up to usage_by_time" for table in odd)]
+            of_hours, of_days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
+        faults += [f"{table} does not add up to usage_by_time" for table in odd]
+        if not of_hours == of_days == successes:
+            faults.append("the speeds do not add up to the successes")
+        return faults
 
 
+class _SpeedsOfRows:
+    """Aggregate of SQL: the speeds of rows, given their latency, first token and output."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def step(self, *row: Any) -> None:
+        self.parts.append(speeds_of(*row))
+
+    def finalize(self) -> bytes | None:
+        return join_speeds(self.parts) if self.parts else None
+
+
+class _JoinedSpeeds(_SpeedsOfRows):
+    """Aggregate of SQL: the speeds of several cells, of which some may have none."""
+
+    def step(self, *row: Any) -> None:
+        self.parts += filter(None, row)
+
+
+# Below the floor, what there was before speeds were kept has none.
+_COMPARE_SPEEDS = (
+    "SELECT TOTAL(requests_in(speeds)), (SELECT TOTAL(requests_in(speeds)) FROM usage_by_day), "
+    "TOTAL(CASE WHEN bucket < ? THEN requests_in(speeds) ELSE requests END) FROM usage_by_hour WHERE reason_id = 0"
+)
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
 
@@ -2801,6 +2973,7 @@ class _UsagePlan:
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
+        self._window = window
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._event_conditions = _conditions(filters, accounts, on_rows=True)
         self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
@@ -2817,6 +2990,26 @@ class _UsagePlan:
     def by_cell(self, db) -> list[tuple[int, ...]]:
         """Return rows of identity, model, client key and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
+
+    def speeds(self, db) -> Iterator[tuple[tuple[int, ...], bytes]]:
+        """Yield (identity, model, client key) and speeds; below the floor a cut hour counts as a whole."""
+        start, end = self._window
+        if start < self._floor_at:
+            start = start // 3600 * 3600
+        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
+        size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
+        if self._levels and size_s:  # nothing comes behind
+            end = -(-end // size_s) * size_s
+        for roll_up, first, last in _cut([table for table in self._levels if table in _WITH_SPEEDS], start, end):
+            if roll_up is None:
+                keys, table, column, speeds = _CELL_COLUMNS, _EVENTS, "e.ts_epoch", _EVENT_SPEEDS
+                (condition, bound), group = self._event_conditions, " AND NOT e.failed GROUP BY 1, 2, 3"
+            else:
+                keys, table, column, speeds = _CELL_COLUMNS.values(), f"{roll_up} r", "r.bucket", "r.speeds"
+                (condition, bound), group = self._roll_up_conditions, " AND r.speeds IS NOT NULL"
+            query = f"SELECT {', '.join(keys)}, {speeds} FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"
+            for *key, part in db.execute(query + group, (first, last, *bound)):
+                yield tuple(key), part
 
     def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
         """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
@@ -5336,7 +5529,13 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row(add_sums(cells.values()), **columns_of(value)) for value, cells in usage.by(part)]
+        return [
+            row(add_sums(cells.values()), **columns_of(value), speed=speed_of(cells))
+            for value, cells in usage.by(part)
+        ]
+
+    def speed_of(cells: Iterable[Cell]) -> dict[str, Any]:
+        return speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5347,6 +5546,7 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "bucket_seconds": bucket_s,
         "summary": row(add_sums(buckets.values())),
+        "speed": speed_of(usage.cells),
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
