@@ -1228,6 +1228,7 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
 
 _BIN_RATIO, _BIN_OF_ONE, _LAST_BIN = math.log(9 / 8), 20, 254
 _COUNT_BYTES, _COUNTS = 5, 3 * (_LAST_BIN + 1)
+_EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
 _MOST_LISTED = 3 * 64
 
 
@@ -1250,8 +1251,7 @@ def join_speeds(parts: Sequence[bytes]) -> bytes:
     whole = b"".join(parts)
     if len(whole) <= _MOST_LISTED and all(part[0] <= _LAST_BIN for part in parts):
         return whole
-    counts = count_speeds((None, part) for part in parts)[None]
-    digits = _in_bytes(counts.to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
+    digits = _in_bytes(count_speeds(parts).to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
     size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8
     lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
     first = (len(lanes) - len(lanes.lstrip(b"\0"))) // (3 * size)
@@ -1263,32 +1263,35 @@ def requests_in(speeds: bytes) -> int:
     return int.from_bytes(speeds[3:8], "little") if speeds[0] > _LAST_BIN else len(speeds) // 3
 
 
-def count_speeds(rows: Iterable[tuple[Any, bytes]]) -> dict[Any, int]:
-    """Count the speeds of each key; counts are added up as numbers are."""
-    counts: dict[Any, int] = {}
-    listed: dict[Any, list[bytes]] = {}
-    for key, speeds in rows:
-        if speeds[0] > _LAST_BIN:
-            size, shift = speeds[1], speeds[2] * 24 * _COUNT_BYTES
-            lanes = speeds[8:] + bytes(-(len(speeds) - 8) % size)
-            number = int.from_bytes(_in_bytes(lanes, size, _COUNT_BYTES), "little") << shift
-            counts[key] = counts.get(key, 0) + number + requests_in(speeds)
-        else:
-            listed.setdefault(key, []).append(speeds)
-    for key, parts in listed.items():
-        speeds = b"".join(parts)
-        for start in range(0, len(speeds), 255 * 3):  # no more than one byte can count
-            counts[key] = counts.get(key, 0) + _count_listed(speeds[start : start + 255 * 3])
-    return counts
+def count_speeds(parts: Iterable[bytes]) -> int:
+    """Count speeds; counts are added up as numbers are."""
+    requests, listed = 0, b"".join(part for part in parts if part[0] <= _LAST_BIN)
+    places: list[list[int]] = [[] for _ in range(_COUNT_BYTES)]  # of one byte for each count
+    for part in parts:
+        if part[0] > _LAST_BIN:
+            requests += requests_in(part)
+            size, shift = part[1], part[2] * 24
+            for place in range(size):
+                places[place].append(int.from_bytes(part[8 + place :: size], "little") << shift)
+    for start in range(0, len(listed), 255 * 3):  # no more than one byte can count
+        some = listed[start : start + 255 * 3]
+        lanes = bytearray(3 * max(some) + 3)
+        for measure in range(3):
+            for number, count in Counter(some[measure::3]).items():
+                lanes[3 * number + measure] = count
+        places[0].append(int.from_bytes(lanes[3:], "little") << 24)
+    counts = sum(_add_bytes(numbers) << 8 * place for place, numbers in enumerate(places) if numbers)
+    return counts + requests + len(listed) // 3
 
 
-def _count_listed(speeds: bytes) -> int:
-    lanes = bytearray(3 * max(speeds) + 3)
-    for measure in range(3):
-        for number, count in Counter(speeds[measure::3]).items():
-            lanes[3 * number + measure] = count
-    lanes[:3] = len(speeds) // 3, 0, 0
-    return int.from_bytes(_in_bytes(lanes, 1, _COUNT_BYTES), "little")
+def _add_bytes(numbers: Sequence[int]) -> int:
+    """Add up numbers of one byte for each count, by every second, so that there is room for 257 of them."""
+    total = 0
+    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 1)):
+        added = sum([number >> 8 * odd & _EVERY_SECOND for number in numbers[start : start + 257]])
+        pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
+        total += int.from_bytes(_in_bytes(pairs, 2, 2 * _COUNT_BYTES), "little") << 8 * _COUNT_BYTES * odd
+    return total
 
 
 def _in_bytes(numbers: bytes, size: int, new_size: int) -> bytearray:
@@ -2619,7 +2622,7 @@ class Store:
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
             plan = _UsagePlan(window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            rows, speeds = plan.by_cell(db), count_speeds(plan.speeds(db))
+            rows, speeds = plan.by_cell(db), by_key(plan.speeds(db))
             models = dict(db.execute("SELECT id, name FROM models").fetchall())
             keys = _keys_in(db)
         owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
@@ -2628,9 +2631,9 @@ class Store:
             cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
             cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
         counts: dict[Cell, int] = {}
-        for (identity_id, model_id, key_id), number in speeds.items():
+        for (identity_id, model_id, key_id), parts in speeds.items():
             cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
-            counts[cell] = counts.get(cell, 0) + number
+            counts[cell] = counts.get(cell, 0) + count_speeds(parts)
         return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, counts)
 
     def span(self) -> tuple[float, float] | None:
@@ -3008,8 +3011,8 @@ class _UsagePlan:
                 keys, table, column, speeds = _CELL_COLUMNS.values(), f"{roll_up} r", "r.bucket", "r.speeds"
                 (condition, bound), group = self._roll_up_conditions, " AND r.speeds IS NOT NULL"
             query = f"SELECT {', '.join(keys)}, {speeds} FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"
-            for *key, part in db.execute(query + group, (first, last, *bound)):
-                yield tuple(key), part
+            rows = db.execute(query + group, (first, last, *bound)).fetchall()
+            yield from (((identity_id, model_id, key_id), part) for identity_id, model_id, key_id, part in rows)
 
     def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
         """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
