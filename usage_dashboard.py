@@ -2124,11 +2124,13 @@ _IDENTITY_OF = (
 )
 _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _KEY_OF = "IFNULL(c.key_id, -1)"
+_REASON_OF = "IFNULL(e.reason_id, 0)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
     f"(SELECT id FROM models WHERE name = {_MODEL_OF})": "r.model_id",
     _KEY_OF: "r.key_id",
+    _REASON_OF: "r.reason_id",
 }
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
@@ -2149,11 +2151,12 @@ _TOUCH_IDENTITY = (
 # and days have the speeds of successes too.
 _WITH_SPEEDS = ("usage_by_hour", "usage_by_day")
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
+_BATCH_COLUMNS = ["bucket", "identity_id", "model_id", "key_id", "reason_id", *SUM_NAMES, "speeds"]
+_CREATE_BATCH = f"CREATE TEMP TABLE batch({', '.join(_BATCH_COLUMNS)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"IFNULL(e.reason_id, 0) AS r, {_EVENT_SUMS}, {_EVENT_SPEEDS} FROM events e "
-    "JOIN contexts c ON c.id = e.context_id JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
+    f"{_REASON_OF} AS r, {_EVENT_SUMS}, {_EVENT_SPEEDS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
@@ -2193,12 +2196,16 @@ class Window(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code."""
+    """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
+
+    ``account`` is its name or mail, ``key`` a client key's mask or tag.
+    """
 
     account: str | None = None
     model: str | None = None
     status: str | None = None
     text: str | None = None
+    key: str | None = None
 
 
 _NO_FILTERS = Filters()
@@ -2218,11 +2225,22 @@ class Cell(NamedTuple):
     key: str | None
 
 
+class Failure(NamedTuple):
+    """The requests that failed for one reason; ``last_at`` is when the quarter hour of the last one began."""
+
+    status_code: int | None
+    error: str | None
+    requests: int
+    last_at: int | None
+    accounts: list[Account]
+
+
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds), and by cell; and the counted speeds of cells."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, counted speeds, and the most frequent failures."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
+    failures: list[Failure]
     speeds: dict[Cell, int]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
@@ -2620,21 +2638,44 @@ class Store:
         with self._read() as db:
             accounts = self._accounts_in(db)
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-            plan = _UsagePlan(window, filters, accounts, floor, from_rows)
+            plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            rows, speeds = plan.by_cell(db), by_key(plan.speeds(db))
-            models = dict(db.execute("SELECT id, name FROM models").fetchall())
-            keys = _keys_in(db)
-        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
-        cells: dict[Cell, Sums] = {}
-        for identity_id, model_id, key_id, *sums in rows:
-            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
-            cells[cell] = add_sums([cells[cell], sums]) if cell in cells else tuple(sums)
+            cell_of = self._cell_finder(db, accounts)
+            cells, failed = self._cells_of(cell_of, plan.by_cell(db))
+            reasons = {key: told for key, *told in db.execute("SELECT id, status_code, NULLIF(error, '') FROM reasons")}
+            most = sorted(failed.items(), key=lambda row: (-sum(row[1].values()), row[0]))[:50]
+            failures = [
+                Failure(*reasons[key], sum(by.values()), plan.last_quarter(db, key), sorted(by, key=by.get)[::-1])
+                for key, by in most
+            ]
+            parts: dict[tuple[int, int, int], list[bytes]] = {}
+            for identity_id, model_id, key_id, speeds in plan.speeds(db):
+                parts.setdefault((identity_id, model_id, key_id), []).append(speeds)
         counts: dict[Cell, int] = {}
-        for (identity_id, model_id, key_id), parts in speeds.items():
-            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
-            counts[cell] = counts.get(cell, 0) + count_speeds(parts)
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, counts)
+        for ids, some in parts.items():
+            cell = cell_of(*ids)
+            counts[cell] = counts.get(cell, 0) + count_speeds(some)
+        by_start = {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}
+        return Usage(by_start, cells, failures, counts)
+
+    @staticmethod
+    def _cell_finder(db, accounts: Sequence[Account]) -> Callable[[int, int, int], Cell]:
+        """Return what makes a cell of the ids of an identity, a model and a client key."""
+        models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
+
+    @staticmethod
+    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Any]]:
+        """Return the sums by cell, and by reason how many requests of which account failed."""
+        cells: dict[Cell, Sums] = {}
+        failed: dict[int, Any] = {}
+        for identity_id, model_id, key_id, reason_id, *sums in rows:
+            cell = cell_of(identity_id, model_id, key_id)
+            cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
+            if reason_id:
+                failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
+        return cells, failed
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -2652,7 +2693,7 @@ class Store:
         rows: list[dict[str, Any]] = []
         with self._read(is_search=bool(filters.text)) as db:
             accounts = self._accounts_in(db)
-            condition, values = _conditions(filters, accounts, on_rows=True)
+            condition, values = _conditions(db, filters, accounts, on_rows=True)
             for span in _spans_to_search(db, window, end, filters, accounts):
                 stop, stop_id = (span.end, 0) if span.end < end else (end, row_id)
                 bound = (max(window.start, span.start), stop, stop, stop_id, *values, limit - len(rows))
@@ -2921,7 +2962,7 @@ _LIST_EVENTS = (
 
 def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts: Sequence[Account]) -> Iterable[Window]:
     """Return the spans that contain what the filters ask for, newest first, so that no others are read."""
-    condition, values = _conditions(filters, accounts, on_rows=False)
+    condition, values = _conditions(db, filters, accounts, on_rows=False)
     if not condition:
         yield window
         return
@@ -2934,13 +2975,17 @@ def _spans_to_search(db, window: Window, end: float, filters: Filters, accounts:
         yield Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S)
 
 
-def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
+def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
         ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
         listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
+    if filters.key is not None:
+        asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
+        listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
+        parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
     if filters.model is not None:
         parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
@@ -2971,15 +3016,15 @@ def _conditions(filters: Filters, accounts: Sequence[Account], on_rows: bool) ->
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
-    def __init__(self, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
+    def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
         start, end = window
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
         self._window = window
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._event_conditions = _conditions(filters, accounts, on_rows=True)
-        self._roll_up_conditions = _conditions(filters, accounts, on_rows=False)
+        self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
+        self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
         """Return sums by local bucket number."""
@@ -2991,11 +3036,11 @@ class _UsagePlan:
         return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
 
     def by_cell(self, db) -> list[tuple[int, ...]]:
-        """Return rows of identity, model, client key and their sums."""
+        """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-    def speeds(self, db) -> Iterator[tuple[tuple[int, ...], bytes]]:
-        """Yield (identity, model, client key) and speeds; below the floor a cut hour counts as a whole."""
+    def speeds(self, db) -> Iterator[tuple[Any, ...]]:
+        """Yield rows of identity, model, client key and speeds; below the floor a cut hour counts as a whole."""
         start, end = self._window
         if start < self._floor_at:
             start = start // 3600 * 3600
@@ -3003,23 +3048,41 @@ class _UsagePlan:
         size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
         if self._levels and size_s:  # nothing comes behind
             end = -(-end // size_s) * size_s
+        columns = dict(list(_CELL_COLUMNS.items())[:3])  # but the reason
         for roll_up, first, last in _cut([table for table in self._levels if table in _WITH_SPEEDS], start, end):
             if roll_up is None:
-                keys, table, column, speeds = _CELL_COLUMNS, _EVENTS, "e.ts_epoch", _EVENT_SPEEDS
+                keys, table, column, speeds = columns, _EVENTS, "e.ts_epoch", _EVENT_SPEEDS
                 (condition, bound), group = self._event_conditions, " AND NOT e.failed GROUP BY 1, 2, 3"
             else:
-                keys, table, column, speeds = _CELL_COLUMNS.values(), f"{roll_up} r", "r.bucket", "r.speeds"
+                keys, table, column, speeds = columns.values(), f"{roll_up} r", "r.bucket", "r.speeds"
                 (condition, bound), group = self._roll_up_conditions, " AND r.speeds IS NOT NULL"
             query = f"SELECT {', '.join(keys)}, {speeds} FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"
-            rows = db.execute(query + group, (first, last, *bound)).fetchall()
-            yield from (((identity_id, model_id, key_id), part) for identity_id, model_id, key_id, part in rows)
+            yield from db.execute(query + group, (first, last, *bound))
+    def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
+        """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
+        for roll_up, start, end in reversed(spans or self._spans(self._levels)):
+            of_rows, of_roll_up = (_EVENTS, "e.ts_epoch", "e.reason_id"), (f"{roll_up} r", "r.bucket", "r.reason_id")
+            table, column, reason = of_roll_up if roll_up else of_rows
+            condition, bound = self._roll_up_conditions if roll_up else self._event_conditions
+            where = f"{column} >= ? AND {column} < ? AND {reason} = ?{condition} ORDER BY 1 DESC LIMIT 1"
+            rows = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (start, end, reason_id, *bound))
+            newest, size_s = rows.fetchone(), _ROLL_UPS.get(roll_up, 1)
+            if newest and size_s > BUCKET_S:
+                first = newest[0] * size_s // BUCKET_S
+                return self.last_quarter(db, reason_id, [("usage_by_quarter", first, first + size_s // BUCKET_S)])
+            if newest:
+                return int(newest[0] * size_s) // BUCKET_S * BUCKET_S
+        return None
+
+    def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
+        middle = min(max(self._start, self._floor_at), self._end)
+        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
+        return [*below, *_cut(levels, middle, self._end)]
 
     def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
         """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
         parts, values = [], []
-        middle = min(max(self._start, self._floor_at), self._end)
-        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
-        for roll_up, start, end in (*below, *_cut(levels, middle, self._end)):
+        for roll_up, start, end in self._spans(levels):
             if roll_up is None:
                 key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
                 condition, bound = self._event_conditions
@@ -3028,8 +3091,8 @@ class _UsagePlan:
                 key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
                 sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
                 condition, bound = self._roll_up_conditions
-                # In the order of the table, so that SQLite sums up as it reads; the rest is done over few rows below.
-                group = f"r.bucket, {key}" if len(columns) > 1 else "r.bucket"
+                # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
+                group = "r.bucket" if len(columns) == 1 else key
             where = f"{column} >= ? AND {column} < ?{condition}"
             parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
             values += [start, end, *bound]
@@ -5473,7 +5536,7 @@ class Query(dict):
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"))
+        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"), self.get("key"))
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -5516,7 +5579,7 @@ def _window(app: App, query: Query, now: float) -> tuple[str, Window]:
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
-    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model and account."""
+    """Answer ``/api/summary``: sums of a window, by bucket (zero-filled), model, account and client key."""
     now, zone = app.clock(), query.zone()
     name, window = _window(app, query, now)
     bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
@@ -5559,6 +5622,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
             "account",
             lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
         ),
+        "keys": rows("key", lambda key: {"key": key or None, **({"unknown": True} if key is None else {})}),
+        "failures": [
+            {**failure._asdict(), "accounts": [account.name for account in failure.accounts]}
+            for failure in usage.failures
+        ],
         "outages": app.store.outages(window, now),
     }
 

@@ -198,11 +198,16 @@ def test_file_of_a_newer_version_is_not_touched(tmp_path, open_store):
         open_store()
 
 
+CLIENT_KEYS = ["", "sk-…1111 #4bdca8", "… #4bdca8", "AIz…0001 #3f9a2c"]
+
+
 def random_events(dice, count):
     for _ in range(count):
         yield event(
             at=round(NOON + dice.uniform(0, 86400 * 4), 3), auth_index=dice.choice(["aa", "bb", "", "00000000000012"]),
-            failed=dice.choice([0, 0, 1]), status_code=dice.choice([None, 429, 500]), source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
+            failed=dice.choice([0, 0, 1]), status_code=dice.choice([None, 429, 500]),
+            error=dice.choice([None, "busy", "busy 17 times"]), api_key=dice.choice(CLIENT_KEYS),
+            source=dice.choice(["a@x.com", "b@x.com", "sk-…1111 #4bdca8"]),
             model=dice.choice(["m1", "m2", "m3"]), input_tokens=dice.randrange(1000),
             output_tokens=dice.choice([None, 0, 50]), total_tokens=dice.randrange(9999),
         )  # fmt: skip
@@ -214,6 +219,18 @@ def sums_of(events):
     return tuple({**counts, "requests": len(events), "rate_limited": limited}.values())
 
 
+def fullest_key(one) -> str:
+    return CLIENT_KEYS[1] if one.context.api_key == CLIENT_KEYS[2] else one.context.api_key
+
+
+def failures_of(events, name_of):
+    """Return (requests, last quarter hour, accounts) of each (status, reason)."""
+    reasons = {None: None, "busy": "busy", "busy 17 times": "busy … times"}
+    groups = app.by_key(((one.status_code, reasons[one.error]), one) for one in events if one.failed)
+    return {reason: (len(members), int(max(one.ts_epoch for one in members)) // 900 * 900, set(map(name_of, members)))
+            for reason, members in groups.items()}  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store, seed):
     dice = random.Random(seed)
@@ -223,8 +240,11 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
     names = {(row["auth_index"] or "", row["source"]): row["account"] for row in store.requests(1000)}
     account = dice.choice(sorted(set(names.values())))
 
+    def name_of(one) -> str:
+        return names[(one.context.auth_index, one.context.source)]
+
     def is_of(one) -> bool:
-        return names[(one.context.auth_index, one.context.source)] == account
+        return name_of(one) == account
 
     for filters, belongs in [
         *[(app.Filters(), lambda one: True)] * 10,
@@ -236,16 +256,20 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         (app.Filters(status="429"), lambda one: one.failed and one.status_code == 429),
         (app.Filters(status="500", model="m1"), lambda one: one.failed and (one.status_code, one.model) == (500, "m1")),
         (app.Filters(account="nobody"), lambda one: False),
+        (app.Filters(key="#4bdca8"), lambda one: one.context.api_key.endswith("#4bdca8")),
+        (app.Filters(key=CLIENT_KEYS[3], status="failed"), lambda one: one.failed and one.context.api_key[:1] == "A"),
     ]:
         start = NOON + dice.uniform(-5000, 86400 * 2)
         window = app.Window(start, start + dice.choice([1, 400, 900, 3600, 20000, 200000, 400000]))
         bucket_s, offset_s = dice.choice([300, 900, 3600, 86400]), 900 * dice.randrange(-48, 57)
         inside = [one for one in events if window.start <= one.ts_epoch < window.end and belongs(one)]
         usage = store.usage(window, bucket_s, offset_s, filters)
-        models_inside = {one.model for one in inside}
-        assert sums_by(usage, "model") == {
-            name: sums_of([one for one in inside if one.model == name]) for name in models_inside
-        }
+        for part, part_of in (("model", lambda one: one.model), ("account", name_of), ("key", fullest_key)):
+            groups = app.by_key((part_of(one), one) for one in inside)
+            assert sums_by(usage, part) == {name: sums_of(members) for name, members in groups.items()}
+        assert {(one.status_code, one.error): (one.requests, one.last_at, {account.name for account in one.accounts})
+                for one in usage.failures} == failures_of(inside, name_of)  # fmt: skip
+        assert sum(one.requests for one in usage.failures) == sums_of(inside)[1]
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
