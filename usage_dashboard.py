@@ -1222,9 +1222,9 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
 
 # How fast requests were. A value is one byte, the number of its bin: 0 is unknown, 1 is zero, and each later bin ends
 # at 9/8 of where it begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency
-# and its first token (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row, or where that is
-# shorter their counts: 255, the bytes of a count, the first bin, five bytes of requests, and a count for each bin and
-# measure. To be added up, counts are the digits of one number, five bytes each, and the first is that of requests.
+# and its first token (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row, or of many their
+# counts: 255, the bytes of a count, the first bin, five bytes of requests, and a count for each bin and measure. To be
+# added up, counts are the digits of one number, five bytes each, and the first is that of requests.
 
 _BIN_RATIO, _BIN_OF_ONE, _LAST_BIN = math.log(9 / 8), 20, 254
 _COUNT_BYTES, _COUNTS = 5, 3 * (_LAST_BIN + 1)
@@ -1232,30 +1232,30 @@ _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
 _MOST_LISTED = 3 * 64
 
 
-def _bin_of(value: float | None) -> int:
-    if not value or value < 0:
-        return 0 if value is None else 1
+def _bin_of(value: float) -> int:
     return min(max(2, int(math.log(value) / _BIN_RATIO + _BIN_OF_ONE)), _LAST_BIN)
+
+
+def _begin_of(number: int) -> float:
+    return math.exp((number - _BIN_OF_ONE) * _BIN_RATIO)
+
+
+# The bins of whole numbers up to a minute's milliseconds.
+_BINS = b"\1" + b"".join(
+    bytes([number]) * (math.ceil(_begin_of(number + 1)) - math.ceil(_begin_of(number))) for number in range(20, 114)
+)
 
 
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
     """Return a request's speeds; it has a rate where its first token came before its end."""
-    rate = None
-    if output_tokens and latency_ms is not None and ttft_ms is not None and ttft_ms < latency_ms:
-        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
-
-
-def join_speeds(parts: Sequence[bytes]) -> bytes:
-    """Join speeds to one, as short as they can be."""
-    whole = b"".join(parts)
-    if len(whole) <= _MOST_LISTED and all(part[0] <= _LAST_BIN for part in parts):
-        return whole
-    digits = _in_bytes(count_speeds(parts).to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
-    size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8
-    lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
-    first = (len(lanes) - len(lanes.lstrip(b"\0"))) // (3 * size)
-    return bytes((255, size, first + 1)) + digits[:_COUNT_BYTES] + lanes[first * 3 * size :]
+    latency = first = rate = 0
+    if latency_ms is not None:
+        latency = _BINS[latency_ms] if latency_ms < len(_BINS) else _bin_of(latency_ms)
+    if ttft_ms is not None:
+        first = _BINS[ttft_ms] if ttft_ms < len(_BINS) else _bin_of(ttft_ms)
+        if output_tokens and latency_ms is not None and ttft_ms < latency_ms:
+            rate = _bin_of(output_tokens * 1e5 / (latency_ms - ttft_ms))
+    return bytes((latency, first, rate))
 
 
 def requests_in(speeds: bytes) -> int:
@@ -1263,25 +1263,53 @@ def requests_in(speeds: bytes) -> int:
     return int.from_bytes(speeds[3:8], "little") if speeds[0] > _LAST_BIN else len(speeds) // 3
 
 
-def count_speeds(parts: Iterable[bytes]) -> int:
+def join_speeds(speeds: bytes, more: bytes) -> bytes:
+    """Return the speeds of both, none of them empty; of many requests their counts."""
+    if more[0] <= _LAST_BIN:
+        if speeds[0] > _LAST_BIN:
+            with suppress(IndexError, ValueError):  # a bin that has no place yet, or more than its bytes can count
+                return _count_more(speeds, more)
+        elif len(speeds) + len(more) <= _MOST_LISTED:
+            return speeds + more
+    digits = _in_bytes(count_speeds([speeds, more]).to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
+    size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8 or 1
+    lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
+    first = (len(lanes) - len(lanes.lstrip(b"\0"))) // (3 * size)
+    return bytes((255, size, first + 1)) + digits[:_COUNT_BYTES] + lanes[first * 3 * size :]
+
+
+def _count_more(counted: bytes, listed: bytes) -> bytes:
+    lanes, size, first = bytearray(counted), counted[1], counted[2]
+    for measure in range(3):
+        begin = 8 + (measure - 3 * first) * size
+        for number in filter(None, listed[measure::3]):
+            if number < first:
+                raise IndexError
+            lanes[begin + 3 * size * number] += 1
+    lanes[3:8] = (requests_in(counted) + len(listed) // 3).to_bytes(_COUNT_BYTES, "little")
+    return bytes(lanes)
+
+
+def count_speeds(parts: Sequence[bytes]) -> int:
     """Count speeds; counts are added up as numbers are."""
-    requests, listed = 0, b"".join(part for part in parts if part[0] <= _LAST_BIN)
-    places: list[list[int]] = [[] for _ in range(_COUNT_BYTES)]  # of one byte for each count
+    listed, total = b"".join([part for part in parts if part[0] <= _LAST_BIN]), 0
+    places: dict[int, list[int]] = {}  # of one byte for each count
     for part in parts:
         if part[0] > _LAST_BIN:
-            requests += requests_in(part)
+            total += requests_in(part)
             size, shift = part[1], part[2] * 24
             for place in range(size):
-                places[place].append(int.from_bytes(part[8 + place :: size], "little") << shift)
+                places.setdefault(place, []).append(int.from_bytes(part[8 + place :: size], "little") << shift)
+    for place, numbers in places.items():
+        total += _add_bytes(numbers) << 8 * place
     for start in range(0, len(listed), 255 * 3):  # no more than one byte can count
-        some = listed[start : start + 255 * 3]
-        lanes = bytearray(3 * max(some) + 3)
+        lanes = bytearray(_COUNTS)
         for measure in range(3):
-            for number, count in Counter(some[measure::3]).items():
+            for number, count in Counter(listed[start + measure : start + 255 * 3 : 3]).items():
                 lanes[3 * number + measure] = count
-        places[0].append(int.from_bytes(lanes[3:], "little") << 24)
-    counts = sum(_add_bytes(numbers) << 8 * place for place, numbers in enumerate(places) if numbers)
-    return counts + requests + len(listed) // 3
+        lanes[:3] = len(listed[start : start + 255 * 3]) // 3, 0, 0
+        total += int.from_bytes(_in_bytes(lanes.rstrip(b"\0"), 1, _COUNT_BYTES), "little")
+    return total
 
 
 def _add_bytes(numbers: Sequence[int]) -> int:
@@ -1310,7 +1338,7 @@ def speed_json(counts: int) -> dict[str, Any]:
     def values(measure: int, *percents: int, unit: float = 1.0) -> dict[str, float | None]:
         below = list(itertools.accumulate(lanes[3 + measure :: 3]))
         bins = [bisect_left(below, -(-below[-1] * percent // 100)) + 1 for percent in percents]
-        known = [math.exp((number - _BIN_OF_ONE) * _BIN_RATIO) * 18 / 17 * unit * (number > 1) for number in bins]
+        known = [_begin_of(number) * 18 / 17 * unit * (number > 1) for number in bins]
         return {f"p{part}": float(f"{value:.4g}") if below[-1] >= 5 else None for part, value in zip(percents, known)}
 
     return {
@@ -2164,7 +2192,7 @@ def _add_batch_to(table: str) -> str:
     keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
     added = {name: (f"SUM({name})", f"{name} + excluded.{name}") for name in SUM_NAMES}
     if table in _WITH_SPEEDS:
-        added["speeds"] = "joined_speeds(speeds)", "with_speeds(speeds, excluded.speeds)"
+        added["speeds"] = "joined_speeds(speeds)", "joined(speeds, excluded.speeds)"
     return (
         f"INSERT INTO {table}({keys}, {', '.join(added)}) "
         f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, "
@@ -2300,7 +2328,7 @@ class Store:
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
         db.create_aggregate("speeds_of", 3, _SpeedsOfRows)
         db.create_aggregate("joined_speeds", 1, _JoinedSpeeds)
-        db.create_function("with_speeds", 2, lambda *parts: join_speeds([part for part in parts if part]) or None)
+        db.create_function("joined", 2, _joined)
         db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
         return db
 
@@ -2846,20 +2874,30 @@ class _SpeedsOfRows:
     """Aggregate of SQL: the speeds of rows, given their latency, first token and output."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        self.listed = bytearray()
 
-    def step(self, *row: Any) -> None:
-        self.parts.append(speeds_of(*row))
+    def step(self, latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> None:
+        self.listed += speeds_of(latency_ms, ttft_ms, output_tokens)
 
-    def finalize(self) -> bytes | None:
-        return join_speeds(self.parts) if self.parts else None
+    def finalize(self) -> bytes:
+        return bytes(self.listed)
 
 
-class _JoinedSpeeds(_SpeedsOfRows):
+class _JoinedSpeeds:
     """Aggregate of SQL: the speeds of several cells, of which some may have none."""
 
-    def step(self, *row: Any) -> None:
-        self.parts += filter(None, row)
+    def __init__(self) -> None:
+        self.speeds: bytes | None = None
+
+    def step(self, speeds: bytes | None) -> None:
+        self.speeds = _joined(self.speeds, speeds)
+
+    def finalize(self) -> bytes | None:
+        return self.speeds
+
+
+def _joined(speeds: bytes | None, more: bytes | None) -> bytes | None:
+    return join_speeds(speeds, more) if speeds and more else speeds or more
 
 
 # Below the floor, what there was before speeds were kept has none.
