@@ -1233,7 +1233,8 @@ _MOST_LISTED = 3 * 64
 
 
 def _bin_of(value: float) -> int:
-    return min(max(2, int(math.log(value) / _BIN_RATIO + _BIN_OF_ONE)), _LAST_BIN)
+    number = int(math.log(value) / _BIN_RATIO + _BIN_OF_ONE)
+    return number if 2 <= number <= _LAST_BIN else 2 if number < 2 else _LAST_BIN
 
 
 def _begin_of(number: int) -> float:
@@ -1266,11 +1267,11 @@ def requests_in(speeds: bytes) -> int:
 def join_speeds(speeds: bytes, more: bytes) -> bytes:
     """Return the speeds of both, none of them empty; of many requests their counts."""
     if more[0] <= _LAST_BIN:
-        if speeds[0] > _LAST_BIN:
-            with suppress(IndexError, ValueError):  # a bin that has no place yet, or more than its bytes can count
+        with suppress(ValueError):  # more than the bytes of a count take
+            if speeds[0] > _LAST_BIN:
                 return _count_more(speeds, more)
-        elif len(speeds) + len(more) <= _MOST_LISTED:
-            return speeds + more
+            whole = speeds + more
+            return whole if len(whole) <= _MOST_LISTED else _count_more(bytes((255, 1, max(whole), *[0] * 5)), whole)
     digits = _in_bytes(count_speeds([speeds, more]).to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
     size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8 or 1
     lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
@@ -1279,37 +1280,45 @@ def join_speeds(speeds: bytes, more: bytes) -> bytes:
 
 
 def _count_more(counted: bytes, listed: bytes) -> bytes:
-    lanes, size, first = bytearray(counted), counted[1], counted[2]
+    size, first, lanes = counted[1], counted[2], bytearray(counted[8:])
+    known = listed.replace(b"\0", b"") or bytes([first])
+    lowest = min(first, *known)
+    lanes[:0] = bytes(3 * size * (first - lowest))
+    lanes += bytes(max(0, 3 * size * (max(known) + 1 - lowest) - len(lanes)))
     for measure in range(3):
-        begin = 8 + (measure - 3 * first) * size
+        begin = (measure - 3 * lowest) * size
         for number in filter(None, listed[measure::3]):
-            if number < first:
-                raise IndexError
             lanes[begin + 3 * size * number] += 1
-    lanes[3:8] = (requests_in(counted) + len(listed) // 3).to_bytes(_COUNT_BYTES, "little")
-    return bytes(lanes)
+    requests = requests_in(counted) + len(listed) // 3
+    return bytes((255, size, lowest)) + requests.to_bytes(_COUNT_BYTES, "little") + lanes
 
 
 def count_speeds(parts: Sequence[bytes]) -> int:
     """Count speeds; counts are added up as numbers are."""
-    listed, total = b"".join([part for part in parts if part[0] <= _LAST_BIN]), 0
     places: dict[int, list[int]] = {}  # of one byte for each count
+    lists, total = [], 0
     for part in parts:
-        if part[0] > _LAST_BIN:
-            total += requests_in(part)
-            size, shift = part[1], part[2] * 24
-            for place in range(size):
-                places.setdefault(place, []).append(int.from_bytes(part[8 + place :: size], "little") << shift)
+        if part[0] <= _LAST_BIN:
+            lists.append(part)
+            continue
+        total += int.from_bytes(part[3:8], "little")
+        for place in range(part[1]):
+            number = int.from_bytes(part[8 + place :: part[1]], "little") << part[2] * 24
+            places.setdefault(place, []).append(number)
     for place, numbers in places.items():
         total += _add_bytes(numbers) << 8 * place
-    for start in range(0, len(listed), 255 * 3):  # no more than one byte can count
-        lanes = bytearray(_COUNTS)
-        for measure in range(3):
-            for number, count in Counter(listed[start + measure : start + 255 * 3 : 3]).items():
-                lanes[3 * number + measure] = count
-        lanes[:3] = len(listed[start : start + 255 * 3]) // 3, 0, 0
-        total += int.from_bytes(_in_bytes(lanes.rstrip(b"\0"), 1, _COUNT_BYTES), "little")
-    return total
+    listed = b"".join(lists)
+    return total + sum(_count_listed(listed[start : start + 765]) for start in range(0, len(listed), 765))
+
+
+def _count_listed(listed: bytes) -> int:
+    """Count up to 255 requests, so that a byte takes each count."""
+    lanes = bytearray(_COUNTS)
+    for measure in range(3):
+        for number, count in Counter(listed[measure::3]).items():
+            lanes[3 * number + measure] = count
+    lanes[:3] = len(listed) // 3, 0, 0
+    return int.from_bytes(_in_bytes(lanes.rstrip(b"\0"), 1, _COUNT_BYTES), "little")
 
 
 def _add_bytes(numbers: Sequence[int]) -> int:
