@@ -45,7 +45,7 @@ import struct
 import sys
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -361,6 +361,7 @@ class Config:
     auth_dir: str = "~/.cliproxyapi"
     database: str = "usage.db"
     retention_days: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
     dashboard_host: str = "0.0.0.0"
     dashboard_port: int = 8320
     dashboard_password: str = field(default="", repr=False)
@@ -397,8 +398,27 @@ _HOST_FAULTS = {
 }
 
 
+_NAMED = re.compile(r"#[0-9a-f]{6}|[^@\s]{1,64}@[^@\s]+\.[^@\s]+( #[0-9a-f]{6})?")
+
+
+def _faults_of_names(names: Any) -> Iterator[str]:
+    """Yield what is wrong with the owner's names for keys and accounts."""
+    if not isinstance(names, dict):
+        yield 'must be an object, such as {"#3f9a2c": "An\'s laptop", "ops@example.org": "Ops"}'
+        return
+    for target, name in names.items():
+        if not _NAMED.fullmatch(target.lower()):
+            yield f'has "{target}", which must be a key\'s tag ("#3f9a2c"), a mail, or both ("ops@example.org #1c9e40")'
+        if not isinstance(name, str) or not re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]{1,60}", name.strip()):
+            yield f'must give "{target}" a name of 1 to 60 letters in double quotes, on one line'
+    words = Counter(str(word).strip().lower() for item in names.items() for word in item)
+    yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
+
+
 def _fault_of(key: str, value: Any) -> str | None:
     """Return what is wrong with the value of a known key; None where nothing is."""
+    if key == "names":
+        return "; it ".join(_faults_of_names(value)) or None
     if key in _RANGES:
         low, high = _RANGES[key]
         kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
@@ -472,8 +492,39 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
     fault = _fault_of(name, value)
     if fault:
         faults.append(f'{where}: "{key}" {fault}')
+    elif name == "names":
+        values[name] = _by_target(value)
     else:
         values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
+
+
+def _by_target(names: Mapping[str, str]) -> dict[str, str]:
+    return {target.lower(): name.strip() for target, name in names.items()}
+
+
+class Names:
+    """The owner's names by tag or mail, read again when the config file changes; one with faults changes nothing."""
+
+    def __init__(self, by_target: Mapping[str, str] = {}, path: Path | None = None, log: Log | None = None):
+        self.by_target, self.version = by_target, 0
+        self._path, self._log, self._seen = path, log or Log(), None
+
+    def look(self) -> None:
+        """Read the file again if it is another one than at the last look."""
+        seen, faults = None, []
+        with suppress(OSError, AttributeError):  # there is no file
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        names = _read_config_file(self._path, False, faults).get("names", {})
+        faults += [f'{self._path}: "names" {fault}' for fault in _faults_of_names(names)]
+        if faults:
+            self._log.line(f"warning: {faults[0]}; the names stay as they were")
+        elif _by_target(names) != self.by_target:
+            self.by_target = _by_target(names)
+            self.version += 1
 
 
 # ------------------------------------------------------------------ resp
@@ -1220,140 +1271,106 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     return _harmless(value)
 
 
-# How fast requests were. A value is one byte, the number of its bin: 0 is unknown, 1 is zero, and each later bin ends
-# at 9/8 of where it begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency
-# and its first token (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row, or of many their
-# counts: 255, the bytes of a count, the first bin, five bytes of requests, and a count for each bin and measure. To be
-# added up, counts are the digits of one number, five bytes each, and the first is that of requests.
+# How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
+# begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency and its first token
+# (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row; those of many are blocks of a head
+# (255, the first bin, the length, the requests) and one byte that counts for each bin and measure: when one is full, a
+# new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
 
-_BIN_RATIO, _BIN_OF_ONE, _LAST_BIN = math.log(9 / 8), 20, 254
-_COUNT_BYTES, _COUNTS = 5, 3 * (_LAST_BIN + 1)
+_BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
+_BINS = b"".join(  # of whole numbers up to a minute's milliseconds
+    bytes([number]) * (math.ceil(end) - math.ceil(begin))
+    for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
+)
+_COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
+_BLOCK = struct.Struct("<BBHI")
 _MOST_LISTED = 3 * 64
 
 
-def _bin_of(value: float) -> int:
-    number = int(math.log(value) / _BIN_RATIO + _BIN_OF_ONE)
-    return number if 2 <= number <= _LAST_BIN else 2 if number < 2 else _LAST_BIN
-
-
-def _begin_of(number: int) -> float:
-    return math.exp((number - _BIN_OF_ONE) * _BIN_RATIO)
-
-
-# The bins of whole numbers up to a minute's milliseconds.
-_BINS = b"\1" + b"".join(
-    bytes([number]) * (math.ceil(_begin_of(number + 1)) - math.ceil(_begin_of(number))) for number in range(20, 114)
-)
+def _bin_of(value: float | None) -> int:
+    if value is None:
+        return 0
+    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
 
 
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
-    """Return a request's speeds; it has a rate where its first token came before its end."""
-    latency = first = rate = 0
-    if latency_ms is not None:
-        latency = _BINS[latency_ms] if latency_ms < len(_BINS) else _bin_of(latency_ms)
-    if ttft_ms is not None:
-        first = _BINS[ttft_ms] if ttft_ms < len(_BINS) else _bin_of(ttft_ms)
-        if output_tokens and latency_ms is not None and ttft_ms < latency_ms:
-            rate = _bin_of(output_tokens * 1e5 / (latency_ms - ttft_ms))
-    return bytes((latency, first, rate))
+    """Return a request's speeds; tokens per second are known where the first came before the end."""
+    rate = None
+    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
+        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
+    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
 
 
-def requests_in(speeds: bytes) -> int:
-    """Return the number of requests whose speeds these are."""
-    return int.from_bytes(speeds[3:8], "little") if speeds[0] > _LAST_BIN else len(speeds) // 3
+def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
+    """Add requests in a row to speeds."""
+    if not speeds or speeds[0] < 255:
+        speeds, listed = b"", (speeds or b"") + listed
+        if len(listed) <= _MOST_LISTED:
+            return listed
+    for start in range(0, len(listed), 765):  # no more than one byte can count
+        some = listed[start : start + 765]
+        try:
+            speeds = _counted(some, speeds)
+        except ValueError:
+            speeds = _counted(some) + speeds
+    return speeds
 
 
-def join_speeds(speeds: bytes, more: bytes) -> bytes:
-    """Return the speeds of both, none of them empty; of many requests their counts."""
-    if more[0] <= _LAST_BIN:
-        with suppress(ValueError):  # more than the bytes of a count take
-            if speeds[0] > _LAST_BIN:
-                return _count_more(speeds, more)
-            whole = speeds + more
-            return whole if len(whole) <= _MOST_LISTED else _count_more(bytes((255, 1, max(whole), *[0] * 5)), whole)
-    digits = _in_bytes(count_speeds([speeds, more]).to_bytes(_COUNTS * _COUNT_BYTES, "little"), _COUNT_BYTES, 8)
-    size = (max(memoryview(digits).cast("Q")[3:]).bit_length() + 7) // 8 or 1
-    lanes = _in_bytes(digits[24:], 8, size).rstrip(b"\0")
-    first = (len(lanes) - len(lanes.lstrip(b"\0"))) // (3 * size)
-    return bytes((255, size, first + 1)) + digits[:_COUNT_BYTES] + lanes[first * 3 * size :]
-
-
-def _count_more(counted: bytes, listed: bytes) -> bytes:
-    size, first, lanes = counted[1], counted[2], bytearray(counted[8:])
-    known = listed.replace(b"\0", b"") or bytes([first])
-    lowest = min(first, *known)
-    lanes[:0] = bytes(3 * size * (first - lowest))
-    lanes += bytes(max(0, 3 * size * (max(known) + 1 - lowest) - len(lanes)))
+def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
+    """Count requests in the first block, which grows to hold their bins. Raises ValueError when a byte is full."""
+    known = listed.replace(b"\0", b"")
+    lowest, highest = (min(known), max(known)) if known else (254, 0)
+    _, first, length, requests = _BLOCK.unpack_from(speeds) if speeds else (255, lowest, 0, 0)
+    counts = bytearray(3 * max(0, first - lowest)) + speeds[8 : 8 + length]
+    first = min(first, lowest)
+    counts += bytes(max(0, 3 * (highest + 1 - first) - len(counts)))
     for measure in range(3):
-        begin = (measure - 3 * lowest) * size
         for number in filter(None, listed[measure::3]):
-            lanes[begin + 3 * size * number] += 1
-    requests = requests_in(counted) + len(listed) // 3
-    return bytes((255, size, lowest)) + requests.to_bytes(_COUNT_BYTES, "little") + lanes
+            counts[3 * (number - first) + measure] += 1
+    return _BLOCK.pack(255, first, len(counts), requests + len(listed) // 3) + counts + speeds[8 + length :]
 
 
 def count_speeds(parts: Sequence[bytes]) -> int:
     """Count speeds; counts are added up as numbers are."""
-    places: dict[int, list[int]] = {}  # of one byte for each count
-    lists, total = [], 0
-    for part in parts:
-        if part[0] <= _LAST_BIN:
-            lists.append(part)
-            continue
-        total += int.from_bytes(part[3:8], "little")
-        for place in range(part[1]):
-            number = int.from_bytes(part[8 + place :: part[1]], "little") << part[2] * 24
-            places.setdefault(place, []).append(number)
-    for place, numbers in places.items():
-        total += _add_bytes(numbers) << 8 * place
-    listed = b"".join(lists)
-    return total + sum(_count_listed(listed[start : start + 765]) for start in range(0, len(listed), 765))
-
-
-def _count_listed(listed: bytes) -> int:
-    """Count up to 255 requests, so that a byte takes each count."""
-    lanes = bytearray(_COUNTS)
-    for measure in range(3):
-        for number, count in Counter(listed[measure::3]).items():
-            lanes[3 * number + measure] = count
-    lanes[:3] = len(listed) // 3, 0, 0
-    return int.from_bytes(_in_bytes(lanes.rstrip(b"\0"), 1, _COUNT_BYTES), "little")
-
-
-def _add_bytes(numbers: Sequence[int]) -> int:
-    """Add up numbers of one byte for each count, by every second, so that there is room for 257 of them."""
-    total = 0
-    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 1)):
-        added = sum([number >> 8 * odd & _EVERY_SECOND for number in numbers[start : start + 257]])
+    listed = b"".join([part for part in parts if part[0] < 255])
+    blocks = [part for part in parts if part[0] == 255]
+    blocks += [_counted(listed[start : start + 765]) for start in range(0, len(listed), 765)]
+    numbers, total = [], 0
+    for block in blocks:
+        while block:
+            _, first, length, requests = _BLOCK.unpack_from(block)
+            numbers.append(int.from_bytes(block[8 : 8 + length], "little") << 24 * first)
+            total += requests
+            block = block[8 + length :]
+    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 8)):  # so many have room in two bytes
+        added = sum([number >> odd & _EVERY_SECOND for number in numbers[start : start + 257]])
         pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
-        total += int.from_bytes(_in_bytes(pairs, 2, 2 * _COUNT_BYTES), "little") << 8 * _COUNT_BYTES * odd
+        digits = bytearray(8 * len(pairs))
+        digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
+        total += int.from_bytes(digits, "little") << 8 * odd
     return total
 
 
-def _in_bytes(numbers: bytes, size: int, new_size: int) -> bytearray:
-    """Return little-endian numbers of ``size`` bytes in ``new_size`` bytes each."""
-    wide = bytearray(len(numbers) // size * new_size)
-    for place in range(min(size, new_size)):
-        wide[place::new_size] = numbers[place::size]
-    return wide
+def requests_in(speeds: bytes) -> int:
+    """Return the number of requests whose speeds these are."""
+    return len(speeds) // 3 if speeds[0] < 255 else count_speeds([speeds]) & (1 << 64) - 1
 
 
 def speed_json(counts: int) -> dict[str, Any]:
-    """Return the percentiles by nearest rank of what was counted; None for those of fewer than five values."""
-    digits = counts.to_bytes(_COUNTS * _COUNT_BYTES, "little")
-    lanes = struct.unpack(f"<{_COUNTS}Q", _in_bytes(digits, _COUNT_BYTES, 8))
+    """Return the percentiles by nearest rank of what was counted; None for one of fewer than five values."""
+    lanes = struct.unpack(f"<{_COUNTS}Q", counts.to_bytes(8 * _COUNTS, "little"))
+    below = [list(itertools.accumulate(lanes[3 + measure :: 3])) for measure in range(3)]
 
-    def values(measure: int, *percents: int, unit: float = 1.0) -> dict[str, float | None]:
-        below = list(itertools.accumulate(lanes[3 + measure :: 3]))
-        bins = [bisect_left(below, -(-below[-1] * percent // 100)) + 1 for percent in percents]
-        known = [_begin_of(number) * 18 / 17 * unit * (number > 1) for number in bins]
-        return {f"p{part}": float(f"{value:.4g}") if below[-1] >= 5 else None for part, value in zip(percents, known)}
+    def value(measure: int, percent: int) -> float | None:
+        total = below[measure][-1]
+        middle = _BIN_BEGINS[bisect_left(below[measure], -(-total * percent // 100))] * 18 / 17
+        return float(f"{middle / (100 if measure == 2 else 1):.4g}") if total >= 5 else None
 
     return {
-        "latency_ms": values(0, 50, 95),
-        "ttft_ms": values(1, 50, 95),
-        "tokens_per_second": values(2, 50, unit=0.01),
+        "latency_ms": {"p50": value(0, 50), "p95": value(0, 95)},
+        "ttft_ms": {"p50": value(1, 50), "p95": value(1, 95)},
+        "tokens_per_second": {"p50": value(2, 50)},
         "sample": lanes[0],
     }
 
@@ -1465,6 +1482,13 @@ def tag_of(account: str) -> str:
 def own_tag(identity_id: int, mail: str) -> str:
     """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
     return "#" + short_tag(str(identity_id), mail)
+
+
+def owner_name(names: Mapping[str, str], account: Account) -> str | None:
+    """Return the owner's name for an account; behind a name for several of one mail stands what tells them apart."""
+    mail = account.mail.lower()
+    own, shared = names.get(f"{mail} {account.tag}"), names.get(mail)
+    return own or (shared and shared + account.name[len(mail) :])
 
 
 def account_of(context: Context, accounts: Iterable[Account]) -> Account | None:
@@ -2086,27 +2110,16 @@ def _step_speeds(db) -> None:
     """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
     for table in ("usage_by_hour", "usage_by_day"):
         db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    for table, query in (
-        (
-            "usage_by_hour",
-            "SELECT speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens), CAST(e.ts_epoch AS INTEGER) / 3600 AS b, "
-            "COALESCE(c.identity_id, (SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), "
-            "'') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)) AS i, "
-            "(SELECT id FROM models WHERE name = IFNULL(e.model, 'unknown')) AS m, IFNULL(c.key_id, -1) AS k "
-            "FROM events e LEFT JOIN contexts c ON c.id = e.context_id WHERE NOT e.failed AND e.ts_epoch >= "
-            "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) GROUP BY b, i, m, k",
-        ),
-        (
-            "usage_by_day",
-            "SELECT joined_speeds(speeds), bucket / 24 AS b, identity_id AS i, model_id AS m, key_id AS k "
-            "FROM usage_by_hour WHERE speeds IS NOT NULL GROUP BY b, i, m, k",
-        ),
-    ):
-        db.executemany(
-            f"UPDATE {table} SET speeds = ? WHERE bucket = ? AND identity_id = ? AND model_id = ? AND key_id = ? "
-            "AND reason_id = 0",
-            db.execute(query),
-        )
+    rows = db.execute(
+        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
+        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)), "
+        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
+        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE NOT e.failed AND e.ts_epoch >= "
+        "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) ORDER BY e.ts_epoch"
+    )
+    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
+        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
 
 
 _SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (8, _step_speeds))
@@ -2143,6 +2156,16 @@ def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None)
     return cache(known, (status, error), _id_of(db, "reasons", reason))
 
 
+def _add_speeds(db, speeds: Mapping[Any, Sequence[bytes]]) -> None:
+    """Add the speeds of successes, by (hour, identity, model, client key), to those of their hours and days."""
+    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
+        db.executemany(
+            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
+            "AND model_id = ? AND key_id = ? AND reason_id = 0",
+            [(b"".join(parts), hour // hours, *cell) for (hour, *cell), parts in speeds.items()],
+        )
+
+
 def _list(table: str, columns: Iterable[str]) -> str:
     return ", ".join(f"{table}.{name}" for name in columns)
 
@@ -2171,7 +2194,7 @@ _CELL_COLUMNS = {
 }
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
-_EVENT_SPEEDS = "CASE WHEN NOT e.failed THEN speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens) END AS speeds"
+_CELLS_OF_EVENTS = f"SELECT {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS} FROM {_EVENTS} WHERE e.ts_epoch"
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
 _EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
@@ -2184,29 +2207,23 @@ _TOUCH_IDENTITY = (
     "plan = IFNULL(?, plan) WHERE id = ?"
 )
 
-# The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets. Hours
-# and days have the speeds of successes too.
-_WITH_SPEEDS = ("usage_by_hour", "usage_by_day")
+# The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_BATCH_COLUMNS = ["bucket", "identity_id", "model_id", "key_id", "reason_id", *SUM_NAMES, "speeds"]
-_CREATE_BATCH = f"CREATE TEMP TABLE batch({', '.join(_BATCH_COLUMNS)})"
+_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"{_REASON_OF} AS r, {_EVENT_SUMS}, {_EVENT_SPEEDS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
     "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
 def _add_batch_to(table: str) -> str:
     keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
-    added = {name: (f"SUM({name})", f"{name} + excluded.{name}") for name in SUM_NAMES}
-    if table in _WITH_SPEEDS:
-        added["speeds"] = "joined_speeds(speeds)", "joined(speeds, excluded.speeds)"
     return (
-        f"INSERT INTO {table}({keys}, {', '.join(added)}) "
-        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, "
-        f"{', '.join(sum_up for sum_up, _ in added.values())} FROM batch GROUP BY {keys.replace('bucket', '1')} "
-        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {add}' for name, (_, add) in added.items())}"
+        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
+        f"GROUP BY {keys.replace('bucket', '1')} "
+        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
     )
 
 
@@ -2235,7 +2252,7 @@ class Window(NamedTuple):
 class Filters(NamedTuple):
     """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
 
-    ``account`` is its name or mail, ``key`` a client key's mask or tag.
+    ``account`` is its name or mail, ``key`` a client key's mask or tag; both may be one of the owner's ``names``.
     """
 
     account: str | None = None
@@ -2243,6 +2260,7 @@ class Filters(NamedTuple):
     status: str | None = None
     text: str | None = None
     key: str | None = None
+    names: Mapping[str, str] = {}
 
 
 _NO_FILTERS = Filters()
@@ -2262,33 +2280,19 @@ class Cell(NamedTuple):
     key: str | None
 
 
-class Failure(NamedTuple):
-    """The requests that failed for one reason; ``last_at`` is when the quarter hour of the last one began."""
-
-    status_code: int | None
-    error: str | None
-    requests: int
-    last_at: int | None
-    accounts: list[Account]
-
-
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds) and by cell, counted speeds, and the most frequent failures."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, the most frequent failures first, and speeds."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
-    failures: list[Failure]
+    failures: list[dict[str, Any]]
     speeds: dict[Cell, int]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
-        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
-
-        def order(row: tuple[Any, dict[Cell, Sums]]) -> tuple[Any, ...]:
-            sums = add_sums(row[1].values())
-            return -sums[-1], -sums[0], getattr(row[0], "name", row[0]) or ""
-
+        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first."""
         groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
-        return sorted(((value, dict(cells)) for value, cells in groups.items()), key=order)
+        rows = ((value, dict(cells)) for value, cells in groups.items())
+        return sorted(rows, key=lambda row: add_sums(row[1].values())[::-1], reverse=True)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -2303,9 +2307,9 @@ class Store:
         self.path = path
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
-        self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._context_ids: dict[Context, tuple[int, int, int]] = {}
         self._reason_ids: dict[Any, int] = {}
-        self._models: set[str] = set()
+        self._models: dict[str, int] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -2335,9 +2339,7 @@ class Store:
     def _connect(self):
         timeout_s = self._busy_timeout_s
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
-        db.create_aggregate("speeds_of", 3, _SpeedsOfRows)
-        db.create_aggregate("joined_speeds", 1, _JoinedSpeeds)
-        db.create_function("joined", 2, _joined)
+        db.create_function("join_speeds", 2, join_speeds)
         db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
         return db
 
@@ -2488,24 +2490,30 @@ class Store:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
         rows: list[tuple[Any, ...]] = []
         by_identity: dict[int, list[Event]] = {}
+        speeds: dict[Any, list[bytes]] = {}
         for event in events:
             context = event.context
-            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
+            identity_id, context_id, key_id = self._context_ids.get(context) or self._find_context(db, event)
             reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
-            if event.model not in self._models:
-                _id_of(db, "models", {"name": event.model})
-                self._models.add(event.model)
+            model_id = self._models.get(event.model)
+            if model_id is None:
+                model_id = cache(self._models, event.model, _id_of(db, "models", {"name": event.model}))
+            if not event.failed:
+                cell = int(event.ts_epoch) // 3600, identity_id, model_id, key_id
+                told = speeds_of(event.latency_ms, event.ttft_ms, event.output_tokens)
+                speeds.setdefault(cell, []).append(told)
         db.executemany(_INSERT_EVENT, rows)
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         db.execute(_SUM_UP_BATCH, (last_id,))
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
+        _add_speeds(db, speeds)
 
-    def _find_context(self, db, event: Event) -> tuple[int, int]:
-        """Return (identity id, context id) of an event's context, both inserted where they are new."""
+    def _find_context(self, db, event: Event) -> tuple[int, int, int]:
+        """Return (identity id, context id, key id) of an event's context, all inserted where they are new."""
         values = event.context._asdict()
         identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
         identity["account"] = self._decide(db, **identity)
@@ -2513,7 +2521,7 @@ class Store:
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
-        return cache(self._context_ids, event.context, (identity_id, context_id))
+        return cache(self._context_ids, event.context, (identity_id, context_id, key_id))
 
     def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
@@ -2679,21 +2687,20 @@ class Store:
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
             cell_of = self._cell_finder(db, accounts)
             cells, failed = self._cells_of(cell_of, plan.by_cell(db))
-            reasons = {key: told for key, *told in db.execute("SELECT id, status_code, NULLIF(error, '') FROM reasons")}
-            most = sorted(failed.items(), key=lambda row: (-sum(row[1].values()), row[0]))[:50]
-            failures = [
-                Failure(*reasons[key], sum(by.values()), plan.last_quarter(db, key), sorted(by, key=by.get)[::-1])
-                for key, by in most
-            ]
-            parts: dict[tuple[int, int, int], list[bytes]] = {}
-            for identity_id, model_id, key_id, speeds in plan.speeds(db):
-                parts.setdefault((identity_id, model_id, key_id), []).append(speeds)
-        counts: dict[Cell, int] = {}
-        for ids, some in parts.items():
-            cell = cell_of(*ids)
-            counts[cell] = counts.get(cell, 0) + count_speeds(some)
-        by_start = {key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}
-        return Usage(by_start, cells, failures, counts)
+            failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
+            failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
+            failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
+            for failure in failures:  # the quarter hour of the last one, and the accounts, most failures first
+                reason_id = failure.pop("id")
+                failure["last_at"] = plan.last_quarter(db, reason_id)
+                failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
+            listed: dict[Any, list[bytes]] = {}
+            for identity_id, model_id, key_id, part in plan.speeds(db):
+                listed.setdefault((identity_id, model_id, key_id), []).append(part)
+        speeds: dict[Cell, int] = Counter()
+        for ids, parts in listed.items():
+            speeds[cell_of(*ids)] += count_speeds(parts)
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures, speeds)
 
     @staticmethod
     def _cell_finder(db, accounts: Sequence[Account]) -> Callable[[int, int, int], Cell]:
@@ -2703,15 +2710,15 @@ class Store:
         return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
 
     @staticmethod
-    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Any]]:
+    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
         """Return the sums by cell, and by reason how many requests of which account failed."""
         cells: dict[Cell, Sums] = {}
-        failed: dict[int, Any] = {}
+        failed: dict[int, Counter] = {}
         for identity_id, model_id, key_id, reason_id, *sums in rows:
             cell = cell_of(identity_id, model_id, key_id)
             cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
             if reason_id:
-                failed.setdefault(reason_id, Counter())[cell.account] += sums[0]
+                failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
         return cells, failed
 
     def span(self) -> tuple[float, float] | None:
@@ -2737,10 +2744,13 @@ class Store:
                 rows += _dicts(db.execute(_LIST_EVENTS.format(condition), bound))
                 if len(rows) >= limit:
                     break
-        names = {identity_id: account.name for account in accounts for identity_id in account.identity_ids}
+        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
         for row in rows:
             row.update({name: row[name] or None for name in (*_CONTEXT_COLUMNS, "auth_index")})
-            row["account"] = names.get(row.pop("identity_id")) or row["source"] or row["auth_index"] or "unknown"
+            owner = owners.get(row.pop("identity_id"))
+            row["account"] = owner.name if owner else row["source"] or row["auth_index"] or "unknown"
+            row["account_name"] = owner_name(filters.names, owner) if owner else None
+            row["key_name"] = filters.names.get(tag_of_mask(row["api_key"] or ""))
         return rows
 
     # Quota: rows as they are; what they mean is known in readings
@@ -2866,47 +2876,15 @@ class Store:
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
             floor = _meta_in(db, "events_floor", 0)
-            rows = db.execute(f"SELECT {_EVENT_SUMS} FROM events e WHERE e.ts_epoch >= ?", (floor * BUCKET_S,))
-            of_events, faults = tuple(value or 0 for value in rows.fetchone()), []
-            if _sums_in(db, "usage_by_time", floor) != of_events:
-                faults.append("usage_by_time does not add up to the events")
-            everything = _sums_in(db, "usage_by_time", 0)
-            odd = [table for table in _ROLL_UPS if _sums_in(db, table, 0) != everything]
-            of_hours, of_days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
-        faults += [f"{table} does not add up to usage_by_time" for table in odd]
-        if not of_hours == of_days == successes:
-            faults.append("the speeds do not add up to the successes")
-        return faults
-
-
-class _SpeedsOfRows:
-    """Aggregate of SQL: the speeds of rows, given their latency, first token and output."""
-
-    def __init__(self) -> None:
-        self.listed = bytearray()
-
-    def step(self, latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> None:
-        self.listed += speeds_of(latency_ms, ttft_ms, output_tokens)
-
-    def finalize(self) -> bytes:
-        return bytes(self.listed)
-
-
-class _JoinedSpeeds:
-    """Aggregate of SQL: the speeds of several cells, of which some may have none."""
-
-    def __init__(self) -> None:
-        self.speeds: bytes | None = None
-
-    def step(self, speeds: bytes | None) -> None:
-        self.speeds = _joined(self.speeds, speeds)
-
-    def finalize(self) -> bytes | None:
-        return self.speeds
-
-
-def _joined(speeds: bytes | None, more: bytes | None) -> bytes | None:
-    return join_speeds(speeds, more) if speeds and more else speeds or more
+            events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
+            quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
+            faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
+            odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
+            times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
+            odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
+            hours, days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
+            faults += [] if hours == days == successes else ["the speeds do not add up to the successes"]
+        return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
 
 # Below the floor, what there was before speeds were kept has none.
@@ -2914,6 +2892,7 @@ _COMPARE_SPEEDS = (
     "SELECT TOTAL(requests_in(speeds)), (SELECT TOTAL(requests_in(speeds)) FROM usage_by_day), "
     "TOTAL(CASE WHEN bucket < ? THEN requests_in(speeds) ELSE requests END) FROM usage_by_hour WHERE reason_id = 0"
 )
+
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
 
@@ -2954,9 +2933,9 @@ def events_to_adopt(path: Path) -> int:
         raise StoreError(_store_reason(path, error)) from error
 
 
-def _sums_in(db, table: str, from_bucket: int) -> Sums:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
+def _cells_in(db, table: str, first: int = 0) -> set[tuple[int, ...]]:
+    columns = ", ".join(_CELL_COLUMNS.values())
+    return set(db.execute(f"SELECT {columns}, {_ADDED} FROM {table} r WHERE bucket >= ? GROUP BY {columns}", (first,)))
 
 
 def _keys_in(db) -> dict[int, str]:
@@ -3026,11 +3005,12 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        ids = (account.identity_ids for account in accounts if filters.account in (account.name, account.mail))
-        listed = ", ".join(str(identity_id) for members in ids for identity_id in members)
+        called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
+        listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
     if filters.key is not None:
         asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
+        asked.update(tag for tag, name in filters.names.items() if name == filters.key)
         listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
         parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
     if filters.model is not None:
@@ -3087,24 +3067,28 @@ class _UsagePlan:
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
     def speeds(self, db) -> Iterator[tuple[Any, ...]]:
-        """Yield rows of identity, model, client key and speeds; below the floor a cut hour counts as a whole."""
+        """Yield rows of identity, model, client key and speeds; below the floor, of hours that are cut the whole."""
         start, end = self._window
         if start < self._floor_at:
             start = start // 3600 * 3600
         (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
         size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
-        if self._levels and size_s:  # nothing comes behind
+        if self._levels and size_s:  # nothing is behind the end
             end = -(-end // size_s) * size_s
-        columns = dict(list(_CELL_COLUMNS.items())[:3])  # but the reason
-        for roll_up, first, last in _cut([table for table in self._levels if table in _WITH_SPEEDS], start, end):
-            if roll_up is None:
-                keys, table, column, speeds = columns, _EVENTS, "e.ts_epoch", _EVENT_SPEEDS
-                (condition, bound), group = self._event_conditions, " AND NOT e.failed GROUP BY 1, 2, 3"
+        columns = list(_CELL_COLUMNS.items())[:3]
+        for roll_up, first, last in _cut(self._levels[:2], start, end):
+            if roll_up:
+                query = f"SELECT {', '.join(of_roll_up for _, of_roll_up in columns)}, r.speeds FROM {roll_up} r "
+                query += "WHERE r.speeds IS NOT NULL AND r.bucket >= ? AND r.bucket < ?"
+                condition, bound = self._roll_up_conditions
+                yield from db.execute(query + condition, (first, last, *bound))
             else:
-                keys, table, column, speeds = columns.values(), f"{roll_up} r", "r.bucket", "r.speeds"
-                (condition, bound), group = self._roll_up_conditions, " AND r.speeds IS NOT NULL"
-            query = f"SELECT {', '.join(keys)}, {speeds} FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"
-            yield from db.execute(query + group, (first, last, *bound))
+                query = f"SELECT {', '.join(of_rows for of_rows, _ in columns)}, e.latency_ms, e.ttft_ms, "
+                query += f"e.output_tokens FROM {_EVENTS} WHERE NOT e.failed AND e.ts_epoch >= ? AND e.ts_epoch < ?"
+                condition, bound = self._event_conditions
+                rows = db.execute(query + condition, (first, last, *bound))
+                yield from ((*row[:3], speeds_of(*row[3:])) for row in rows)
+
     def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
         """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
         for roll_up, start, end in reversed(spans or self._spans(self._levels)):
@@ -5578,12 +5562,13 @@ class Query(dict):
             raise ApiError(400, "bad_bucket", f"this window has over {most} hours; add bucket=auto for longer ones")
         return 3600
 
-    def filters(self) -> Filters:
-        """Return what narrows the answer."""
+    def filters(self, names: Names) -> Filters:
+        """Return what narrows the answer; the owner's ``names`` are understood too."""
         status = self.get("status", "ok")
         if not re.match(r"(ok|failed|[45]\d\d)\Z", status, re.ASCII):
             raise ApiError(400, "bad_status", "status must be ok, failed, or the code of a failure, 400 to 599")
-        return Filters(self.get("account"), self.get("model"), self.get("status"), self.get("q"), self.get("key"))
+        account, model, key = self.get("account"), self.get("model"), self.get("key")
+        return Filters(account, model, self.get("status"), self.get("q"), key, names.by_target)
 
     def cursor(self) -> tuple[float, int] | None:
         """Return the time and the id of the request that the list goes on behind."""
@@ -5604,6 +5589,7 @@ class App:
     log: Log
     clock: Callable[[], float] = time.time
     demo: bool = False
+    names: Names = field(default_factory=Names)
     flush: Callable[[], None] = lambda: None  # has what was popped committed, for whoever reads
     started_at: float = field(default_factory=time.monotonic)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())
@@ -5632,14 +5618,22 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     bucket_s = query.bucket_s(window, "auto" if name == "all" else "hour")
     offset = datetime.fromtimestamp(now, timezone.utc).astimezone(zone).utcoffset()
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
-    filters = query.filters()._replace(text=None)  # a search narrows the list of requests only
+    filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
     buckets = usage.buckets
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing, told = add_sums([]), ("source", "auth_index", "plan", "provider")
+    nothing = add_sums([])
 
     def row(sums: Sums, **columns: Any) -> dict[str, Any]:
         return {**columns, **dict(zip(SUM_NAMES, sums))}
+
+    def account_columns(account: Account) -> dict[str, Any]:
+        columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
+        return {"account": account.name, "name": owner_name(filters.names, account), **columns}
+
+    def key_columns(key: str | None) -> dict[str, Any]:
+        columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
+        return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
         return [
@@ -5659,21 +5653,15 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "bucket_seconds": bucket_s,
         "summary": row(add_sums(buckets.values())),
-        "speed": speed_of(usage.cells),
+        "speed": speed_of(usage.speeds),
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
         "models": rows("model", lambda model: {"model": model}),
-        "accounts": rows(
-            "account",
-            lambda account: {"account": account.name, **{name: getattr(account, name) or None for name in told}},
-        ),
-        "keys": rows("key", lambda key: {"key": key or None, **({"unknown": True} if key is None else {})}),
-        "failures": [
-            {**failure._asdict(), "accounts": [account.name for account in failure.accounts]}
-            for failure in usage.failures
-        ],
+        "accounts": rows("account", account_columns),
+        "keys": rows("key", key_columns),
+        "failures": usage.failures,
         "outages": app.store.outages(window, now),
     }
 
@@ -5683,7 +5671,7 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     limit, before = query.whole("limit", 1, 500, 100), query.cursor()
     in_window = any(name in query for name in ("range", "start", "end"))
     window = _window(app, query, app.clock())[1] if in_window else None
-    rows = app.store.requests(limit + 1, window, query.filters(), before)
+    rows = app.store.requests(limit + 1, window, query.filters(app.names), before)
     shown, last = rows[:limit], rows[limit - 1] if len(rows) > limit else None
     return {"requests": shown, "next": f"{last['ts_epoch']!r}_{last['id']}" if last else None}
 
@@ -5693,6 +5681,9 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     now = app.clock()
     accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
     quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    called = {account.name: owner_name(app.names.by_target, account) for account in accounts}
+    for row in quotas:
+        row["name"] = called.get(row["account"])
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -5713,7 +5704,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
-    return app.store.changes, int(app.clock() // 60)
+    return app.store.changes, app.names.version, int(app.clock() // 60)
 
 
 # Each with what its answer depends on besides the query; None is never a 304.
@@ -5971,6 +5962,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(404, "not_found", f"there is no such route; there are / {' '.join(ROUTES)}")
         answer, version = ROUTES[parts.path]
         app.flush()
+        app.names.look()
         forced = query.pop("force", None) == "1" and self.command == "GET" and answer is api_quota
         if forced:
             self._refuse_other_sites()
@@ -6577,6 +6569,7 @@ def run_start(options: Any) -> int:
     refresher = QuotaRefresher(config, store, log, stop)
     chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
+    app.names = Names(config.names, config_path, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
     exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
@@ -6679,7 +6672,8 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     with suppress(DashboardError):  # what is committed is readable all the same
         ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
     with closing(Store(path, announce=log.line)) as store:
-        yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
+        refresher = QuotaRefresher(config, store, log, threading.Event())
+        yield App(config, store, refresher, dict, log, names=Names(config.names))
 
 
 def run_report(options: Any) -> int:
@@ -6750,7 +6744,7 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["account"] or row["email"], row["plan"] or "—"]
+    cells = [row.get("name") or row["account"] or row["email"], row["plan"] or "—"]
     for window in ("primary", "secondary"):
         left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
         cells.append("—" if left is None else f"{left} %")

@@ -239,6 +239,7 @@ class Site:
         clock = {"clock": lambda: self.now}
         self.refresher = app.QuotaRefresher(self.config, self.store, log, self.stop, gap_s=(0, 0), **clock)
         made = app.App(self.config, self.store, self.refresher, lambda: dict(self.status), log, **clock)
+        made.names = app.Names(self.config.names, folder / "config.json", log)
         self.server = app.make_server("127.0.0.1", 0, head_s)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve, args=(made, app.load_page(folder / "page.html"), 0.01))

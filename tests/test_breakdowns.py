@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from urllib.parse import quote
 
 import pytest
-from support import DATA, NOW, at, put, run_sql
+from support import DATA, NOW, at, put, reading, run_sql
 
 import usage_dashboard as app
 
@@ -89,3 +90,59 @@ def test_fifty_of_many_failures_are_told_each_with_its_last_quarter_hour(site):
     assert [(row["error"], row["requests"], row["last_at"]) for row in failures] == [
         (word, 2, NOW - 86400 * number - 5 * 3600) for number, word in enumerate(words[:50])
     ]
+
+
+NAMES = {"#4BDCA8": " An's laptop ", "an@example.com": "Ops"}
+
+
+def test_names_stand_beside_keys_and_accounts_everywhere_and_filter(site, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"names": NAMES}), encoding="utf-8")
+    put(site.store, at(1, api_key="… #4bdca8"), at(1, api_key=BO, source="bo@example.com", auth_index="b"),
+        at(1, api_key="", model="m"))  # fmt: skip
+    site.store.save_reading(reading(account_id_tag=""))
+    answer = site.json("/api/summary?range=24h")
+    assert {row["key"]: row["name"] for row in answer["keys"]} == {"… #4bdca8": "An's laptop", BO: None, None: None}
+    named = {"an@example.com": "Ops", "bo@example.com": None}
+    assert {row["account"]: row["name"] for row in answer["accounts"]} == named
+    assert [(row["account"], row["name"]) for row in site.json("/api/quota")["quotas"]] == [("an@example.com", "Ops")]
+    listed = site.json("/api/requests")["requests"]
+    assert {(row["account_name"], row["key_name"]) for row in listed} == {
+        ("Ops", "An's laptop"), ("Ops", None), (None, None),
+    }  # fmt: skip
+    for asked, count in (("key=An's laptop", 1), ("account=Ops", 2), ("account=Ops&key=4bdca8", 1), ("key=Ops", 0)):
+        query = quote(asked, safe="=&")
+        assert site.json(f"/api/summary?range=24h&{query}")["summary"]["requests"] == count
+        assert len(site.json(f"/api/requests?{query}")["requests"]) == count
+
+
+def test_name_of_a_mail_with_several_accounts_is_followed_by_what_tells_them_apart(make_site):
+    site = make_site(names={"an@example.com": "Ops"})
+    put(site.store, *[at(1, account=account, auth_index=account) for account in ("#aaaaaa", "#bbbbbb")])
+    rows = site.json("/api/summary?range=24h")["accounts"]
+    assert {row["name"] for row in rows} == {"Ops (#aaaaaa)", "Ops (#bbbbbb)"}
+    both = make_site(names={"an@example.com": "Ops", "an@example.com #bbbbbb": "Second"})
+    assert {row["name"] for row in both.json("/api/summary?range=24h")["accounts"]} == {"Ops (#aaaaaa)", "Second"}
+    assert both.json("/api/summary?range=24h&account=Second")["summary"]["requests"] == 1
+
+
+def test_names_are_read_again_when_the_file_changes_and_one_with_faults_changes_nothing(site, tmp_path):
+    path, query = tmp_path / "config.json", "/api/summary?range=24h"
+    put(site.store, at(1, api_key=AN))
+
+    def name_for(tag: str) -> tuple[int, str | None]:
+        """Return what is answered to somebody who has the answer of this tag."""
+        reply, body = site.ask(query, If_None_Match=tag)
+        tags.append(reply.headers["ETag"])
+        return reply.status, json.loads(body)["keys"][0]["name"] if body else None
+
+    tags = [""]
+    assert name_for("") == (200, None)
+    for name in ("An's laptop", "An's phone, new"):
+        path.write_text(json.dumps({"names": {"#4bdca8": name}}), encoding="utf-8")
+        assert name_for(tags[-1]) == (200, name) and name_for(tags[-1]) == (304, None)
+    for content, said in (("{", "not valid JSON"), ('{"names": {"#4bdca8": ""}}', "1 to 60 letters")):
+        path.write_text(content, encoding="utf-8")
+        assert [name_for(tags[-1]) for _ in range(3)] == [(304, None)] * 3 and name_for("") == (200, name)
+        assert site.log.read_text().count(said) == 1
+    path.unlink()
+    assert name_for(tags[-1]) == (200, None)

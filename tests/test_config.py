@@ -60,6 +60,20 @@ def test_text_with_letters_that_no_system_takes_is_a_fault(tmp_path, key, letter
         load(tmp_path, {key: f"a{letter}b"})
 
 
+@pytest.mark.parametrize(("names", "said"), [
+    ([], "must be an object"), ({"AnLaptop": "An"}, 'has "AnLaptop", which must be a key\'s tag ("#3f9a2c")'),
+    ({"#3f9a2": "An"}, 'has "#3f9a2", which'), ({"ops@example.org #12": "Ops"}, 'has "ops@example.org #12", which'),
+    *(({"#3f9a2c": name}, 'must give "#3f9a2c" a name of 1 to 60 letters') for name in (7, "", " ", "a\nb", "x" * 61)),
+    ({"#3f9a2c": "Ops", "ops@example.org": "ops "}, 'has "ops" twice'),
+    ({"#3f9a2c": "An", "#3F9A2C": "Bo"}, 'has "#3f9a2c" twice'), ({"#3f9a2c": "#aaaaaa", "#aaaaaa": "Bo"}, "twice"),
+    ({"x": "An", "#3f9a2c": 7}, 'double quotes, on one line'),
+])  # fmt: skip
+def test_fault_in_names_is_told_with_its_value_and_what_is_allowed(tmp_path, names, said):
+    with pytest.raises(app.ConfigError) as told:
+        load(tmp_path, {"names": names})
+    assert '"names" ' in str(told.value) and said in str(told.value)
+
+
 def test_unknown_key_is_a_warning_with_the_nearest_name(tmp_path):
     config, warnings = load(tmp_path, {"dashbord_port": 1, "zzz": 2})
     assert config == app.Config()

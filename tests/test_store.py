@@ -267,9 +267,9 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         for part, part_of in (("model", lambda one: one.model), ("account", name_of), ("key", fullest_key)):
             groups = app.by_key((part_of(one), one) for one in inside)
             assert sums_by(usage, part) == {name: sums_of(members) for name, members in groups.items()}
-        assert {(one.status_code, one.error): (one.requests, one.last_at, {account.name for account in one.accounts})
-                for one in usage.failures} == failures_of(inside, name_of)  # fmt: skip
-        assert sum(one.requests for one in usage.failures) == sums_of(inside)[1]
+        assert {(row["status_code"], row["error"]): (row["requests"], row["last_at"], set(row["accounts"]))
+                for row in usage.failures} == failures_of(inside, name_of)  # fmt: skip
+        assert sum(row["requests"] for row in usage.failures) == sums_of(inside)[1]
         cut = {}
         for one in inside:
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
@@ -326,7 +326,16 @@ def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
 def test_find_faults_notices_a_roll_up_that_is_off_by_one(store, column):
     put(store, event())
     run_sql(store.path, f"UPDATE usage_by_hour SET {column} = {column} + 1")
-    assert store.find_faults() == ["usage_by_hour does not add up to usage_by_time"]
+    assert store.find_faults() == ["usage_by_hour does not add up to usage_by_quarter"]
+
+
+@pytest.mark.parametrize(("column", "other"), [("key_id", 0), ("identity_id", 9), ("model_id", 9), ("reason_id", 1)])
+@pytest.mark.parametrize("table", ["usage_by_quarter", "usage_by_day"])
+def test_find_faults_notices_sums_that_stand_in_another_cell(store, table, column, other):
+    put(store, event())
+    run_sql(store.path, f"UPDATE {table} SET {column} = {other}")
+    told = "usage_by_quarter does not add up to the events" if "quarter" in table else f"{table} does not add up to"
+    assert told in store.find_faults()[0]
 
 
 def test_text_search_takes_its_letters_literally(store):
