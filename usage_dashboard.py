@@ -1285,7 +1285,7 @@ _BINS = b"".join(  # of whole numbers up to a minute's milliseconds
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
 _BLOCK = struct.Struct("<BBHI")
-_MOST_LISTED = 3 * 64
+_MOST_LISTED = 3 * 80
 
 
 def _bin_of(value: float | None) -> int:
@@ -1333,11 +1333,8 @@ def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
 
 def count_speeds(parts: Sequence[bytes]) -> int:
     """Count speeds; counts are added up as numbers are."""
-    listed = b"".join([part for part in parts if part[0] < 255])
-    blocks = [part for part in parts if part[0] == 255]
-    blocks += [_counted(listed[start : start + 765]) for start in range(0, len(listed), 765)]
-    numbers, total = [], 0
-    for block in blocks:
+    listed, numbers, total = b"".join([part for part in parts if part[0] < 255]), [], 0
+    for block in [part for part in parts if part[0] == 255]:
         while block:
             _, first, length, requests = _BLOCK.unpack_from(block)
             numbers.append(int.from_bytes(block[8 : 8 + length], "little") << 24 * first)
@@ -1349,6 +1346,15 @@ def count_speeds(parts: Sequence[bytes]) -> int:
         digits = bytearray(8 * len(pairs))
         digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
         total += int.from_bytes(digits, "little") << 8 * odd
+    for start in range(0, len(listed), 765):
+        some, counts = listed[start : start + 765], bytearray(_COUNTS)
+        for measure in range(3):
+            for number, count in Counter(some[measure::3]).items():
+                counts[3 * number + measure] = count
+        counts[:3] = len(some) // 3, 0, 0
+        digits = bytearray(8 * len(counts.rstrip(b"\0")))
+        digits[::8] = counts[: len(digits) // 8]
+        total += int.from_bytes(digits, "little")
     return total
 
 
