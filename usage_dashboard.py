@@ -43,9 +43,11 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -1277,6 +1279,116 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
     return _harmless(value)
 
 
+# How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
+# begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency and its first token
+# (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row; those of many are blocks of a head
+# (255, the first bin, the length, the requests) and one byte that counts for each bin and measure: when one is full, a
+# new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
+
+_BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
+_BINS = b"".join(  # of whole numbers up to a minute's milliseconds
+    bytes([number]) * (math.ceil(end) - math.ceil(begin))
+    for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
+)
+_COUNTS = 3 * (len(_BIN_BEGINS) + 1)
+_EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
+_BLOCK = struct.Struct("<BBHI")
+_MOST_LISTED = 3 * 80
+
+
+def _bin_of(value: float | None) -> int:
+    if value is None:
+        return 0
+    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
+
+
+def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
+    """Return a request's speeds; tokens per second are known where the first came before the end."""
+    rate = None
+    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
+        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
+    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+
+
+def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
+    """Add requests in a row to speeds."""
+    if not speeds or speeds[0] < 255:
+        speeds, listed = b"", (speeds or b"") + listed
+        if len(listed) <= _MOST_LISTED:
+            return listed
+    for start in range(0, len(listed), 765):  # no more than one byte can count
+        some = listed[start : start + 765]
+        try:
+            speeds = _counted(some, speeds)
+        except ValueError:
+            speeds = _counted(some) + speeds
+    return speeds
+
+
+def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
+    """Count requests in the first block, which grows to hold their bins. Raises ValueError when a byte is full."""
+    known = listed.replace(b"\0", b"")
+    lowest, highest = (min(known), max(known)) if known else (254, 0)
+    _, first, length, requests = _BLOCK.unpack_from(speeds) if speeds else (255, lowest, 0, 0)
+    counts = bytearray(3 * max(0, first - lowest)) + speeds[8 : 8 + length]
+    first = min(first, lowest)
+    counts += bytes(max(0, 3 * (highest + 1 - first) - len(counts)))
+    for measure in range(3):
+        for number in filter(None, listed[measure::3]):
+            counts[3 * (number - first) + measure] += 1
+    return _BLOCK.pack(255, first, len(counts), requests + len(listed) // 3) + counts + speeds[8 + length :]
+
+
+def count_speeds(parts: Sequence[bytes]) -> int:
+    """Count speeds; counts are added up as numbers are."""
+    listed, numbers, total = b"".join([part for part in parts if part[0] < 255]), [], 0
+    for block in [part for part in parts if part[0] == 255]:
+        while block:
+            _, first, length, requests = _BLOCK.unpack_from(block)
+            numbers.append(int.from_bytes(block[8 : 8 + length], "little") << 24 * first)
+            total += requests
+            block = block[8 + length :]
+    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 8)):  # so many have room in two bytes
+        added = sum([number >> odd & _EVERY_SECOND for number in numbers[start : start + 257]])
+        pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
+        digits = bytearray(8 * len(pairs))
+        digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
+        total += int.from_bytes(digits, "little") << 8 * odd
+    for start in range(0, len(listed), 765):
+        some, counts = listed[start : start + 765], bytearray(_COUNTS)
+        for measure in range(3):
+            for number, count in Counter(some[measure::3]).items():
+                counts[3 * number + measure] = count
+        counts[:3] = len(some) // 3, 0, 0
+        digits = bytearray(8 * len(counts.rstrip(b"\0")))
+        digits[::8] = counts[: len(digits) // 8]
+        total += int.from_bytes(digits, "little")
+    return total
+
+
+def requests_in(speeds: bytes) -> int:
+    """Return the number of requests whose speeds these are."""
+    return len(speeds) // 3 if speeds[0] < 255 else count_speeds([speeds]) & (1 << 64) - 1
+
+
+def speed_json(counts: int) -> dict[str, Any]:
+    """Return the percentiles by nearest rank of what was counted; None for one of fewer than five values."""
+    lanes = struct.unpack(f"<{_COUNTS}Q", counts.to_bytes(8 * _COUNTS, "little"))
+    below = [list(itertools.accumulate(lanes[3 + measure :: 3])) for measure in range(3)]
+
+    def value(measure: int, percent: int) -> float | None:
+        total = below[measure][-1]
+        middle = _BIN_BEGINS[bisect_left(below[measure], -(-total * percent // 100))] * 18 / 17
+        return float(f"{middle / (100 if measure == 2 else 1):.4g}") if total >= 5 else None
+
+    return {
+        "latency_ms": {"p50": value(0, 50), "p95": value(0, 95)},
+        "ttft_ms": {"p50": value(1, 50), "p95": value(1, 95)},
+        "tokens_per_second": {"p50": value(2, 50)},
+        "sample": lanes[0],
+    }
+
+
 # ------------------------------------------------------------------ prices
 
 
@@ -2063,7 +2175,23 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
+def _step_speeds(db) -> None:
+    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
+    for table in ("usage_by_hour", "usage_by_day"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
+    rows = db.execute(
+        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
+        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)), "
+        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
+        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE NOT e.failed AND e.ts_epoch >= "
+        "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) ORDER BY e.ts_epoch"
+    )
+    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
+        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
+
+
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (8, _step_speeds))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2095,6 +2223,16 @@ def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None)
     if not row.fetchone() and db.execute("SELECT COUNT(*) FROM reasons").fetchone()[0] >= 2000:
         reason["error"] = "other"
     return cache(known, (status, error), _id_of(db, "reasons", reason))
+
+
+def _add_speeds(db, speeds: Mapping[Any, Sequence[bytes]]) -> None:
+    """Add the speeds of successes, by (hour, identity, model, client key), to those of their hours and days."""
+    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
+        db.executemany(
+            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
+            "AND model_id = ? AND key_id = ? AND reason_id = 0",
+            [(b"".join(parts), hour // hours, *cell) for (hour, *cell), parts in speeds.items()],
+        )
 
 
 def _list(table: str, columns: Iterable[str]) -> str:
@@ -2225,11 +2363,12 @@ class Cell(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Sums of a window by bucket start (epoch seconds) and by cell, and the most frequent failures first."""
+    """Sums of a window by bucket start (epoch seconds) and by cell, the most frequent failures first, and speeds."""
 
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
     failures: list[dict[str, Any]]
+    speeds: dict[Cell, int]
 
     def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
         """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
@@ -2251,9 +2390,9 @@ class Store:
         self.path = path
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
-        self._context_ids: dict[Context, tuple[int, int]] = {}
+        self._context_ids: dict[Context, tuple[int, int, int]] = {}
         self._reason_ids: dict[Any, int] = {}
-        self._models: set[str] = set()
+        self._models: dict[str, int] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -2282,7 +2421,10 @@ class Store:
 
     def _connect(self):
         timeout_s = self._busy_timeout_s
-        return sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        db.create_function("join_speeds", 2, join_speeds)
+        db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
+        return db
 
     def _migrate(self) -> None:
         db = self._writer
@@ -2431,24 +2573,30 @@ class Store:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
         rows: list[tuple[Any, ...]] = []
         by_identity: dict[int, list[Event]] = {}
+        speeds: dict[Any, list[bytes]] = {}
         for event in events:
             context = event.context
-            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
+            identity_id, context_id, key_id = self._context_ids.get(context) or self._find_context(db, event)
             reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
-            if event.model not in self._models:
-                _id_of(db, "models", {"name": event.model})
-                self._models.add(event.model)
+            model_id = self._models.get(event.model)
+            if model_id is None:
+                model_id = cache(self._models, event.model, _id_of(db, "models", {"name": event.model}))
+            if not event.failed:
+                cell = int(event.ts_epoch) // 3600, identity_id, model_id, key_id
+                told = speeds_of(event.latency_ms, event.ttft_ms, event.output_tokens)
+                speeds.setdefault(cell, []).append(told)
         db.executemany(_INSERT_EVENT, rows)
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         db.execute(_SUM_UP_BATCH, (last_id,))
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
+        _add_speeds(db, speeds)
 
-    def _find_context(self, db, event: Event) -> tuple[int, int]:
-        """Return (identity id, context id) of an event's context, both inserted where they are new."""
+    def _find_context(self, db, event: Event) -> tuple[int, int, int]:
+        """Return (identity id, context id, key id) of an event's context, all inserted where they are new."""
         values = event.context._asdict()
         identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
         identity["account"] = self._decide(db, **identity)
@@ -2456,7 +2604,7 @@ class Store:
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
-        return cache(self._context_ids, event.context, (identity_id, context_id))
+        return cache(self._context_ids, event.context, (identity_id, context_id, key_id))
 
     def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
@@ -2620,7 +2768,8 @@ class Store:
             floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
             plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
             by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            cells, failed = self._cells_of(db, plan.by_cell(db), accounts)
+            cell_of = self._cell_finder(db, accounts)
+            cells, failed = self._cells_of(cell_of, plan.by_cell(db))
             failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
             failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
             failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
@@ -2628,17 +2777,28 @@ class Store:
                 reason_id = failure.pop("id")
                 failure["last_at"] = plan.last_quarter(db, reason_id)
                 failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures)
+            listed: dict[Any, list[bytes]] = {}
+            for identity_id, model_id, key_id, part in plan.speeds(db):
+                listed.setdefault((identity_id, model_id, key_id), []).append(part)
+        speeds: dict[Cell, int] = Counter()
+        for ids, parts in listed.items():
+            speeds[cell_of(*ids)] += count_speeds(parts)
+        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures, speeds)
 
     @staticmethod
-    def _cells_of(db, rows: Iterable[Any], accounts: Sequence[Account]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
-        """Return the sums by cell, and by reason how many requests of which account failed."""
+    def _cell_finder(db, accounts: Sequence[Account]) -> Callable[[int, int, int], Cell]:
+        """Return what makes a cell of the ids of an identity, a model and a client key."""
         models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
         owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
+
+    @staticmethod
+    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
+        """Return the sums by cell, and by reason how many requests of which account failed."""
         cells: dict[Cell, Sums] = {}
         failed: dict[int, Counter] = {}
         for identity_id, model_id, key_id, reason_id, *sums in rows:
-            cell = Cell(owners[identity_id], models[model_id], keys.get(key_id))
+            cell = cell_of(identity_id, model_id, key_id)
             cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
             if reason_id:
                 failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
@@ -2823,8 +2983,16 @@ class Store:
             odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
             times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
             odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
+            hours, days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
+            faults += [] if hours == days == successes else ["the speeds do not add up to the successes"]
         return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
+
+# Below the floor, what there was before speeds were kept has none.
+_COMPARE_SPEEDS = (
+    "SELECT TOTAL(requests_in(speeds)), (SELECT TOTAL(requests_in(speeds)) FROM usage_by_day), "
+    "TOTAL(CASE WHEN bucket < ? THEN requests_in(speeds) ELSE requests END) FROM usage_by_hour WHERE reason_id = 0"
+)
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
@@ -2992,6 +3160,7 @@ class _UsagePlan:
         self._floor_at = floor_at = floor * BUCKET_S
         self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
         self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
+        self._window = window
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
         self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
@@ -3009,9 +3178,34 @@ class _UsagePlan:
         """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
+<<<<<<< HEAD
     def by_model(self, db) -> list[tuple[int, ...]]:
         """Return rows of model and its sums."""
         return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
+=======
+    def speeds(self, db) -> Iterator[tuple[Any, ...]]:
+        """Yield rows of identity, model, client key and speeds; below the floor, of hours that are cut the whole."""
+        start, end = self._window
+        if start < self._floor_at:
+            start = start // 3600 * 3600
+        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
+        size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
+        if self._levels and size_s:  # nothing is behind the end
+            end = -(-end // size_s) * size_s
+        columns = list(_CELL_COLUMNS.items())[:3]
+        for roll_up, first, last in _cut(self._levels[:2], start, end):
+            if roll_up:
+                query = f"SELECT {', '.join(of_roll_up for _, of_roll_up in columns)}, r.speeds FROM {roll_up} r "
+                query += "WHERE r.speeds IS NOT NULL AND r.bucket >= ? AND r.bucket < ?"
+                condition, bound = self._roll_up_conditions
+                yield from db.execute(query + condition, (first, last, *bound))
+            else:
+                query = f"SELECT {', '.join(of_rows for of_rows, _ in columns)}, e.latency_ms, e.ttft_ms, "
+                query += f"e.output_tokens FROM {_EVENTS} WHERE NOT e.failed AND e.ts_epoch >= ? AND e.ts_epoch < ?"
+                condition, bound = self._event_conditions
+                rows = db.execute(query + condition, (first, last, *bound))
+                yield from ((*row[:3], speeds_of(*row[3:])) for row in rows)
+>>>>>>> n-speed
 
     def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
         """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
@@ -5534,7 +5728,17 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+<<<<<<< HEAD
         return [{**columns_of(value), **priced(cells)} for value, cells in usage.by(part)]
+=======
+        return [
+            row(add_sums(cells.values()), **columns_of(value), speed=speed_of(cells))
+            for value, cells in usage.by(part)
+        ]
+
+    def speed_of(cells: Iterable[Cell]) -> dict[str, Any]:
+        return speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
+>>>>>>> n-speed
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5544,11 +5748,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
+<<<<<<< HEAD
         "prices_as_of": PRICES_AS_OF,
         "summary": priced(usage.cells),
         "previous": (
             _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
         ),
+=======
+        "summary": row(add_sums(buckets.values())),
+        "speed": speed_of(usage.speeds),
+>>>>>>> n-speed
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
