@@ -1937,7 +1937,17 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
+def _step_window_history(db) -> None:
+    """Keep the quota windows of an account, known by its tag, beyond their end."""
+    db.execute(
+        "CREATE TABLE quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
+        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent REAL NOT NULL, "
+        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent REAL)"
+    )
+    db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
+
+
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (9, _step_window_history))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2474,6 +2484,28 @@ class Store:
             first, last = db.execute(f"SELECT {oldest}, IFNULL(MAX(ts_epoch), {oldest}) FROM events").fetchone()
         return None if first is None else (first, last)
 
+    def tokens(
+        self, spans: Iterable[tuple[Account | None, float | None, float]], now: float
+    ) -> list[int | None]:
+        """Sum up what accounts used from a start to an end; None where that, or a part of it, was not recorded."""
+        first, last = self.span() or (math.inf, 0.0)
+        after_all = (max(now, last) // _DAY_S + 1) * _DAY_S  # where a bucket of each size ends
+        known: dict[Any, int | None] = {}
+        sums = []
+        lost = f"SELECT from_at, IFNULL(to_at, ?) FROM outages WHERE IFNULL(lost, {_OUTAGE_LOST})"
+        with self._read() as db:
+            floor_at = _meta_in(db, "events_floor", 0) * BUCKET_S
+            losses = db.execute(lost, (now, now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S))).fetchall()
+            for account, start, end in spans:
+                key = None
+                if account is not None and account.identity_ids and start is not None and start >= first:
+                    if not any(from_at < end and to_at > start for from_at, to_at in losses):
+                        key = (account.tag, start, end if account.last_at >= end else after_all)
+                if key is not None and key not in known:
+                    known[key] = _tokens_of(db, account, *key[1:], floor_at)
+                sums.append(known.get(key))
+        return sums
+
     def requests(
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
     ) -> list[dict[str, Any]]:
@@ -2514,6 +2546,40 @@ class Store:
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
             self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
+            for span in merged.get("spans", ()):
+                self._follow_window(db, row["account_id_tag"], merged["ts_epoch"], *span)
+
+    @staticmethod
+    def _follow_window(db, account: str, at: float, label: str, start_at, end_at, used_percent: float) -> None:
+        """Let the account's window of that label go on as it is read now, or end it where this is the next one."""
+        known = "quota_window_history WHERE account = ?1 AND label = ?2 ORDER BY id DESC"
+        newest = db.execute(f"SELECT id, end_at, peak_percent FROM {known} LIMIT 1", (account, label)).fetchone()
+        row_id, reset_at, peak = newest or (None, None, 0)
+        has_moved = end_at is None or reset_at is None or end_at - reset_at > 120
+        has_passed = reset_at is not None and reset_at <= at and has_moved
+        has_fallen = used_percent < peak - (0 if has_moved else 1)  # a point is no fall: percentages are rounded
+        if has_fallen and not has_passed:
+            db.execute("UPDATE quota_window_history SET end_at = ? WHERE id = ?", (at, row_id))
+        if peak and (has_fallen or has_passed):  # one of which nothing was used has not begun
+            row_id, peak = None, 0
+        db.execute(
+            "INSERT OR REPLACE INTO quota_window_history(id, account, label, start_at, end_at, read_at, peak_percent) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row_id, account, label, start_at, end_at, at, max(peak, used_percent)),
+        )
+        rest = f"SELECT id FROM {known} LIMIT -1 OFFSET {1 + MOST_ENDED}"
+        db.execute(f"DELETE FROM quota_window_history WHERE id IN ({rest})", (account, label))
+
+    def quota_windows(self) -> list[dict[str, Any]]:
+        """List the quota windows that go on and those that have ended, newest first."""
+        with self._read() as db:
+            return _dicts(db.execute("SELECT * FROM quota_window_history ORDER BY id DESC"))
+
+    def keep_worths(self, windows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep what ended windows were worth."""
+        columns = "is_counted = 1, tokens = :tokens, tokens_per_percent = :tokens_per_percent"
+        with self._write() as db:
+            db.executemany(f"UPDATE quota_window_history SET {columns} WHERE id = :id", windows)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2550,6 +2616,7 @@ class Store:
             change = f"UPDATE OR REPLACE quota_accounts SET email = ?, account_id_tag = ? {where}"
             db.execute(change, (email, tag, *best))
             db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
+            db.execute("UPDATE quota_window_history SET account = ? WHERE account = ?", (tag, former_tag))
 
     def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
         """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
@@ -2690,6 +2757,8 @@ def _store_reason(path: Path, error: BaseException) -> str:
     return f'{path} cannot be used: {error}; if another program made it, set "database" to another file'
 
 
+MOST_ENDED = 8  # windows of one label that are kept beyond their end
+
 _WINDOW_COLUMNS = (
     *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
     *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
@@ -2828,6 +2897,32 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
             yield from _cut(levels[1:], last * size_s, end)
         else:
             yield from _cut(levels[1:], start, end)
+
+
+_TOKENS_IN_ROWS = f"SELECT SUM(e.total_tokens) FROM {_EVENTS} WHERE e.ts_epoch >= ? AND e.ts_epoch < ? "
+_TOKENS_IN_ROWS += f"AND {_IDENTITY_OF} = ?"
+_TOKENS_IN_BUCKETS = (  # each of them is looked up, so that those of all other accounts are not read
+    "WITH RECURSIVE each(n) AS (SELECT ? UNION ALL SELECT n + 1 FROM each WHERE n + 1 < ?) "
+    "SELECT SUM(total_tokens) FROM each CROSS JOIN {} WHERE bucket = n AND identity_id = ?"
+)
+
+
+def _tokens_of(db, account: Account, start: float, end: float, floor_at: float) -> int:
+    """Sum up one account: buckets between the two nearest quarter hours, more or less what the rows there tell."""
+    first, last = (round(at / BUCKET_S) * BUCKET_S for at in (start, end))
+    if start < floor_at:  # the rows are deleted
+        start = first = start // BUCKET_S * BUCKET_S
+    if end < floor_at:
+        end = last = -(-end // BUCKET_S) * BUCKET_S
+    parts = [(_TOKENS_IN_BUCKETS.format(level), *ends, 1) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
+    for at, mark, sign in ((start, first, 1), (end, last, -1)):
+        parts.append((_TOKENS_IN_ROWS, min(at, mark), max(at, mark), sign if at < mark else -sign))
+    tokens = 0
+    for one in account.identities:
+        if one.id and one.first_at < last + BUCKET_S and one.last_at >= first - BUCKET_S:
+            for query, *ends, sign in parts:
+                tokens += sign * (db.execute(query, (*ends, one.id)).fetchone()[0] or 0)
+    return tokens
 
 
 # ------------------------------------------------------------------ quota
@@ -3241,7 +3336,18 @@ def reading_row(
         "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
         "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
+        "spans": _spans_of(reading.windows),
     }
+
+
+def _spans_of(windows: Iterable[QuotaWindow]) -> list[tuple[Any, ...]]:
+    """Return the windows whose worth is estimated as (label, start, reset, used percent), of each label the fullest."""
+    known = [window for window in windows if window.governs and window.used_percent is not None]
+    fullest = {window.label: window for window in sorted(known, key=lambda window: window.used_percent)}
+    return [
+        (one.label, one.reset_at - one.seconds if one.reset_at and one.seconds else None, one.reset_at, one.used_percent)
+        for one in fullest.values()
+    ]
 
 
 def _windows_json(windows: Iterable[QuotaWindow], facts: Mapping[str, Any]) -> str:
@@ -3449,10 +3555,61 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
+def quotas_at(store: Store, now: float) -> list[dict[str, Any]]:
+    """Return the rows of ``/api/quota`` as they stand now."""
+    accounts, readings = store.accounts(), store.readings_since(now - PACE_S)
+    known = by_key(((row["account"], row["label"]), row) for row in window_worths(store, now))
+    quotas = [_quota_json(row, accounts, readings, now) for row in store.quotas()]
+    for row in quotas:
+        for window in row["windows"]:
+            window.update(_worth_json(window, known.get((row["account_id_tag"], window["label"]), ()), now))
+    return quotas
+
+
+def window_worths(store: Store, now: float) -> list[dict[str, Any]]:
+    """Return the known windows of all accounts, newest first, with tokens and tokens per percent; None is unknown."""
+    windows, accounts = store.quota_windows(), {account.tag: account for account in store.accounts()}
+    uncounted = [row for row in windows if not row["is_counted"]]
+    spans = []
+    for row in uncounted:
+        # Below 3 % rounding is all; and what was used long after a reading is not in its percentage.
+        account, end = accounts.get(row["account"]) if row["peak_percent"] >= 3 else None, row["end_at"] or 0.0
+        spans += [(account, row["start_at"], end), (account, row["start_at"], min(end, row["read_at"] + 300))]
+    sums = store.tokens(spans, now)
+    for row, tokens, read_tokens in zip(uncounted, sums[::2], sums[1::2]):
+        per_percent = None if read_tokens is None else read_tokens / row["peak_percent"]
+        row.update(tokens=tokens, tokens_per_percent=None if tokens is None else per_percent)
+    return windows
+
+
+def keep_window_worths(store: Store, now: float) -> None:
+    """Keep what windows were worth that ended two hours ago: no record of their time comes any more."""
+    windows = (row for row in window_worths(store, now) if not row["is_counted"])
+    store.keep_worths([row for row in windows if (row["end_at"] or now) < now - 7200])
+
+
+def _worth_json(window: Mapping[str, Any], known: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+    """Return what a window of ``/api/quota`` is worth, and those of its label that have ended, newest first."""
+    ended = [row for row in known if row["peak_percent"] and (row["end_at"] or math.inf) <= now]
+    worth = {"tokens": None, "tokens_per_percent": None, "tokens_left": None}
+    left, current = window["remaining_percent"], known[0] if known and known[0] not in ended[:1] else worth
+    if left is not None and current["tokens"] is not None:
+        per_percent = current["tokens_per_percent"]
+        worth = {"tokens": current["tokens"], "tokens_per_percent": round(per_percent)}
+        worth["tokens_left"] = round(per_percent * left)
+    return {**worth, "history": [_ended_json(row) for row in ended[:MOST_ENDED]]}
+
+
+def _ended_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    per_percent = row["tokens_per_percent"]
+    told = {"ended_at": utc_text(row["end_at"]), "peak_percent": _tidy(row["peak_percent"]), "tokens": row["tokens"]}
+    return {**told, "tokens_per_percent": None if per_percent is None else round(per_percent)}
+
+
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
+    """Return a row of ``/api/quota`` as its reading says now; ``history`` holds the readings of the last hour."""
     windows, facts = windows_of(row), content_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     state = state_at(row["state"], windows, now, facts["reason"])
@@ -5186,6 +5343,7 @@ class Housekeeper:
         if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
+        keep_window_worths(self._store, now)
         if self._config.retention_days:
             before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
@@ -5342,8 +5500,7 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
-    quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    quotas = quotas_at(app.store, now)
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -6400,11 +6557,19 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
         return api_quota(app, Query())
 
 
+def _short(number: int) -> str:
+    """Return a number in two digits or three, as 1.3M."""
+    size, unit = next((one for one in ((10**9, "B"), (10**6, "M"), (1000, "k")) if number >= one[0]), (1, ""))
+    return f"{number / size:.{int(number < 10 * size and size > 1)}f}{unit}"
+
+
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
     cells = [row["account"] or row["email"], row["plan"] or "—"]
-    for window in ("primary", "secondary"):
-        left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
-        cells.append("—" if left is None else f"{left} %")
+    for place, label, _ in _PLACES:
+        left, at = row[f"{place}_remaining_percent"], _epoch(row[f"{place}_reset_at"])
+        tokens = next((window["tokens_left"] for window in row["windows"] if window["label"] == label), None)
+        worth = f" ≈ {_short(tokens)} left" if tokens else ""
+        cells.append("—" if left is None else f"{left} %{worth}")
         resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
         cells.append("—" if at is None else resets)
     cells.append({"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")))
