@@ -1941,8 +1941,8 @@ def _step_window_history(db) -> None:
     """Keep the quota windows of an account, known by its tag, beyond their end."""
     db.execute(
         "CREATE TABLE quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
-        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent REAL NOT NULL, "
-        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent REAL)"
+        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
+        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)"
     )
     db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
 
@@ -2484,27 +2484,22 @@ class Store:
             first, last = db.execute(f"SELECT {oldest}, IFNULL(MAX(ts_epoch), {oldest}) FROM events").fetchone()
         return None if first is None else (first, last)
 
-    def tokens(
-        self, spans: Iterable[tuple[Account | None, float | None, float]], now: float
-    ) -> list[int | None]:
+    def tokens(self, spans: Iterable[tuple[Account | None, float | None, float]], now: float) -> list[int | None]:
         """Sum up what accounts used from a start to an end; None where that, or a part of it, was not recorded."""
         first, last = self.span() or (math.inf, 0.0)
         after_all = (max(now, last) // _DAY_S + 1) * _DAY_S  # where a bucket of each size ends
-        known: dict[Any, int | None] = {}
-        sums = []
         lost = f"SELECT from_at, IFNULL(to_at, ?) FROM outages WHERE IFNULL(lost, {_OUTAGE_LOST})"
+
+        def sum_up(account: Account | None, start: float | None, end: float) -> int | None:
+            if account is None or not account.identity_ids or start is None or start < first:
+                return None
+            if any(from_at < end and to_at > start for from_at, to_at in losses):
+                return None
+            return _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+
         with self._read() as db:
-            floor_at = _meta_in(db, "events_floor", 0) * BUCKET_S
             losses = db.execute(lost, (now, now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S))).fetchall()
-            for account, start, end in spans:
-                key = None
-                if account is not None and account.identity_ids and start is not None and start >= first:
-                    if not any(from_at < end and to_at > start for from_at, to_at in losses):
-                        key = (account.tag, start, end if account.last_at >= end else after_all)
-                if key is not None and key not in known:
-                    known[key] = _tokens_of(db, account, *key[1:], floor_at)
-                sums.append(known.get(key))
-        return sums
+            return [sum_up(*span) for span in spans]
 
     def requests(
         self, limit: int, window: Window | None = None, filters: Filters = _NO_FILTERS, before: Any = None
@@ -2901,28 +2896,22 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
 
 _TOKENS_IN_ROWS = f"SELECT SUM(e.total_tokens) FROM {_EVENTS} WHERE e.ts_epoch >= ? AND e.ts_epoch < ? "
 _TOKENS_IN_ROWS += f"AND {_IDENTITY_OF} = ?"
-_TOKENS_IN_BUCKETS = (  # each of them is looked up, so that those of all other accounts are not read
+_TOKENS_IN_BUCKETS = (  # each is looked up, so that those of all other accounts are not read
     "WITH RECURSIVE each(n) AS (SELECT ? UNION ALL SELECT n + 1 FROM each WHERE n + 1 < ?) "
     "SELECT SUM(total_tokens) FROM each CROSS JOIN {} WHERE bucket = n AND identity_id = ?"
 )
 
 
-def _tokens_of(db, account: Account, start: float, end: float, floor_at: float) -> int:
-    """Sum up one account: buckets between the two nearest quarter hours, more or less what the rows there tell."""
+def _tokens_of(db, account: Account, start: float, end: float) -> int:
+    """Sum up one account between the nearest quarter hours, and correct it by the rows from there to the ends."""
     first, last = (round(at / BUCKET_S) * BUCKET_S for at in (start, end))
-    if start < floor_at:  # the rows are deleted
-        start = first = start // BUCKET_S * BUCKET_S
-    if end < floor_at:
-        end = last = -(-end // BUCKET_S) * BUCKET_S
-    parts = [(_TOKENS_IN_BUCKETS.format(level), *ends, 1) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
-    for at, mark, sign in ((start, first, 1), (end, last, -1)):
-        parts.append((_TOKENS_IN_ROWS, min(at, mark), max(at, mark), sign if at < mark else -sign))
-    tokens = 0
-    for one in account.identities:
-        if one.id and one.first_at < last + BUCKET_S and one.last_at >= first - BUCKET_S:
-            for query, *ends, sign in parts:
-                tokens += sign * (db.execute(query, (*ends, one.id)).fetchone()[0] or 0)
-    return tokens
+    parts = [(1, _TOKENS_IN_BUCKETS.format(level), *ends) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
+    for sign, *ends in ((1, start, first), (-1, first, start), (1, last, end), (-1, end, last)):
+        if ends[0] < ends[1]:
+            parts.append((sign, _TOKENS_IN_ROWS, *ends))
+    ids = [one.id for one in account.identities if one.id and one.last_at >= start]
+    sums = ((sign, *db.execute(query, (*ends, key)).fetchone()) for key in ids for sign, query, *ends in parts)
+    return sum(sign * (tokens or 0) for sign, tokens in sums)
 
 
 # ------------------------------------------------------------------ quota
@@ -2952,6 +2941,11 @@ class QuotaWindow(NamedTuple):
     def remaining_percent(self) -> float | None:
         """What is left, in percent; None is unknown."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+    @property
+    def start_at(self) -> float | None:
+        """When it began, in epoch seconds; None is unknown."""
+        return self.reset_at - self.seconds if self.reset_at and self.seconds else None
 
     def is_due(self, now: float) -> bool:
         """Return whether the reset has passed, which makes ``used_percent`` obsolete."""
@@ -3336,18 +3330,12 @@ def reading_row(
         "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
         "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
-        "spans": _spans_of(reading.windows),
+        "spans": [
+            (window.label, window.start_at, window.reset_at, window.used_percent)
+            for window in reading.windows
+            if window.governs and window is _fullest(reading.windows, window.label) and window.used_percent is not None
+        ],
     }
-
-
-def _spans_of(windows: Iterable[QuotaWindow]) -> list[tuple[Any, ...]]:
-    """Return the windows whose worth is estimated as (label, start, reset, used percent), of each label the fullest."""
-    known = [window for window in windows if window.governs and window.used_percent is not None]
-    fullest = {window.label: window for window in sorted(known, key=lambda window: window.used_percent)}
-    return [
-        (one.label, one.reset_at - one.seconds if one.reset_at and one.seconds else None, one.reset_at, one.used_percent)
-        for one in fullest.values()
-    ]
 
 
 def _windows_json(windows: Iterable[QuotaWindow], facts: Mapping[str, Any]) -> str:
@@ -3555,61 +3543,47 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
 
 
-def quotas_at(store: Store, now: float) -> list[dict[str, Any]]:
-    """Return the rows of ``/api/quota`` as they stand now."""
-    accounts, readings = store.accounts(), store.readings_since(now - PACE_S)
-    known = by_key(((row["account"], row["label"]), row) for row in window_worths(store, now))
-    quotas = [_quota_json(row, accounts, readings, now) for row in store.quotas()]
-    for row in quotas:
-        for window in row["windows"]:
-            window.update(_worth_json(window, known.get((row["account_id_tag"], window["label"]), ()), now))
-    return quotas
-
-
 def window_worths(store: Store, now: float) -> list[dict[str, Any]]:
     """Return the known windows of all accounts, newest first, with tokens and tokens per percent; None is unknown."""
     windows, accounts = store.quota_windows(), {account.tag: account for account in store.accounts()}
     uncounted = [row for row in windows if not row["is_counted"]]
-    spans = []
+    spans: list[Any] = []
     for row in uncounted:
         # Below 3 % rounding is all; and what was used long after a reading is not in its percentage.
         account, end = accounts.get(row["account"]) if row["peak_percent"] >= 3 else None, row["end_at"] or 0.0
-        spans += [(account, row["start_at"], end), (account, row["start_at"], min(end, row["read_at"] + 300))]
+        spans += [(account, row["start_at"], end), (account, min(end, row["read_at"] + 300), end)]
     sums = store.tokens(spans, now)
-    for row, tokens, read_tokens in zip(uncounted, sums[::2], sums[1::2]):
-        per_percent = None if read_tokens is None else read_tokens / row["peak_percent"]
-        row.update(tokens=tokens, tokens_per_percent=None if tokens is None else per_percent)
+    for row, tokens, unread in zip(uncounted, sums[::2], sums[1::2]):
+        per_percent = None if tokens is None else round((tokens - unread) / row["peak_percent"])
+        row.update(tokens=tokens, tokens_per_percent=per_percent)
     return windows
 
 
 def keep_window_worths(store: Store, now: float) -> None:
-    """Keep what windows were worth that ended two hours ago: no record of their time comes any more."""
+    """Keep what windows were worth that ended two hours before: no record of their time comes any more."""
     windows = (row for row in window_worths(store, now) if not row["is_counted"])
     store.keep_worths([row for row in windows if (row["end_at"] or now) < now - 7200])
 
 
-def _worth_json(window: Mapping[str, Any], known: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
-    """Return what a window of ``/api/quota`` is worth, and those of its label that have ended, newest first."""
-    ended = [row for row in known if row["peak_percent"] and (row["end_at"] or math.inf) <= now]
-    worth = {"tokens": None, "tokens_per_percent": None, "tokens_left": None}
-    left, current = window["remaining_percent"], known[0] if known and known[0] not in ended[:1] else worth
-    if left is not None and current["tokens"] is not None:
-        per_percent = current["tokens_per_percent"]
-        worth = {"tokens": current["tokens"], "tokens_per_percent": round(per_percent)}
-        worth["tokens_left"] = round(per_percent * left)
-    return {**worth, "history": [_ended_json(row) for row in ended[:MOST_ENDED]]}
-
-
-def _ended_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    per_percent = row["tokens_per_percent"]
-    told = {"ended_at": utc_text(row["end_at"]), "peak_percent": _tidy(row["peak_percent"]), "tokens": row["tokens"]}
-    return {**told, "tokens_per_percent": None if per_percent is None else round(per_percent)}
+def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) -> None:
+    """Add to the windows of ``/api/quota`` what they are worth, and those of the same label that have ended."""
+    by_label = by_key(((row["account"], row["label"]), row) for row in window_worths(store, now))
+    for account, window in ((row["account_id_tag"], window) for row in quotas for window in row["windows"]):
+        known, left = by_label.get((account, window["label"]), []), window["remaining_percent"]
+        ended = [row for row in known if row["peak_percent"] and (row["end_at"] or math.inf) <= now]
+        worth = {"tokens": None, "tokens_per_percent": None}
+        if left is not None and known[:1] != ended[:1]:
+            worth = {name: known[0][name] for name in worth}
+        per_percent, told = worth["tokens_per_percent"], ("peak_percent", *worth)
+        window.update(worth, tokens_left=None if per_percent is None else round(per_percent * left))
+        history = ({"ended_at": utc_text(row["end_at"]), **{name: row[name] for name in told}} for row in ended)
+        window["history"] = list(history)[:MOST_ENDED]
 
 
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as its reading says now; ``history`` holds the readings of the last hour."""
+    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
     windows, facts = windows_of(row), content_of(row)
     points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     state = state_at(row["state"], windows, now, facts["reason"])
@@ -5343,7 +5317,8 @@ class Housekeeper:
         if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
-        keep_window_worths(self._store, now)
+        if span:  # a request recorded later shows that what was missed before is known
+            keep_window_worths(self._store, min(now, span[1]))
         if self._config.retention_days:
             before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
@@ -5500,7 +5475,9 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    quotas = quotas_at(app.store, now)
+    accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
+    quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
+    add_worths(app.store, quotas, now)
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -6557,18 +6534,12 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
         return api_quota(app, Query())
 
 
-def _short(number: int) -> str:
-    """Return a number in two digits or three, as 1.3M."""
-    size, unit = next((one for one in ((10**9, "B"), (10**6, "M"), (1000, "k")) if number >= one[0]), (1, ""))
-    return f"{number / size:.{int(number < 10 * size and size > 1)}f}{unit}"
-
-
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
     cells = [row["account"] or row["email"], row["plan"] or "—"]
     for place, label, _ in _PLACES:
         left, at = row[f"{place}_remaining_percent"], _epoch(row[f"{place}_reset_at"])
         tokens = next((window["tokens_left"] for window in row["windows"] if window["label"] == label), None)
-        worth = f" ≈ {_short(tokens)} left" if tokens else ""
+        worth = f" ≈ {tokens / 1e6:,.1f}M left" if tokens and tokens >= 50_000 else ""
         cells.append("—" if left is None else f"{left} %{worth}")
         resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
         cells.append("—" if at is None else resets)
