@@ -33,7 +33,7 @@ def read(store, *windows, when=0, account=AN, **more):
 
 
 def told(site, label="5h"):
-    """Return (tokens, per percent, left) of a window, and (hours after NOW, peak, tokens, per percent) of ended ones."""
+    """Return (tokens, per percent, left), and of ended ones (hours after NOW, peak, tokens, per percent)."""
     windows = [window for row in site.json("/api/quota")["quotas"] for window in row["windows"]]
     (window,) = (window for window in windows if window["label"] == label)
     names = ("ended_at", "peak_percent", "tokens", "tokens_per_percent")
