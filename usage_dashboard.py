@@ -2191,7 +2191,20 @@ def _step_speeds(db) -> None:
         _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
 
 
-_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (8, _step_speeds))
+def _step_window_history(db) -> None:
+    """Keep the quota windows of an account, known by its tag, beyond their end."""
+    db.execute(
+        "CREATE TABLE quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
+        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
+        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)"
+    )
+    db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
+
+
+_SCHEMA_STEPS = (
+    *((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts)),
+    *((8, _step_speeds), (9, _step_window_history)),
+)
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2828,6 +2841,23 @@ class Store:
             first, last = db.execute(f"SELECT {oldest}, IFNULL(MAX(ts_epoch), {oldest}) FROM events").fetchone()
         return None if first is None else (first, last)
 
+    def tokens(self, spans: Iterable[tuple[Account | None, float | None, float]], now: float) -> list[int | None]:
+        """Sum up what accounts used from a start to an end; None where that, or a part of it, was not recorded."""
+        first, last = self.span() or (math.inf, 0.0)
+        after_all = (max(now, last) // _DAY_S + 1) * _DAY_S  # where a bucket of each size ends
+        lost = f"SELECT from_at, IFNULL(to_at, ?) FROM outages WHERE IFNULL(lost, {_OUTAGE_LOST})"
+
+        def sum_up(account: Account | None, start: float | None, end: float) -> int | None:
+            if account is None or not account.identity_ids or start is None or start < first:
+                return None
+            if any(from_at < end and to_at > start for from_at, to_at in losses):
+                return None
+            return _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+
+        with self._read() as db:
+            losses = db.execute(lost, (now, now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S))).fetchall()
+            return [sum_up(*span) for span in spans]
+
     def requests(
         self, limit: int, window: Window = EVER, filters: Filters = _NO_FILTERS, before: Any = None, order=Order()
     ) -> list[dict[str, Any]]:
@@ -2872,6 +2902,40 @@ class Store:
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
             self._put_quota_state(db, *account, merged.get("id") or inserted.lastrowid)
+            for span in merged.get("spans", ()):
+                self._follow_window(db, row["account_id_tag"], merged["ts_epoch"], *span)
+
+    @staticmethod
+    def _follow_window(db, account: str, at: float, label: str, start_at, end_at, used_percent: float) -> None:
+        """Let the account's window of that label go on as it is read now, or end it where this is the next one."""
+        known = "quota_window_history WHERE account = ?1 AND label = ?2 ORDER BY id DESC"
+        newest = db.execute(f"SELECT id, end_at, peak_percent FROM {known} LIMIT 1", (account, label)).fetchone()
+        row_id, reset_at, peak = newest or (None, None, 0)
+        has_moved = end_at is None or reset_at is None or end_at - reset_at > 120
+        has_passed = reset_at is not None and reset_at <= at and has_moved
+        has_fallen = used_percent < peak - (0 if has_moved else 1)  # a point is no fall: percentages are rounded
+        if has_fallen and not has_passed:
+            db.execute("UPDATE quota_window_history SET end_at = ? WHERE id = ?", (at, row_id))
+        if peak and (has_fallen or has_passed):  # one of which nothing was used has not begun
+            row_id, peak = None, 0
+        db.execute(
+            "INSERT OR REPLACE INTO quota_window_history(id, account, label, start_at, end_at, read_at, peak_percent) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row_id, account, label, start_at, end_at, at, max(peak, used_percent)),
+        )
+        rest = f"SELECT id FROM {known} LIMIT -1 OFFSET {1 + MOST_ENDED}"
+        db.execute(f"DELETE FROM quota_window_history WHERE id IN ({rest})", (account, label))
+
+    def quota_windows(self) -> list[dict[str, Any]]:
+        """List the quota windows that go on and those that have ended, newest first."""
+        with self._read() as db:
+            return _dicts(db.execute("SELECT * FROM quota_window_history ORDER BY id DESC"))
+
+    def keep_worths(self, windows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep what ended windows were worth."""
+        columns = "is_counted = 1, tokens = :tokens, tokens_per_percent = :tokens_per_percent"
+        with self._write() as db:
+            db.executemany(f"UPDATE quota_window_history SET {columns} WHERE id = :id", windows)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -2908,6 +2972,7 @@ class Store:
             change = f"UPDATE OR REPLACE quota_accounts SET email = ?, account_id_tag = ? {where}"
             db.execute(change, (email, tag, *best))
             db.execute(f"DELETE FROM quota_accounts {where} AND account_id_tag <> ?", (email, former_tag, tag))
+            db.execute("UPDATE quota_window_history SET account = ? WHERE account = ?", (tag, former_tag))
 
     def register_quota_accounts(self, files: Sequence[AccountFile], messages: Mapping[str, str], now: float) -> None:
         """Add the accounts of these files, with a message by state; of known ones only ``disabled`` is changed."""
@@ -3063,6 +3128,8 @@ def _store_reason(path: Path, error: BaseException) -> str:
     return f'{path} cannot be used: {error}; if another program made it, set "database" to another file'
 
 
+MOST_ENDED = 8  # windows of one label that are kept beyond their end
+
 _WINDOW_COLUMNS = (
     *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
     *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
@@ -3178,11 +3245,10 @@ class _UsagePlan:
         """Return rows of identity, model, client key, reason and their sums."""
         return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
 
-<<<<<<< HEAD
     def by_model(self, db) -> list[tuple[int, ...]]:
         """Return rows of model and its sums."""
         return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
-=======
+
     def speeds(self, db) -> Iterator[tuple[Any, ...]]:
         """Yield rows of identity, model, client key and speeds; below the floor, of hours that are cut the whole."""
         start, end = self._window
@@ -3205,7 +3271,6 @@ class _UsagePlan:
                 condition, bound = self._event_conditions
                 rows = db.execute(query + condition, (first, last, *bound))
                 yield from ((*row[:3], speeds_of(*row[3:])) for row in rows)
->>>>>>> n-speed
 
     def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
         """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
@@ -3265,6 +3330,26 @@ def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str 
             yield from _cut(levels[1:], start, end)
 
 
+_TOKENS_IN_ROWS = f"SELECT SUM(e.total_tokens) FROM {_EVENTS} WHERE e.ts_epoch >= ? AND e.ts_epoch < ? "
+_TOKENS_IN_ROWS += f"AND {_IDENTITY_OF} = ?"
+_TOKENS_IN_BUCKETS = (  # each is looked up, so that those of all other accounts are not read
+    "WITH RECURSIVE each(n) AS (SELECT ? UNION ALL SELECT n + 1 FROM each WHERE n + 1 < ?) "
+    "SELECT SUM(total_tokens) FROM each CROSS JOIN {} WHERE bucket = n AND identity_id = ?"
+)
+
+
+def _tokens_of(db, account: Account, start: float, end: float) -> int:
+    """Sum up one account between the nearest quarter hours, and correct it by the rows from there to the ends."""
+    first, last = (round(at / BUCKET_S) * BUCKET_S for at in (start, end))
+    parts = [(1, _TOKENS_IN_BUCKETS.format(level), *ends) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
+    for sign, *ends in ((1, start, first), (-1, first, start), (1, last, end), (-1, end, last)):
+        if ends[0] < ends[1]:
+            parts.append((sign, _TOKENS_IN_ROWS, *ends))
+    ids = [one.id for one in account.identities if one.id and one.last_at >= start]
+    sums = ((sign, *db.execute(query, (*ends, key)).fetchone()) for key in ids for sign, query, *ends in parts)
+    return sum(sign * (tokens or 0) for sign, tokens in sums)
+
+
 # ------------------------------------------------------------------ quota
 
 
@@ -3292,6 +3377,11 @@ class QuotaWindow(NamedTuple):
     def remaining_percent(self) -> float | None:
         """What is left, in percent; None is unknown."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
+
+    @property
+    def start_at(self) -> float | None:
+        """When it began, in epoch seconds; None is unknown."""
+        return self.reset_at - self.seconds if self.reset_at and self.seconds else None
 
     def is_due(self, now: float) -> bool:
         """Return whether the reset has passed, which makes ``used_percent`` obsolete."""
@@ -3676,6 +3766,11 @@ def reading_row(
         "source": "traffic" if raw_json is None else "refresh",
         "state": reading.state,
         "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
+        "spans": [
+            (window.label, window.start_at, window.reset_at, window.used_percent)
+            for window in reading.windows
+            if window.governs and window is _fullest(reading.windows, window.label) and window.used_percent is not None
+        ],
     }
 
 
@@ -3882,6 +3977,43 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
+
+
+def window_worths(store: Store, now: float) -> list[dict[str, Any]]:
+    """Return the known windows of all accounts, newest first, with tokens and tokens per percent; None is unknown."""
+    windows, accounts = store.quota_windows(), {account.tag: account for account in store.accounts()}
+    uncounted = [row for row in windows if not row["is_counted"]]
+    spans: list[Any] = []
+    for row in uncounted:
+        # Below 3 % rounding is all; and what was used long after a reading is not in its percentage.
+        account, end = accounts.get(row["account"]) if row["peak_percent"] >= 3 else None, row["end_at"] or 0.0
+        spans += [(account, row["start_at"], end), (account, min(end, row["read_at"] + 300), end)]
+    sums = store.tokens(spans, now)
+    for row, tokens, unread in zip(uncounted, sums[::2], sums[1::2]):
+        per_percent = None if tokens is None else round((tokens - unread) / row["peak_percent"])
+        row.update(tokens=tokens, tokens_per_percent=per_percent)
+    return windows
+
+
+def keep_window_worths(store: Store, now: float) -> None:
+    """Keep what windows were worth that ended two hours before: no record of their time comes any more."""
+    windows = (row for row in window_worths(store, now) if not row["is_counted"])
+    store.keep_worths([row for row in windows if (row["end_at"] or now) < now - 7200])
+
+
+def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) -> None:
+    """Add to the windows of ``/api/quota`` what they are worth, and those of the same label that have ended."""
+    by_label = by_key(((row["account"], row["label"]), row) for row in window_worths(store, now))
+    for account, window in ((row["account_id_tag"], window) for row in quotas for window in row["windows"]):
+        known, left = by_label.get((account, window["label"]), []), window["remaining_percent"]
+        ended = [row for row in known if row["peak_percent"] and (row["end_at"] or math.inf) <= now]
+        worth = {"tokens": None, "tokens_per_percent": None}
+        if left is not None and known[:1] != ended[:1]:
+            worth = {name: known[0][name] for name in worth}
+        per_percent, told = worth["tokens_per_percent"], ("peak_percent", *worth)
+        window.update(worth, tokens_left=None if per_percent is None else round(per_percent * left))
+        history = ({"ended_at": utc_text(row["end_at"]), **{name: row[name] for name in told}} for row in ended)
+        window["history"] = list(history)[:MOST_ENDED]
 
 
 def _quota_json(
@@ -5566,6 +5698,8 @@ class Housekeeper:
         if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
+        if span:  # a request recorded later shows that what was missed before is known
+            keep_window_worths(self._store, min(now, span[1]))
         if self._config.retention_days:
             before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
@@ -5728,17 +5862,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-<<<<<<< HEAD
-        return [{**columns_of(value), **priced(cells)} for value, cells in usage.by(part)]
-=======
-        return [
-            row(add_sums(cells.values()), **columns_of(value), speed=speed_of(cells))
-            for value, cells in usage.by(part)
-        ]
+        parts = usage.by(part)
+        return [{**columns_of(value), **priced(cells), "speed": speed_of(cells)} for value, cells in parts]
 
     def speed_of(cells: Iterable[Cell]) -> dict[str, Any]:
         return speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
->>>>>>> n-speed
 
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
@@ -5748,16 +5876,12 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "end": window.end,
         "now": now,
         "bucket_seconds": bucket_s,
-<<<<<<< HEAD
         "prices_as_of": PRICES_AS_OF,
         "summary": priced(usage.cells),
         "previous": (
             _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
         ),
-=======
-        "summary": row(add_sums(buckets.values())),
         "speed": speed_of(usage.speeds),
->>>>>>> n-speed
         "hours": [
             row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
             for at in range(first, math.ceil(window.end), bucket_s)
@@ -5795,6 +5919,7 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
     called = {account.name: owner_name(app.names.by_target, account) for account in accounts}
     for row in quotas:
         row["name"] = called.get(row["account"])
+    add_worths(app.store, quotas, now)
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
 
@@ -6881,9 +7006,11 @@ def _quota_of_database(config: Config, refresh: bool = False) -> dict[str, Any]:
 
 def _quota_line(row: Mapping[str, Any]) -> list[str]:
     cells = [row.get("name") or row["account"] or row["email"], row["plan"] or "—"]
-    for window in ("primary", "secondary"):
-        left, at = row[f"{window}_remaining_percent"], _epoch(row[f"{window}_reset_at"])
-        cells.append("—" if left is None else f"{left} %")
+    for place, label, _ in _PLACES:
+        left, at = row[f"{place}_remaining_percent"], _epoch(row[f"{place}_reset_at"])
+        tokens = next((window["tokens_left"] for window in row["windows"] if window["label"] == label), None)
+        worth = f" ≈ {tokens / 1e6:,.1f}M left" if tokens and tokens >= 50_000 else ""
+        cells.append("—" if left is None else f"{left} %{worth}")
         resets = "reset due" if at is None or at <= time.time() else time.strftime("%a %H:%M", time.localtime(at))
         cells.append("—" if at is None else resets)
     cells.append({"ok": "Active", "limited": "Limited"}.get(row["state"], row["state"].replace("_", " ")))

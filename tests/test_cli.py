@@ -211,6 +211,17 @@ def test_quota_table_calls_a_reset_that_has_passed_due(program):
     assert re.search(r"an@example.com\s+plus\s+—\s+reset due\s+—\s+—\s+reset due.*from a request", shown)
 
 
+def test_quota_table_says_what_is_left_in_tokens_where_that_is_known(program):
+    now = time.time()
+    windows = {"primary_window": {"used_percent": 40, "limit_window_seconds": 18000, "reset_at": int(now) + 3600},
+               "secondary_window": {"used_percent": 2, "limit_window_seconds": 36000, "reset_at": int(now) + 3600}}
+    reading = app.parse_quota({"plan_type": "plus", "rate_limit": windows}, now)
+    with opened(program) as store:
+        put(store, *(event(now - ago, total_tokens=8_660_000, source="an@example.com") for ago in (36000, 60)))
+        store.save_reading(app.reading_row(reading, ("an@example.com", "#abc"), "", now))
+    assert re.search(r"plus\s+60 % ≈ 13\.0M left\s+\w+ [\d:]+\s+—", program.run("quota").stdout)
+
+
 def test_report_prints_the_totals_of_a_range(program):
     with opened(program) as store:
         store.store_batch(app.parse_events(shifted()), 1, 0.0)
