@@ -238,7 +238,7 @@ def test_report_by_key_account_or_failure_has_names_where_there_are_some(program
     with opened(program) as store:
         then = time.time() - 9
         put(store, event(at=then, api_key="… #4bdca8", total_tokens=999),
-            event(at=then, api_key="", source="bo@x.com", **failed))  # fmt: skip
+            event(at=then, api_key="", source="bo@x.com", auth_index="b", **failed))  # fmt: skip
     of = {by: program.run("report", "1h", "--by", by).stdout.splitlines()[2:] for by in ("key", "account", "failure")}
     assert [line.split("  ")[0] for line in of["key"]] == ["key", "-----------", "An's laptop", "no key", "total", ""]
     assert [line.split("  ")[0] for line in of["account"]] == ["account", "--------", "Ops", "bo@x.com", "total", ""]
