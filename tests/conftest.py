@@ -9,7 +9,7 @@ import ssl
 import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import pytest
 from collecting import QuickStop, Run, config_of
@@ -190,19 +190,6 @@ def browser() -> Iterator[Browser]:
     """One Chromium for all tests."""
     with Browser() as browser:
         yield browser
-
-
-@pytest.fixture
-def in_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return a function that moves this process to another time zone, up to the end of the test."""
-
-    def move(zone: str) -> None:
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
-
-    yield move
-    monkeypatch.undo()
-    time.tzset()
 
 
 # ---- of the page -----------------------------------------------------------------------------------------

@@ -20,7 +20,17 @@ import pytest
 from collecting import Answering
 from program import COMPILED, STOP_S, configure, get, start
 from support import (
-    KEY, QUOTA_BY_NAME, SAMPLES, event, free_port, make_original, payloads, put, rows, stored_ids, write_account,
+    KEY,
+    QUOTA_BY_NAME,
+    SAMPLES,
+    event,
+    free_port,
+    make_original,
+    payloads,
+    put,
+    rows,
+    stored_ids,
+    write_account,
 )  # fmt: skip
 
 import usage_dashboard as app
@@ -241,7 +251,7 @@ def test_report_by_key_account_or_failure_has_names_where_there_are_some(program
     with opened(program) as store:
         then = time.time() - 9
         put(store, event(at=then, api_key="… #4bdca8", total_tokens=999),
-            event(at=then, api_key="", source="bo@x.com", **failed))  # fmt: skip
+            event(at=then, api_key="", source="bo@x.com", auth_index="b", **failed))  # fmt: skip
     of = {by: program.run("report", "1h", "--by", by).stdout.splitlines()[2:] for by in ("key", "account", "failure")}
     assert [line.split("  ")[0] for line in of["key"]] == ["key", "-----------", "An's laptop", "no key", "total", ""]
     assert [line.split("  ")[0] for line in of["account"]] == ["account", "--------", "Ops", "bo@x.com", "total", ""]
