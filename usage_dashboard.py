@@ -2668,6 +2668,52 @@ def events_to_adopt(path: Path) -> int:
         raise StoreError(_store_reason(path, error)) from error
 
 
+def back_up(source: Path, target: Path) -> tuple[int, int]:
+    """Copy a database, also while it is in use, prove the copy, and return its requests and tokens. Raises StoreError.
+
+    A target that exists is left alone; what fails leaves nothing behind.
+    """
+    import tempfile
+
+    part = None
+    try:
+        if target.exists() or target.is_symlink():
+            raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+        if not source.is_file():
+            raise StoreError(f"there is no database {source} to back up; name it with --db")
+        handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)  # 0600
+        os.close(handle)
+        with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
+            counted = _copy_in_one_step(db, part)
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            raise StoreError(f"{target} was made meanwhile, and is left as it is") from None
+        except OSError:  # a file system without links, as on a memory stick
+            os.rename(part, target)
+        return counted
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
+    except sqlite3.Error as error:
+        raise StoreError(f"no backup was made of {source} to {target}: {error}; nothing is left of it") from error
+    finally:
+        for rest in (part, f"{part}-wal", f"{part}-shm", f"{part}-journal"):
+            with suppress(OSError, TypeError):
+                os.unlink(rest)
+
+
+def _copy_in_one_step(db, part: str) -> tuple[int, int]:
+    totals = "SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events"
+    db.execute("BEGIN")
+    counted = db.execute(totals).fetchone()
+    with closing(sqlite3.connect(part)) as copy:
+        db.backup(copy)
+        found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok" or copy.execute(totals).fetchone() != counted:
+            raise sqlite3.DatabaseError(f"the copy is not equal ({found}), so the database itself may be damaged")
+    return counted
+
+
 def _sums_in(db, table: str, from_bucket: int) -> Sums:
     sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
     return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
@@ -6182,7 +6228,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     report = add("report", run_report, "Print the usage of a range as a table.")
     quota = add("quota", run_quota, "Print what is left of each account's quota.")
     check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
-    for command in (start, report, quota, check):
+    backup = add("backup", run_backup, "Copy the database to a new file, also while the dashboard runs.")
+    for command in (start, report, quota, check, backup):
         command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
         command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
     for command in (start, demo):
@@ -6190,6 +6237,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
         command.add_argument("--port", type=int, metavar="P", help="the port to bind (8320)")
         command.add_argument("--no-browser", action="store_true", help="do not open a browser")
     report.add_argument("range", nargs="?", default="today", choices=RANGE_NAMES, help="the range (today)")
+    backup.add_argument("file", type=Path, metavar="FILE", help="the copy; it must not exist")
     quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
     for command in (report, quota):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -6327,10 +6375,24 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
-    with suppress(DashboardError):  # what is committed is readable all the same
-        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
+    _have_committed(config)
     with closing(Store(path, announce=log.line)) as store:
         yield App(config, store, QuotaRefresher(config, store, log, threading.Event()), dict, log)
+
+
+def _have_committed(config: Config) -> None:
+    """Let a running dashboard commit what it has popped."""
+    with suppress(DashboardError):  # what is committed is readable all the same
+        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)
+
+
+def run_backup(options: Any) -> int:
+    """Copy the database to a new file, and prove the copy."""
+    config, target = _load(options)[0], options.file.absolute()
+    _have_committed(config)
+    requests, tokens = back_up(config.database_path, target)
+    print(f"{target}: {requests:,} requests with {tokens:,} tokens, checked, {target.stat().st_size:,} bytes")
+    return 0
 
 
 def run_report(options: Any) -> int:
