@@ -1937,7 +1937,15 @@ def _step_accounts(db) -> None:
     )
 
 
-_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts))
+def _step_series(db) -> None:
+    """Keep under which labels the metrics count an identity's requests to a model."""
+    db.execute(
+        "CREATE TABLE series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
+        "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID"
+    )
+
+
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts), (10, _step_series))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2466,6 +2474,28 @@ class Store:
             sorted(by_model, key=lambda row: (-row[1][-1], -row[1][0], row[0])),
             sorted(by_account, key=lambda row: (-row[1][-1], -row[1][0], row[0].name)),
         )
+
+    def series(self, most: int) -> dict[tuple[str, str], Sums]:
+        """Return all that was ever counted, by labels for account and model, which stay as they were given first.
+
+        So no sum ever falls, whatever an account is called later. Pairs beyond ``most`` are added up to ``other``.
+        """
+        with self._read() as db:
+            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_day GROUP BY 1, 2").fetchall()
+            given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
+            models = dict(db.execute("SELECT id, name FROM models").fetchall())
+            names = {key: account.name for account in self._accounts_in(db) for key in account.identity_ids}
+        new, labels = [], set(given.values())
+        for pair in (tuple(row[:2]) for row in by_pair):
+            if pair not in given:
+                label = (names[pair[0]], models[pair[1]])
+                given[pair] = label if label in labels or len(labels) < most else ("other", "other")
+                labels.add(given[pair])
+                new.append((*pair, *given[pair]))
+        if new:
+            with self._write(changes=False) as db:
+                db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", new)
+        return dict(_folded((given[tuple(row[:2])], tuple(row[2:])) for row in by_pair))
 
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
@@ -5409,16 +5439,83 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
     }
 
 
+# What /metrics tells of one account and model, by the label's value; disjoint, so that they add up.
+_COUNTED = {
+    ("requests_total", "Requests by account, model and outcome.", "status"): {
+        "ok": lambda sums: sums["requests"] - sums["failed"],
+        "failed": lambda sums: sums["failed"] - sums["rate_limited"],
+        "rate_limited": lambda sums: sums["rate_limited"],
+    },
+    ("tokens_total", "Tokens; input without cached ones, output without reasoning.", "kind"): {
+        "input": lambda sums: sums["input_tokens"] - sums["cached_tokens"],
+        "cached": lambda sums: sums["cached_tokens"],
+        "output": lambda sums: sums["output_tokens"] - sums["reasoning_tokens"],
+        "reasoning": lambda sums: sums["reasoning_tokens"],
+    },
+}
+_MOST_PAIRS, _MOST_WINDOWS = 200, 290  # of 7 and of 2 series each: below 2,000 in all
+Labels = Tuple[Tuple[str, str], ...]
+
+
+def api_metrics(app: App, query: Query) -> Answer:
+    """Answer ``/metrics`` in the text format 0.0.4 of Prometheus; the counters never fall."""
+    collector, counts = app.collector_status(), app.store.counts
+    by_pair = [(labels, dict(zip(SUM_NAMES, sums))) for labels, sums in app.store.series(_MOST_PAIRS).items()]
+    text = ""
+    for (name, about, kind), parts in _COUNTED.items():
+        samples = {
+            (("account", account), ("model", model), (kind, part)): max(0, count(sums))
+            for (account, model), sums in by_pair
+            for part, count in parts.items()
+        }
+        text += _metric(name, "counter", about, samples)
+    windows = _windows_by_labels(api_quota(app, Query())["quotas"])
+    left = {labels: window["remaining_percent"] for labels, window in windows.items()}
+    resets = {labels: _epoch(window["reset_at"]) for labels, window in windows.items()}
+    is_up, last_at = int(collector.get("state") in ("recording", "waiting")), collector.get("last_event")
+    text += _metric("quota_remaining_percent", "gauge", "What is left of a quota window.", left)
+    text += _metric("quota_reset_timestamp_seconds", "gauge", "When a quota window resets.", resets)
+    text += _metric("collector_up", "gauge", "Whether requests are being recorded.", {(): is_up})
+    text += _metric("collector_last_event_timestamp_seconds", "gauge", "The newest request's time.", {(): last_at})
+    text += _metric("events_rejected_total", "counter", "Records that could not be read.", {(): counts["rejected"]})
+    return Answer(text.encode("utf-8", "replace"), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _windows_by_labels(quotas: Sequence[Mapping[str, Any]]) -> dict[Labels, Mapping[str, Any]]:
+    """Return what is known of each account's windows; where two have one label, the account's own."""
+    windows: dict[Labels, Mapping[str, Any]] = {}
+    for row in quotas:
+        account = row["account"] or f"{row['email']} #{row['account_id_tag']}"
+        for window in row["windows"]:
+            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
+                windows.setdefault((("account", account), ("window", window["label"])), window)
+    return windows
+
+
+def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
+    lines = [f"# HELP cliproxy_{name} {about}", f"# TYPE cliproxy_{name} {kind}"]
+    for labels, value in samples.items():
+        told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
+        if value is not None:
+            lines.append(f"cliproxy_{name}{f'{{{told}}}' if told else ''} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
 def _data_version(app: App) -> tuple[Any, ...]:
     return app.store.changes, int(app.clock() // 60)
 
 
 # Each with what its answer depends on besides the query; None is never a 304.
-ROUTES: dict[str, tuple[Callable[[App, Query], dict[str, Any]], Any]] = {
+ROUTES: dict[str, tuple[Callable[[App, Query], Any], Any]] = {
     "/api/summary": (api_summary, _data_version),
     "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": (api_requests, _data_version),
     "/api/health": (api_health, None),
+    "/metrics": (api_metrics, None),
 }
 
 
@@ -5673,7 +5770,8 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse_other_sites()
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
-            self._send_head(200, *self._packed(Answer.of(answer(app, query))))
+            content = answer(app, query)
+            self._send_head(200, *self._packed(content if isinstance(content, Answer) else Answer.of(content)))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
