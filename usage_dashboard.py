@@ -13,6 +13,7 @@ accounts   account files, whose an event is by them, and which identities are on
 store      the SQLite file, the only SQL: schema steps, writes, summaries
 quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
 readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
+alerts     what its owner is told of, once a cause, and sending it
 sources    the ways to take records: pop, http, subscribe
 collector  the loop from source to store: spool, proxy facts, outages
 refresher  rounds of quota calls on request, and hourly chores
@@ -58,7 +59,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Collection, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 __version__ = "3.0.0"
 BASE_DIR = Path(__file__).resolve().parent
@@ -243,6 +244,30 @@ def os_reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
+def within(deadline_s: float, call: Callable[..., Any], *values: Any, stop: Any = None) -> Any:
+    """Return what a call returns, or raise what it raises; TimeoutError where it takes longer or a stop comes."""
+    outcomes: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcomes.append((call(*values), None))
+        except Exception as error:  # raised below, in the caller's thread
+            outcomes.append((None, error))
+
+    # A socket's timeout begins again with every byte, and looking up a name has none.
+    thread = threading.Thread(target=run, name=call.__name__, daemon=True)
+    thread.start()
+    ends_at = time.monotonic() + deadline_s
+    while thread.is_alive() and time.monotonic() < ends_at and not (stop and stop.is_set()):
+        thread.join(min(0.2, deadline_s) if stop else deadline_s)
+    if not outcomes:
+        raise TimeoutError
+    result, error = outcomes[0]
+    if error is not None:
+        raise error
+    return result
+
+
 _MAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+\.[^@\s]+\Z")
 
 
@@ -366,6 +391,8 @@ class Config:
     retention_days: int = 0
     names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
     prices: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    alert_urls: Sequence[str] = field(default_factory=list, repr=False)
+    alert_below_percent: int = 20
     dashboard_host: str = "0.0.0.0"
     dashboard_port: int = 8320
     dashboard_password: str = field(default="", repr=False)
@@ -391,6 +418,7 @@ _RANGES = {
     "poll_interval_seconds": (0.1, 3600),
     "quota_refresh_seconds": (0, 86400),
     "retention_days": (0, 36500),
+    "alert_below_percent": (1, 99),
     "dashboard_port": (0, 65535),
 }
 
@@ -449,6 +477,8 @@ def _fault_of(key: str, value: Any) -> str | None:
     if key == "collect_mode":
         modes = ", ".join(f'"{mode}"' for mode in COLLECT_MODES)
         return None if value in COLLECT_MODES else f"must be one of {modes}"
+    if key == "alert_urls":
+        return _fault_of_urls(value)
     if not isinstance(value, str):
         return "must be a text in double quotes"
     if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
@@ -457,6 +487,29 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "must not be empty"
     faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
     return next(faults, None) if key.endswith("_host") else None
+
+
+def _fault_of_urls(value: Any) -> str | None:
+    """Return what is wrong, without the addresses, which are secrets."""
+    if not isinstance(value, list):
+        return 'must be a list of addresses, ["https://…"]'
+    for number, url in enumerate(value, 1):
+        try:
+            parts = urlsplit(url if isinstance(url, str) and re.match(r"[!-~]+\Z", url) else "")
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                continue
+        except ValueError:
+            pass
+        return f"must hold http:// or https:// addresses without spaces and line breaks; number {number} is none"
+    return None
+
+
+def _fault_of_targets(config: Config) -> list[str]:
+    own = (config.dashboard_port, config.dashboard_host, "localhost", "127.0.0.1", "::1")
+    for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
+        if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
+            return [f'"alert_urls": number {number} is the address of this dashboard itself; name who is to be told']
+    return []
 
 
 def load_config(
@@ -474,9 +527,11 @@ def load_config(
     entries += [("the command line", *item) for item in (flags or {}).items() if item[1] is not None]
     for where, key, value in entries:
         _take_key(where, key, value, values, faults, warnings)
+    config = Config(**values)
+    faults += _fault_of_targets(config)
     if faults:
         raise ConfigError(faults, warnings)
-    return Config(**values), warnings
+    return config, warnings
 
 
 def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str, Any]:
@@ -2201,9 +2256,17 @@ def _step_window_history(db) -> None:
     db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
 
 
+def _step_series(db) -> None:
+    """Keep under which labels the metrics count an identity's requests to a model."""
+    db.execute(
+        "CREATE TABLE series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
+        "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID"
+    )
+
+
 _SCHEMA_STEPS = (
     *((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts)),
-    *((8, _step_speeds), (9, _step_window_history)),
+    *((8, _step_speeds), (9, _step_window_history), (10, _step_series)),
 )
 
 
@@ -2834,6 +2897,29 @@ class Store:
             names = dict(db.execute("SELECT id, name FROM models").fetchall())
             return [(names[model_id], tuple(sums)) for model_id, *sums in plan.by_model(db)]
 
+    def series(self, most: int) -> dict[tuple[str, str], Sums]:
+        """Return all that was ever counted, by labels for account and model, which stay as they were given first.
+
+        So no sum ever falls, whatever an account is called later. Pairs beyond ``most`` are added up to ``other``.
+        """
+        with self._read() as db:
+            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_day GROUP BY 1, 2").fetchall()
+            given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
+            models = dict(db.execute("SELECT id, name FROM models").fetchall())
+            names = {key: account.name for account in self._accounts_in(db) for key in account.identity_ids}
+        new, labels = [], set(given.values())
+        for pair in (tuple(row[:2]) for row in by_pair):
+            if pair not in given:
+                label = (names[pair[0]], models[pair[1]])
+                given[pair] = label if label in labels or len(labels) < most else ("other", "other")
+                labels.add(given[pair])
+                new.append((*pair, *given[pair]))
+        if new:
+            with self._write(changes=False) as db:
+                db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", new)
+        by_label = by_key((given[tuple(row[:2])], row[2:]) for row in by_pair)
+        return {label: add_sums(parts) for label, parts in by_label.items()}
+
     def span(self) -> tuple[float, float] | None:
         """Return the times of the first quarter hour and the last event ever counted; None where there is none."""
         with self._read() as db:
@@ -3109,6 +3195,57 @@ def _keys_in(db) -> dict[int, str]:
     rows = db.execute("SELECT id, name FROM client_keys ORDER BY LENGTH(name), name").fetchall()
     fullest = {tag_of_mask(mask): mask for _, mask in rows}
     return {0: "", **{key_id: fullest[tag_of_mask(mask)] for key_id, mask in rows}}
+
+
+def back_up(source: Path, target: Path) -> tuple[int, int]:
+    """Copy a database, also while it is in use, prove the copy, and return its requests and tokens. Raises StoreError.
+
+    A target that exists is left alone; what fails leaves nothing behind.
+    """
+    import tempfile
+
+    part = None
+    try:
+        if target.exists() or target.is_symlink():
+            raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+        if not source.is_file():
+            raise StoreError(f"there is no database {source} to back up; name it with --db")
+        handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)  # 0600
+        os.close(handle)
+        with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
+            counted = _copy_in_one_step(db, part)
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            raise StoreError(f"{target} was made meanwhile, and is left as it is") from None
+        except OSError:  # a file system without links, as on a memory stick
+            os.rename(part, target)
+        return counted
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
+    except sqlite3.Error as error:
+        raise StoreError(f"no backup was made of {source} to {target}: {error}; nothing is left of it") from error
+    finally:
+        for rest in (part, f"{part}-wal", f"{part}-shm", f"{part}-journal"):
+            with suppress(OSError, TypeError):
+                os.unlink(rest)
+
+
+def _copy_in_one_step(db, part: str) -> tuple[int, int]:
+    totals = "SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events"
+    db.execute("BEGIN")
+    counted = db.execute(totals).fetchone()
+    with closing(sqlite3.connect(part)) as copy:
+        db.backup(copy)
+        found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok" or copy.execute(totals).fetchone() != counted:
+            raise sqlite3.DatabaseError(f"the copy is not equal ({found}), so the database itself may be damaged")
+    return counted
+
+
+def _sums_in(db, table: str, from_bucket: int) -> Sums:
+    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
+    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -3663,22 +3800,10 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     proxies = proxies_of(file)
     if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
         raise QuotaFault("proxy_unsupported")
-    outcomes: list[Any] = []
-
-    def call() -> None:
-        try:
-            outcomes.append(_ask_usage(file, proxies, deadline_s))
-        except Exception as error:  # raised below, in the caller's thread
-            outcomes.append(error)
-
-    # A socket's timeout begins again with every byte, and looking up a name has none.
-    thread = threading.Thread(target=call, name="chatgpt", daemon=True)
-    thread.start()
-    thread.join(deadline_s)
-    outcome = outcomes[0] if outcomes else QuotaFault("timeout")
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    try:
+        return within(deadline_s, _ask_usage, file, proxies, deadline_s)
+    except TimeoutError:
+        raise QuotaFault("timeout") from None
 
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
@@ -4016,6 +4141,12 @@ def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) ->
         window["history"] = list(history)[:MOST_ENDED]
 
 
+def quotas_at(store: Store, now: float) -> list[dict[str, Any]]:
+    """Return the rows of ``/api/quota`` as they stand now."""
+    accounts, history = store.accounts(), store.readings_since(now - PACE_S)
+    return [_quota_json(row, accounts, history, now) for row in store.quotas()]
+
+
 def _quota_json(
     row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
 ) -> dict[str, Any]:
@@ -4092,6 +4223,230 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
         lasts = runs_out_at is None or runs_out_at >= next_reset_at
         pool["forecast"] = {"runs_out_at": None if lasts else runs_out_at, "until": next_reset_at}
     return pool
+
+
+# ------------------------------------------------------------------ alerts
+
+
+class Alert(NamedTuple):
+    """One sentence for the owner; ``account`` is masked, and None where it is of no account."""
+
+    kind: str
+    text: str
+    account: str | None = None
+
+
+ALERT_TITLES = {
+    "low_quota": "Quota is low",
+    "limited": "Account is limited",
+    "needs_person": "Account needs you",
+    "back": "Account is back",
+    "not_recording": "Not recording",
+    "recording": "Recording again",
+    "failing": "Requests fail",
+    "test": "Test",
+}
+_NEEDS_PERSON = ("relogin", "deactivated", "blocked")
+_OVER = Alert("over", "")  # the end of a cause that is no news
+_ENDS = ("over", "back", "recording")
+
+
+def alerts_of(before: Mapping[str, float], now: Mapping[str, Alert]) -> list[Alert]:
+    """Return what is to be told: each cause that is new, and the ends that are news.
+
+    ``before`` has the causes that were told, with their times. In ``now`` is each cause that is there, or how it ended
+    where the opposite is known; what is unknown stands in neither, and changes nothing.
+    """
+    told = (alert for key, alert in now.items() if (alert.kind in _ENDS) == (key in before) and alert != _OVER)
+    return list(dict.fromkeys(told))
+
+
+def causes_after(before: Mapping[str, float], now: Mapping[str, Alert], at: float) -> dict[str, float]:
+    """Return the causes that last, each with the time when it was told first."""
+    ended = {key for key, alert in now.items() if alert.kind in _ENDS}
+    return {key: before.get(key, at) for key in (*before, *now) if key not in ended}
+
+
+def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> dict[str, Alert]:
+    """Return the causes that rows of ``/api/quota`` show; a limited account is not low as well."""
+    causes = {}
+    mails = [row["email"] for row in quotas]
+    for row in quotas:
+        name = row["email"] if "@" not in row["email"] else mask_mail(row["email"], mails)
+        name += f" ({row['account_id_tag']})" if mails.count(row["email"]) > 1 else ""
+        key, state = f"{row['email']} {row['account_id_tag']}", row["state"]
+        windows = [window for window in row["windows"] if window["meter"] in (None, "budget")]
+        back = Alert("back", f"{name} is back.", name)
+        if state in _NEEDS_PERSON:
+            text = f"{name} needs a person: {QUOTA_MESSAGES[state]}."
+            causes[f"needs_person {key}"] = Alert("needs_person", text, name)
+        elif state in ("ok", "no_windows", "limited"):
+            causes[f"needs_person {key}"] = back
+        if state == "limited":
+            resets = [window["reset_at"] for window in windows if window["remaining_percent"] == 0]
+            until = f", until {_when(max(resets))}" if resets and None not in resets else ""
+            causes[f"limited {key}"] = Alert("limited", f"{name} is limited{until}.", name)
+            continue
+        if state in ("ok", "no_windows"):
+            causes[f"limited {key}"] = back
+        for window in windows:
+            left, place = window["remaining_percent"], f"low_quota {key} {window['label']}"
+            if window["due"] or (left is not None and left >= below_percent + 5):
+                causes[place] = _OVER
+            elif left is not None and left < below_percent:
+                resets_at = f"; it resets {_when(window['reset_at'])}" if window["reset_at"] else ""
+                text = f"{name} has {left:g} % of its {window['label']} window left{resets_at}."
+                causes[place] = Alert("low_quota", text, name)
+    return causes
+
+
+def _when(iso: str) -> str:
+    return local_minute(_epoch(iso) or 0.0)
+
+
+def failing_cause(sums: Sequence[int]) -> dict[str, Alert]:
+    """Return whether half of a quarter hour's requests fail for another reason than 429; {} for fewer than 20."""
+    requests, failed, rate_limited = sums[:3]
+    if requests < 20:
+        return {}
+    failed -= rate_limited
+    text = f"{failed:,} of {requests:,} requests in 15 minutes failed, and {rate_limited:,} were rate-limited."
+    return {"failing": Alert("failing", text) if 2 * failed >= requests else _OVER}
+
+
+class Alerter:
+    """Look once a minute, and after a refresh, whether there is something to tell, and send it to all addresses."""
+
+    def __init__(self, config: Config, store: Store, status: Callable[[], Any], log: Log, stop: Any, clock=time.time):
+        self._config, self._store, self._status, self._log = config, store, status, log
+        self._stop, self._clock = stop, clock
+        self._state = alert_state(store)
+        self._idle_since: float | None = None  # since when nothing is recorded
+
+    def run(self, last_refresh: Callable[[], Any], look_s: float = 60.0) -> None:
+        """Look until ``stop``; a fault ends only this look. ``last_refresh`` changes with each refresh of the quota."""
+        looked_s, known = float("-inf"), last_refresh()
+        while not self._stop.wait(min(2.0, look_s)):
+            if monotonic_s() - looked_s >= look_s or last_refresh() != known:
+                looked_s, known = monotonic_s(), last_refresh()
+                try:
+                    self.look()
+                except Exception as error:  # the thread's loop
+                    self._log.event("alerts", fault=error if isinstance(error, StoreError) else where_raised(error))
+
+    def look(self) -> None:
+        """Tell what is new; what was told is kept first, so that a restart does not tell it again."""
+        now, before = self._clock(), self._state["causes"]
+        causes = self._recording_cause(now)
+        with suppress(StoreError):  # while the database cannot be read, that is what there is to tell
+            causes.update(quota_causes(quotas_at(self._store, now), self._config.alert_below_percent))
+            buckets = self._store.usage(Window(now - 900, now), 900, 0).buckets
+            causes.update(failing_cause(add_sums(buckets.values())))
+        alerts = alerts_of(before, causes)
+        self._keep(causes=causes_after(before, causes, now))
+        for alert in alerts:
+            outcomes = [self._send(number, url, alert) for number, url in enumerate(self._config.alert_urls, 1)]
+            if any(outcomes):
+                self._keep(sent_on=local_minute(now)[:10], sent=sent_today(self._state, now) + 1)
+            if not all(outcomes):
+                self._keep(last_failed_at=now)
+
+    def _recording_cause(self, now: float) -> dict[str, Alert]:
+        status = self._status()
+        if status["state"] in ("recording", "waiting"):
+            self._idle_since = None
+            since = self._state["causes"].get("not_recording")
+            if since is None:
+                return {}
+            outages = self._store.outages(Window(since - 300, now), now)
+            lost = "requests were lost" if any(outage["lost"] for outage in outages) else "no loss is known of"
+            minutes = int(now - min([since - 300, *(outage["from"] for outage in outages)])) // 60
+            text = f"Requests are recorded again, after {minutes // 60} h {minutes % 60} min; {lost}."
+            return {"not_recording": Alert("recording", text)}
+        self._idle_since = min(now, self._idle_since or now, status["since"] or now)
+        if now - self._idle_since < 300:
+            return {}
+        text = f"Nothing is recorded since {local_minute(self._idle_since)}: {status['message']}"
+        return {"not_recording": Alert("not_recording", text)}
+
+    def _keep(self, **changes: Any) -> None:
+        if {**self._state, **changes} != self._state:
+            self._state.update(changes)
+            with suppress(StoreError):  # it is kept in memory, and a full disk is worth telling
+                self._store.put_meta("alerts", json.dumps(self._state))
+
+    def _send(self, number: int, url: str, alert: Alert) -> bool:
+        for pause_s in (1.0, 5.0, 0.0):
+            fault = send_alert(url, alert, self._clock(), self._stop)
+            if fault is None:
+                return True
+            if self._stop.wait(pause_s):
+                break
+        self._log.event("alerts", kind=alert.kind, receiver=number, fault=fault)
+        return False
+
+
+def alert_state(store: Store) -> dict[str, Any]:
+    """Return what is kept of alerts: the causes that were told, how many were sent on a day, and the last failure."""
+    state = {"causes": {}, "sent_on": "", "sent": 0, "last_failed_at": None}
+    with suppress(StoreError, ValueError, TypeError):
+        state.update(json.loads(store.get_meta("alerts") or "{}"))
+    return state
+
+
+def sent_today(state: Mapping[str, Any], now: float) -> int:
+    """Return how many alerts were sent on the day of ``now``."""
+    return state["sent"] if state["sent_on"] == local_minute(now)[:10] else 0
+
+
+def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | None:
+    """Send an alert in the form that its address asks for, and return why it did not arrive, without the address."""
+    try:
+        status = within(10.0, _post, *_form_of(url, alert, at), stop=stop)
+    except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
+        cause = getattr(error, "reason", error)
+        is_late = isinstance(cause, (TimeoutError, socket.timeout))
+        return "no answer in time" if is_late or not isinstance(cause, OSError) else os_reason(cause)
+    return None if 200 <= status < 300 else f"it answered with status {status}"
+
+
+def receiver_of(url: str) -> str:
+    """Return the kind of a receiver, by its host: Telegram, ntfy, Slack, Discord or a webhook."""
+    host = urlsplit(url).hostname or ""
+    known = {"api.telegram.org": "Telegram", "ntfy.sh": "ntfy", "hooks.slack.com": "Slack"}
+    is_discord = re.search(r"(\A|\.)discord(app)?\.com\Z", host)
+    return known.get(host, "ntfy" if host.startswith("ntfy.") else "Discord" if is_discord else "webhook")
+
+
+def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, str]]:
+    """Return the address to post to, the body and the headers."""
+    kind, title, parts = receiver_of(url), ALERT_TITLES[alert.kind], urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "cliproxy-usage-dashboard"}
+    if user:
+        headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
+    parts = parts._replace(netloc=host, fragment="")
+    content: Any = {"title": title, "text": alert.text, "kind": alert.kind, "account": alert.account, "at": at}
+    if kind == "Telegram":
+        content = {**dict(parse_qsl(parts.query)), "text": f"{title}: {alert.text}"}
+        parts = parts._replace(query="")
+    elif kind == "ntfy":
+        parts = parts._replace(query=urlencode([*parse_qsl(parts.query), ("title", title)]))
+        headers["Content-Type"] = "text/plain; charset=utf-8"
+    elif kind != "webhook":
+        content = {"content" if kind == "Discord" else "text": f"{title}: {alert.text}"}
+    body = alert.text if kind == "ntfy" else json.dumps(content, ensure_ascii=False)
+    return urlunsplit(parts), body.encode("utf-8", "replace"), headers
+
+
+def _post(url: str, body: bytes, headers: Mapping[str, str]) -> int:
+    import urllib.request
+
+    opener = urllib.request.OpenerDirector()  # without a handler for statuses, so that no redirect is followed
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    with opener.open(urllib.request.Request(url, body, dict(headers)), timeout=10.0) as reply:
+        return reply.status
 
 
 # ------------------------------------------------------------------ sources
@@ -5914,9 +6269,8 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    accounts, history = app.store.accounts(), app.store.readings_since(now - PACE_S)
-    quotas = [_quota_json(row, accounts, history, now) for row in app.store.quotas()]
-    called = {account.name: owner_name(app.names.by_target, account) for account in accounts}
+    quotas = quotas_at(app.store, now)
+    called = {account.name: owner_name(app.names.by_target, account) for account in app.store.accounts()}
     for row in quotas:
         row["name"] = called.get(row["account"])
     add_worths(app.store, quotas, now)
@@ -5934,9 +6288,81 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "now": app.clock(),
         "rival": collector.pop("rival", None),
         "collector": collector,
+        "alerts": _alerts_json(app),
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
     }
+
+
+# What /metrics tells of one account and model, by the label's value; disjoint, so that they add up.
+_COUNTED = {
+    ("requests_total", "Requests by account, model and outcome.", "status"): {
+        "ok": lambda sums: sums["requests"] - sums["failed"],
+        "failed": lambda sums: sums["failed"] - sums["rate_limited"],
+        "rate_limited": lambda sums: sums["rate_limited"],
+    },
+    ("tokens_total", "Tokens; input without cached ones, output without reasoning.", "kind"): {
+        "input": lambda sums: sums["input_tokens"] - sums["cached_tokens"],
+        "cached": lambda sums: sums["cached_tokens"],
+        "output": lambda sums: sums["output_tokens"] - sums["reasoning_tokens"],
+        "reasoning": lambda sums: sums["reasoning_tokens"],
+    },
+}
+_MOST_PAIRS, _MOST_WINDOWS = 200, 290  # of 7 and of 2 series each: below 2,000 in all
+Labels = Tuple[Tuple[str, str], ...]
+
+
+def api_metrics(app: App, query: Query) -> Answer:
+    """Answer ``/metrics`` in the text format 0.0.4 of Prometheus; the counters never fall."""
+    collector, counts = app.collector_status(), app.store.counts
+    by_pair = [(labels, dict(zip(SUM_NAMES, sums))) for labels, sums in app.store.series(_MOST_PAIRS).items()]
+    text = ""
+    for (name, about, kind), parts in _COUNTED.items():
+        samples = {
+            (("account", account), ("model", model), (kind, part)): max(0, count(sums))
+            for (account, model), sums in by_pair
+            for part, count in parts.items()
+        }
+        text += _metric(name, "counter", about, samples)
+    windows = _windows_by_labels(quotas_at(app.store, app.clock()))
+    left = {labels: window["remaining_percent"] for labels, window in windows.items()}
+    resets = {labels: _epoch(window["reset_at"]) for labels, window in windows.items()}
+    is_up, last_at = int(collector.get("state") in ("recording", "waiting")), collector.get("last_event")
+    text += _metric("quota_remaining_percent", "gauge", "What is left of a quota window.", left)
+    text += _metric("quota_reset_timestamp_seconds", "gauge", "When a quota window resets.", resets)
+    text += _metric("collector_up", "gauge", "Whether requests are being recorded.", {(): is_up})
+    text += _metric("collector_last_event_timestamp_seconds", "gauge", "The newest request's time.", {(): last_at})
+    text += _metric("events_rejected_total", "counter", "Records that could not be read.", {(): counts["rejected"]})
+    return Answer(text.encode("utf-8", "replace"), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _windows_by_labels(quotas: Sequence[Mapping[str, Any]]) -> dict[Labels, Mapping[str, Any]]:
+    """Return what is known of each account's windows; where two have one label, the account's own."""
+    windows: dict[Labels, Mapping[str, Any]] = {}
+    for row in quotas:
+        account = row["account"] or f"{row['email']} {row['account_id_tag']}"
+        for window in row["windows"]:
+            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
+                windows.setdefault((("account", account), ("window", window["label"])), window)
+    return windows
+
+
+def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
+    lines = [f"# HELP cliproxy_{name} {about}", f"# TYPE cliproxy_{name} {kind}"]
+    for labels, value in samples.items():
+        told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
+        if value is not None:
+            lines.append(f"cliproxy_{name}{f'{{{told}}}' if told else ''} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _alerts_json(app: App) -> dict[str, Any]:
+    state = alert_state(app.store)
+    return {"sent_today": sent_today(state, app.clock()), "last_failed_at": state["last_failed_at"]}
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
@@ -5944,11 +6370,12 @@ def _data_version(app: App) -> tuple[Any, ...]:
 
 
 # Each with what its answer depends on besides the query; None is never a 304.
-ROUTES: dict[str, tuple[Callable[[App, Query], dict[str, Any]], Any]] = {
+ROUTES: dict[str, tuple[Callable[[App, Query], Any], Any]] = {
     "/api/summary": (api_summary, _data_version),
     "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": (api_requests, _data_version),
     "/api/health": (api_health, None),
+    "/metrics": (api_metrics, None),
 }
 
 
@@ -6204,7 +6631,8 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse_other_sites()
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
-            self._send_head(200, *self._packed(Answer.of(answer(app, query))))
+            content = answer(app, query)
+            self._send_head(200, *self._packed(content if isinstance(content, Answer) else Answer.of(content)))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
@@ -6743,7 +7171,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     report = add("report", run_report, "Print the usage of a range as a table.")
     quota = add("quota", run_quota, "Print what is left of each account's quota.")
     check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
-    for command in (start, report, quota, check):
+    backup = add("backup", run_backup, "Copy the database to a new file, also while the dashboard runs.")
+    alert_test = add("alert-test", run_alert_test, 'Send a test message to each address of "alert_urls".')
+    for command in (start, report, quota, check, backup, alert_test):
         command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
         command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
     for command in (start, demo):
@@ -6754,6 +7184,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     report.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
     report.add_argument("--by", choices=list(_BREAKDOWNS), help="print this breakdown alone")
     report.set_defaults(refuse=lambda fault: report.error(f"{fault}; the range can be {allowed}"))
+    backup.add_argument("file", type=Path, metavar="FILE", help="the copy; it must not exist")
     quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
     for command in (report, quota):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -6795,7 +7226,11 @@ def run_start(options: Any) -> int:
     app.names = Names(config.names, config_path, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    exit_code = _run_until_stopped(server, app, page, stop, collector.run, chores.run, interrupt=collector.interrupt)
+    jobs = [collector.run, chores.run]
+    if config.alert_urls:
+        alerter = Alerter(config, store, collector.status, log, stop)
+        jobs.append(lambda: alerter.run(lambda: refresher.refreshing or refresher.state()["last_refresh"]))
+    exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
     log.close()
     return exit_code
@@ -6888,11 +7323,25 @@ def _reading_app(config: Config, must_exist: bool = True) -> Iterator[App]:
     path, log = config.database_path, Log(sys.stderr)
     if must_exist and not path.exists():
         raise DashboardError(f"{path} does not exist yet; start the dashboard once, or name it with --db")
-    with suppress(DashboardError):  # what is committed is readable all the same
-        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)  # so that it commits what it has popped
+    _have_committed(config)
     with closing(Store(path, announce=log.line)) as store:
         refresher = QuotaRefresher(config, store, log, threading.Event())
         yield App(config, store, refresher, dict, log, names=Names(config.names))
+
+
+def _have_committed(config: Config) -> None:
+    """Let a running dashboard commit what it has popped."""
+    with suppress(DashboardError):  # what is committed is readable all the same
+        ask_dashboard(_where_it_runs(config), "/api/health", 2.0)
+
+
+def run_backup(options: Any) -> int:
+    """Copy the database to a new file, and prove the copy."""
+    config, target = _load(options)[0], options.file.absolute()
+    _have_committed(config)
+    requests, tokens = back_up(config.database_path, target)
+    print(f"{target}: {requests:,} requests with {tokens:,} tokens, checked, {target.stat().st_size:,} bytes")
+    return 0
 
 
 def run_report(options: Any) -> int:
@@ -7017,6 +7466,18 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
     age, origin = row["age_seconds"], ", from a request" if row["source"] == "traffic" else ""
     cells.append("never" if age is None else f"{age // 60} min ago{origin}")
     return cells
+
+
+def run_alert_test(options: Any) -> int:
+    """Send a test message to each address, and print what became of it; 1 where any failed."""
+    urls = _load(options)[0].alert_urls
+    if not urls:
+        raise DashboardError('no addresses to send to; set in config.json "alert_urls": ["https://…"]')
+    alert, faults = Alert("test", "This is a test of the CLIProxyAPI Usage Dashboard."), []
+    for number, url in enumerate(urls, 1):
+        faults.append(send_alert(url, alert, time.time()))
+        print(f"{number} of {len(urls)} ({receiver_of(url)}): {faults[-1] or 'sent'}")
+    return 1 if any(faults) else 0
 
 
 def run_check(options: Any) -> int:

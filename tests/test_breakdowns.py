@@ -8,7 +8,6 @@ from urllib.parse import quote
 import pytest
 from support import DATA, NOW, at, put, reading, run_sql
 
-
 AN, BO = "sk-…1111 #4bdca8", "AIz…0001 #3f9a2c"
 
 
