@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 
 import pytest
-from page_support import HOUR, LANGS, PAGE, WORDS, many, set_state, tokens
+from page_support import HOUR, LANGS, PAGE, WORDS, many, save_quota, set_state, tokens
 from support import event, free_port, put
 from webdriver import Browser
 
@@ -257,6 +258,91 @@ def test_filter_taken_away_leaves_the_focus_on_the_next_one_then_on_the_chart(pa
     assert page.js("document.activeElement.id") == "chart"
 
 
+@pytest.fixture
+def named(empty, tmp_path):
+    """Store requests of two client keys and one without, of which the first key and the first account have names."""
+    names = {"#4bdca8": "An's laptop", "an@example.com": "Ops"}
+    (tmp_path / "config.json").write_text(json.dumps({"names": names}), encoding="utf-8")
+    more = {"api_key": "sk-…0042 #0042ab", "source": "bo@example.com", "auth_index": "b", "total_tokens": 360}
+    put(empty.store, *[event(at=empty.now - 60 - n) for n in range(6)], event(at=empty.now - 50, model="m", api_key=""),
+        event(at=empty.now - 40, failed=1, status_code=502, error="502 bad gateway", **more))  # fmt: skip
+    return empty
+
+
+def test_side_panel_shows_one_breakdown_at_a_time_whose_rows_filter_and_remembers_it(page, named, between):
+    nobody = {"key": None, "unknown": True, "status_code": None, "error": None, "last_at": named.now, "accounts": []}
+    between.changes["/api/summary"] = lambda body: [
+        body[part].append({**body["keys"][-1], **nobody}) for part in ("keys", "failures")]  # fmt: skip
+    page.open(server=between)
+    page.script("document.querySelector('#tab-models').focus()")
+    page.press("ArrowRight")
+    assert page.js("document.activeElement.id") == "tab-keys"
+    told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
+    assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "DIV", "DIV"]  # who has no key cannot be asked for
+    assert re.fullmatch(r"An's laptop 720 60% 6 requests · median 0\.9s · \$0\.00\d+ at list price", told[0][0])
+    assert [words.split(" 3")[0].split(" 1")[0] for words, _ in told[1:]] == ["sk-…0042 #0042ab", "without a key", "key no longer known"]
+    page.click("#panel li:nth-child(2) button")
+    page.wait_for_requests(1)
+    page.wait_for_rows(1)
+    assert "key=0042ab" in page.js("location.search") and "API key: sk-…0042" in page.text("#filters")
+    page.open("?range=24h", server=between, fresh=False)
+    assert page.all("#tabs [aria-selected=true]", "e.id") == ["tab-keys"]
+    page.click("#tab-failures")
+    told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
+    assert re.fullmatch(r"502 bad gateway 1 request 100% last \d\d:\d\d · bo@example.com", told[0][0])
+    assert told[1][0].startswith("reason no longer known") and told[1][1] == "DIV"
+    page.click("#panel li button")
+    page.wait_until("location.search.includes('status=502')")
+    page.wait_for("#panel li button", "e.getAttribute('aria-pressed') === 'true'")
+
+
+def test_lines_under_the_figures_tell_speed_list_price_and_the_change(page, site, between):
+    speed = {"latency_ms": {"p50": 8200, "p95": 29900}, "ttft_ms": {"p50": 1600, "p95": 2500},
+             "tokens_per_second": {"p50": 91.9}}  # fmt: skip
+    facts = {"cost_usd": 41.2, "unpriced_tokens": 0}, {"total_tokens": 100_000}
+
+    def change(body):
+        body["summary"].update(facts[0])
+        body.update(speed=speed, previous=facts[1], prices_as_of="2026-11")
+
+    between.changes["/api/summary"] = change
+    page.open(server=between)
+    assert page.text("#sub-requests") == "1 failed, 1 of them rate-limited\nmedian 8.2s, first token 1.6s"
+    assert page.text("#sub-total").startswith("$41.20 at list price\n▼ 1.7% on the time before")
+    assert page.text("#sub-output").endswith("92 tokens/s")
+    assert "standard tier, by the list prices of November 2026" in page.one("#sub-total", "e.title")
+    facts = {"cost_usd": 1234.5, "unpriced_tokens": 1420}, {"total_tokens": 50_000}
+    page.click("#lang-vi")
+    page.click("#refresh")
+    page.wait_for_text("#sub-total", "giá niêm yết ít nhất 1.235\u00a0$▲ 97% so với khoảng trước")
+    assert "1.420 token thuộc mô hình chưa có giá" in page.one("#sub-total", "e.title")
+    facts = {"cost_usd": None}, None
+    page.click("#refresh")
+    page.wait_for("#sub-total", "e.textContent === '32,8k mỗi yêu cầu'")
+
+
+def test_yesterday_and_two_dates_are_local_days_that_address_and_reload_keep(page, empty, between):
+    midnight = page.js("new Date().setHours(0, 0, 0, 0) / 1000")
+    put(empty.store, *[event(at=midnight + 1 - 24 * HOUR * days) for days in range(5) for _ in range(days + 1)])
+    page.open("?range=yesterday", server=between)
+    assert page.figure("requests") == 2 and len(page.chart()["bars"]) == 24
+    page.select("#range", "dates")
+    page.wait_until("location.search.includes('range=dates')")
+    assert page.figure("requests") == 2  # they begin as what was shown
+    days = [page.js("new Date(arguments[0] * 1000).toLocaleDateString('sv')", midnight - 24 * HOUR * n) for n in (3, 1)]
+    pick = "const e = document.querySelector(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('change'));"
+    page.script(pick, "#from", days[0])
+    page.wait_for_requests(2 + 3 + 4)
+    assert f"from={days[0]}&to={days[1]}" in page.js("location.search")
+    assert any(f"start={midnight - 72 * HOUR:.0f}&end={midnight:.0f}" in path for path in between.asked)
+    page.open(page.js("location.search"), server=between, fresh=False)
+    assert page.figure("requests") == 9 and page.all("#dates input", "e.value") == days
+    page.script(pick, "#to", page.js("new Date(arguments[0] * 1000).toLocaleDateString('sv')", midnight - 96 * HOUR))
+    page.wait_for_requests(5)  # the other day follows one that would stand before it
+    page.open("?range=dates&from=2026-02-31&to=x", server=between)
+    assert page.one("#range", "e.value") == "today"
+
+
 # ---- the mask ---------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +368,25 @@ def test_masked_page_holds_neither_names_nor_search_but_tells_accounts_apart(pag
     page.wait_until("decodeURIComponent(location.search).includes('b@example.com')")
 
 
+def test_owner_s_names_stand_in_place_of_mails_and_keys_also_on_a_masked_page(page, named):
+    save_quota(named, "an@example.com", 62, 5)
+    page.open("?range=24h&account=an%40example.com&key=4bdca8")
+    page.wait_for_rows(6)
+    page.click("#tab-keys")
+    page.click("#requests tr[data-id] button")
+    assert page.text("#accounts .link") == "Ops" and page.text("#requests [data-by=account]") == "Ops"
+    assert page.all(".chip")[:2] == ["Account: Ops ×", "API key: An's laptop ×"]
+    assert "Client key\nAn's laptop" in page.text("#requests .detail")
+    page.click("#privacy")
+    page.wait_until("location.search === '?range=24h'")
+    for css in ("#filters", "#panel", "#requests .detail"):
+        assert "An's laptop" in page.text(css)
+    page.click(".chip.all")
+    page.wait_for_rows(8)
+    left = page.js("document.body.outerHTML")
+    assert "Ops" in left and "An's laptop" in left and "example.com" not in left and "0042 #" not in left
+
+
 # ---- for everyone -----------------------------------------------------------------------------------------------
 
 
@@ -300,7 +405,7 @@ def test_keyboard_alone_reaches_and_operates_everything(page, site):
         reached[name] = outlined and reached.get(name, True)
     wanted = (
         "skip range refresh-quota refresh lang-en lang-vi theme cached failed chart privacy copy-accounts search "
-        "failed-only copy-csv link total"
+        "failed-only copy-csv export-csv export-jsonl tab-models twist link total"
     )
     assert set(wanted.split()) <= set(reached)
     assert [name for name, outlined in reached.items() if not outlined] == []
