@@ -201,6 +201,16 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     page.wait_for_text("#remedy", "quên sau 10 giây")
 
 
+def test_footer_tells_of_alerts_and_that_one_failed(page, site, between):
+    told = {"sent_today": 1, "last_failed_at": site.now - 60}
+    between.changes["/api/health"] = lambda body: body.update(alerts=told)
+    page.open(server=between)
+    page.wait_for("#facts", "/1 alert sent today · an alert could not be sent \\(.*\\d\\d:\\d\\d\\)$/.test(e.textContent)")
+    told.update(sent_today=0, last_failed_at=None)
+    page.click("#refresh")
+    page.wait_for("#facts", "!e.textContent.includes('alert')")
+
+
 def test_program_that_takes_records_is_told_of_quietly_with_what_to_do(page, site):
     site.status.update(rival={"expected": 1500, "received": 24, "since": site.now - 600})
     page.open()
