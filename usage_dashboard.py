@@ -6259,11 +6259,78 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     shown, cursor = rows[:limit], None
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
-    for row in shown:
-        price = price_of(app.prices, row["model"])
-        row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
+    _price_rows(app, shown)
     total = None if filters.text else app.store.total(window, filters, with_rows=True)[0]
     return {"requests": shown, "next": cursor, "total": total}
+
+
+def _price_rows(app: App, rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        price = price_of(app.prices, row["model"])
+        row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
+
+
+class Download(NamedTuple):
+    """A file that is made while it is sent; ``pieces`` are its bytes."""
+
+    name: str
+    content_type: str
+    pieces: Iterator[bytes]
+
+
+EXPORT_COLUMNS = (
+    *"id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens".split(),
+    *"cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id cache_write_tokens".split(),
+    *"provider endpoint auth_type alias reasoning_effort service_tier api_key".split(),
+    *"local_time cost_usd account_name key_name".split(),
+)
+EXPORT_FORMATS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson"}
+
+
+def api_export(app: App, query: Query) -> Download:
+    """Answer ``/api/export``: every request of a window, oldest first, as CSV or as JSON objects, one a line."""
+    told = next((name for name in ("limit", "before", "sort", "order") if name in query), None)
+    if told:
+        raise ApiError(400, "bad_export", f"an export has every request of its window, oldest first; leave out {told}")
+    kind, window = query.choice("format", list(EXPORT_FORMATS)) or "csv", _window(app, query, app.clock())[1]
+    rows = _rows_to_export(app, query.filters(app.names), window, query.zone())
+    day = datetime.fromtimestamp(app.clock(), query.zone()).strftime("%Y-%m-%d")
+    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _csv(rows) if kind == "csv" else _lines(rows))
+
+
+def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows by hundreds, each of a transaction of its own, so that a slow reader holds up nothing."""
+    last: Any = None
+    while True:
+        rows = app.store.requests(500, window, filters, last, Order("time", "asc"))
+        _price_rows(app, rows)
+        for row in rows:
+            row["local_time"] = datetime.fromtimestamp(row["ts_epoch"], zone).strftime("%Y-%m-%d %H:%M:%S")
+        yield [{name: row[name] for name in EXPORT_COLUMNS} for row in rows]
+        if len(rows) < 500:
+            return
+        last = rows[-1]["ts_epoch"], rows[-1]["id"]
+
+
+def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
+    """Yield CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    import csv
+
+    table: list[Any] = [EXPORT_COLUMNS]
+    for rows in parts:
+        table += (row.values() for row in rows)
+        stream = io.StringIO()
+        csv.writer(stream).writerows(
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in line]
+            for line in table
+        )
+        yield stream.getvalue().encode("utf-8", "replace")
+        table = []
+
+
+def _lines(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
+    for rows in parts:
+        yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -6374,6 +6441,7 @@ ROUTES: dict[str, tuple[Callable[[App, Query], Any], Any]] = {
     "/api/summary": (api_summary, _data_version),
     "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": (api_requests, _data_version),
+    "/api/export": (api_export, None),
     "/api/health": (api_health, None),
     "/metrics": (api_metrics, None),
 }
@@ -6632,6 +6700,9 @@ class Handler(BaseHTTPRequestHandler):
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
             content = answer(app, query)
+            if isinstance(content, Download):
+                self._send_download(content)
+                return
             self._send_head(200, *self._packed(content if isinstance(content, Answer) else Answer.of(content)))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
@@ -6698,6 +6769,25 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.connections.wait(self.connection, None, len(body) - sent)
                 self.connection.sendall(memoryview(body)[sent : sent + size])
         except OSError:
+            self.close_connection = True
+
+    def _send_download(self, content: Download) -> None:
+        """Send what is made on the way, in chunks; one that breaks off ends the connection, so that it shows."""
+        first = next(content.pieces)  # what cannot even begin is answered with its fault
+        is_chunked = self.request_version != "HTTP/1.0"
+        self.close_connection = self.close_connection or not is_chunked
+        headers = {"Content-Disposition": f'attachment; filename="{content.name}"'}
+        headers.update({"Transfer-Encoding": "chunked"} if is_chunked else {})
+        self._send_head(200, {"Content-Type": content.content_type, **headers}, b"")
+        if self.command == "HEAD":
+            return
+        try:
+            for piece in itertools.chain([first], content.pieces):
+                if piece:
+                    self.server.connections.wait(self.connection, self.turn_s)
+                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+            self.connection.sendall(b"0\r\n\r\n" if is_chunked else b"")
+        except (OSError, StoreError):
             self.close_connection = True
 
     def _drain(self) -> None:
@@ -7186,9 +7276,10 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     report = add("report", run_report, "Print the usage of a range as a table.")
     quota = add("quota", run_quota, "Print what is left of each account's quota.")
     check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
+    export = add("export", run_export, "Print every request of a range, oldest first.")
     backup = add("backup", run_backup, "Copy the database to a new file, also while the dashboard runs.")
     alert_test = add("alert-test", run_alert_test, 'Send a test message to each address of "alert_urls".')
-    for command in (start, report, quota, check, backup, alert_test):
+    for command in (start, report, quota, check, export, backup, alert_test):
         command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
         command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
     for command in (start, demo):
@@ -7196,9 +7287,14 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
         command.add_argument("--port", type=int, metavar="P", help="the port to bind (8320)")
         command.add_argument("--no-browser", action="store_true", help="do not open a browser")
     allowed = f"{', '.join(RANGE_NAMES)}; or one or two dates as 2026-11-01, the earlier first: whole local days"
-    report.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
+    for command in (report, export):
+        command.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
+    export.add_argument("--format", choices=list(EXPORT_FORMATS), default="csv", help="csv, or one JSON object a line")
+    for name in ("account", "model", "key", "status"):
+        export.add_argument(f"--{name}", help=f"only the requests of this {name}")
     report.add_argument("--by", choices=list(_BREAKDOWNS), help="print this breakdown alone")
     report.set_defaults(refuse=lambda fault: report.error(f"{fault}; the range can be {allowed}"))
+    export.set_defaults(refuse=lambda fault: export.error(f"{fault}; the range can be {allowed}"))
     backup.add_argument("file", type=Path, metavar="FILE", help="the copy; it must not exist")
     quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
     for command in (report, quota):
@@ -7348,6 +7444,22 @@ def _have_committed(config: Config) -> None:
     """Let a running dashboard commit what it has popped."""
     with suppress(DashboardError):  # what is committed is readable all the same
         ask_dashboard(_where_it_runs(config), "/api/health", 2.0)
+
+
+def run_export(options: Any) -> int:
+    """Print every request of a range as CSV or JSON lines."""
+    with _reading_app(_load(options)[0]) as app:
+        query = _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1]))
+        asked = {name: getattr(options, name) for name in ("format", "account", "model", "key", "status")}
+        query.update({name: value for name, value in asked.items() if value is not None})
+        try:
+            download = api_export(app, query)
+        except ApiError as error:
+            error.exit_code = 2  # a wrong command line
+            raise
+        for piece in download.pieces:
+            sys.stdout.buffer.write(piece)
+    return 0
 
 
 def run_backup(options: Any) -> int:
