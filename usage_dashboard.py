@@ -1604,7 +1604,7 @@ def tag_of(account: str) -> str:
 
 def own_tag(identity_id: int, mail: str) -> str:
     """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
-    return "#" + short_tag(str(identity_id), mail)
+    return "#" + short_tag("identity", str(identity_id), mail)  # no account id has three parts
 
 
 def owner_name(names: Mapping[str, str], account: Account) -> str | None:
