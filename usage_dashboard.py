@@ -25,7 +25,6 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
-import atexit
 import base64
 import errno
 import gc
@@ -89,13 +88,19 @@ class Log:
     def __init__(self, stream=None):
         self._stream = stream if stream is not None else sys.stdout
         self._last: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._dropped = threading.Lock(), 0
 
     def line(self, text: str) -> None:
-        """Write a line as it is; a broken or full stream is no reason to stop collecting."""
+        """Write a line, or drop and count it where nobody reads (a full pipe); a broken stream is no fault either."""
         with self._lock:
+            with suppress(OSError, ValueError):  # not all that can be written to can be asked whether it takes more
+                if not select.select([], [self._stream], [], 0)[1]:
+                    self._dropped += 1
+                    return
+            told, self._dropped = f"log dropped={self._dropped}\n" if self._dropped else "", 0
             with suppress(OSError, ValueError):
-                print(text, file=self._stream, flush=True)
+                # A pipe that takes more takes 4 KB, and blocks for what is longer.
+                print(told + text[:1000], file=self._stream, flush=True)
 
     def once(self, name: str, **values: Any) -> None:
         """Write an event unless the last one of its name had the same values."""
@@ -111,44 +116,6 @@ class Log:
             needs_quotes = re.search(r'[\s"]', text)
             parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if needs_quotes else text}")
         self.line(" ".join(parts))
-
-
-class ConsoleLog(Log):
-    """Write lines from a thread of its own, so that a console that nobody reads (a full pipe) delays nobody else."""
-
-    def __init__(self, fd: int = 1, most: int = 1000):
-        super().__init__()
-        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
-        self._thread = threading.Thread(target=self._write_all, daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
-
-    def line(self, text: str) -> None:
-        try:
-            self._waiting.put_nowait(text)
-        except queue.Full:
-            with self._lock:
-                self._dropped += 1
-
-    def close(self, patience_s: float = 0.5) -> None:
-        """Write what is queued, as far as the console takes it in time."""
-        atexit.unregister(self.close)
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=patience_s)
-            self._thread.join(patience_s)
-
-    def _write_all(self) -> None:
-        text: str | None = ""
-        while text is not None:
-            text = self._waiting.get()
-            with self._lock:
-                dropped = self._dropped if self._waiting.empty() else 0
-                self._dropped -= dropped
-            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
-            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
-            with suppress(OSError):
-                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
-                    data = data[os.write(self._fd, data) :]
 
 
 _HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
@@ -7204,7 +7171,7 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = ConsoleLog()
+    log = Log()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
@@ -7232,7 +7199,6 @@ def run_start(options: Any) -> int:
         jobs.append(lambda: alerter.run(lambda: refresher.refreshing or refresher.state()["last_refresh"]))
     exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
-    log.close()
     return exit_code
 
 
@@ -7244,7 +7210,7 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = ConsoleLog(), _stop_on_signal()
+    log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
@@ -7253,9 +7219,7 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True)
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        exit_code = _run_until_stopped(server, app, page, stop)
-    log.close()
-    return exit_code
+        return _run_until_stopped(server, app, page, stop)
 
 
 def _stop_on_signal() -> threading.Event:
