@@ -471,14 +471,6 @@ def _fault_of_urls(value: Any) -> str | None:
     return None
 
 
-def _fault_of_targets(config: Config) -> list[str]:
-    own = (config.dashboard_port, config.dashboard_host, "localhost", "127.0.0.1", "::1")
-    for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
-        if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
-            return [f'"alert_urls": number {number} is the address of this dashboard itself; name who is to be told']
-    return []
-
-
 def load_config(
     path: Path | None = None, env: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str]]:
@@ -495,7 +487,10 @@ def load_config(
     for where, key, value in entries:
         _take_key(where, key, value, values, faults, warnings)
     config = Config(**values)
-    faults += _fault_of_targets(config)
+    own = (config.dashboard_host, "localhost", "127.0.0.1", "::1")
+    for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
+        if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
+            faults.append(f'"alert_urls": number {number} is the address of this dashboard itself; name who is told')
     if faults:
         raise ConfigError(faults, warnings)
     return config, warnings
@@ -529,8 +524,6 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
         hint = f'; did you mean "{close[0]}"?' if close else ""
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
-    if name != key and name in values and values[name] != value:
-        warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
     fault = _fault_of(name, value)
     if fault:
         faults.append(f'{where}: "{key}" {fault}')
@@ -1276,29 +1269,25 @@ def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT.split() if name in content}
-    kept.update((name, _numbers_only(content[name])) for name in ("tokens", "token_breakdown") if name in content)
+    names = (*_KEPT_OF_REJECT.split(), "tokens", "token_breakdown")
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
     for name, mask in (("source", _mask_source), ("api_key", mask_key)):
         if isinstance(content.get(name), str):
             kept[name] = mask(content[name][:512])
     if isinstance(content.get("fail"), dict):
-        kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
+        kept["fail"] = _harmless({"status_code": content["fail"].get("status_code")})
     return json.dumps(kept, ensure_ascii=True)
 
 
-def _harmless(value: Any) -> Any:
-    """Return a number or a short text without secrets; of anything else the name of its type."""
+def _harmless(value: Any, depth: int = 0) -> Any:
+    """Return numbers, and a short text without secrets; of what is in an object numbers alone, else its type's name."""
+    if isinstance(value, dict) and depth < 3:
+        return {without_secrets(str(key), 40): _harmless(item, depth + 1) for key, item in list(value.items())[:20]}
     if value is None or isinstance(value, (bool, int, float)):
         return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
-    return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
-
-
-def _numbers_only(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 3:
-        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
-    if isinstance(value, str):
-        return value if value in ("complete", "inconsistent", "unclassified") else "str"
-    return _harmless(value)
+    if isinstance(value, str) and (not depth or value in ("complete", "inconsistent", "unclassified")):
+        return without_secrets(value, 200)
+    return type(value).__name__
 
 
 # How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
@@ -1666,10 +1655,7 @@ def _only(texts: Collection[str] | None) -> str:
 
 def read_account_file(path: Path) -> AccountFile | None:
     """Read one file; None where it is no account's. Raises ValueError that says what is odd."""
-    try:
-        content = _read_json_file(path)
-    except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
-        content = _read_json_file(path)
+    content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
@@ -5139,15 +5125,9 @@ class Journal:
 
     def flush_for_reader(self, patience_s: float = 0.2) -> None:
         """Commit for somebody who reads, and wait for it so long; while nothing can be stored, do not even try."""
-        if self._is_stuck or not (self._batches or self._store.is_elsewhere):
-            return
-        commit = threading.Thread(target=self._flush_quietly, daemon=True)
-        commit.start()
-        commit.join(patience_s)
-
-    def _flush_quietly(self) -> None:
-        with suppress(StoreError):  # the collector meets it too, and says so
-            self.flush()
+        if not self._is_stuck and (self._batches or self._store.is_elsewhere):
+            with suppress(StoreError, TimeoutError):  # the collector meets it too, and says so
+                within(patience_s, self.flush)
 
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
