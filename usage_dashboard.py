@@ -689,21 +689,18 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
             raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return _wrap_tls(plain, host, port) if tls else plain
+        if not tls:
+            return plain
+        import ssl
+
+        try:  # without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side
+            return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+        except (OSError, ValueError) as error:
+            plain.close()
+            no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
+            raise _distrust(host, port, error) or no_tls from error
 
     return connect
-
-
-def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
-    import ssl
-
-    # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
-    try:
-        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except (OSError, ValueError) as error:
-        plain.close()
-        no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
-        raise _distrust(host, port, error) or no_tls from error
 
 
 def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
@@ -918,12 +915,8 @@ def _decode_one(raw: Any) -> Any:
         raw = raw[8:]  # one fork's list in a Redis has 8 bytes of time in front of each event
     try:
         return _loads(raw)
-    except UnicodeDecodeError:
-        return Rejected("it is not UTF-8 text")
-    except RecursionError:
-        return Rejected("it is nested too deeply")
-    except ValueError:
-        return Rejected("it is not JSON")
+    except (ValueError, RecursionError) as error:
+        return Rejected(f"it is not JSON: {type(error).__name__}")
 
 
 def compact(raw: Any) -> Any:
@@ -1297,20 +1290,10 @@ def _harmless(value: Any, depth: int = 0) -> Any:
 # new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
 
 _BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
-_BINS = b"".join(  # of whole numbers up to a minute's milliseconds
-    bytes([number]) * (math.ceil(end) - math.ceil(begin))
-    for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
-)
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
-_BLOCK = struct.Struct("<BBHI")
+_BLOCK, _DIGIT = struct.Struct("<BBHI"), struct.Struct("<Q")
 _MOST_LISTED = 3 * 80
-
-
-def _bin_of(value: float | None) -> int:
-    if value is None:
-        return 0
-    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
 
 
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
@@ -1318,7 +1301,8 @@ def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | 
     rate = None
     if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
         rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+    values = (latency_ms, ttft_ms, rate)
+    return bytes([0 if value is None else bisect_right(_BIN_BEGINS, value) for value in values])
 
 
 def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
@@ -1365,16 +1349,11 @@ def count_speeds(parts: Sequence[bytes]) -> int:
         digits = bytearray(8 * len(pairs))
         digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
         total += int.from_bytes(digits, "little") << 8 * odd
-    for start in range(0, len(listed), 765):
-        some, counts = listed[start : start + 765], bytearray(_COUNTS)
-        for measure in range(3):
-            for number, count in Counter(some[measure::3]).items():
-                counts[3 * number + measure] = count
-        counts[:3] = len(some) // 3, 0, 0
-        digits = bytearray(8 * len(counts.rstrip(b"\0")))
-        digits[::8] = counts[: len(digits) // 8]
-        total += int.from_bytes(digits, "little")
-    return total
+    digits = bytearray(8 * _COUNTS)
+    for measure in range(3):
+        for number, count in Counter(listed[measure::3]).items():
+            _DIGIT.pack_into(digits, 8 * (3 * number + measure), number and count)
+    return total + len(listed) // 3 + int.from_bytes(digits, "little")
 
 
 def requests_in(speeds: bytes) -> int:
@@ -4614,16 +4593,6 @@ class ProxyApi:
         self._has_v8 = True
         return answer
 
-    def ask(self, path: str) -> Any:
-        """Return an answer as get() does, within the time limit as a whole."""
-        limit = threading.Timer(self._timeout_s, self.abort)
-        limit.start()
-        try:
-            return self.get(path)
-        finally:
-            limit.cancel()
-            self.close()
-
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
@@ -5252,13 +5221,15 @@ class ProxyFacts:
             return None
         sent = api.sent
         try:
-            return api.ask(path)
-        except QueueFault:
+            return within(10.0, api.get, path)
+        except (QueueFault, TimeoutError):
             self._failed.add(path)
             if api.has_refused:
                 self._api = None
             return None
         finally:
+            api.abort()  # where it was not answered in time
+            api.close()
             self._asked.extend([now] * (api.sent - sent))  # two where both trees were tried
 
     def _learn_publishing(self, answer: Any) -> None:
