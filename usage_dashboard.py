@@ -325,16 +325,13 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
+    """Report all faults of the configuration at once."""
 
     exit_code = 2
 
-    def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
-        self.faults, self.warnings = list(faults), list(warnings)
-        lines = ["The configuration has faults:", *(f"  - {fault}" for fault in faults)]
-        if warnings:
-            lines += ["Besides:", *(f"  - {warning}" for warning in warnings)]
-        super().__init__("\n".join(lines))
+    def __init__(self, faults: Sequence[str]):
+        self.faults = list(faults)
+        super().__init__("\n".join(["The configuration has faults:", *(f"  - {fault}" for fault in faults)]))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -387,13 +384,6 @@ _RANGES = {
     "retention_days": (0, 36500),
     "alert_below_percent": (1, 99),
     "dashboard_port": (0, 65535),
-}
-
-
-_HOST_FAULTS = {
-    "/": 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path',
-    r"\A[^:\s]+:\d+\Z": "must be a host name or address alone; the port has a key of its own",
-    r"\s": "must not hold spaces",
 }
 
 
@@ -452,8 +442,9 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "must not hold line breaks or other control characters"
     if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
-    faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
-    return next(faults, None) if key.endswith("_host") else None
+    if key.endswith("_host") and re.search(r"[/\s]|\A[^:]+:\d+\Z", value.strip()):
+        return 'must be a host name or address alone, such as "127.0.0.1", without http://, port, path and spaces'
+    return None
 
 
 def _fault_of_urls(value: Any) -> str | None:
@@ -492,7 +483,7 @@ def load_config(
         if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
             faults.append(f'"alert_urls": number {number} is the address of this dashboard itself; name who is told')
     if faults:
-        raise ConfigError(faults, warnings)
+        raise ConfigError(faults)
     return config, warnings
 
 
@@ -1461,14 +1452,12 @@ class Identity(NamedTuple):
     last_at: float
 
 
-@dataclass(eq=False)
 class Account:
     """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
-    identities: list[Identity]
-
-    def __post_init__(self) -> None:
-        self.add(())
+    def __init__(self, identities: Sequence[Identity]):
+        self.identities: list[Identity] = []
+        self.add(identities)
 
     def add(self, identities: Iterable[Identity]) -> None:
         """Count identities for this account, and derive what all of them tell; the newest knows best."""
@@ -4417,11 +4406,9 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
     ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
-    ("noauth", QueueFault, "a management key is needed", "no_password"),
-    ("missing management key", QueueFault, "a management key is needed", "no_password"),
+    ("noauth|missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
-    ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
-    ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("wrongpass|invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
     ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
     (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
@@ -4593,15 +4580,21 @@ class ProxyApi:
         self._has_v8 = True
         return answer
 
+    def ask(self, path: str) -> Any:
+        """Return an answer as get() does, within the time limit as a whole."""
+        limit = threading.Timer(self._timeout_s, self.abort)
+        limit.start()
+        try:
+            return self.get(path)
+        finally:
+            limit.cancel()
+            self.close()
+
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
-            if status == 200 and isinstance(content, bytes):
-                with suppress(ValueError, RecursionError):  # of one odd element
-                    return json.loads(content)
-                content = list(elements_of([content]))
             if status == 200:
-                return content
+                return json.loads(content) if isinstance(content, bytes) else content
         except (OSError, HTTPException) as error:
             self.close()
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
@@ -4609,8 +4602,8 @@ class ProxyApi:
                 said = "the management API broke off in the middle of an answer"
             state = "refused" if isinstance(error, ConnectionRefusedError) else None
             raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
-        except ValueError:
-            raise NotResp("the management API answered with something that is not JSON") from None
+        except (ValueError, RecursionError):
+            raise NotResp("the management API answered with something else than the JSON asked for") from None
         self.has_refused = status in (401, 403)
         if self.has_refused:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
@@ -4632,7 +4625,7 @@ class ProxyApi:
             self.close()  # the next call must count its login
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
-        """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
+        """Return the status with the answer's first 4 MiB; of the queue its elements, large ones without the rest."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
@@ -4646,16 +4639,13 @@ class ProxyApi:
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         pieces, content = _pieces_of(reply), b""
+        if reply.status == 200 and "queue" in path:
+            return reply.status, list(itertools.islice(map(compact, elements_of(pieces)), 5000))
         for piece in pieces:
             content += piece
-            if len(content) > 4 << 20 and reply.status != 200:
+            if len(content) > 4 << 20:
                 self.close()  # the rest is not read
                 break
-            if len(content) > 4 << 20 and "queue" not in path:
-                raise ValueError("no setting is as long")
-            if len(content) > 4 << 20:  # what is stored of each element is small
-                elements = map(compact, elements_of(itertools.chain([content], pieces)))
-                return reply.status, list(itertools.islice(elements, 5000))
         return reply.status, content
 
     def abort(self) -> None:
@@ -4687,8 +4677,6 @@ class HttpSource(Source):
         """Ask for so many; the answer is whole or none."""
         try:
             values = self._client.get(f"{_QUEUE}?count={count}")
-            if not isinstance(values, list):
-                raise NotResp("the management API did not answer with a list")
         except NotFound:
             return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
@@ -5221,15 +5209,13 @@ class ProxyFacts:
             return None
         sent = api.sent
         try:
-            return within(10.0, api.get, path)
-        except (QueueFault, TimeoutError):
+            return api.ask(path)
+        except QueueFault:
             self._failed.add(path)
             if api.has_refused:
                 self._api = None
             return None
         finally:
-            api.abort()  # where it was not answered in time
-            api.close()
             self._asked.extend([now] * (api.sent - sent))  # two where both trees were tried
 
     def _learn_publishing(self, answer: Any) -> None:
@@ -5911,9 +5897,10 @@ class QuotaRefresher:
 
     def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
+        present = find_account_files(self._config.auth_dirs())[1]  # the proxy may have renewed the token by now
+        file = next((one for one in present if one.tag == file.tag), file)
         try:
-            file, payload = self._fetch_fresh(file)
-            row = snapshot_of(file, payload, self._clock())
+            row = snapshot_of(file, self._fetch(file), self._clock())
         except QuotaFault as fault:
             account = (file.email, file.tag, file.plan or None)
             self._store.save_quota_state(*account, fault.state, str(fault), self._clock())
@@ -5921,18 +5908,6 @@ class QuotaRefresher:
         else:
             self._store.save_reading(row)
             self._log.line(f"refresh_quota: saved quota for {name}")
-
-    def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
-        """Fetch, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
-        try:
-            return file, self._fetch(file)
-        except QuotaFault as fault:
-            if fault.state not in ("expired", "relogin"):
-                raise
-            newer = next((one for one in self._find_files()[0] if one.tag == file.tag), file)
-            if newer.access_token == file.access_token or newer.disabled:
-                raise
-        return newer, self._fetch(newer)
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Delete accounts without a file from the table, except those seen in the traffic of the last week."""
@@ -6816,7 +6791,6 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
     about_database, quotas = _check_database(config.database_path)
     return [
         *_check_modes(config, config_path),
-        *_check_disk(config.database_path),
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
@@ -6856,20 +6830,11 @@ def _check_modes(config: Config, config_path: Path) -> list[Finding]:
     return findings or [Finding("ok", "file modes")]
 
 
-def _check_disk(path: Path) -> list[Finding]:
-    import shutil
-
-    if not os.access(str(path.parent), os.W_OK):
-        remedy = f'chown it to this user, or set "database" ({path})'
-        return [Finding("fault", f"{path.parent} cannot be written", remedy)]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    remedy = "" if level == "ok" else "free some room"
-    return [Finding(level, f"{free_mib} MiB are free on the database's disk", remedy)]
-
-
 def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Check the file's sums and losses, and also return its accounts' quotas; an earlier version's stays as it is."""
+    if not os.access(str(path.parent), os.W_OK):
+        remedy = f'chown it to this user, or set "database" ({path})'
+        return [Finding("fault", f"{path.parent} cannot be written", remedy)], []
     if not path.exists():
         return [Finding("ok", "database: none yet, it is made at the first start")], []
     try:
@@ -7400,13 +7365,10 @@ def run_check(options: Any) -> int:
     config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
+        findings = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
+        findings = [*(findings or [Finding("ok", "configuration")]), *check_everything(config, config_path)]
     except ConfigError as error:
-        warnings = error.warnings
         findings = [Finding("fault", fault, "correct this line of the configuration") for fault in error.faults]
-    else:
-        findings = [] if warnings else [Finding("ok", "configuration")]
-        findings += check_everything(config, config_path)
-    findings[:0] = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
     for finding in findings:
         print(f"{finding.level:8}{_printable(finding.found)}")
         if finding.remedy:
