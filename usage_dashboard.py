@@ -630,15 +630,13 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        is_http = line.startswith((b"HTTP/", b"<"))
-        what = "an HTTP answer" if is_http else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
+        raise NotResp("the queue sent bytes of another protocol instead of a RESP reply")
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
+        if line.startswith((b"HTTP/", b"<")):
+            raise NotResp("the queue sent an HTTP answer instead of a RESP reply", is_no_failed_login=True)
         if not line.endswith(b"\r\n"):
-            if line.startswith((b"HTTP/", b"<")) and len(line) < self._max_line:
-                return line  # HTTP/1.0, or a page alone, may end its lines so
             if len(line) >= self._max_line or line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
@@ -6800,14 +6798,12 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
 
 def _check_logins(config: Config) -> list[Finding]:
     """Tell how many logins without a success there were lately, while there are any."""
-    path, host, key = config.database_path, config.cliproxy_host, config.management_password
-    try:
-        if not path.exists() or events_to_adopt(path):
-            return []
-        with closing(Store(path)) as store:
-            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
-    except StoreError:
-        return []  # told by the database's own line
+    path, used, wait_s = config.database_path, 0, 0.0
+    with suppress(StoreError):  # told by the database's own line
+        if path.exists() and not events_to_adopt(path):
+            with closing(Store(path)) as store:
+                logins = ((config.cliproxy_host, port, config.management_password) for port in _ports_of(config))
+                used, wait_s, _ = max(map(RefusedLogins(store).used, logins))
     found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
     when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
     return [Finding("warning", found, f"{when}; five lock this machine out for 30 minutes")] if used else []
