@@ -483,7 +483,7 @@ def load_config(
         if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
             faults.append(f'"alert_urls": number {number} is the address of this dashboard itself; name who is told')
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError([*faults, *warnings])  # which often name the cause
     return config, warnings
 
 

@@ -335,7 +335,7 @@ def test_wrong_configuration_ends_with_2_and_names_every_fault(program):
     configure(program, cliproxy_port="8317", collect_mode="push", management_password=7, dashbord_port=1)
     checked = program.run("check")
     assert checked.returncode == 1 and 'did you mean "dashboard_port"?' in checked.stdout
-    assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["warni", "fault", "fault", "fault"]
+    assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["fault"] * 4
     done = program.run("start", "--no-browser")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for text in ("cliproxy_port", "collect_mode", "management_password", 'did you mean "dashboard_port"?'):
