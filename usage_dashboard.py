@@ -6880,17 +6880,13 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
         remedy = 'set "auth_dir" to the proxy\'s auth-dir (version 8: oauth.auth-dir), and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
     stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
-    odd = []
     for file in files:
         row = stored.get((file.email, file.tag), {})
-        state = "disabled" if file.disabled else row.get("state") if file.access_token else "no_token"
-        name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
-        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
-            odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
-        elif state == "disabled":  # as somebody wanted it
-            odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
-    count = f"{len(files) - len(odd)} of {len(files)}" if odd else f"{len(files)}"
-    return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
+        state = row.get("state") if file.access_token else "no_token"
+        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token") and not file.disabled:
+            name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
+            findings.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
+    return [*findings, Finding("ok", f"account files: {len(files)} in {folder}")]
 
 
 def _where_it_runs(config: Config) -> Config:
