@@ -25,7 +25,6 @@ cli        commands, signals, exit codes
 
 from __future__ import annotations
 
-import atexit
 import base64
 import errno
 import gc
@@ -89,13 +88,19 @@ class Log:
     def __init__(self, stream=None):
         self._stream = stream if stream is not None else sys.stdout
         self._last: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._dropped = threading.Lock(), 0
 
     def line(self, text: str) -> None:
-        """Write a line as it is; a broken or full stream is no reason to stop collecting."""
+        """Write a line, or drop and count it where nobody reads (a full pipe); a broken stream is no fault either."""
         with self._lock:
+            with suppress(OSError, ValueError):  # not all that can be written to can be asked whether it takes more
+                if not select.select([], [self._stream], [], 0)[1]:
+                    self._dropped += 1
+                    return
+            told, self._dropped = f"log dropped={self._dropped}\n" if self._dropped else "", 0
             with suppress(OSError, ValueError):
-                print(text, file=self._stream, flush=True)
+                # A pipe that takes more takes 4 KB, and blocks for what is longer.
+                print(told + text[:1000], file=self._stream, flush=True)
 
     def once(self, name: str, **values: Any) -> None:
         """Write an event unless the last one of its name had the same values."""
@@ -111,44 +116,6 @@ class Log:
             needs_quotes = re.search(r'[\s"]', text)
             parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if needs_quotes else text}")
         self.line(" ".join(parts))
-
-
-class ConsoleLog(Log):
-    """Write lines from a thread of its own, so that a console that nobody reads (a full pipe) delays nobody else."""
-
-    def __init__(self, fd: int = 1, most: int = 1000):
-        super().__init__()
-        self._fd, self._waiting, self._dropped = fd, queue.Queue(most), 0
-        self._thread = threading.Thread(target=self._write_all, daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
-
-    def line(self, text: str) -> None:
-        try:
-            self._waiting.put_nowait(text)
-        except queue.Full:
-            with self._lock:
-                self._dropped += 1
-
-    def close(self, patience_s: float = 0.5) -> None:
-        """Write what is queued, as far as the console takes it in time."""
-        atexit.unregister(self.close)
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=patience_s)
-            self._thread.join(patience_s)
-
-    def _write_all(self) -> None:
-        text: str | None = ""
-        while text is not None:
-            text = self._waiting.get()
-            with self._lock:
-                dropped = self._dropped if self._waiting.empty() else 0
-                self._dropped -= dropped
-            lines = [text] * (text is not None) + [f"log dropped={dropped}"] * (dropped > 0)
-            data = "".join(f"{line}\n" for line in lines).encode(getattr(sys.stdout, "encoding", "utf-8"), "replace")
-            with suppress(OSError):
-                while data:  # not by print: a thread that waits in there would keep the interpreter from ending
-                    data = data[os.write(self._fd, data) :]
 
 
 _HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
@@ -358,16 +325,13 @@ def _finite(value: Any) -> float | None:
 
 
 class ConfigError(DashboardError):
-    """Report all faults of the configuration at once, and the warnings, which often name a fault's cause."""
+    """Report all faults of the configuration at once."""
 
     exit_code = 2
 
-    def __init__(self, faults: Sequence[str], warnings: Sequence[str] = ()):
-        self.faults, self.warnings = list(faults), list(warnings)
-        lines = ["The configuration has faults:", *(f"  - {fault}" for fault in faults)]
-        if warnings:
-            lines += ["Besides:", *(f"  - {warning}" for warning in warnings)]
-        super().__init__("\n".join(lines))
+    def __init__(self, faults: Sequence[str]):
+        self.faults = list(faults)
+        super().__init__("\n".join(["The configuration has faults:", *(f"  - {fault}" for fault in faults)]))
 
 
 COLLECT_MODES = ("auto", "pop", "http", "subscribe")
@@ -420,13 +384,6 @@ _RANGES = {
     "retention_days": (0, 36500),
     "alert_below_percent": (1, 99),
     "dashboard_port": (0, 65535),
-}
-
-
-_HOST_FAULTS = {
-    "/": 'must be a host name or address alone, such as "127.0.0.1", without http:// or a path',
-    r"\A[^:\s]+:\d+\Z": "must be a host name or address alone; the port has a key of its own",
-    r"\s": "must not hold spaces",
 }
 
 
@@ -485,8 +442,9 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "must not hold line breaks or other control characters"
     if not value.strip() and not key.endswith("_password"):
         return "must not be empty"
-    faults = (fault for pattern, fault in _HOST_FAULTS.items() if re.search(pattern, value.strip()))
-    return next(faults, None) if key.endswith("_host") else None
+    if key.endswith("_host") and re.search(r"[/\s]|\A[^:]+:\d+\Z", value.strip()):
+        return 'must be a host name or address alone, such as "127.0.0.1", without http://, port, path and spaces'
+    return None
 
 
 def _fault_of_urls(value: Any) -> str | None:
@@ -502,14 +460,6 @@ def _fault_of_urls(value: Any) -> str | None:
             pass
         return f"must hold http:// or https:// addresses without spaces and line breaks; number {number} is none"
     return None
-
-
-def _fault_of_targets(config: Config) -> list[str]:
-    own = (config.dashboard_port, config.dashboard_host, "localhost", "127.0.0.1", "::1")
-    for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
-        if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
-            return [f'"alert_urls": number {number} is the address of this dashboard itself; name who is to be told']
-    return []
 
 
 def load_config(
@@ -528,9 +478,12 @@ def load_config(
     for where, key, value in entries:
         _take_key(where, key, value, values, faults, warnings)
     config = Config(**values)
-    faults += _fault_of_targets(config)
+    own = (config.dashboard_host, "localhost", "127.0.0.1", "::1")
+    for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
+        if url.hostname in own and (url.port or {"http": 80, "https": 443}[url.scheme]) == config.dashboard_port:
+            faults.append(f'"alert_urls": number {number} is the address of this dashboard itself; name who is told')
     if faults:
-        raise ConfigError(faults, warnings)
+        raise ConfigError([*faults, *warnings])  # which often name the cause
     return config, warnings
 
 
@@ -562,8 +515,6 @@ def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: 
         hint = f'; did you mean "{close[0]}"?' if close else ""
         warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
         return
-    if name != key and name in values and values[name] != value:
-        warnings.append(f'{where}: "{key}" and "{name}" are two names of one key; the latter in the file counts')
     fault = _fault_of(name, value)
     if fault:
         faults.append(f'{where}: "{key}" {fault}')
@@ -679,15 +630,13 @@ class RespReader:
             if not 0 <= count <= self._max_items or depth >= 100:
                 raise NotResp(f"the queue announced a list of {count} items at depth {depth}")
             return [self.read_reply(depth + 1) for _ in range(count)]
-        is_http = line.startswith((b"HTTP/", b"<"))
-        what = "an HTTP answer" if is_http else "bytes of another protocol"
-        raise NotResp(f"the queue sent {what} instead of a RESP reply", is_no_failed_login=is_http)
+        raise NotResp("the queue sent bytes of another protocol instead of a RESP reply")
 
     def _read_line(self, clean: bool) -> bytes:
         line = self._stream.readline(self._max_line)
+        if line.startswith((b"HTTP/", b"<")):
+            raise NotResp("the queue sent an HTTP answer instead of a RESP reply", is_no_failed_login=True)
         if not line.endswith(b"\r\n"):
-            if line.startswith((b"HTTP/", b"<")) and len(line) < self._max_line:
-                return line  # HTTP/1.0, or a page alone, may end its lines so
             if len(line) >= self._max_line or line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
             raise ConnectionClosed(clean=clean and not line)
@@ -729,21 +678,18 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
             raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return _wrap_tls(plain, host, port) if tls else plain
+        if not tls:
+            return plain
+        import ssl
+
+        try:  # without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side
+            return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+        except (OSError, ValueError) as error:
+            plain.close()
+            no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
+            raise _distrust(host, port, error) or no_tls from error
 
     return connect
-
-
-def _wrap_tls(plain: socket.socket, host: str, port: int) -> socket.socket:
-    import ssl
-
-    # Without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side.
-    try:
-        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except (OSError, ValueError) as error:
-        plain.close()
-        no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
-        raise _distrust(host, port, error) or no_tls from error
 
 
 def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
@@ -958,12 +904,8 @@ def _decode_one(raw: Any) -> Any:
         raw = raw[8:]  # one fork's list in a Redis has 8 bytes of time in front of each event
     try:
         return _loads(raw)
-    except UnicodeDecodeError:
-        return Rejected("it is not UTF-8 text")
-    except RecursionError:
-        return Rejected("it is nested too deeply")
-    except ValueError:
-        return Rejected("it is not JSON")
+    except (ValueError, RecursionError) as error:
+        return Rejected(f"it is not JSON: {type(error).__name__}")
 
 
 def compact(raw: Any) -> Any:
@@ -1309,29 +1251,25 @@ def masked_json(content: Any) -> str | None:
     """Return what may be kept of a rejected event as JSON, masked as a good one is; None where it was no object."""
     if not isinstance(content, dict):
         return None
-    kept: dict[str, Any] = {name: _harmless(content[name]) for name in _KEPT_OF_REJECT.split() if name in content}
-    kept.update((name, _numbers_only(content[name])) for name in ("tokens", "token_breakdown") if name in content)
+    names = (*_KEPT_OF_REJECT.split(), "tokens", "token_breakdown")
+    kept: dict[str, Any] = {name: _harmless(content[name]) for name in names if name in content}
     for name, mask in (("source", _mask_source), ("api_key", mask_key)):
         if isinstance(content.get(name), str):
             kept[name] = mask(content[name][:512])
     if isinstance(content.get("fail"), dict):
-        kept["fail"] = {"status_code": _numbers_only(content["fail"].get("status_code"))}
+        kept["fail"] = _harmless({"status_code": content["fail"].get("status_code")})
     return json.dumps(kept, ensure_ascii=True)
 
 
-def _harmless(value: Any) -> Any:
-    """Return a number or a short text without secrets; of anything else the name of its type."""
+def _harmless(value: Any, depth: int = 0) -> Any:
+    """Return numbers, and a short text without secrets; of what is in an object numbers alone, else its type's name."""
+    if isinstance(value, dict) and depth < 3:
+        return {without_secrets(str(key), 40): _harmless(item, depth + 1) for key, item in list(value.items())[:20]}
     if value is None or isinstance(value, (bool, int, float)):
         return value if value is None or abs(value) < 2**63 else "number"  # JSON has no infinity
-    return without_secrets(value, 200) if isinstance(value, str) else type(value).__name__
-
-
-def _numbers_only(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, dict) and depth < 3:
-        return {without_secrets(str(key), 40): _numbers_only(item, depth + 1) for key, item in list(value.items())[:20]}
-    if isinstance(value, str):
-        return value if value in ("complete", "inconsistent", "unclassified") else "str"
-    return _harmless(value)
+    if isinstance(value, str) and (not depth or value in ("complete", "inconsistent", "unclassified")):
+        return without_secrets(value, 200)
+    return type(value).__name__
 
 
 # How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
@@ -1341,20 +1279,10 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
 # new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
 
 _BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
-_BINS = b"".join(  # of whole numbers up to a minute's milliseconds
-    bytes([number]) * (math.ceil(end) - math.ceil(begin))
-    for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
-)
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
-_BLOCK = struct.Struct("<BBHI")
+_BLOCK, _DIGIT = struct.Struct("<BBHI"), struct.Struct("<Q")
 _MOST_LISTED = 3 * 80
-
-
-def _bin_of(value: float | None) -> int:
-    if value is None:
-        return 0
-    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
 
 
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
@@ -1362,7 +1290,8 @@ def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | 
     rate = None
     if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
         rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+    values = (latency_ms, ttft_ms, rate)
+    return bytes([0 if value is None else bisect_right(_BIN_BEGINS, value) for value in values])
 
 
 def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
@@ -1409,16 +1338,11 @@ def count_speeds(parts: Sequence[bytes]) -> int:
         digits = bytearray(8 * len(pairs))
         digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
         total += int.from_bytes(digits, "little") << 8 * odd
-    for start in range(0, len(listed), 765):
-        some, counts = listed[start : start + 765], bytearray(_COUNTS)
-        for measure in range(3):
-            for number, count in Counter(some[measure::3]).items():
-                counts[3 * number + measure] = count
-        counts[:3] = len(some) // 3, 0, 0
-        digits = bytearray(8 * len(counts.rstrip(b"\0")))
-        digits[::8] = counts[: len(digits) // 8]
-        total += int.from_bytes(digits, "little")
-    return total
+    digits = bytearray(8 * _COUNTS)
+    for measure in range(3):
+        for number, count in Counter(listed[measure::3]).items():
+            _DIGIT.pack_into(digits, 8 * (3 * number + measure), number and count)
+    return total + len(listed) // 3 + int.from_bytes(digits, "little")
 
 
 def requests_in(speeds: bytes) -> int:
@@ -1526,14 +1450,12 @@ class Identity(NamedTuple):
     last_at: float
 
 
-@dataclass(eq=False)
 class Account:
     """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
-    identities: list[Identity]
-
-    def __post_init__(self) -> None:
-        self.add(())
+    def __init__(self, identities: Sequence[Identity]):
+        self.identities: list[Identity] = []
+        self.add(identities)
 
     def add(self, identities: Iterable[Identity]) -> None:
         """Count identities for this account, and derive what all of them tell; the newest knows best."""
@@ -1699,10 +1621,7 @@ def _only(texts: Collection[str] | None) -> str:
 
 def read_account_file(path: Path) -> AccountFile | None:
     """Read one file; None where it is no account's. Raises ValueError that says what is odd."""
-    try:
-        content = _read_json_file(path)
-    except ValueError:  # the proxy rewrites its files in place, and this one may have been caught half-written
-        content = _read_json_file(path)
+    content = _read_json_file(path)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     provider, token = _word(content.get("type")).lower(), _word(content.get("access_token"))
@@ -4485,11 +4404,9 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("remote management disabled", QueueFault, "the proxy takes no login from another machine", "remote_disabled"),
     ("key not set", QueueFault, "the proxy has no management key", "closed"),
     ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
-    ("noauth", QueueFault, "a management key is needed", "no_password"),
-    ("missing management key", QueueFault, "a management key is needed", "no_password"),
+    ("noauth|missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
-    ("wrongpass", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
-    ("invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("wrongpass|invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
     ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
     ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
     (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
@@ -4674,12 +4591,8 @@ class ProxyApi:
     def _get(self, path: str, before_login: Callable[[], None]) -> Any:
         try:
             status, content = self._exchange(path, before_login)
-            if status == 200 and isinstance(content, bytes):
-                with suppress(ValueError, RecursionError):  # of one odd element
-                    return json.loads(content)
-                content = list(elements_of([content]))
             if status == 200:
-                return content
+                return json.loads(content) if isinstance(content, bytes) else content
         except (OSError, HTTPException) as error:
             self.close()
             said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
@@ -4687,8 +4600,8 @@ class ProxyApi:
                 said = "the management API broke off in the middle of an answer"
             state = "refused" if isinstance(error, ConnectionRefusedError) else None
             raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
-        except ValueError:
-            raise NotResp("the management API answered with something that is not JSON") from None
+        except (ValueError, RecursionError):
+            raise NotResp("the management API answered with something else than the JSON asked for") from None
         self.has_refused = status in (401, 403)
         if self.has_refused:
             fault = _fault_of_reply(content[:1000].decode("utf-8", "replace"))
@@ -4710,7 +4623,7 @@ class ProxyApi:
             self.close()  # the next call must count its login
 
     def _exchange(self, path: str, before_login: Callable[[], None]) -> tuple[int, Any]:
-        """Return the status with the bytes of the answer; of a large 200 the elements, which it must have."""
+        """Return the status with the answer's first 4 MiB; of the queue its elements, large ones without the rest."""
         if self._connection is None:
             kind = HTTPSConnection if self._tls else HTTPConnection
             self._connection = kind(self._host, self._port, timeout=self._timeout_s)
@@ -4724,16 +4637,13 @@ class ProxyApi:
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
         self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
         pieces, content = _pieces_of(reply), b""
+        if reply.status == 200 and "queue" in path:
+            return reply.status, list(itertools.islice(map(compact, elements_of(pieces)), 5000))
         for piece in pieces:
             content += piece
-            if len(content) > 4 << 20 and reply.status != 200:
+            if len(content) > 4 << 20:
                 self.close()  # the rest is not read
                 break
-            if len(content) > 4 << 20 and "queue" not in path:
-                raise ValueError("no setting is as long")
-            if len(content) > 4 << 20:  # what is stored of each element is small
-                elements = map(compact, elements_of(itertools.chain([content], pieces)))
-                return reply.status, list(itertools.islice(elements, 5000))
         return reply.status, content
 
     def abort(self) -> None:
@@ -4765,8 +4675,6 @@ class HttpSource(Source):
         """Ask for so many; the answer is whole or none."""
         try:
             values = self._client.get(f"{_QUEUE}?count={count}")
-            if not isinstance(values, list):
-                raise NotResp("the management API did not answer with a list")
         except NotFound:
             return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
@@ -5172,15 +5080,9 @@ class Journal:
 
     def flush_for_reader(self, patience_s: float = 0.2) -> None:
         """Commit for somebody who reads, and wait for it so long; while nothing can be stored, do not even try."""
-        if self._is_stuck or not (self._batches or self._store.is_elsewhere):
-            return
-        commit = threading.Thread(target=self._flush_quietly, daemon=True)
-        commit.start()
-        commit.join(patience_s)
-
-    def _flush_quietly(self) -> None:
-        with suppress(StoreError):  # the collector meets it too, and says so
-            self.flush()
+        if not self._is_stuck and (self._batches or self._store.is_elsewhere):
+            with suppress(StoreError, TimeoutError):  # the collector meets it too, and says so
+                within(patience_s, self.flush)
 
     def close(self) -> None:
         """Commit at the end; where that is impossible, log what is on the spool and what is lost."""
@@ -5993,9 +5895,10 @@ class QuotaRefresher:
 
     def _refresh(self, file: AccountFile, name: str) -> None:
         self._log.line(f"refresh_quota: fetching quota for {name}...")
+        present = find_account_files(self._config.auth_dirs())[1]  # the proxy may have renewed the token by now
+        file = next((one for one in present if one.tag == file.tag), file)
         try:
-            file, payload = self._fetch_fresh(file)
-            row = snapshot_of(file, payload, self._clock())
+            row = snapshot_of(file, self._fetch(file), self._clock())
         except QuotaFault as fault:
             account = (file.email, file.tag, file.plan or None)
             self._store.save_quota_state(*account, fault.state, str(fault), self._clock())
@@ -6003,18 +5906,6 @@ class QuotaRefresher:
         else:
             self._store.save_reading(row)
             self._log.line(f"refresh_quota: saved quota for {name}")
-
-    def _fetch_fresh(self, file: AccountFile) -> tuple[AccountFile, Any]:
-        """Fetch, and once more where the login is refused and the proxy has renewed the file's token meanwhile."""
-        try:
-            return file, self._fetch(file)
-        except QuotaFault as fault:
-            if fault.state not in ("expired", "relogin"):
-                raise
-            newer = next((one for one in self._find_files()[0] if one.tag == file.tag), file)
-            if newer.access_token == file.access_token or newer.disabled:
-                raise
-        return newer, self._fetch(newer)
 
     def _forget_absent(self, files: Sequence[AccountFile]) -> None:
         """Delete accounts without a file from the table, except those seen in the traffic of the last week."""
@@ -7003,7 +6894,6 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
     about_database, quotas = _check_database(config.database_path)
     return [
         *_check_modes(config, config_path),
-        *_check_disk(config.database_path),
         *about_database,
         *_check_accounts(config, quotas),
         *_check_dashboard(config, config_path),
@@ -7013,14 +6903,12 @@ def check_everything(config: Config, config_path: Path) -> list[Finding]:
 
 def _check_logins(config: Config) -> list[Finding]:
     """Tell how many logins without a success there were lately, while there are any."""
-    path, host, key = config.database_path, config.cliproxy_host, config.management_password
-    try:
-        if not path.exists() or events_to_adopt(path):
-            return []
-        with closing(Store(path)) as store:
-            used, wait_s, _ = max(RefusedLogins(store).used((host, port, key)) for port in _ports_of(config))
-    except StoreError:
-        return []  # told by the database's own line
+    path, used, wait_s = config.database_path, 0, 0.0
+    with suppress(StoreError):  # told by the database's own line
+        if path.exists() and not events_to_adopt(path):
+            with closing(Store(path)) as store:
+                logins = ((config.cliproxy_host, port, config.management_password) for port in _ports_of(config))
+                used, wait_s, _ = max(map(RefusedLogins(store).used, logins))
     found = f"{used} of {RefusedLogins.MOST} logins within 30 minutes are used, without a success"
     when = f"the next goes out after {local_minute(time.time() + wait_s)}" if wait_s else "the next may go out now"
     return [Finding("warning", found, f"{when}; five lock this machine out for 30 minutes")] if used else []
@@ -7043,20 +6931,11 @@ def _check_modes(config: Config, config_path: Path) -> list[Finding]:
     return findings or [Finding("ok", "file modes")]
 
 
-def _check_disk(path: Path) -> list[Finding]:
-    import shutil
-
-    if not os.access(str(path.parent), os.W_OK):
-        remedy = f'chown it to this user, or set "database" ({path})'
-        return [Finding("fault", f"{path.parent} cannot be written", remedy)]
-    free_mib = shutil.disk_usage(str(path.parent)).free // 1048576
-    level = "ok" if free_mib >= 200 else "warning" if free_mib >= 20 else "fault"
-    remedy = "" if level == "ok" else "free some room"
-    return [Finding(level, f"{free_mib} MiB are free on the database's disk", remedy)]
-
-
 def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Check the file's sums and losses, and also return its accounts' quotas; an earlier version's stays as it is."""
+    if not os.access(str(path.parent), os.W_OK):
+        remedy = f'chown it to this user, or set "database" ({path})'
+        return [Finding("fault", f"{path.parent} cannot be written", remedy)], []
     if not path.exists():
         return [Finding("ok", "database: none yet, it is made at the first start")], []
     try:
@@ -7106,17 +6985,13 @@ def _check_accounts(config: Config, quotas: Sequence[Mapping[str, Any]]) -> list
         remedy = 'set "auth_dir" to the proxy\'s auth-dir (version 8: oauth.auth-dir), and let this user read it'
         return [*findings, Finding("warning", f"no Codex account files in {folder}", remedy)]
     stored = {(row["email"], row["account_id_tag"]): row for row in quotas}
-    odd = []
     for file in files:
         row = stored.get((file.email, file.tag), {})
-        state = "disabled" if file.disabled else row.get("state") if file.access_token else "no_token"
-        name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
-        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token"):  # a person is needed
-            odd.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
-        elif state == "disabled":  # as somebody wanted it
-            odd.append(Finding("ok", f"{name}: {QUOTA_MESSAGES[state]}"))
-    count = f"{len(files) - len(odd)} of {len(files)}" if odd else f"{len(files)}"
-    return [*findings, *odd, Finding("ok", f"account files: {count} in {folder}{' can be used' if odd else ''}")]
+        state = row.get("state") if file.access_token else "no_token"
+        if state in ("relogin", "deactivated", "blocked", "region_blocked", "no_token") and not file.disabled:
+            name = row.get("account") or (f"{file.email} ({file.plan})" if file.plan else file.email)
+            findings.append(Finding("warning", f"{name}: {state.replace('_', ' ')}", QUOTA_MESSAGES[state]))
+    return [*findings, Finding("ok", f"account files: {len(files)} in {folder}")]
 
 
 def _where_it_runs(config: Config) -> Config:
@@ -7315,7 +7190,7 @@ def run_start(options: Any) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 50)
     config, warnings = _load(options)
-    log = ConsoleLog()
+    log = Log()
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
@@ -7343,7 +7218,6 @@ def run_start(options: Any) -> int:
         jobs.append(lambda: alerter.run(lambda: refresher.refreshing or refresher.state()["last_refresh"]))
     exit_code = _run_until_stopped(server, app, page, stop, *jobs, interrupt=collector.interrupt)
     log.line("stopped, since a part of it had ended by itself" if exit_code else "stopped")
-    log.close()
     return exit_code
 
 
@@ -7355,7 +7229,7 @@ def run_demo(options: Any) -> int:
     config = replace(Config(), **{key: value for key, value in flags.items() if value is not None})
     page = load_page(BASE_DIR / "usage-dashboard.html")
     server = make_server(config.dashboard_host, config.dashboard_port)
-    log, stop = ConsoleLog(), _stop_on_signal()
+    log, stop = Log(), _stop_on_signal()
     with tempfile.TemporaryDirectory(prefix="usage-dashboard-demo-") as folder:
         world = DemoWorld(Path(folder))
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
@@ -7364,9 +7238,7 @@ def run_demo(options: Any) -> int:
         app = App(config, world.store, refresher, world.status, log, demo=True, names=Names(world.names))
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
-        exit_code = _run_until_stopped(server, app, page, stop)
-    log.close()
-    return exit_code
+        return _run_until_stopped(server, app, page, stop)
 
 
 def _stop_on_signal() -> threading.Event:
@@ -7612,13 +7484,10 @@ def run_check(options: Any) -> int:
     config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
+        findings = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
+        findings = [*(findings or [Finding("ok", "configuration")]), *check_everything(config, config_path)]
     except ConfigError as error:
-        warnings = error.warnings
         findings = [Finding("fault", fault, "correct this line of the configuration") for fault in error.faults]
-    else:
-        findings = [] if warnings else [Finding("ok", "configuration")]
-        findings += check_everything(config, config_path)
-    findings[:0] = [Finding("warning", warning, "remove or rename the key") for warning in warnings]
     for finding in findings:
         print(f"{finding.level:8}{_printable(finding.found)}")
         if finding.remedy:

@@ -83,7 +83,7 @@ def _whole_event() -> app.Event:
 
 MALFORMED = [  # what came, and what is said of it
     (b"", "not JSON"), (b"{", "not JSON"), (b"1,0,2", "not JSON"), (b'{"timestamp": NaN}', "not JSON"),
-    (b"\xff\xfe", "not UTF-8"), (b"[" * 100_000, "too deeply"),
+    (b"\xff\xfe", "not JSON: UnicodeDecodeError"), (b"[" * 100_000, "not JSON: RecursionError"),
     (b"null", "not a JSON object"), (b"[]", "not a JSON object"), (b"7", "not a JSON object"),
     (b'"text"', "not a JSON object"), (payload(1) + payload(2), "not JSON"), (b"{}", "timestamp is missing"),
     (payload(timestamp=5), "timestamp is missing"),

@@ -335,7 +335,7 @@ def test_wrong_configuration_ends_with_2_and_names_every_fault(program):
     configure(program, cliproxy_port="8317", collect_mode="push", management_password=7, dashbord_port=1)
     checked = program.run("check")
     assert checked.returncode == 1 and 'did you mean "dashboard_port"?' in checked.stdout
-    assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["warni", "fault", "fault", "fault"]
+    assert [line[:5] for line in checked.stdout.splitlines() if line[0] != " "] == ["fault"] * 4
     done = program.run("start", "--no-browser")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for text in ("cliproxy_port", "collect_mode", "management_password", 'did you mean "dashboard_port"?'):
@@ -554,8 +554,7 @@ def test_check_names_accounts_that_need_a_person(program, chatgpt):
     for number, state, remedy in ((1, "relogin", again), (2, "deactivated", "deactivated"), (3, "no token", again)):
         told = f"^warning user{number}@example.com.*: {state}\n +→ .*{remedy}"
         assert re.search(told, done.stdout, re.M), done.stdout
-    assert re.search("^ok      user4@example.com.* is disabled", done.stdout, re.M)
-    assert f"account files: 1 of 5 in {folder} can be used" in done.stdout
+    assert f"account files: 5 in {folder}" in done.stdout
 
 
 def test_two_workspaces_under_one_mail_are_told_apart_in_the_terminal(program, chatgpt):

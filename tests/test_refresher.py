@@ -315,12 +315,13 @@ def test_start_that_fails_leaves_the_way_free_for_the_next(bench, folder, store,
 # ---- who is asked ----------------------------------------------------------------------------------------
 
 
-def test_login_that_the_proxy_renews_meanwhile_is_asked_once_more(bench, folder, store, world):
+def test_token_that_the_proxy_renews_during_the_round_is_the_one_to_ask_with(bench, folder, store, world):
     write_account(folder)
-    with held_round(bench, world, status=401):
-        write_account(folder, access_token="tok-secret-new")
+    write_account(folder, 2)
+    with held_round(bench, world):
+        write_account(folder, 2, access_token="tok-secret-new")
     assert tokens(world) == ["tok-secret-1", "tok-secret-new"]
-    assert states(store) == ["ok"]
+    assert states(store) == ["ok", "ok"]
 
 
 @pytest.mark.parametrize(("state", "answer", "changes", "asked"), [
