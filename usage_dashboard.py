@@ -1345,24 +1345,23 @@ _BINS = b"".join(  # of whole numbers up to a minute's milliseconds
     bytes([number]) * (math.ceil(end) - math.ceil(begin))
     for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
 )
+_BINS_END = len(_BINS)
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
 _BLOCK = struct.Struct("<BBHI")
 _MOST_LISTED = 3 * 80
 
 
-def _bin_of(value: float | None) -> int:
-    if value is None:
-        return 0
-    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
-
-
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
     """Return a request's speeds; tokens per second are known where the first came before the end."""
-    rate = None
-    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
-        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+    latency = first = rate = 0
+    if latency_ms is not None:
+        latency = _BINS[latency_ms] if latency_ms < _BINS_END else bisect_right(_BIN_BEGINS, latency_ms)
+    if ttft_ms is not None:
+        first = _BINS[ttft_ms] if ttft_ms < _BINS_END else bisect_right(_BIN_BEGINS, ttft_ms)
+        if output_tokens and latency_ms is not None and ttft_ms < latency_ms:
+            rate = bisect_right(_BIN_BEGINS, output_tokens * 1e5 / (latency_ms - ttft_ms))
+    return bytes((latency, first, rate))
 
 
 def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
@@ -1397,12 +1396,12 @@ def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
 def count_speeds(parts: Sequence[bytes]) -> int:
     """Count speeds; counts are added up as numbers are."""
     listed, numbers, total = b"".join([part for part in parts if part[0] < 255]), [], 0
-    for block in [part for part in parts if part[0] == 255]:
-        while block:
-            _, first, length, requests = _BLOCK.unpack_from(block)
-            numbers.append(int.from_bytes(block[8 : 8 + length], "little") << 24 * first)
+    for blocks in [part for part in parts if part[0] == 255]:
+        while blocks:
+            _, first, length, requests = _BLOCK.unpack_from(blocks)
+            numbers.append(int.from_bytes(blocks[8 : 8 + length], "little") << 24 * first)
             total += requests
-            block = block[8 + length :]
+            blocks = blocks[8 + length :]
     for start, odd in itertools.product(range(0, len(numbers), 257), (0, 8)):  # so many have room in two bytes
         added = sum([number >> odd & _EVERY_SECOND for number in numbers[start : start + 257]])
         pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
