@@ -1336,98 +1336,93 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
 
 # How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
 # begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency and its first token
-# (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row; those of many are blocks of a head
-# (255, the first bin, the length, the requests) and one byte that counts for each bin and measure: when one is full, a
-# new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
+# (ms), and its tokens in 100 seconds. Speeds are any number of requests and blocks in a row. A block counts up to
+# 65,535 requests: a head (255, the first bin, the requests, the lengths of what follows), then a count for each bin and
+# measure in two bytes, first all low ones and then the high ones up to the last that is not 0.
 
 _BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
 _BINS = b"".join(  # of whole numbers up to a minute's milliseconds
     bytes([number]) * (math.ceil(end) - math.ceil(begin))
     for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
 )
-_BINS_END = len(_BINS)
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
-_EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
-_BLOCK = struct.Struct("<BBHI")
-_MOST_LISTED = 3 * 80
+_BLOCK = struct.Struct("<BBHHH")
+_MOST_COUNTED = 0xFFFF
+
+
+def _bin_of(value: float | None) -> int:
+    if value is None:
+        return 0
+    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
 
 
 def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
     """Return a request's speeds; tokens per second are known where the first came before the end."""
-    latency = first = rate = 0
-    if latency_ms is not None:
-        latency = _BINS[latency_ms] if latency_ms < _BINS_END else bisect_right(_BIN_BEGINS, latency_ms)
-    if ttft_ms is not None:
-        first = _BINS[ttft_ms] if ttft_ms < _BINS_END else bisect_right(_BIN_BEGINS, ttft_ms)
-        if output_tokens and latency_ms is not None and ttft_ms < latency_ms:
-            rate = bisect_right(_BIN_BEGINS, output_tokens * 1e5 / (latency_ms - ttft_ms))
-    return bytes((latency, first, rate))
+    rate = None
+    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
+        rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
+    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
 
 
 def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
-    """Add requests in a row to speeds."""
-    if not speeds or speeds[0] < 255:
-        speeds, listed = b"", (speeds or b"") + listed
-        if len(listed) <= _MOST_LISTED:
-            return listed
-    for start in range(0, len(listed), 765):  # no more than one byte can count
-        some = listed[start : start + 765]
-        try:
-            speeds = _counted(some, speeds)
-        except ValueError:
-            speeds = _counted(some) + speeds
-    return speeds
+    """Add requests in a row to speeds; where a block is shorter than they are, one is made of them."""
+    speeds = (speeds or b"") + listed
+    is_list = speeds[0] < 255 and len(speeds) <= 240
+    return speeds if is_list else b"".join(map(_block_of, _counted(speeds)))
 
 
-def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
-    """Count requests in the first block, which grows to hold their bins. Raises ValueError when a byte is full."""
-    known = listed.replace(b"\0", b"")
-    lowest, highest = (min(known), max(known)) if known else (254, 0)
-    _, first, length, requests = _BLOCK.unpack_from(speeds) if speeds else (255, lowest, 0, 0)
-    counts = bytearray(3 * max(0, first - lowest)) + speeds[8 : 8 + length]
-    first = min(first, lowest)
-    counts += bytes(max(0, 3 * (highest + 1 - first) - len(counts)))
-    for measure in range(3):
-        for number in filter(None, listed[measure::3]):
-            counts[3 * (number - first) + measure] += 1
-    return _BLOCK.pack(255, first, len(counts), requests + len(listed) // 3) + counts + speeds[8 + length :]
+def _block_of(number: int) -> bytes:
+    counts = number >> 48
+    first = max(0, (counts & -counts).bit_length() - 1) // 48
+    pairs = (counts >> 48 * first).to_bytes(2 * _COUNTS, "little")
+    low, high = pairs[::2].rstrip(b"\0"), pairs[1::2].rstrip(b"\0")
+    return _BLOCK.pack(255, first + 1, number & _MOST_COUNTED, len(low), len(high)) + low + high
 
 
-def count_speeds(parts: Sequence[bytes]) -> int:
-    """Count speeds; counts are added up as numbers are."""
-    listed, numbers, total = b"".join([part for part in parts if part[0] < 255]), [], 0
-    for blocks in [part for part in parts if part[0] == 255]:
-        while blocks:
-            _, first, length, requests = _BLOCK.unpack_from(blocks)
-            numbers.append(int.from_bytes(blocks[8 : 8 + length], "little") << 24 * first)
-            total += requests
-            blocks = blocks[8 + length :]
-    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 8)):  # so many have room in two bytes
-        added = sum([number >> odd & _EVERY_SECOND for number in numbers[start : start + 257]])
-        pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
-        digits = bytearray(8 * len(pairs))
-        digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
-        total += int.from_bytes(digits, "little") << 8 * odd
-    for start in range(0, len(listed), 765):
-        some, counts = listed[start : start + 765], bytearray(_COUNTS)
+def _counted(speeds: bytes) -> list[int]:
+    """Return the counts of speeds, as numbers of two bytes for each; the first ones are the requests."""
+    numbers, listed, at = [0], [], 0
+    while at < len(speeds):
+        start, at = at, speeds.find(b"\xff", at)
+        at = len(speeds) if at < 0 else at
+        listed.append(speeds[start:at])
+        if at < len(speeds):
+            _, first, requests, low, high = _BLOCK.unpack_from(speeds, at)
+            start, at = at + _BLOCK.size, at + _BLOCK.size + low + high
+            counts = bytearray(2 * max(low, high))
+            counts[: 2 * low : 2], counts[1 : 2 * high : 2] = speeds[start : start + low], speeds[start + low : at]
+            numbers.append((int.from_bytes(counts, "little") << 48 * first) + requests)
+    requests = b"".join(listed)
+    for start in range(0, len(requests), 765):  # as many as one byte can count
+        some, counts = requests[start : start + 765], bytearray(2 * _COUNTS)
         for measure in range(3):
             for number, count in Counter(some[measure::3]).items():
-                counts[3 * number + measure] = count
-        counts[:3] = len(some) // 3, 0, 0
-        digits = bytearray(8 * len(counts.rstrip(b"\0")))
-        digits[::8] = counts[: len(digits) // 8]
+                counts[6 * number + 2 * measure] = count
+        counts[:6] = len(some) // 3, 0, 0, 0, 0, 0
+        numbers.append(int.from_bytes(counts.rstrip(b"\0"), "little"))
+    added = [0]
+    for number in numbers:
+        if (added[-1] & _MOST_COUNTED) + (number & _MOST_COUNTED) > _MOST_COUNTED:
+            added.append(number)
+        else:
+            added[-1] += number
+    return added
+
+
+def count_speeds(speeds: bytes) -> int:
+    """Count speeds. Counts are the digits of one number, four bytes each, so that they are added up as numbers are."""
+    total = 0
+    for number in _counted(speeds):
+        pairs = number.to_bytes((number.bit_length() + 15) // 16 * 2, "little")
+        digits = bytearray(2 * len(pairs))
+        digits[::4], digits[1::4] = pairs[::2], pairs[1::2]
         total += int.from_bytes(digits, "little")
     return total
 
 
-def requests_in(speeds: bytes) -> int:
-    """Return the number of requests whose speeds these are."""
-    return len(speeds) // 3 if speeds[0] < 255 else count_speeds([speeds]) & (1 << 64) - 1
-
-
 def speed_json(counts: int) -> dict[str, Any]:
     """Return the percentiles by nearest rank of what was counted; None for one of fewer than five values."""
-    lanes = struct.unpack(f"<{_COUNTS}Q", counts.to_bytes(8 * _COUNTS, "little"))
+    lanes = struct.unpack(f"<{_COUNTS}I", counts.to_bytes(4 * _COUNTS, "little"))
     below = [list(itertools.accumulate(lanes[3 + measure :: 3])) for measure in range(3)]
 
     def value(measure: int, percent: int) -> float | None:
@@ -2498,7 +2493,7 @@ class Store:
         timeout_s = self._busy_timeout_s
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
         db.create_function("join_speeds", 2, join_speeds)
-        db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
+        db.create_function("speeds_of", 3, speeds_of)
         return db
 
     def _migrate(self) -> None:
@@ -2839,62 +2834,52 @@ class Store:
     ) -> Usage:
         """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
-            accounts = self._accounts_in(db)
-            floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-            plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
-            by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            cell_of = self._cell_finder(db, accounts)
-            cells, failed = self._cells_of(cell_of, plan.by_cell(db))
-            failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
-            failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
-            failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
-            for failure in failures:  # the quarter hour of the last one, and the accounts, most failures first
-                reason_id = failure.pop("id")
-                failure["last_at"] = plan.last_quarter(db, reason_id)
-                failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
-            listed: dict[Any, list[bytes]] = {}
-            for identity_id, model_id, key_id, part in plan.speeds(db):
-                listed.setdefault((identity_id, model_id, key_id), []).append(part)
-        speeds: dict[Cell, int] = Counter()
-        for ids, parts in listed.items():
-            speeds[cell_of(*ids)] += count_speeds(parts)
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures, speeds)
+            plan, cell_of = self._plan(db, window, filters, from_rows), self._cell_finder(db)
+            buckets = {key * bucket_s - offset_s: tuple(sums) for key, *sums in plan.by_bucket(db, bucket_s, offset_s)}
+            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in plan.by_cell(db)]
+            parts = by_key((reason_id, (cell, sums[0], at)) for cell, reason_id, sums, at in rows if reason_id)
+            failures = self._failures_in(db, plan, parts)
+            speeds = by_key((row[:3], row[3]) for row in plan.speeds(db))
+        counts: dict[Cell, int] = Counter()
+        for ids, told in speeds.items():
+            counts[cell_of(*ids)] += count_speeds(b"".join(told))
+        cells = by_key((cell, sums) for cell, _, sums, _ in rows)
+        return Usage(buckets, {cell: add_sums(sums) for cell, sums in cells.items()}, failures, counts)
 
-    @staticmethod
-    def _cell_finder(db, accounts: Sequence[Account]) -> Callable[[int, int, int], Cell]:
+    def _plan(self, db, window: Window, filters: Filters, from_rows: bool = False) -> _UsagePlan:
+        floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
+        return _UsagePlan(db, window, filters, self._accounts_in(db), floor, from_rows)
+
+    def _cell_finder(self, db) -> Callable[[int, int, int], Cell]:
         """Return what makes a cell of the ids of an identity, a model and a client key."""
         models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
-        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        owners = {identity_id: account for account in self._accounts_in(db) for identity_id in account.identity_ids}
         return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
 
     @staticmethod
-    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
-        """Return the sums by cell, and by reason how many requests of which account failed."""
-        cells: dict[Cell, Sums] = {}
-        failed: dict[int, Counter] = {}
-        for identity_id, model_id, key_id, reason_id, *sums in rows:
-            cell = cell_of(identity_id, model_id, key_id)
-            cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
-            if reason_id:
-                failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
-        return cells, failed
+    def _failures_in(db, plan: _UsagePlan, parts: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
+        """Return the most frequent failures, from (cell, requests, time of the newest) by reason."""
+        reasons = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
+        known = [row for row in reasons if row["id"] in parts]
+        failures = [{**row, "requests": sum(part[1] for part in parts[row["id"]])} for row in known]
+        failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
+        for failure in failures:
+            reason_id, accounts = failure.pop("id"), Counter()
+            for cell, requests, _ in parts[reason_id]:
+                accounts[cell.account.name] += requests
+            failure["last_at"] = plan.last_quarter(db, reason_id, max(part[2] for part in parts[reason_id]))
+            failure["accounts"] = [name for name, _ in accounts.most_common()]
+        return failures
 
-    def total(self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False) -> Sums:
-        """Sum up a window as a whole; ``with_rows`` leaves out the requests whose rows are deleted."""
+    def models(
+        self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False
+    ) -> list[tuple[str, Sums]]:
+        """Sum up a window by model alone; ``with_rows`` leaves out the requests whose rows are deleted."""
         with self._read() as db:
-            floor = _meta_in(db, "events_floor", 0)
-            start = max(window.start, floor * BUCKET_S) if with_rows else window.start
-            if start >= window.end:
-                return add_sums([])
-            plan = _UsagePlan(db, Window(start, window.end), filters, self._accounts_in(db), floor, False)
-            return add_sums(plan.by_bucket(db, 86400 * 10**6, 0).values())
-
-    def models(self, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[str, Sums]]:
-        """Sum up a window by model alone, in less than half the time of all cells."""
-        with self._read() as db:
-            plan = _UsagePlan(db, window, filters, self._accounts_in(db), _meta_in(db, "events_floor", 0), False)
+            if with_rows:
+                window = window._replace(start=max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S))
             names = dict(db.execute("SELECT id, name FROM models").fetchall())
-            return [(names[model_id], tuple(sums)) for model_id, *sums in plan.by_model(db)]
+            return [(names[row[0]], row[1:]) for row in self._plan(db, window, filters).by_model(db)]
 
     def series(self, most: int) -> dict[tuple[str, str], Sums]:
         """Return all that was ever counted, by labels for account and model, which stay as they were given first.
@@ -3133,16 +3118,8 @@ class Store:
             odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
             times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
             odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
-            hours, days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
-            faults += [] if hours == days == successes else ["the speeds do not add up to the successes"]
         return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
-
-# Below the floor, what there was before speeds were kept has none.
-_COMPARE_SPEEDS = (
-    "SELECT TOTAL(requests_in(speeds)), (SELECT TOTAL(requests_in(speeds)) FROM usage_by_day), "
-    "TOTAL(CASE WHEN bucket < ? THEN requests_in(speeds) ELSE requests END) FROM usage_by_hour WHERE reason_id = 0"
-)
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
@@ -3240,11 +3217,6 @@ def _copy_in_one_step(db, part: str) -> tuple[int, int]:
         if found != "ok" or copy.execute(totals).fetchone() != counted:
             raise sqlite3.DatabaseError(f"the copy is not equal ({found}), so the database itself may be damaged")
     return counted
-
-
-def _sums_in(db, table: str, from_bucket: int) -> Sums:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -3355,100 +3327,91 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
 # off, quarters do. Below the floor the rows are deleted: there a cut quarter counts as a whole.
 
 
+# What a plan asks for: on an event, on a roll-up, and the names of both.
+_SUMS = (_EVENT_SUMS, _ADDED, ", ".join(SUM_NAMES))
+_SUMS_AND_LAST = (f"{_EVENT_SUMS}, MAX(e.ts_epoch)", f"{_ADDED}, MAX(r.bucket * {{seconds}})", f"{_SUMS[2]}, last_at")
+
+
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
     def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
-        start, end = window
-        self._floor_at = floor_at = floor * BUCKET_S
-        self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
-        self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
-        self._window = window
+        self._start, self._end = window
+        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
+        if newest is not None and newest < window.end:  # nothing is behind the end
+            self._end = -(-window.end // 86400) * 86400
+        self._floor_at = floor * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
-        self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
+        self._of_rows, self._of_roll_up = (_conditions(db, filters, accounts, on_rows) for on_rows in (True, False))
 
-    def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
-        """Return sums by local bucket number."""
+    def by_bucket(self, db, bucket_s: int, offset_s: int) -> Iterable[Any]:
+        """Return rows of local bucket number and sums."""
         levels = [table for table in self._levels if bucket_s % _ROLL_UPS[table] == offset_s % _ROLL_UPS[table] == 0]
-        if levels and not self._roll_up_conditions[0]:
+        if levels and not self._of_roll_up[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
-        return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
+        return self._sums(db, levels, {in_rows: in_roll_up}, _SUMS)
 
-    def by_cell(self, db) -> list[tuple[int, ...]]:
-        """Return rows of identity, model, client key, reason and their sums."""
-        return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
+    def by_cell(self, db) -> Iterable[Any]:
+        """Return rows of identity, model, client key, reason, sums and the time of the newest, or of its bucket."""
+        return self._sums(db, self._levels, _CELL_COLUMNS, _SUMS_AND_LAST)
 
-    def by_model(self, db) -> list[tuple[int, ...]]:
+    def by_model(self, db) -> Iterable[Any]:
         """Return rows of model and its sums."""
-        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
+        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}, _SUMS)
 
-    def speeds(self, db) -> Iterator[tuple[Any, ...]]:
-        """Yield rows of identity, model, client key and speeds; below the floor, of hours that are cut the whole."""
-        start, end = self._window
-        if start < self._floor_at:
-            start = start // 3600 * 3600
-        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
-        size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
-        if self._levels and size_s:  # nothing is behind the end
-            end = -(-end // size_s) * size_s
-        columns = list(_CELL_COLUMNS.items())[:3]
-        for roll_up, first, last in _cut(self._levels[:2], start, end):
-            if roll_up:
-                query = f"SELECT {', '.join(of_roll_up for _, of_roll_up in columns)}, r.speeds FROM {roll_up} r "
-                query += "WHERE r.speeds IS NOT NULL AND r.bucket >= ? AND r.bucket < ?"
-                condition, bound = self._roll_up_conditions
-                yield from db.execute(query + condition, (first, last, *bound))
-            else:
-                query = f"SELECT {', '.join(of_rows for of_rows, _ in columns)}, e.latency_ms, e.ttft_ms, "
-                query += f"e.output_tokens FROM {_EVENTS} WHERE NOT e.failed AND e.ts_epoch >= ? AND e.ts_epoch < ?"
-                condition, bound = self._event_conditions
-                rows = db.execute(query + condition, (first, last, *bound))
-                yield from ((*row[:3], speeds_of(*row[3:])) for row in rows)
+    def speeds(self, db) -> Iterable[Any]:
+        """Return rows of identity, model, client key and speeds of successes."""
+        of_rows, of_roll_up = (", ".join(list(columns)[:3]) for columns in (_CELL_COLUMNS, _CELL_COLUMNS.values()))
+        of_rows = f"SELECT {of_rows}, speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens) {{where}} AND NOT e.failed"
+        of_roll_up = f"SELECT {of_roll_up}, r.speeds {{where}} AND r.speeds IS NOT NULL"
+        query, values = self._union(self._levels[:2], of_rows, of_roll_up)
+        return db.execute(query, values) if query else []
 
-    def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
-        """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
-        for roll_up, start, end in reversed(spans or self._spans(self._levels)):
-            of_rows, of_roll_up = (_EVENTS, "e.ts_epoch", "e.reason_id"), (f"{roll_up} r", "r.bucket", "r.reason_id")
-            table, column, reason = of_roll_up if roll_up else of_rows
-            condition, bound = self._roll_up_conditions if roll_up else self._event_conditions
-            where = f"{column} >= ? AND {column} < ? AND {reason} = ?{condition} ORDER BY 1 DESC LIMIT 1"
-            rows = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (start, end, reason_id, *bound))
-            newest, size_s = rows.fetchone(), _ROLL_UPS.get(roll_up, 1)
-            if newest and size_s > BUCKET_S:
-                first = newest[0] * size_s // BUCKET_S
-                return self.last_quarter(db, reason_id, [("usage_by_quarter", first, first + size_s // BUCKET_S)])
-            if newest:
-                return int(newest[0] * size_s) // BUCKET_S * BUCKET_S
-        return None
+    def last_quarter(self, db, reason_id: int, last_at: float) -> int:
+        """Return when the quarter hour of a reason's last request began, from what by_cell() tells of it."""
+        first, (condition, bound) = int(last_at // BUCKET_S), self._of_roll_up
+        where = f"r.bucket > ? AND r.bucket < ? AND r.reason_id = ?{condition} ORDER BY 1 DESC LIMIT 1"
+        values = (first, min(first + 96, self._end // BUCKET_S), reason_id, *bound)
+        found = db.execute(f"SELECT r.bucket FROM usage_by_quarter r WHERE {where}", values).fetchone()
+        return (found[0] if found else first) * BUCKET_S
 
     def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
-        middle = min(max(self._start, self._floor_at), self._end)
-        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
-        return [*below, *_cut(levels, middle, self._end)]
+        finest_s = _ROLL_UPS.get(levels[-1], BUCKET_S) if levels else BUCKET_S
+        start, end, floor_at = self._start, self._end, self._floor_at
+        if start < floor_at:
+            start = start // finest_s * finest_s
+        if end < floor_at:
+            end = -(-end // finest_s) * finest_s
+        middle = min(max(start, floor_at), end)
+        return [*_cut(levels or ["usage_by_quarter"], start, middle), *_cut(levels, middle, end)]
 
-    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
-        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
-        parts, values = [], []
-        for roll_up, start, end in self._spans(levels):
-            if roll_up is None:
-                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
-                condition, bound = self._event_conditions
-                group = key
-            else:
-                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
-                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
-                condition, bound = self._roll_up_conditions
-                # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
-                group = "r.bucket" if "r.bucket" in key else key
-            where = f"{column} >= ? AND {column} < ?{condition}"
-            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
-            values += [start, end, *bound]
+    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str], summed: Sequence[str]) -> Iterable[Any]:
+        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``."""
+        in_rows, in_roll_up = ", ".join(columns), ", ".join(columns.values())
+        # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
+        order = "r.bucket" if "r.bucket" in in_roll_up else in_roll_up
+        of_rows = f"SELECT {in_rows}, {summed[0]} {{where}} GROUP BY {in_rows}"
+        of_roll_up = f"SELECT {in_roll_up}, {summed[1]} {{where}} GROUP BY {order}"
+        query, values = self._union(levels, of_rows, of_roll_up)
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
-        with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
-        return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
+        added = _ADDED if summed is _SUMS else f"{_ADDED}, MAX(last_at)"
+        with_parts = f"WITH parts({keys}, {summed[2]}) AS ({query}) SELECT {keys}, {added} FROM parts GROUP BY {keys}"
+        return db.execute(with_parts, values) if query else []
+
+    def _union(self, levels: Sequence[str], of_rows: str, of_roll_up: str) -> tuple[str, list[Any]]:
+        """Return one query made of one for each span, and the values to bind."""
+        parts, bound = [], []
+        for roll_up, start, end in self._spans(levels):
+            table, column, query = _EVENTS, "e.ts_epoch", of_rows
+            condition, values = self._of_roll_up if roll_up else self._of_rows
+            if roll_up:
+                seconds = str(_ROLL_UPS.get(roll_up, BUCKET_S))
+                table, column, query = f"{roll_up} r", "r.bucket", of_roll_up.replace("{seconds}", seconds)
+            parts.append(query.replace("{where}", f"FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"))
+            bound += [start, end, *values]
+        return " UNION ALL ".join(parts), bound
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
@@ -6261,7 +6224,7 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     for row in shown:
         price = price_of(app.prices, row["model"])
         row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
-    total = None if filters.text else app.store.total(window, filters, with_rows=True)[0]
+    total = None if filters.text else add_sums(sums for _, sums in app.store.models(window, filters, True))[0]
     return {"requests": shown, "next": cursor, "total": total}
 
 
