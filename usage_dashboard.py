@@ -1993,6 +1993,20 @@ _STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tok
 _STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited, cache_write_tokens"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
+_STEP_6_TABLES = (
+    "client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    "reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, UNIQUE(status_code, error))",
+    "new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+    "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
+    "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))",
+    # The quota windows of an account, known by its tag, beyond their end.
+    "quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
+    "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
+    "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)",
+    # Under which labels the metrics count an identity's requests to a model.
+    "series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
+    "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID",
+)
 _STEP_6_MENDED = {
     **_STEP_5_COLUMNS,
     "identities": "first_at REAL NOT NULL, last_at REAL NOT NULL",
@@ -2005,6 +2019,8 @@ def _step_roll_ups(db) -> list[str]:
     done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _mend_odd_values(db)
+    for table in _STEP_6_TABLES:
+        db.execute(f"CREATE TABLE {table}")
     _add_keys_and_reasons(db)
     db.execute(
         "INSERT INTO identities(auth_index, source, first_at, last_at) SELECT IFNULL(CAST(auth_index AS TEXT), '') "
@@ -2038,6 +2054,8 @@ def _step_roll_ups(db) -> list[str]:
     )
     for table in old:
         db.execute(f"DROP TABLE old_{table}")
+    _keep_speeds(db, floor)
+    _keep_accounts(db)
     # The number of rows that were not counted as they were stored; a 3.0.0 that was still adopting had counted some.
     db.execute(
         "INSERT INTO meta SELECT 'adopted', (SELECT COUNT(*) FROM events) "
@@ -2123,14 +2141,9 @@ def _mended(name: str, kind: str) -> str:
 
 
 def _add_keys_and_reasons(db) -> None:
-    db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
     db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
     db.execute("ALTER TABLE contexts ADD COLUMN key_id INTEGER NOT NULL DEFAULT 0")
     db.execute("UPDATE contexts SET key_id = (SELECT id FROM client_keys WHERE name = api_key) WHERE api_key <> ''")
-    db.execute(
-        "CREATE TABLE reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, "
-        "UNIQUE(status_code, error))"
-    )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     _add_columns(db, "events", "reason_id INTEGER")
     db.execute("UPDATE events SET reason_id = NULL WHERE reason_id IS NOT NULL")  # another program's
@@ -2206,13 +2219,24 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-def _step_accounts(db) -> None:
-    """Keep with an identity what account files decide of it, and no client's key as its source."""
-    db.execute(
-        "CREATE TABLE new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
-        "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
-        "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))"
+def _keep_speeds(db, floor: int) -> None:
+    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
+    for table in ("usage_by_hour", "usage_by_day"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
+    rows = db.execute(
+        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
+        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, ''))), "
+        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
+        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE NOT e.failed AND e.ts_epoch >= ? ORDER BY e.ts_epoch",
+        (floor * 900,),
     )
+    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
+        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
+
+
+def _keep_accounts(db) -> None:
+    """Keep with an identity what account files decide of it, and no client's key as its source."""
     columns = "id, auth_index, source, provider, plan, first_at, last_at"
     db.execute(f"INSERT INTO new_identities({columns}) SELECT {columns} FROM identities")
     db.execute("DROP TABLE identities")
@@ -2224,44 +2248,7 @@ def _step_accounts(db) -> None:
     )
 
 
-def _step_speeds(db) -> None:
-    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
-    for table in ("usage_by_hour", "usage_by_day"):
-        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    rows = db.execute(
-        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
-        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)), "
-        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
-        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
-        "WHERE NOT e.failed AND e.ts_epoch >= "
-        "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) ORDER BY e.ts_epoch"
-    )
-    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
-        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
-
-
-def _step_window_history(db) -> None:
-    """Keep the quota windows of an account, known by its tag, beyond their end."""
-    db.execute(
-        "CREATE TABLE quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
-        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
-        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)"
-    )
-    db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
-
-
-def _step_series(db) -> None:
-    """Keep under which labels the metrics count an identity's requests to a model."""
-    db.execute(
-        "CREATE TABLE series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
-        "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID"
-    )
-
-
-_SCHEMA_STEPS = (
-    *((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts)),
-    *((8, _step_speeds), (9, _step_window_history), (10, _step_series)),
-)
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
