@@ -1341,27 +1341,17 @@ def _numbers_only(value: Any, depth: int = 0) -> Any:
 # measure in two bytes, first all low ones and then the high ones up to the last that is not 0.
 
 _BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
-_BINS = b"".join(  # of whole numbers up to a minute's milliseconds
-    bytes([number]) * (math.ceil(end) - math.ceil(begin))
-    for number, (begin, end) in enumerate(zip(_BIN_BEGINS, _BIN_BEGINS[1:115]), 1)
-)
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
 _BLOCK = struct.Struct("<BBHHH")
 _MOST_COUNTED = 0xFFFF
 
 
-def _bin_of(value: float | None) -> int:
-    if value is None:
-        return 0
-    return _BINS[value] if value < len(_BINS) and type(value) is int else bisect_right(_BIN_BEGINS, value)
-
-
-def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
-    """Return a request's speeds; tokens per second are known where the first came before the end."""
-    rate = None
-    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
+def speeds_of(latency_ms: int, ttft_ms: int, output_tokens: int | None) -> bytes:
+    """Return a request's speeds, of which -1 is unknown; tokens per second are known where the first came before."""
+    begins, rate = _BIN_BEGINS, -1.0
+    if output_tokens and 0 <= ttft_ms < latency_ms:
         rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    return bytes((_bin_of(latency_ms), _bin_of(ttft_ms), _bin_of(rate)))
+    return bytes((bisect_right(begins, latency_ms), bisect_right(begins, ttft_ms), bisect_right(begins, rate)))
 
 
 def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
@@ -2223,16 +2213,7 @@ def _keep_speeds(db, floor: int) -> None:
     """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
     for table in ("usage_by_hour", "usage_by_day"):
         db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    rows = db.execute(
-        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
-        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, ''))), "
-        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
-        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
-        "WHERE NOT e.failed AND e.ts_epoch >= ? ORDER BY e.ts_epoch",
-        (floor * 900,),
-    )
-    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
-        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
+    _add_speeds(db, "e.ts_epoch >= ?", floor * 900)
 
 
 def _keep_accounts(db) -> None:
@@ -2282,16 +2263,6 @@ def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None)
     return cache(known, (status, error), _id_of(db, "reasons", reason))
 
 
-def _add_speeds(db, speeds: Mapping[Any, Sequence[bytes]]) -> None:
-    """Add the speeds of successes, by (hour, identity, model, client key), to those of their hours and days."""
-    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
-        db.executemany(
-            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
-            "AND model_id = ? AND key_id = ? AND reason_id = 0",
-            [(b"".join(parts), hour // hours, *cell) for (hour, *cell), parts in speeds.items()],
-        )
-
-
 def _list(table: str, columns: Iterable[str]) -> str:
     return ", ".join(f"{table}.{name}" for name in columns)
 
@@ -2312,6 +2283,7 @@ _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _MODEL_ID_OF = f"(SELECT id FROM models WHERE name = {_MODEL_OF})"
 _KEY_OF = "IFNULL(c.key_id, -1)"
 _REASON_OF = "IFNULL(e.reason_id, 0)"
+_SPEEDS_OF = "speeds_of(IFNULL(e.latency_ms, -1), IFNULL(e.ttft_ms, -1), e.output_tokens)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
@@ -2355,6 +2327,23 @@ def _add_batch_to(table: str) -> str:
 
 
 _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
+
+
+def _add_speeds(db, condition: str, value: Any) -> None:
+    """Add the speeds of the successes that a condition names to those of their hours and days."""
+    keys = f"{_IDENTITY_OF}, {_MODEL_ID_OF}, {_KEY_OF}"
+    rows = db.execute(
+        f"SELECT CAST(e.ts_epoch AS INTEGER) / 3600, {keys}, group_concat(hex({_SPEEDS_OF}), '') "
+        f"FROM {_EVENTS} WHERE NOT e.failed AND {condition} GROUP BY 1, 2, 3, 4",
+        (value,),
+    ).fetchall()
+    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
+        db.executemany(
+            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
+            "AND model_id = ? AND key_id = ? AND reason_id = 0",
+            [(bytes.fromhex(told), hour // hours, *cell) for hour, *cell, told in rows],
+        )
+
 
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
@@ -2447,9 +2436,8 @@ class Store:
         self.path = path
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
-        self._context_ids: dict[Context, tuple[int, int, int]] = {}
+        self._context_ids: dict[Context, tuple[int, int]] = {}
         self._reason_ids: dict[Any, int] = {}
-        self._models: dict[str, int] = {}
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -2567,7 +2555,6 @@ class Store:
 
     def _forget_ids(self) -> None:
         self._context_ids.clear()
-        self._models.clear()
         self._reason_ids.clear()
 
     @contextmanager
@@ -2630,30 +2617,24 @@ class Store:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
         rows: list[tuple[Any, ...]] = []
         by_identity: dict[int, list[Event]] = {}
-        speeds: dict[Any, list[bytes]] = {}
         for event in events:
             context = event.context
-            identity_id, context_id, key_id = self._context_ids.get(context) or self._find_context(db, event)
+            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
             reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
-            model_id = self._models.get(event.model)
-            if model_id is None:
-                model_id = cache(self._models, event.model, _id_of(db, "models", {"name": event.model}))
-            if not event.failed:
-                cell = int(event.ts_epoch) // 3600, identity_id, model_id, key_id
-                told = speeds_of(event.latency_ms, event.ttft_ms, event.output_tokens)
-                speeds.setdefault(cell, []).append(told)
         db.executemany(_INSERT_EVENT, rows)
+        new = "SELECT DISTINCT model FROM events WHERE id > ? AND model NOT IN (SELECT name FROM models)"
+        db.execute(f"INSERT INTO models(name) {new}", (last_id,))
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         db.execute(_SUM_UP_BATCH, (last_id,))
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
-        _add_speeds(db, speeds)
+        _add_speeds(db, "e.id > ?", last_id)
 
-    def _find_context(self, db, event: Event) -> tuple[int, int, int]:
-        """Return (identity id, context id, key id) of an event's context, all inserted where they are new."""
+    def _find_context(self, db, event: Event) -> tuple[int, int]:
+        """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
         identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
         identity["account"] = self._decide(db, **identity)
@@ -2661,7 +2642,7 @@ class Store:
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
-        return cache(self._context_ids, event.context, (identity_id, context_id, key_id))
+        return cache(self._context_ids, event.context, (identity_id, context_id))
 
     def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
@@ -3351,7 +3332,7 @@ class _UsagePlan:
     def speeds(self, db) -> Iterable[Any]:
         """Return rows of identity, model, client key and speeds of successes."""
         of_rows, of_roll_up = (", ".join(list(columns)[:3]) for columns in (_CELL_COLUMNS, _CELL_COLUMNS.values()))
-        of_rows = f"SELECT {of_rows}, speeds_of(e.latency_ms, e.ttft_ms, e.output_tokens) {{where}} AND NOT e.failed"
+        of_rows = f"SELECT {of_rows}, {_SPEEDS_OF} {{where}} AND NOT e.failed"
         of_roll_up = f"SELECT {of_roll_up}, r.speeds {{where}} AND r.speeds IS NOT NULL"
         query, values = self._union(self._levels[:2], of_rows, of_roll_up)
         return db.execute(query, values) if query else []
