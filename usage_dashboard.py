@@ -2857,15 +2857,14 @@ class Store:
         with self._read() as db:
             by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_day GROUP BY 1, 2").fetchall()
             given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
-            models = dict(db.execute("SELECT id, name FROM models").fetchall())
-            names = {key: account.name for account in self._accounts_in(db) for key in account.identity_ids}
+            cell_of = self._cell_finder(db)
         new, labels = [], set(given.values())
-        for pair in (tuple(row[:2]) for row in by_pair):
-            if pair not in given:
-                label = (names[pair[0]], models[pair[1]])
-                given[pair] = label if label in labels or len(labels) < most else ("other", "other")
-                labels.add(given[pair])
-                new.append((*pair, *given[pair]))
+        for pair in (tuple(row[:2]) for row in by_pair if tuple(row[:2]) not in given):
+            cell = cell_of(*pair, 0)
+            label = (cell.account.name, cell.model)
+            given[pair] = label if label in labels or len(labels) < most else ("other", "other")
+            labels.add(given[pair])
+            new.append((*pair, *given[pair]))
         if new:
             with self._write(changes=False) as db:
                 db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", new)
@@ -3158,12 +3157,7 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
         os.close(handle)
         with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
             counted = _copy_in_one_step(db, part)
-        try:
-            os.link(part, target)
-        except FileExistsError:
-            raise StoreError(f"{target} was made meanwhile, and is left as it is") from None
-        except OSError:  # a file system without links, as on a memory stick
-            os.rename(part, target)
+        os.replace(part, target)
         return counted
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
@@ -3258,26 +3252,25 @@ def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Ac
 
 def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
+    identity, model, key, reason = _CELL_COLUMNS if on_rows else _CELL_COLUMNS.values()
     parts, values = [], []
     if filters.account is not None:
         called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
         listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
-        parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
+        parts.append(f"{identity} IN ({listed})")
     if filters.key is not None:
         asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
         asked.update(tag for tag, name in filters.names.items() if name == filters.key)
         listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
-        parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
+        parts.append(f"{key} IN ({listed})")
     if filters.model is not None:
-        parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
+        parts.append(f"{_MODEL_OF} = ?" if on_rows else f"{model} = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
-    if filters.status and filters.status.isdigit():
-        coded = "r.reason_id IN (SELECT id FROM reasons WHERE status_code = ?)"
-        parts.append("e.failed AND e.status_code = ?" if on_rows else coded)
-        values.append(int(filters.status))
+    if filters.status in ("ok", "failed"):
+        parts.append(f"{reason} {'<>' if filters.status == 'failed' else '='} 0")
     elif filters.status is not None:
-        column = "e.failed" if on_rows else "r.reason_id"
-        parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
+        parts.append(f"{reason} IN (SELECT id FROM reasons WHERE status_code = ?)")
+        values.append(int(filters.status))
     if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
         searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
@@ -3406,15 +3399,12 @@ _TOKENS_IN_BUCKETS = (  # each is looked up, so that those of all other accounts
 
 
 def _tokens_of(db, account: Account, start: float, end: float) -> int:
-    """Sum up one account between the nearest quarter hours, and correct it by the rows from there to the ends."""
-    first, last = (round(at / BUCKET_S) * BUCKET_S for at in (start, end))
-    parts = [(1, _TOKENS_IN_BUCKETS.format(level), *ends) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
-    for sign, *ends in ((1, start, first), (-1, first, start), (1, last, end), (-1, end, last)):
-        if ends[0] < ends[1]:
-            parts.append((sign, _TOKENS_IN_ROWS, *ends))
     ids = [one.id for one in account.identities if one.id and one.last_at >= start]
-    sums = ((sign, *db.execute(query, (*ends, key)).fetchone()) for key in ids for sign, query, *ends in parts)
-    return sum(sign * (tokens or 0) for sign, tokens in sums)
+    tokens = 0
+    for (table, *ends), key in itertools.product(_cut(list(_ROLL_UPS), start, end), ids):
+        query = _TOKENS_IN_BUCKETS.format(table) if table else _TOKENS_IN_ROWS
+        tokens += db.execute(query, (*ends, key)).fetchone()[0] or 0
+    return tokens
 
 
 # ------------------------------------------------------------------ quota
