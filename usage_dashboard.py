@@ -2416,12 +2416,9 @@ class Usage(NamedTuple):
     failures: list[dict[str, Any]]
     speeds: dict[Cell, int]
 
-    def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
-        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
-        groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
-        rows = ((value, dict(cells)) for value, cells in groups.items())
-        order = operator.itemgetter(SUM_NAMES.index("total_tokens"), SUM_NAMES.index("requests"))
-        return sorted(rows, key=lambda row: order(add_sums(row[1].values())), reverse=True)
+    def by(self, part: str) -> dict[Any, list[Cell]]:
+        """Return the cells of each ``account``, ``model`` or ``key``."""
+        return by_key((getattr(cell, part), cell) for cell in self.cells)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -6099,13 +6096,17 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
-def _sums_json(prices: Mapping[str, Price], parts: Sequence[tuple[str, Sums]]) -> dict[str, Any]:
-    """Add up parts by model and their list prices; each part has its own, so that all groupings agree."""
-    priced = [(price_of(prices, model), sums) for model, sums in parts]
-    costs = [cost_at(price, _priced_tokens(sums)) for price, sums in priced if price]
+def _cost(app: App, model: str | None, counts: Sequence[int | None]) -> float | None:
+    price = price_of(app.prices, model)
+    return price and cost_at(price, counts)
+
+
+def _sums_json(parts: Sequence[tuple[Sums, float | None]]) -> dict[str, Any]:
+    """Add up sums and their costs; each part has its own, so that all groupings agree."""
+    costs = [cost for _, cost in parts if cost is not None]
     worth = {"cost_usd": round(math.fsum(costs), 9) if costs else None}
-    worth["unpriced_tokens"] = sum(sums[-1] for price, sums in priced if not price)
-    return {**dict(zip(SUM_NAMES, add_sums(sums for _, sums in parts))), **worth}
+    worth["unpriced_tokens"] = sum(sums[-1] for sums, cost in parts if cost is None)
+    return {**dict(zip(SUM_NAMES, add_sums(sums for sums, _ in parts))), **worth}
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
@@ -6118,12 +6119,11 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
     buckets = usage.buckets
+    worths = {cell: (sums, _cost(app, cell.model, _priced_tokens(sums))) for cell, sums in usage.cells.items()}
     before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
+    models_before = app.store.models(before, filters) if recorded_from <= before.start else None
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     nothing = add_sums([])
-
-    def row(sums: Sums, **columns: Any) -> dict[str, Any]:
-        return {**columns, **dict(zip(SUM_NAMES, sums))}
 
     def account_columns(account: Account) -> dict[str, Any]:
         columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
@@ -6133,16 +6133,15 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
         return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
 
-    def priced(cells: Mapping[Cell, Sums]) -> dict[str, Any]:
-        return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
+    def told(cells: Iterable[Cell]) -> dict[str, Any]:
+        speed = speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
+        return {**_sums_json([worths[cell] for cell in cells]), "speed": speed}
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        parts = usage.by(part)
-        return [{**columns_of(value), **priced(cells), "speed": speed_of(cells)} for value, cells in parts]
+        found = [{**columns_of(value), **told(cells)} for value, cells in usage.by(part).items()]
+        return sorted(found, key=operator.itemgetter("total_tokens", "requests"), reverse=True)
 
-    def speed_of(cells: Iterable[Cell]) -> dict[str, Any]:
-        return speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
-
+    summary = told(usage.cells)
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
@@ -6152,13 +6151,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "bucket_seconds": bucket_s,
         "prices_as_of": PRICES_AS_OF,
-        "summary": priced(usage.cells),
-        "previous": (
-            _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
-        ),
-        "speed": speed_of(usage.speeds),
+        "speed": summary.pop("speed"),
+        "summary": summary,
+        "previous": models_before
+        and _sums_json([(sums, _cost(app, model, _priced_tokens(sums))) for model, sums in models_before]),
         "hours": [
-            row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
+            {
+                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
+                "start": at,
+                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
+            }
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
         "models": rows("model", lambda model: {"model": model}),
@@ -6180,8 +6182,8 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
     for row in shown:
-        price = price_of(app.prices, row["model"])
-        row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
+        cost = _cost(app, row["model"], [*map(row.get, PRICED_TOKENS)])
+        row["cost_usd"] = cost and round(cost, 9)
     total = None if filters.text else add_sums(sums for _, sums in app.store.models(window, filters, True))[0]
     return {"requests": shown, "next": cursor, "total": total}
 
