@@ -1354,11 +1354,11 @@ def speeds_of(latency_ms: int, ttft_ms: int, output_tokens: int | None) -> bytes
     return bytes((bisect_right(begins, latency_ms), bisect_right(begins, ttft_ms), bisect_right(begins, rate)))
 
 
-def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
-    """Add requests in a row to speeds; where a block is shorter than they are, one is made of them."""
-    speeds = (speeds or b"") + listed
-    is_list = speeds[0] < 255 and len(speeds) <= 240
-    return speeds if is_list else b"".join(map(_block_of, _counted(speeds)))
+def join_speeds(speeds: bytes | None, more: str | None) -> bytes | None:
+    """Add speeds in hexadecimal digits to others; where a block is shorter than the requests, one is made of them."""
+    joined = (speeds or b"") + bytes.fromhex(more or "")
+    is_list = len(joined) <= 240 and joined[:1] < b"\xff"
+    return (joined or None) if is_list else b"".join(map(_block_of, _counted(joined)))
 
 
 def _block_of(number: int) -> bytes:
@@ -1912,7 +1912,7 @@ _priced_tokens = operator.itemgetter(*map(SUM_NAMES.index, PRICED_TOKENS))
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
 # everything together. The others keep apart (identity, model, client key, reason), where reason 0 is success. A key of
 # -1 is unknown, 0 is a request without a key; reason 1 is an unknown failure.
-_ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
+_ROLL_UPS = {"usage_by_week": 7 * 86400, "usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
 
 # Schema steps. Each is frozen as it was released: it uses no constant of this file, and never changes again. A new
 # one goes to the end. Each runs in a transaction of its own, which also sets PRAGMA user_version to its number.
@@ -2029,7 +2029,7 @@ def _step_roll_ups(db) -> list[str]:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
     db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
-    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day"):
+    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day", "usage_by_week"):
         db.execute(
             f"CREATE TABLE {table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, model_id INTEGER NOT NULL, "
             f"key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, {sums}, PRIMARY KEY(bucket, {_STEP_6_CELL})) "
@@ -2038,10 +2038,11 @@ def _step_roll_ups(db) -> list[str]:
     _sum_up_rows(db, floor)
     if floor and "usage_by_hour" in old:
         _keep_old_sums(db, floor)
-    db.execute(
-        f"INSERT INTO usage_by_day SELECT bucket / 24 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_hour "
-        f"GROUP BY b, {_STEP_6_CELL}"
-    )
+    for table, finer, buckets in (("usage_by_day", "usage_by_hour", 24), ("usage_by_week", "usage_by_day", 7)):
+        db.execute(
+            f"INSERT INTO {table} SELECT bucket / {buckets} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM {finer} "
+            f"GROUP BY b, {_STEP_6_CELL}"
+        )
     for table in old:
         db.execute(f"DROP TABLE old_{table}")
     _keep_speeds(db, floor)
@@ -2211,9 +2212,23 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
 
 def _keep_speeds(db, floor: int) -> None:
     """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
-    for table in ("usage_by_hour", "usage_by_day"):
+    for table in ("usage_by_hour", "usage_by_day", "usage_by_week"):
         db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    _add_speeds(db, "e.ts_epoch >= ?", floor * 900)
+    rows = db.execute(
+        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
+        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, ''))) AS i, "
+        "m.id, IFNULL(c.key_id, -1) AS k, group_concat(hex(speeds_of(IFNULL(e.latency_ms, -1), "
+        "IFNULL(e.ttft_ms, -1), e.output_tokens)), '') FROM events e JOIN models m ON m.name = "
+        "IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE NOT e.failed AND e.ts_epoch >= ? GROUP BY 1, i, m.id, k",
+        (floor * 900,),
+    ).fetchall()
+    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24), ("usage_by_week", 168)):
+        db.executemany(
+            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
+            "AND model_id = ? AND key_id = ? AND reason_id = 0",
+            ((told, hour // hours, *cell) for hour, *cell, told in rows),
+        )
 
 
 def _keep_accounts(db) -> None:
@@ -2308,42 +2323,31 @@ _TOUCH_IDENTITY = (
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
+_CREATE_BATCH = (
+    f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
+)
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"{_REASON_OF} AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS}, group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') "
+    "FROM events e JOIN contexts c ON c.id = e.context_id "
     "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
 def _add_batch_to(table: str) -> str:
     keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
+    columns, values, changes = SUM_NAMES, _ADDED, [f"{name} = {name} + excluded.{name}" for name in SUM_NAMES]
+    if _ROLL_UPS.get(table, BUCKET_S) > BUCKET_S:
+        columns, values = [*columns, "speeds"], f"{values}, join_speeds(NULL, group_concat(speeds, ''))"
+        changes.append("speeds = join_speeds(speeds, hex(excluded.speeds))")
     return (
-        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
-        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
-        f"GROUP BY {keys.replace('bucket', '1')} "
-        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+        f"INSERT INTO {table}({keys}, {', '.join(columns)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {values} FROM batch "
+        f"GROUP BY {keys.replace('bucket', '1')} ON CONFLICT({keys}) DO UPDATE SET {', '.join(changes)}"
     )
 
 
 _ADD_BATCH = tuple(map(_add_batch_to, ("usage_by_time", *_ROLL_UPS)))
-
-
-def _add_speeds(db, condition: str, value: Any) -> None:
-    """Add the speeds of the successes that a condition names to those of their hours and days."""
-    keys = f"{_IDENTITY_OF}, {_MODEL_ID_OF}, {_KEY_OF}"
-    rows = db.execute(
-        f"SELECT CAST(e.ts_epoch AS INTEGER) / 3600, {keys}, group_concat(hex({_SPEEDS_OF}), '') "
-        f"FROM {_EVENTS} WHERE NOT e.failed AND {condition} GROUP BY 1, 2, 3, 4",
-        (value,),
-    ).fetchall()
-    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
-        db.executemany(
-            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
-            "AND model_id = ? AND key_id = ? AND reason_id = 0",
-            [(bytes.fromhex(told), hour // hours, *cell) for hour, *cell, told in rows],
-        )
-
 
 # An outage lost what the queue had forgotten before it ended, and all where the proxy did not publish.
 _OUTAGE_LOST = "(reason = 'publishing_off' OR IFNULL(to_at, ?) - from_at > ?)"
@@ -2628,7 +2632,6 @@ class Store:
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
-        _add_speeds(db, "e.id > ?", last_id)
 
     def _find_context(self, db, event: Event) -> tuple[int, int]:
         """Return (identity id, context id) of an event's context, both inserted where they are new."""
@@ -2852,7 +2855,7 @@ class Store:
         So no sum ever falls, whatever an account is called later. Pairs beyond ``most`` are added up to ``other``.
         """
         with self._read() as db:
-            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_day GROUP BY 1, 2").fetchall()
+            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_week GROUP BY 1, 2").fetchall()
             given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
             cell_of = self._cell_finder(db)
         new, labels = [], set(given.values())
@@ -2878,7 +2881,7 @@ class Store:
     def tokens(self, spans: Iterable[tuple[Account | None, float | None, float]], now: float) -> list[int | None]:
         """Sum up what accounts used from a start to an end; None where that, or a part of it, was not recorded."""
         first, last = self.span() or (math.inf, 0.0)
-        after_all = (max(now, last) // _DAY_S + 1) * _DAY_S  # where a bucket of each size ends
+        after_all = (max(now, last) // _WEEK_S + 1) * _WEEK_S  # where a bucket of each size ends
         lost = f"SELECT from_at, IFNULL(to_at, ?) FROM outages WHERE IFNULL(lost, {_OUTAGE_LOST})"
 
         def sum_up(account: Account | None, start: float | None, end: float) -> int | None:
@@ -3079,7 +3082,7 @@ class Store:
             events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
             quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
             faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
-            odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
+            odd = [table for table in list(_ROLL_UPS)[:-1] if _cells_in(db, table) != quarters]
             times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
             odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
         return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
@@ -3297,7 +3300,7 @@ class _UsagePlan:
         self._start, self._end = window
         (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
         if newest is not None and newest < window.end:  # nothing is behind the end
-            self._end = -(-window.end // 86400) * 86400
+            self._end = -(-window.end // _WEEK_S) * _WEEK_S
         self._floor_at = floor * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
         self._of_rows, self._of_roll_up = (_conditions(db, filters, accounts, on_rows) for on_rows in (True, False))
@@ -3324,14 +3327,14 @@ class _UsagePlan:
         of_rows, of_roll_up = (", ".join(list(columns)[:3]) for columns in (_CELL_COLUMNS, _CELL_COLUMNS.values()))
         of_rows = f"SELECT {of_rows}, {_SPEEDS_OF} {{where}} AND NOT e.failed"
         of_roll_up = f"SELECT {of_roll_up}, r.speeds {{where}} AND r.speeds IS NOT NULL"
-        query, values = self._union(self._levels[:2], of_rows, of_roll_up)
+        query, values = self._union(self._levels[:-1], of_rows, of_roll_up)
         return db.execute(query, values) if query else []
 
     def last_quarter(self, db, reason_id: int, last_at: float) -> int:
         """Return when the quarter hour of a reason's last request began, from what by_cell() tells of it."""
         first, (condition, bound) = int(last_at // BUCKET_S), self._of_roll_up
         where = f"r.bucket > ? AND r.bucket < ? AND r.reason_id = ?{condition} ORDER BY 1 DESC LIMIT 1"
-        values = (first, min(first + 96, self._end // BUCKET_S), reason_id, *bound)
+        values = (first, min(first + 7 * 96, self._end // BUCKET_S), reason_id, *bound)
         found = db.execute(f"SELECT r.bucket FROM usage_by_quarter r WHERE {where}", values).fetchone()
         return (found[0] if found else first) * BUCKET_S
 

@@ -302,14 +302,14 @@ def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):
 
 def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
     sizes = []
-    batches = list(in_batches(payloads(20_000, NOON, 20_000 * PACE_S), 500))
-    for half in (batches[:20], batches[20:]):  # accounts, models and contexts are known in the second
+    batches = list(in_batches(payloads(40_000, NOON, 40_000 * PACE_S), 500))
+    for half in (batches[:40], batches[40:]):  # accounts, models and contexts are known in the second
         store = open_store()
         for batch in half:
             assert store.store_batch(app.parse_events(batch), store.counts["sequence"] + 1, NOON)
         store.close()
         sizes.append(store.byte_count)
-    assert 100 < (sizes[1] - sizes[0]) / 10_000 <= 175
+    assert 100 < (sizes[1] - sizes[0]) / 20_000 <= 175
 
 
 @pytest.mark.parametrize("column", ["total_tokens", "rate_limited"])
