@@ -1991,8 +1991,7 @@ _STEP_6_TABLES = (
     "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))",
     # The quota windows of an account, known by its tag, beyond their end.
     "quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
-    "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
-    "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)",
+    "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL)",
     # Under which labels the metrics count an identity's requests to a model.
     "series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
     "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID",
@@ -2439,6 +2438,7 @@ class Store:
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
         self._context_ids: dict[Context, tuple[int, int]] = {}
         self._reason_ids: dict[Any, int] = {}
+        self._tokens: dict[Any, int] = {}  # of spans that ended two hours before, for which no record comes any more
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -2804,7 +2804,8 @@ class Store:
         with self._read() as db:
             plan, cell_of = self._plan(db, window, filters, from_rows), self._cell_finder(db)
             buckets = {key * bucket_s - offset_s: tuple(sums) for key, *sums in plan.by_bucket(db, bucket_s, offset_s)}
-            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in plan.by_cell(db)]
+            found = plan.sums(db, _CELL_COLUMNS, _SUMS_AND_LAST)
+            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in found]
             parts = by_key((reason_id, (cell, sums[0], at)) for cell, reason_id, sums, at in rows if reason_id)
             failures = self._failures_in(db, plan, parts)
             speeds = by_key((row[:3], row[3]) for row in plan.speeds(db))
@@ -2847,7 +2848,8 @@ class Store:
             if with_rows:
                 window = window._replace(start=max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S))
             names = dict(db.execute("SELECT id, name FROM models").fetchall())
-            return [(names[row[0]], row[1:]) for row in self._plan(db, window, filters).by_model(db)]
+            rows = self._plan(db, window, filters).sums(db, {_MODEL_ID_OF: "r.model_id"})
+            return [(names[row[0]], row[1:]) for row in rows]
 
     def series(self, most: int) -> dict[tuple[str, str], Sums]:
         """Return all that was ever counted, by labels for account and model, which stay as they were given first.
@@ -2889,9 +2891,15 @@ class Store:
                 return None
             if any(from_at < end and to_at > start for from_at, to_at in losses):
                 return None
-            return _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+            start, end = (at if at >= floor_at else round(at / BUCKET_S) * BUCKET_S for at in (start, end))
+            key = (tuple(account.identity_ids), start, end)
+            tokens = self._tokens.get(key)
+            if tokens is None:
+                tokens = _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+            return cache(self._tokens, key, tokens) if end < min(now, last) - 7200 else tokens
 
         with self._read() as db:
+            floor_at = _meta_in(db, "events_floor", 0) * BUCKET_S
             losses = db.execute(lost, (now, now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S))).fetchall()
             return [sum_up(*span) for span in spans]
 
@@ -2967,12 +2975,6 @@ class Store:
         """List the quota windows that go on and those that have ended, newest first."""
         with self._read() as db:
             return _dicts(db.execute("SELECT * FROM quota_window_history ORDER BY id DESC"))
-
-    def keep_worths(self, windows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep what ended windows were worth."""
-        columns = "is_counted = 1, tokens = :tokens, tokens_per_percent = :tokens_per_percent"
-        with self._write() as db:
-            db.executemany(f"UPDATE quota_window_history SET {columns} WHERE id = :id", windows)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -3147,33 +3149,29 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
     """
     import tempfile
 
-    part = None
     try:
         if target.exists() or target.is_symlink():
             raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
         if not source.is_file():
             raise StoreError(f"there is no database {source} to back up; name it with --db")
-        handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)  # 0600
-        os.close(handle)
-        with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
-            counted = _copy_in_one_step(db, part)
-        os.replace(part, target)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+            part = Path(folder, target.name)
+            make_private(part)
+            with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
+                counted = _copy_in_one_step(db, part)
+            os.replace(part, target)
         return counted
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
     except sqlite3.Error as error:
         raise StoreError(f"no backup was made of {source} to {target}: {error}; nothing is left of it") from error
-    finally:
-        for rest in (part, f"{part}-wal", f"{part}-shm", f"{part}-journal"):
-            with suppress(OSError, TypeError):
-                os.unlink(rest)
 
 
-def _copy_in_one_step(db, part: str) -> tuple[int, int]:
+def _copy_in_one_step(db, part: Path) -> tuple[int, int]:
     totals = "SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events"
     db.execute("BEGIN")
     counted = db.execute(totals).fetchone()
-    with closing(sqlite3.connect(part)) as copy:
+    with closing(sqlite3.connect(str(part))) as copy:
         db.backup(copy)
         found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok" or copy.execute(totals).fetchone() != counted:
@@ -3312,15 +3310,7 @@ class _UsagePlan:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
-        return self._sums(db, levels, {in_rows: in_roll_up}, _SUMS)
-
-    def by_cell(self, db) -> Iterable[Any]:
-        """Return rows of identity, model, client key, reason, sums and the time of the newest, or of its bucket."""
-        return self._sums(db, self._levels, _CELL_COLUMNS, _SUMS_AND_LAST)
-
-    def by_model(self, db) -> Iterable[Any]:
-        """Return rows of model and its sums."""
-        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}, _SUMS)
+        return self.sums(db, {in_rows: in_roll_up}, levels=levels)
 
     def speeds(self, db) -> Iterable[Any]:
         """Return rows of identity, model, client key and speeds of successes."""
@@ -3331,7 +3321,7 @@ class _UsagePlan:
         return db.execute(query, values) if query else []
 
     def last_quarter(self, db, reason_id: int, last_at: float) -> int:
-        """Return when the quarter hour of a reason's last request began, from what by_cell() tells of it."""
+        """Return when the quarter hour of a reason's last request began, from the time of it that sums() tell."""
         first, (condition, bound) = int(last_at // BUCKET_S), self._of_roll_up
         where = f"r.bucket > ? AND r.bucket < ? AND r.reason_id = ?{condition} ORDER BY 1 DESC LIMIT 1"
         values = (first, min(first + 7 * 96, self._end // BUCKET_S), reason_id, *bound)
@@ -3348,14 +3338,14 @@ class _UsagePlan:
         middle = min(max(start, floor_at), end)
         return [*_cut(levels or ["usage_by_quarter"], start, middle), *_cut(levels, middle, end)]
 
-    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str], summed: Sequence[str]) -> Iterable[Any]:
-        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``."""
+    def sums(self, db, columns: Mapping[str, str], summed=_SUMS, levels: Sequence[str] | None = None) -> Iterable[Any]:
+        """Return rows of columns, given as SQL on ``events e`` and on a roll-up ``r``, and their sums."""
         in_rows, in_roll_up = ", ".join(columns), ", ".join(columns.values())
         # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
         order = "r.bucket" if "r.bucket" in in_roll_up else in_roll_up
         of_rows = f"SELECT {in_rows}, {summed[0]} {{where}} GROUP BY {in_rows}"
         of_roll_up = f"SELECT {in_roll_up}, {summed[1]} {{where}} GROUP BY {order}"
-        query, values = self._union(levels, of_rows, of_roll_up)
+        query, values = self._union(self._levels if levels is None else levels, of_rows, of_roll_up)
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
         added = _ADDED if summed is _SUMS else f"{_ADDED}, MAX(last_at)"
         with_parts = f"WITH parts({keys}, {summed[2]}) AS ({query}) SELECT {keys}, {added} FROM parts GROUP BY {keys}"
@@ -4027,23 +4017,16 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 def window_worths(store: Store, now: float) -> list[dict[str, Any]]:
     """Return the known windows of all accounts, newest first, with tokens and tokens per percent; None is unknown."""
     windows, accounts = store.quota_windows(), {account.tag: account for account in store.accounts()}
-    uncounted = [row for row in windows if not row["is_counted"]]
     spans: list[Any] = []
-    for row in uncounted:
+    for row in windows:
         # Below 3 % rounding is all; and what was used long after a reading is not in its percentage.
         account, end = accounts.get(row["account"]) if row["peak_percent"] >= 3 else None, row["end_at"] or 0.0
         spans += [(account, row["start_at"], end), (account, min(end, row["read_at"] + 300), end)]
     sums = store.tokens(spans, now)
-    for row, tokens, unread in zip(uncounted, sums[::2], sums[1::2]):
+    for row, tokens, unread in zip(windows, sums[::2], sums[1::2]):
         per_percent = None if tokens is None else round((tokens - unread) / row["peak_percent"])
         row.update(tokens=tokens, tokens_per_percent=per_percent)
     return windows
-
-
-def keep_window_worths(store: Store, now: float) -> None:
-    """Keep what windows were worth that ended two hours before: no record of their time comes any more."""
-    windows = (row for row in window_worths(store, now) if not row["is_counted"])
-    store.keep_worths([row for row in windows if (row["end_at"] or now) < now - 7200])
 
 
 def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) -> None:
@@ -5973,8 +5956,6 @@ class Housekeeper:
         if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
-        if span:  # a request recorded later shows that what was missed before is known
-            keep_window_worths(self._store, min(now, span[1]))
         if self._config.retention_days:
             before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
@@ -6204,33 +6185,33 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/health``: whether recording works, and why not."""
-    collector = app.collector_status()
+    collector, alerts, now = app.collector_status(), alert_state(app.store), app.clock()
     return {
         "ok": collector["state"] in ("recording", "waiting"),
         "version": __version__,
         "uptime_seconds": round(time.monotonic() - app.started_at, 1),
         "demo": app.demo,
-        "now": app.clock(),
+        "now": now,
         "rival": collector.pop("rival", None),
         "collector": collector,
-        "alerts": _alerts_json(app),
+        "alerts": {"sent_today": sent_today(alerts, now), "last_failed_at": alerts["last_failed_at"]},
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
     }
 
 
-# What /metrics tells of one account and model, by the label's value; disjoint, so that they add up.
+# What /metrics tells of one account and model, by the label's value: a sum without another, so that they add up.
 _COUNTED = {
     ("requests_total", "Requests by account, model and outcome.", "status"): {
-        "ok": lambda sums: sums["requests"] - sums["failed"],
-        "failed": lambda sums: sums["failed"] - sums["rate_limited"],
-        "rate_limited": lambda sums: sums["rate_limited"],
+        "ok": ("requests", "failed"),
+        "failed": ("failed", "rate_limited"),
+        "rate_limited": ("rate_limited",),
     },
     ("tokens_total", "Tokens; input without cached ones, output without reasoning.", "kind"): {
-        "input": lambda sums: sums["input_tokens"] - sums["cached_tokens"],
-        "cached": lambda sums: sums["cached_tokens"],
-        "output": lambda sums: sums["output_tokens"] - sums["reasoning_tokens"],
-        "reasoning": lambda sums: sums["reasoning_tokens"],
+        "input": ("input_tokens", "cached_tokens"),
+        "cached": ("cached_tokens",),
+        "output": ("output_tokens", "reasoning_tokens"),
+        "reasoning": ("reasoning_tokens",),
     },
 }
 _MOST_PAIRS, _MOST_WINDOWS = 200, 290  # of 7 and of 2 series each: below 2,000 in all
@@ -6242,14 +6223,19 @@ def api_metrics(app: App, query: Query) -> Answer:
     collector, counts = app.collector_status(), app.store.counts
     by_pair = [(labels, dict(zip(SUM_NAMES, sums))) for labels, sums in app.store.series(_MOST_PAIRS).items()]
     text = ""
-    for (name, about, kind), parts in _COUNTED.items():
+    for (metric, about, kind), parts in _COUNTED.items():
         samples = {
-            (("account", account), ("model", model), (kind, part)): max(0, count(sums))
+            (("account", account), ("model", model), (kind, part)): max(0, sums[name] - sum(map(sums.get, without)))
             for (account, model), sums in by_pair
-            for part, count in parts.items()
+            for part, (name, *without) in parts.items()
         }
-        text += _metric(name, "counter", about, samples)
-    windows = _windows_by_labels(quotas_at(app.store, app.clock()))
+        text += _metric(metric, "counter", about, samples)
+    windows: dict[Labels, Mapping[str, Any]] = {}  # where two of an account have one label, its own
+    for row in quotas_at(app.store, app.clock()):
+        account = row["account"] or f"{row['email']} {row['account_id_tag']}"
+        for window in row["windows"]:
+            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
+                windows.setdefault((("account", account), ("window", window["label"])), window)
     left = {labels: window["remaining_percent"] for labels, window in windows.items()}
     resets = {labels: _epoch(window["reset_at"]) for labels, window in windows.items()}
     is_up, last_at = int(collector.get("state") in ("recording", "waiting")), collector.get("last_event")
@@ -6259,17 +6245,6 @@ def api_metrics(app: App, query: Query) -> Answer:
     text += _metric("collector_last_event_timestamp_seconds", "gauge", "The newest request's time.", {(): last_at})
     text += _metric("events_rejected_total", "counter", "Records that could not be read.", {(): counts["rejected"]})
     return Answer(text.encode("utf-8", "replace"), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _windows_by_labels(quotas: Sequence[Mapping[str, Any]]) -> dict[Labels, Mapping[str, Any]]:
-    """Return what is known of each account's windows; where two have one label, the account's own."""
-    windows: dict[Labels, Mapping[str, Any]] = {}
-    for row in quotas:
-        account = row["account"] or f"{row['email']} {row['account_id_tag']}"
-        for window in row["windows"]:
-            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
-                windows.setdefault((("account", account), ("window", window["label"])), window)
-    return windows
 
 
 def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
@@ -6283,11 +6258,6 @@ def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> 
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _alerts_json(app: App) -> dict[str, Any]:
-    state = alert_state(app.store)
-    return {"sent_today": sent_today(state, app.clock()), "last_failed_at": state["last_failed_at"]}
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
