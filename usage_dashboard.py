@@ -3150,8 +3150,7 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
     import tempfile
 
     try:
-        if target.exists() or target.is_symlink():
-            raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+        _refuse_existing(target)
         if not source.is_file():
             raise StoreError(f"there is no database {source} to back up; name it with --db")
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
@@ -3159,12 +3158,18 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
             make_private(part)
             with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
                 counted = _copy_in_one_step(db, part)
+            _refuse_existing(target)  # one that was made meanwhile
             os.replace(part, target)
         return counted
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
     except sqlite3.Error as error:
         raise StoreError(f"no backup was made of {source} to {target}: {error}; nothing is left of it") from error
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(str(target)):
+        raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
 
 
 def _copy_in_one_step(db, part: Path) -> tuple[int, int]:
