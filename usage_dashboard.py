@@ -1410,22 +1410,29 @@ def count_speeds(speeds: bytes) -> int:
     return total
 
 
+_UNKNOWN_SPEED = {
+    "latency_ms": {"p50": None, "p95": None},
+    "ttft_ms": {"p50": None, "p95": None},
+    "tokens_per_second": {"p50": None},
+}
+
+
 def speed_json(counts: int) -> dict[str, Any]:
     """Return the percentiles by nearest rank of what was counted; None for one of fewer than five values."""
+    sample = counts & 0xFFFFFFFF
+    if sample < 5:  # as in thousands of rows, which share what is unknown
+        return {**_UNKNOWN_SPEED, "sample": sample}
     lanes = struct.unpack(f"<{_COUNTS}I", counts.to_bytes(4 * _COUNTS, "little"))
-    below = [list(itertools.accumulate(lanes[3 + measure :: 3])) for measure in range(3)]
 
-    def value(measure: int, percent: int) -> float | None:
-        total = below[measure][-1]
-        middle = _BIN_BEGINS[bisect_left(below[measure], -(-total * percent // 100))] * 18 / 17
-        return float(f"{middle / (100 if measure == 2 else 1):.4g}") if total >= 5 else None
+    def value(below: Sequence[int], percent: int, unit: int) -> float | None:
+        middle = _BIN_BEGINS[bisect_left(below, -(-below[-1] * percent // 100))] * 18 / 17
+        return float(f"{middle / unit:.4g}") if below[-1] >= 5 else None
 
-    return {
-        "latency_ms": {"p50": value(0, 50), "p95": value(0, 95)},
-        "ttft_ms": {"p50": value(1, 50), "p95": value(1, 95)},
-        "tokens_per_second": {"p50": value(2, 50)},
-        "sample": lanes[0],
-    }
+    shown: dict[str, Any] = {"sample": sample}
+    for measure, (name, unknown) in enumerate(_UNKNOWN_SPEED.items()):
+        below = list(itertools.accumulate(lanes[3 + measure :: 3]))
+        shown[name] = {part: value(below, int(part[1:]), 100 if measure == 2 else 1) for part in unknown}
+    return shown
 
 
 # ------------------------------------------------------------------ prices
@@ -3185,7 +3192,6 @@ def _copy_in_one_step(db, part: Path) -> tuple[int, int]:
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
-    """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
         reason = os_reason(error)
@@ -4192,7 +4198,7 @@ def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> d
             causes[f"needs_person {key}"] = back
         if state == "limited":
             resets = [window["reset_at"] for window in windows if window["remaining_percent"] == 0]
-            until = f", until {_when(max(resets))}" if resets and None not in resets else ""
+            until = f", until {local_minute(_epoch(max(resets)))}" if resets and None not in resets else ""
             causes[f"limited {key}"] = Alert("limited", f"{name} is limited{until}.", name)
             continue
         if state in ("ok", "no_windows"):
@@ -4202,14 +4208,10 @@ def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> d
             if window["due"] or (left is not None and left >= below_percent + 5):
                 causes[place] = _OVER
             elif left is not None and left < below_percent:
-                resets_at = f"; it resets {_when(window['reset_at'])}" if window["reset_at"] else ""
-                text = f"{name} has {left:g} % of its {window['label']} window left{resets_at}."
+                resets = f"; it resets {local_minute(_epoch(window['reset_at']))}" if window["reset_at"] else ""
+                text = f"{name} has {left:g} % of its {window['label']} window left{resets}."
                 causes[place] = Alert("low_quota", text, name)
     return causes
-
-
-def _when(iso: str) -> str:
-    return local_minute(_epoch(iso) or 0.0)
 
 
 def failing_cause(sums: Sequence[int]) -> dict[str, Alert]:
@@ -4228,7 +4230,7 @@ class Alerter:
     def __init__(self, config: Config, store: Store, status: Callable[[], Any], log: Log, stop: Any, clock=time.time):
         self._config, self._store, self._status, self._log = config, store, status, log
         self._stop, self._clock = stop, clock
-        self._state = alert_state(store)
+        self._state = alert_state(store, clock())
         self._idle_since: float | None = None  # since when nothing is recorded
 
     def run(self, last_refresh: Callable[[], Any], look_s: float = 60.0) -> None:
@@ -4255,7 +4257,8 @@ class Alerter:
         for alert in alerts:
             outcomes = [self._send(number, url, alert) for number, url in enumerate(self._config.alert_urls, 1)]
             if any(outcomes):
-                self._keep(sent_on=local_minute(now)[:10], sent=sent_today(self._state, now) + 1)
+                today = local_minute(now)[:10]
+                self._keep(sent_on=today, sent=1 + self._state["sent"] * (self._state["sent_on"] == today))
             if not all(outcomes):
                 self._keep(last_failed_at=now)
 
@@ -4294,17 +4297,12 @@ class Alerter:
         return False
 
 
-def alert_state(store: Store) -> dict[str, Any]:
-    """Return what is kept of alerts: the causes that were told, how many were sent on a day, and the last failure."""
+def alert_state(store: Store, now: float) -> dict[str, Any]:
+    """Return what is kept of alerts: the causes that were told, how many were sent today, and the last failure."""
     state = {"causes": {}, "sent_on": "", "sent": 0, "last_failed_at": None}
     with suppress(StoreError, ValueError, TypeError):
         state.update(json.loads(store.get_meta("alerts") or "{}"))
-    return state
-
-
-def sent_today(state: Mapping[str, Any], now: float) -> int:
-    """Return how many alerts were sent on the day of ``now``."""
-    return state["sent"] if state["sent_on"] == local_minute(now)[:10] else 0
+    return state if state["sent_on"] == local_minute(now)[:10] else {**state, "sent": 0}
 
 
 def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | None:
@@ -4327,7 +4325,6 @@ def receiver_of(url: str) -> str:
 
 
 def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, str]]:
-    """Return the address to post to, the body and the headers."""
     kind, title, parts = receiver_of(url), ALERT_TITLES[alert.kind], urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "cliproxy-usage-dashboard"}
@@ -6190,7 +6187,8 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/health``: whether recording works, and why not."""
-    collector, alerts, now = app.collector_status(), alert_state(app.store), app.clock()
+    collector, now = app.collector_status(), app.clock()
+    alerts = alert_state(app.store, now)
     return {
         "ok": collector["state"] in ("recording", "waiting"),
         "version": __version__,
@@ -6199,7 +6197,7 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "rival": collector.pop("rival", None),
         "collector": collector,
-        "alerts": {"sent_today": sent_today(alerts, now), "last_failed_at": alerts["last_failed_at"]},
+        "alerts": {"sent_today": alerts["sent"], "last_failed_at": alerts["last_failed_at"]},
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
     }
