@@ -1274,98 +1274,103 @@ def _harmless(value: Any, depth: int = 0) -> Any:
 
 # How fast requests were. A value is one byte, the number of its bin: 0 is unknown, and each bin ends at 9/8 of where it
 # begins, so that one value stands for all in it within 6 %. A request is three bytes: its latency and its first token
-# (ms), and its tokens in 100 seconds. Speeds are the bytes of requests in a row; those of many are blocks of a head
-# (255, the first bin, the length, the requests) and one byte that counts for each bin and measure: when one is full, a
-# new block begins. To be added up, counts are the digits of one number, eight bytes each; the first counts requests.
+# (ms), and its tokens in 100 seconds. Speeds are any number of requests and blocks in a row. A block counts up to
+# 65,535 requests: a head (255, the first bin, the requests, the lengths of what follows), then a count for each bin and
+# measure in two bytes, first all low ones and then the high ones up to the last that is not 0.
 
 _BIN_BEGINS = [0.0, *((9 / 8) ** power for power in range(-18, 235))]
 _COUNTS = 3 * (len(_BIN_BEGINS) + 1)
-_EVERY_SECOND = int.from_bytes(b"\xff\0" * _COUNTS, "little")
-_BLOCK, _DIGIT = struct.Struct("<BBHI"), struct.Struct("<Q")
-_MOST_LISTED = 3 * 80
+_BLOCK = struct.Struct("<BBHHH")
+_MOST_COUNTED = 0xFFFF
 
 
-def speeds_of(latency_ms: int | None, ttft_ms: int | None, output_tokens: int | None) -> bytes:
-    """Return a request's speeds; tokens per second are known where the first came before the end."""
-    rate = None
-    if output_tokens and None not in (latency_ms, ttft_ms) and ttft_ms < latency_ms:
+def speeds_of(latency_ms: int, ttft_ms: int, output_tokens: int | None) -> bytes:
+    """Return a request's speeds, of which -1 is unknown; tokens per second are known where the first came before."""
+    begins, rate = _BIN_BEGINS, -1.0
+    if output_tokens and 0 <= ttft_ms < latency_ms:
         rate = output_tokens * 1e5 / (latency_ms - ttft_ms)
-    values = (latency_ms, ttft_ms, rate)
-    return bytes([0 if value is None else bisect_right(_BIN_BEGINS, value) for value in values])
+    return bytes((bisect_right(begins, latency_ms), bisect_right(begins, ttft_ms), bisect_right(begins, rate)))
 
 
-def join_speeds(speeds: bytes | None, listed: bytes) -> bytes:
-    """Add requests in a row to speeds."""
-    if not speeds or speeds[0] < 255:
-        speeds, listed = b"", (speeds or b"") + listed
-        if len(listed) <= _MOST_LISTED:
-            return listed
-    for start in range(0, len(listed), 765):  # no more than one byte can count
-        some = listed[start : start + 765]
-        try:
-            speeds = _counted(some, speeds)
-        except ValueError:
-            speeds = _counted(some) + speeds
-    return speeds
+def join_speeds(speeds: bytes | None, more: str | None) -> bytes | None:
+    """Add speeds in hexadecimal digits to others; where a block is shorter than the requests, one is made of them."""
+    joined = (speeds or b"") + bytes.fromhex(more or "")
+    is_list = len(joined) <= 240 and joined[:1] < b"\xff"
+    return (joined or None) if is_list else b"".join(map(_block_of, _counted(joined)))
 
 
-def _counted(listed: bytes, speeds: bytes = b"") -> bytes:
-    """Count requests in the first block, which grows to hold their bins. Raises ValueError when a byte is full."""
-    known = listed.replace(b"\0", b"")
-    lowest, highest = (min(known), max(known)) if known else (254, 0)
-    _, first, length, requests = _BLOCK.unpack_from(speeds) if speeds else (255, lowest, 0, 0)
-    counts = bytearray(3 * max(0, first - lowest)) + speeds[8 : 8 + length]
-    first = min(first, lowest)
-    counts += bytes(max(0, 3 * (highest + 1 - first) - len(counts)))
-    for measure in range(3):
-        for number in filter(None, listed[measure::3]):
-            counts[3 * (number - first) + measure] += 1
-    return _BLOCK.pack(255, first, len(counts), requests + len(listed) // 3) + counts + speeds[8 + length :]
+def _block_of(number: int) -> bytes:
+    counts = number >> 48
+    first = max(0, (counts & -counts).bit_length() - 1) // 48
+    pairs = (counts >> 48 * first).to_bytes(2 * _COUNTS, "little")
+    low, high = pairs[::2].rstrip(b"\0"), pairs[1::2].rstrip(b"\0")
+    return _BLOCK.pack(255, first + 1, number & _MOST_COUNTED, len(low), len(high)) + low + high
 
 
-def count_speeds(parts: Sequence[bytes]) -> int:
-    """Count speeds; counts are added up as numbers are."""
-    listed, numbers, total = b"".join([part for part in parts if part[0] < 255]), [], 0
-    for block in [part for part in parts if part[0] == 255]:
-        while block:
-            _, first, length, requests = _BLOCK.unpack_from(block)
-            numbers.append(int.from_bytes(block[8 : 8 + length], "little") << 24 * first)
-            total += requests
-            block = block[8 + length :]
-    for start, odd in itertools.product(range(0, len(numbers), 257), (0, 8)):  # so many have room in two bytes
-        added = sum([number >> odd & _EVERY_SECOND for number in numbers[start : start + 257]])
-        pairs = added.to_bytes((added.bit_length() + 15) // 16 * 2, "little")
-        digits = bytearray(8 * len(pairs))
-        digits[::16], digits[1::16] = pairs[::2], pairs[1::2]
-        total += int.from_bytes(digits, "little") << 8 * odd
-    digits = bytearray(8 * _COUNTS)
-    for measure in range(3):
-        for number, count in Counter(listed[measure::3]).items():
-            _DIGIT.pack_into(digits, 8 * (3 * number + measure), number and count)
-    return total + len(listed) // 3 + int.from_bytes(digits, "little")
+def _counted(speeds: bytes) -> list[int]:
+    """Return the counts of speeds, as numbers of two bytes for each; the first ones are the requests."""
+    numbers, listed, at = [0], [], 0
+    while at < len(speeds):
+        start, at = at, speeds.find(b"\xff", at)
+        at = len(speeds) if at < 0 else at
+        listed.append(speeds[start:at])
+        if at < len(speeds):
+            _, first, requests, low, high = _BLOCK.unpack_from(speeds, at)
+            start, at = at + _BLOCK.size, at + _BLOCK.size + low + high
+            counts = bytearray(2 * max(low, high))
+            counts[: 2 * low : 2], counts[1 : 2 * high : 2] = speeds[start : start + low], speeds[start + low : at]
+            numbers.append((int.from_bytes(counts, "little") << 48 * first) + requests)
+    requests = b"".join(listed)
+    for start in range(0, len(requests), 765):  # as many as one byte can count
+        some, counts = requests[start : start + 765], bytearray(2 * _COUNTS)
+        for measure in range(3):
+            for number, count in Counter(some[measure::3]).items():
+                counts[6 * number + 2 * measure] = count
+        counts[:6] = len(some) // 3, 0, 0, 0, 0, 0
+        numbers.append(int.from_bytes(counts.rstrip(b"\0"), "little"))
+    added = [0]
+    for number in numbers:
+        if (added[-1] & _MOST_COUNTED) + (number & _MOST_COUNTED) > _MOST_COUNTED:
+            added.append(number)
+        else:
+            added[-1] += number
+    return added
 
 
-def requests_in(speeds: bytes) -> int:
-    """Return the number of requests whose speeds these are."""
-    return len(speeds) // 3 if speeds[0] < 255 else count_speeds([speeds]) & (1 << 64) - 1
+def count_speeds(speeds: bytes) -> int:
+    """Count speeds. Counts are the digits of one number, four bytes each, so that they are added up as numbers are."""
+    total = 0
+    for number in _counted(speeds):
+        pairs = number.to_bytes((number.bit_length() + 15) // 16 * 2, "little")
+        digits = bytearray(2 * len(pairs))
+        digits[::4], digits[1::4] = pairs[::2], pairs[1::2]
+        total += int.from_bytes(digits, "little")
+    return total
+
+
+_UNKNOWN_SPEED = {
+    "latency_ms": {"p50": None, "p95": None},
+    "ttft_ms": {"p50": None, "p95": None},
+    "tokens_per_second": {"p50": None},
+}
 
 
 def speed_json(counts: int) -> dict[str, Any]:
     """Return the percentiles by nearest rank of what was counted; None for one of fewer than five values."""
-    lanes = struct.unpack(f"<{_COUNTS}Q", counts.to_bytes(8 * _COUNTS, "little"))
-    below = [list(itertools.accumulate(lanes[3 + measure :: 3])) for measure in range(3)]
+    sample = counts & 0xFFFFFFFF
+    if sample < 5:  # as in thousands of rows, which share what is unknown
+        return {**_UNKNOWN_SPEED, "sample": sample}
+    lanes = struct.unpack(f"<{_COUNTS}I", counts.to_bytes(4 * _COUNTS, "little"))
 
-    def value(measure: int, percent: int) -> float | None:
-        total = below[measure][-1]
-        middle = _BIN_BEGINS[bisect_left(below[measure], -(-total * percent // 100))] * 18 / 17
-        return float(f"{middle / (100 if measure == 2 else 1):.4g}") if total >= 5 else None
+    def value(below: Sequence[int], percent: int, unit: int) -> float | None:
+        middle = _BIN_BEGINS[bisect_left(below, -(-below[-1] * percent // 100))] * 18 / 17
+        return float(f"{middle / unit:.4g}") if below[-1] >= 5 else None
 
-    return {
-        "latency_ms": {"p50": value(0, 50), "p95": value(0, 95)},
-        "ttft_ms": {"p50": value(1, 50), "p95": value(1, 95)},
-        "tokens_per_second": {"p50": value(2, 50)},
-        "sample": lanes[0],
-    }
+    shown: dict[str, Any] = {"sample": sample}
+    for measure, (name, unknown) in enumerate(_UNKNOWN_SPEED.items()):
+        below = list(itertools.accumulate(lanes[3 + measure :: 3]))
+        shown[name] = {part: value(below, int(part[1:]), 100 if measure == 2 else 1) for part in unknown}
+    return shown
 
 
 # ------------------------------------------------------------------ prices
@@ -1847,7 +1852,7 @@ _priced_tokens = operator.itemgetter(*map(SUM_NAMES.index, PRICED_TOKENS))
 # Tables of sums with the seconds of their buckets, which begin at multiples of that in UTC. ``usage_by_time`` keeps
 # everything together. The others keep apart (identity, model, client key, reason), where reason 0 is success. A key of
 # -1 is unknown, 0 is a request without a key; reason 1 is an unknown failure.
-_ROLL_UPS = {"usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
+_ROLL_UPS = {"usage_by_week": 7 * 86400, "usage_by_day": 86400, "usage_by_hour": 3600, "usage_by_quarter": BUCKET_S}
 
 # Schema steps. Each is frozen as it was released: it uses no constant of this file, and never changes again. A new
 # one goes to the end. Each runs in a transaction of its own, which also sets PRAGMA user_version to its number.
@@ -1918,6 +1923,19 @@ _STEP_6_OLD_SUMS = "requests, failed, input_tokens, output_tokens, reasoning_tok
 _STEP_6_SUMS = f"{_STEP_6_OLD_SUMS}, rate_limited, cache_write_tokens"
 _STEP_6_ADDED = ", ".join(f"SUM({name})" for name in _STEP_6_SUMS.split(", "))
 _STEP_6_CELL = "identity_id, model_id, key_id, reason_id"
+_STEP_6_TABLES = (
+    "client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    "reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, UNIQUE(status_code, error))",
+    "new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
+    "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
+    "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))",
+    # The quota windows of an account, known by its tag, beyond their end.
+    "quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
+    "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL)",
+    # Under which labels the metrics count an identity's requests to a model.
+    "series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
+    "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID",
+)
 _STEP_6_MENDED = {
     **_STEP_5_COLUMNS,
     "identities": "first_at REAL NOT NULL, last_at REAL NOT NULL",
@@ -1930,6 +1948,8 @@ def _step_roll_ups(db) -> list[str]:
     done = [line for table in _STEP_5_COLUMNS for line in _take_over(db, table)]
     floor = (db.execute("SELECT value FROM meta WHERE key = 'events_floor'").fetchone() or (0,))[0]
     _mend_odd_values(db)
+    for table in _STEP_6_TABLES:
+        db.execute(f"CREATE TABLE {table}")
     _add_keys_and_reasons(db)
     db.execute(
         "INSERT INTO identities(auth_index, source, first_at, last_at) SELECT IFNULL(CAST(auth_index AS TEXT), '') "
@@ -1948,7 +1968,7 @@ def _step_roll_ups(db) -> list[str]:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
     db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
-    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day"):
+    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day", "usage_by_week"):
         db.execute(
             f"CREATE TABLE {table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, model_id INTEGER NOT NULL, "
             f"key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, {sums}, PRIMARY KEY(bucket, {_STEP_6_CELL})) "
@@ -1957,12 +1977,15 @@ def _step_roll_ups(db) -> list[str]:
     _sum_up_rows(db, floor)
     if floor and "usage_by_hour" in old:
         _keep_old_sums(db, floor)
-    db.execute(
-        f"INSERT INTO usage_by_day SELECT bucket / 24 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_hour "
-        f"GROUP BY b, {_STEP_6_CELL}"
-    )
+    for table, finer, buckets in (("usage_by_day", "usage_by_hour", 24), ("usage_by_week", "usage_by_day", 7)):
+        db.execute(
+            f"INSERT INTO {table} SELECT bucket / {buckets} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM {finer} "
+            f"GROUP BY b, {_STEP_6_CELL}"
+        )
     for table in old:
         db.execute(f"DROP TABLE old_{table}")
+    _keep_speeds(db, floor)
+    _keep_accounts(db)
     # The number of rows that were not counted as they were stored; a 3.0.0 that was still adopting had counted some.
     db.execute(
         "INSERT INTO meta SELECT 'adopted', (SELECT COUNT(*) FROM events) "
@@ -2048,14 +2071,9 @@ def _mended(name: str, kind: str) -> str:
 
 
 def _add_keys_and_reasons(db) -> None:
-    db.execute("CREATE TABLE client_keys(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)")
     db.execute("INSERT INTO client_keys(name) SELECT DISTINCT api_key FROM contexts WHERE api_key <> ''")
     db.execute("ALTER TABLE contexts ADD COLUMN key_id INTEGER NOT NULL DEFAULT 0")
     db.execute("UPDATE contexts SET key_id = (SELECT id FROM client_keys WHERE name = api_key) WHERE api_key <> ''")
-    db.execute(
-        "CREATE TABLE reasons(id INTEGER PRIMARY KEY, status_code INTEGER, error TEXT NOT NULL, "
-        "UNIQUE(status_code, error))"
-    )
     db.execute("INSERT INTO reasons VALUES (1, NULL, '')")
     _add_columns(db, "events", "reason_id INTEGER")
     db.execute("UPDATE events SET reason_id = NULL WHERE reason_id IS NOT NULL")  # another program's
@@ -2131,13 +2149,29 @@ def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[t
                 del givers[0]
 
 
-def _step_accounts(db) -> None:
+def _keep_speeds(db, floor: int) -> None:
+    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
+    for table in ("usage_by_hour", "usage_by_day", "usage_by_week"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
+    rows = db.execute(
+        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
+        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, ''))) AS i, "
+        "m.id, IFNULL(c.key_id, -1) AS k, group_concat(hex(speeds_of(IFNULL(e.latency_ms, -1), "
+        "IFNULL(e.ttft_ms, -1), e.output_tokens)), '') FROM events e JOIN models m ON m.name = "
+        "IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
+        "WHERE NOT e.failed AND e.ts_epoch >= ? GROUP BY 1, i, m.id, k",
+        (floor * 900,),
+    ).fetchall()
+    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24), ("usage_by_week", 168)):
+        db.executemany(
+            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
+            "AND model_id = ? AND key_id = ? AND reason_id = 0",
+            ((told, hour // hours, *cell) for hour, *cell, told in rows),
+        )
+
+
+def _keep_accounts(db) -> None:
     """Keep with an identity what account files decide of it, and no client's key as its source."""
-    db.execute(
-        "CREATE TABLE new_identities(id INTEGER PRIMARY KEY, auth_index TEXT NOT NULL, source TEXT NOT NULL, "
-        "account TEXT NOT NULL DEFAULT '', provider TEXT NOT NULL DEFAULT '', plan TEXT NOT NULL DEFAULT '', "
-        "first_at REAL NOT NULL, last_at REAL NOT NULL, UNIQUE(auth_index, source, account))"
-    )
     columns = "id, auth_index, source, provider, plan, first_at, last_at"
     db.execute(f"INSERT INTO new_identities({columns}) SELECT {columns} FROM identities")
     db.execute("DROP TABLE identities")
@@ -2149,44 +2183,7 @@ def _step_accounts(db) -> None:
     )
 
 
-def _step_speeds(db) -> None:
-    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
-    for table in ("usage_by_hour", "usage_by_day"):
-        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    rows = db.execute(
-        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
-        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, '') ORDER BY id LIMIT 1)), "
-        "m.id, IFNULL(c.key_id, -1), e.latency_ms, e.ttft_ms, e.output_tokens FROM events e "
-        "JOIN models m ON m.name = IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
-        "WHERE NOT e.failed AND e.ts_epoch >= "
-        "900 * IFNULL((SELECT value FROM meta WHERE key = 'events_floor'), 0) ORDER BY e.ts_epoch"
-    )
-    for _, some in itertools.groupby(rows, operator.itemgetter(0)):
-        _add_speeds(db, by_key((row[:4], speeds_of(*row[4:])) for row in some))
-
-
-def _step_window_history(db) -> None:
-    """Keep the quota windows of an account, known by its tag, beyond their end."""
-    db.execute(
-        "CREATE TABLE quota_window_history(id INTEGER PRIMARY KEY, account TEXT NOT NULL, label TEXT NOT NULL, "
-        "start_at REAL, end_at REAL, read_at REAL NOT NULL, peak_percent NUMERIC NOT NULL, "
-        "is_counted INTEGER NOT NULL DEFAULT 0, tokens INTEGER, tokens_per_percent INTEGER)"
-    )
-    db.execute("CREATE INDEX quota_window_history_by_label ON quota_window_history(account, label)")
-
-
-def _step_series(db) -> None:
-    """Keep under which labels the metrics count an identity's requests to a model."""
-    db.execute(
-        "CREATE TABLE series(identity_id INTEGER, model_id INTEGER, account TEXT NOT NULL, model TEXT NOT NULL, "
-        "PRIMARY KEY(identity_id, model_id)) WITHOUT ROWID"
-    )
-
-
-_SCHEMA_STEPS = (
-    *((5, _step_tables), (6, _step_roll_ups), (7, _step_accounts)),
-    *((8, _step_speeds), (9, _step_window_history), (10, _step_series)),
-)
+_SCHEMA_STEPS = ((5, _step_tables), (6, _step_roll_ups))
 
 
 def _meta_in(db, key: str, unknown: Any = None) -> Any:
@@ -2220,16 +2217,6 @@ def _reason_id(db, known: dict[Any, int], status: int | None, error: str | None)
     return cache(known, (status, error), _id_of(db, "reasons", reason))
 
 
-def _add_speeds(db, speeds: Mapping[Any, Sequence[bytes]]) -> None:
-    """Add the speeds of successes, by (hour, identity, model, client key), to those of their hours and days."""
-    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24)):
-        db.executemany(
-            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
-            "AND model_id = ? AND key_id = ? AND reason_id = 0",
-            [(b"".join(parts), hour // hours, *cell) for (hour, *cell), parts in speeds.items()],
-        )
-
-
 def _list(table: str, columns: Iterable[str]) -> str:
     return ", ".join(f"{table}.{name}" for name in columns)
 
@@ -2250,6 +2237,7 @@ _MODEL_OF = "IFNULL(e.model, 'unknown')"
 _MODEL_ID_OF = f"(SELECT id FROM models WHERE name = {_MODEL_OF})"
 _KEY_OF = "IFNULL(c.key_id, -1)"
 _REASON_OF = "IFNULL(e.reason_id, 0)"
+_SPEEDS_OF = "speeds_of(IFNULL(e.latency_ms, -1), IFNULL(e.ttft_ms, -1), e.output_tokens)"
 # What sums are kept apart by, on an event and in a roll-up.
 _CELL_COLUMNS = {
     _IDENTITY_OF: "r.identity_id",
@@ -2274,21 +2262,27 @@ _TOUCH_IDENTITY = (
 
 # The sums of the rows just written, as cells of usage_by_quarter; each roll-up adds them up to its own buckets.
 _ADDED = ", ".join(f"SUM({name}) AS {name}" for name in SUM_NAMES)
-_CREATE_BATCH = f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)})"
+_CREATE_BATCH = (
+    f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
+)
 _SUM_UP_BATCH = (
     f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"{_REASON_OF} AS r, {_EVENT_SUMS} FROM events e JOIN contexts c ON c.id = e.context_id "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS}, group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') "
+    "FROM events e JOIN contexts c ON c.id = e.context_id "
     "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
 def _add_batch_to(table: str) -> str:
     keys = "bucket" if table == "usage_by_time" else "bucket, identity_id, model_id, key_id, reason_id"
+    columns, values, changes = SUM_NAMES, _ADDED, [f"{name} = {name} + excluded.{name}" for name in SUM_NAMES]
+    if _ROLL_UPS.get(table, BUCKET_S) > BUCKET_S:
+        columns, values = [*columns, "speeds"], f"{values}, join_speeds(NULL, group_concat(speeds, ''))"
+        changes.append("speeds = join_speeds(speeds, hex(excluded.speeds))")
     return (
-        f"INSERT INTO {table}({keys}, {', '.join(SUM_NAMES)}) "
-        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {_ADDED} FROM batch "
-        f"GROUP BY {keys.replace('bucket', '1')} "
-        f"ON CONFLICT({keys}) DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in SUM_NAMES)}"
+        f"INSERT INTO {table}({keys}, {', '.join(columns)}) "
+        f"SELECT bucket * {BUCKET_S} / {_ROLL_UPS.get(table, BUCKET_S)} AS {keys}, {values} FROM batch "
+        f"GROUP BY {keys.replace('bucket', '1')} ON CONFLICT({keys}) DO UPDATE SET {', '.join(changes)}"
     )
 
 
@@ -2363,14 +2357,11 @@ class Usage(NamedTuple):
     buckets: dict[int, Sums]
     cells: dict[Cell, Sums]
     failures: list[dict[str, Any]]
-    speeds: dict[Cell, int]
+    speeds: dict[Cell, bytes]
 
-    def by(self, part: str) -> list[tuple[Any, dict[Cell, Sums]]]:
-        """Return the cells of each ``account``, ``model`` or ``key``, most tokens first, then most requests."""
-        groups = by_key((getattr(cell, part), (cell, sums)) for cell, sums in self.cells.items())
-        rows = ((value, dict(cells)) for value, cells in groups.items())
-        order = operator.itemgetter(SUM_NAMES.index("total_tokens"), SUM_NAMES.index("requests"))
-        return sorted(rows, key=lambda row: order(add_sums(row[1].values())), reverse=True)
+    def by(self, part: str) -> dict[Any, list[Cell]]:
+        """Return the cells of each ``account``, ``model`` or ``key``."""
+        return by_key((getattr(cell, part), cell) for cell in self.cells)
 
 
 # One connection writes, one reads, one searches, each behind its lock. A transaction is SQL alone: no network, no
@@ -2385,9 +2376,9 @@ class Store:
         self.path = path
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
-        self._context_ids: dict[Context, tuple[int, int, int]] = {}
+        self._context_ids: dict[Context, tuple[int, int]] = {}
         self._reason_ids: dict[Any, int] = {}
-        self._models: dict[str, int] = {}
+        self._tokens: dict[Any, int] = {}  # of spans that ended two hours before, for which no record comes any more
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
         self._open()
@@ -2418,7 +2409,7 @@ class Store:
         timeout_s = self._busy_timeout_s
         db = sqlite3.connect(str(self.path), timeout=timeout_s, isolation_level=None, check_same_thread=False)
         db.create_function("join_speeds", 2, join_speeds)
-        db.create_function("requests_in", 1, lambda speeds: requests_in(speeds) if speeds else 0)
+        db.create_function("speeds_of", 3, speeds_of)
         return db
 
     def _migrate(self) -> None:
@@ -2505,7 +2496,6 @@ class Store:
 
     def _forget_ids(self) -> None:
         self._context_ids.clear()
-        self._models.clear()
         self._reason_ids.clear()
 
     @contextmanager
@@ -2568,30 +2558,23 @@ class Store:
         last_id = db.execute("SELECT IFNULL(MAX(id), 0) FROM events").fetchone()[0]
         rows: list[tuple[Any, ...]] = []
         by_identity: dict[int, list[Event]] = {}
-        speeds: dict[Any, list[bytes]] = {}
         for event in events:
             context = event.context
-            identity_id, context_id, key_id = self._context_ids.get(context) or self._find_context(db, event)
+            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
             reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
-            model_id = self._models.get(event.model)
-            if model_id is None:
-                model_id = cache(self._models, event.model, _id_of(db, "models", {"name": event.model}))
-            if not event.failed:
-                cell = int(event.ts_epoch) // 3600, identity_id, model_id, key_id
-                told = speeds_of(event.latency_ms, event.ttft_ms, event.output_tokens)
-                speeds.setdefault(cell, []).append(told)
         db.executemany(_INSERT_EVENT, rows)
+        new = "SELECT DISTINCT model FROM events WHERE id > ? AND model NOT IN (SELECT name FROM models)"
+        db.execute(f"INSERT INTO models(name) {new}", (last_id,))
         db.executemany(_TOUCH_IDENTITY, [_touch(key, members) for key, members in by_identity.items()])
         db.execute(_SUM_UP_BATCH, (last_id,))
         for statement in _ADD_BATCH:
             db.execute(statement)
         db.execute("DELETE FROM batch")
-        _add_speeds(db, speeds)
 
-    def _find_context(self, db, event: Event) -> tuple[int, int, int]:
-        """Return (identity id, context id, key id) of an event's context, all inserted where they are new."""
+    def _find_context(self, db, event: Event) -> tuple[int, int]:
+        """Return (identity id, context id) of an event's context, both inserted where they are new."""
         values = event.context._asdict()
         identity = {name: values.pop(name) or "" for name in ("auth_index", "source", "account")}
         identity["account"] = self._decide(db, **identity)
@@ -2599,7 +2582,7 @@ class Store:
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
-        return cache(self._context_ids, event.context, (identity_id, context_id, key_id))
+        return cache(self._context_ids, event.context, (identity_id, context_id))
 
     def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
@@ -2759,62 +2742,53 @@ class Store:
     ) -> Usage:
         """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
         with self._read() as db:
-            accounts = self._accounts_in(db)
-            floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-            plan = _UsagePlan(db, window, filters, accounts, floor, from_rows)
-            by_bucket = plan.by_bucket(db, bucket_s, offset_s)
-            cell_of = self._cell_finder(db, accounts)
-            cells, failed = self._cells_of(cell_of, plan.by_cell(db))
-            failures = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
-            failures = [{**row, "requests": sum(failed[row["id"]].values())} for row in failures if row["id"] in failed]
-            failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
-            for failure in failures:  # the quarter hour of the last one, and the accounts, most failures first
-                reason_id = failure.pop("id")
-                failure["last_at"] = plan.last_quarter(db, reason_id)
-                failure["accounts"] = [name for name, _ in failed[reason_id].most_common()]
-            listed: dict[Any, list[bytes]] = {}
-            for identity_id, model_id, key_id, part in plan.speeds(db):
-                listed.setdefault((identity_id, model_id, key_id), []).append(part)
-        speeds: dict[Cell, int] = Counter()
-        for ids, parts in listed.items():
-            speeds[cell_of(*ids)] += count_speeds(parts)
-        return Usage({key * bucket_s - offset_s: sums for key, sums in by_bucket.items()}, cells, failures, speeds)
+            plan, cell_of = self._plan(db, window, filters, from_rows), self._cell_finder(db)
+            buckets = {key * bucket_s - offset_s: tuple(sums) for key, *sums in plan.by_bucket(db, bucket_s, offset_s)}
+            found = plan.sums(db, _CELL_COLUMNS, _SUMS_AND_LAST)
+            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in found]
+            parts = by_key((reason_id, (cell, sums[0], at)) for cell, reason_id, sums, at in rows if reason_id)
+            failures = self._failures_in(db, plan, parts)
+            speeds = by_key((row[:3], row[3]) for row in plan.speeds(db))
+        told = by_key((cell_of(*ids), b"".join(parts)) for ids, parts in speeds.items())
+        cells = by_key((cell, sums) for cell, _, sums, _ in rows)
+        speeds = {cell: b"".join(parts) for cell, parts in told.items()}
+        return Usage(buckets, {cell: add_sums(sums) for cell, sums in cells.items()}, failures, speeds)
 
-    @staticmethod
-    def _cell_finder(db, accounts: Sequence[Account]) -> Callable[[int, int, int], Cell]:
+    def _plan(self, db, window: Window, filters: Filters, from_rows: bool = False) -> _UsagePlan:
+        floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
+        return _UsagePlan(db, window, filters, self._accounts_in(db), floor, from_rows)
+
+    def _cell_finder(self, db) -> Callable[[int, int, int], Cell]:
         """Return what makes a cell of the ids of an identity, a model and a client key."""
         models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
-        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
+        owners = {identity_id: account for account in self._accounts_in(db) for identity_id in account.identity_ids}
         return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
 
     @staticmethod
-    def _cells_of(cell_of: Callable[..., Cell], rows: Iterable[Any]) -> tuple[dict[Cell, Sums], dict[int, Counter]]:
-        """Return the sums by cell, and by reason how many requests of which account failed."""
-        cells: dict[Cell, Sums] = {}
-        failed: dict[int, Counter] = {}
-        for identity_id, model_id, key_id, reason_id, *sums in rows:
-            cell = cell_of(identity_id, model_id, key_id)
-            cells[cell] = tuple(map(operator.add, cells[cell], sums)) if cell in cells else tuple(sums)
-            if reason_id:
-                failed.setdefault(reason_id, Counter())[cell.account.name] += sums[0]
-        return cells, failed
+    def _failures_in(db, plan: _UsagePlan, parts: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
+        """Return the most frequent failures, from (cell, requests, time of the newest) by reason."""
+        reasons = _dicts(db.execute("SELECT id, status_code, NULLIF(error, '') AS error FROM reasons"))
+        known = [row for row in reasons if row["id"] in parts]
+        failures = [{**row, "requests": sum(part[1] for part in parts[row["id"]])} for row in known]
+        failures = sorted(failures, key=operator.itemgetter("requests"), reverse=True)[:50]
+        for failure in failures:
+            reason_id, accounts = failure.pop("id"), Counter()
+            for cell, requests, _ in parts[reason_id]:
+                accounts[cell.account.name] += requests
+            failure["last_at"] = plan.last_quarter(db, reason_id, max(part[2] for part in parts[reason_id]))
+            failure["accounts"] = [name for name, _ in accounts.most_common()]
+        return failures
 
-    def total(self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False) -> Sums:
-        """Sum up a window as a whole; ``with_rows`` leaves out the requests whose rows are deleted."""
+    def models(
+        self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False
+    ) -> list[tuple[str, Sums]]:
+        """Sum up a window by model alone; ``with_rows`` leaves out the requests whose rows are deleted."""
         with self._read() as db:
-            floor = _meta_in(db, "events_floor", 0)
-            start = max(window.start, floor * BUCKET_S) if with_rows else window.start
-            if start >= window.end:
-                return add_sums([])
-            plan = _UsagePlan(db, Window(start, window.end), filters, self._accounts_in(db), floor, False)
-            return add_sums(plan.by_bucket(db, 86400 * 10**6, 0).values())
-
-    def models(self, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[str, Sums]]:
-        """Sum up a window by model alone, in less than half the time of all cells."""
-        with self._read() as db:
-            plan = _UsagePlan(db, window, filters, self._accounts_in(db), _meta_in(db, "events_floor", 0), False)
+            if with_rows:
+                window = window._replace(start=max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S))
             names = dict(db.execute("SELECT id, name FROM models").fetchall())
-            return [(names[model_id], tuple(sums)) for model_id, *sums in plan.by_model(db)]
+            rows = self._plan(db, window, filters).sums(db, {_MODEL_ID_OF: "r.model_id"})
+            return [(names[row[0]], row[1:]) for row in rows]
 
     def series(self, most: int) -> dict[tuple[str, str], Sums]:
         """Return all that was ever counted, by labels for account and model, which stay as they were given first.
@@ -2822,17 +2796,16 @@ class Store:
         So no sum ever falls, whatever an account is called later. Pairs beyond ``most`` are added up to ``other``.
         """
         with self._read() as db:
-            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_day GROUP BY 1, 2").fetchall()
+            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_week GROUP BY 1, 2").fetchall()
             given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
-            models = dict(db.execute("SELECT id, name FROM models").fetchall())
-            names = {key: account.name for account in self._accounts_in(db) for key in account.identity_ids}
+            cell_of = self._cell_finder(db)
         new, labels = [], set(given.values())
-        for pair in (tuple(row[:2]) for row in by_pair):
-            if pair not in given:
-                label = (names[pair[0]], models[pair[1]])
-                given[pair] = label if label in labels or len(labels) < most else ("other", "other")
-                labels.add(given[pair])
-                new.append((*pair, *given[pair]))
+        for pair in (tuple(row[:2]) for row in by_pair if tuple(row[:2]) not in given):
+            cell = cell_of(*pair, 0)
+            label = (cell.account.name, cell.model)
+            given[pair] = label if label in labels or len(labels) < most else ("other", "other")
+            labels.add(given[pair])
+            new.append((*pair, *given[pair]))
         if new:
             with self._write(changes=False) as db:
                 db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", new)
@@ -2849,7 +2822,7 @@ class Store:
     def tokens(self, spans: Iterable[tuple[Account | None, float | None, float]], now: float) -> list[int | None]:
         """Sum up what accounts used from a start to an end; None where that, or a part of it, was not recorded."""
         first, last = self.span() or (math.inf, 0.0)
-        after_all = (max(now, last) // _DAY_S + 1) * _DAY_S  # where a bucket of each size ends
+        after_all = (max(now, last) // _WEEK_S + 1) * _WEEK_S  # where a bucket of each size ends
         lost = f"SELECT from_at, IFNULL(to_at, ?) FROM outages WHERE IFNULL(lost, {_OUTAGE_LOST})"
 
         def sum_up(account: Account | None, start: float | None, end: float) -> int | None:
@@ -2857,9 +2830,15 @@ class Store:
                 return None
             if any(from_at < end and to_at > start for from_at, to_at in losses):
                 return None
-            return _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+            start, end = (at if at >= floor_at else round(at / BUCKET_S) * BUCKET_S for at in (start, end))
+            key = (tuple(account.identity_ids), start, end)
+            tokens = self._tokens.get(key)
+            if tokens is None:
+                tokens = _tokens_of(db, account, start, end if account.last_at >= end else after_all)
+            return cache(self._tokens, key, tokens) if end < min(now, last) - 7200 else tokens
 
         with self._read() as db:
+            floor_at = _meta_in(db, "events_floor", 0) * BUCKET_S
             losses = db.execute(lost, (now, now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S))).fetchall()
             return [sum_up(*span) for span in spans]
 
@@ -2935,12 +2914,6 @@ class Store:
         """List the quota windows that go on and those that have ended, newest first."""
         with self._read() as db:
             return _dicts(db.execute("SELECT * FROM quota_window_history ORDER BY id DESC"))
-
-    def keep_worths(self, windows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep what ended windows were worth."""
-        columns = "is_counted = 1, tokens = :tokens, tokens_per_percent = :tokens_per_percent"
-        with self._write() as db:
-            db.executemany(f"UPDATE quota_window_history SET {columns} WHERE id = :id", windows)
 
     def save_quota_state(
         self, email: str, tag: str, plan: str | None, state: str, message: str | None, now: float
@@ -3050,19 +3023,11 @@ class Store:
             events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
             quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
             faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
-            odd = [table for table in ("usage_by_hour", "usage_by_day") if _cells_in(db, table) != quarters]
+            odd = [table for table in list(_ROLL_UPS)[:-1] if _cells_in(db, table) != quarters]
             times = db.execute(f"SELECT {', '.join(SUM_NAMES)} FROM usage_by_time")
             odd += ["usage_by_time"] if add_sums(times) != add_sums(row[4:] for row in quarters) else []
-            hours, days, successes = db.execute(_COMPARE_SPEEDS, (floor * BUCKET_S // 3600,)).fetchone()
-            faults += [] if hours == days == successes else ["the speeds do not add up to the successes"]
         return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
-
-# Below the floor, what there was before speeds were kept has none.
-_COMPARE_SPEEDS = (
-    "SELECT TOTAL(requests_in(speeds)), (SELECT TOTAL(requests_in(speeds)) FROM usage_by_day), "
-    "TOTAL(CASE WHEN bucket < ? THEN requests_in(speeds) ELSE requests END) FROM usage_by_hour WHERE reason_id = 0"
-)
 
 _COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
 
@@ -3123,38 +3088,34 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
     """
     import tempfile
 
-    part = None
     try:
-        if target.exists() or target.is_symlink():
-            raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+        _refuse_existing(target)
         if not source.is_file():
             raise StoreError(f"there is no database {source} to back up; name it with --db")
-        handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)  # 0600
-        os.close(handle)
-        with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
-            counted = _copy_in_one_step(db, part)
-        try:
-            os.link(part, target)
-        except FileExistsError:
-            raise StoreError(f"{target} was made meanwhile, and is left as it is") from None
-        except OSError:  # a file system without links, as on a memory stick
-            os.rename(part, target)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+            part = Path(folder, target.name)
+            make_private(part)
+            with closing(sqlite3.connect(f"{source.as_uri()}?mode=rw", uri=True)) as db:
+                counted = _copy_in_one_step(db, part)
+            _refuse_existing(target)  # one that was made meanwhile
+            os.replace(part, target)
         return counted
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {os_reason(error)}; name a place that this user may") from error
     except sqlite3.Error as error:
         raise StoreError(f"no backup was made of {source} to {target}: {error}; nothing is left of it") from error
-    finally:
-        for rest in (part, f"{part}-wal", f"{part}-shm", f"{part}-journal"):
-            with suppress(OSError, TypeError):
-                os.unlink(rest)
 
 
-def _copy_in_one_step(db, part: str) -> tuple[int, int]:
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(str(target)):
+        raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+
+
+def _copy_in_one_step(db, part: Path) -> tuple[int, int]:
     totals = "SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events"
     db.execute("BEGIN")
     counted = db.execute(totals).fetchone()
-    with closing(sqlite3.connect(part)) as copy:
+    with closing(sqlite3.connect(str(part))) as copy:
         db.backup(copy)
         found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok" or copy.execute(totals).fetchone() != counted:
@@ -3162,13 +3123,7 @@ def _copy_in_one_step(db, part: str) -> tuple[int, int]:
     return counted
 
 
-def _sums_in(db, table: str, from_bucket: int) -> Sums:
-    sums = ", ".join(f"IFNULL(SUM({name}), 0)" for name in SUM_NAMES)
-    return db.execute(f"SELECT {sums} FROM {table} WHERE bucket >= ?", (from_bucket,)).fetchone()
-
-
 def _store_reason(path: Path, error: BaseException) -> str:
-    """Return what is wrong with the database file and what to do."""
     text = str(error).lower()
     if isinstance(error, OSError):
         reason = os_reason(error)
@@ -3238,26 +3193,25 @@ def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Ac
 
 def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
+    identity, model, key, reason = _CELL_COLUMNS if on_rows else _CELL_COLUMNS.values()
     parts, values = [], []
     if filters.account is not None:
         called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
         listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
-        parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
+        parts.append(f"{identity} IN ({listed})")
     if filters.key is not None:
         asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
         asked.update(tag for tag, name in filters.names.items() if name == filters.key)
         listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
-        parts.append(f"{_KEY_OF if on_rows else 'r.key_id'} IN ({listed})")
+        parts.append(f"{key} IN ({listed})")
     if filters.model is not None:
-        parts.append(f"{_MODEL_OF} = ?" if on_rows else "r.model_id = (SELECT id FROM models WHERE name = ?)")
+        parts.append(f"{_MODEL_OF} = ?" if on_rows else f"{model} = (SELECT id FROM models WHERE name = ?)")
         values.append(filters.model)
-    if filters.status and filters.status.isdigit():
-        coded = "r.reason_id IN (SELECT id FROM reasons WHERE status_code = ?)"
-        parts.append("e.failed AND e.status_code = ?" if on_rows else coded)
-        values.append(int(filters.status))
+    if filters.status in ("ok", "failed"):
+        parts.append(f"{reason} {'<>' if filters.status == 'failed' else '='} 0")
     elif filters.status is not None:
-        column = "e.failed" if on_rows else "r.reason_id"
-        parts.append(f"{column} {'<>' if filters.status == 'failed' else '='} 0")
+        parts.append(f"{reason} IN (SELECT id FROM reasons WHERE status_code = ?)")
+        values.append(int(filters.status))
     if filters.text and on_rows:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
         searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
@@ -3275,100 +3229,83 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
 # off, quarters do. Below the floor the rows are deleted: there a cut quarter counts as a whole.
 
 
+# What a plan asks for: on an event, on a roll-up, and the names of both.
+_SUMS = (_EVENT_SUMS, _ADDED, ", ".join(SUM_NAMES))
+_SUMS_AND_LAST = (f"{_EVENT_SUMS}, MAX(e.ts_epoch)", f"{_ADDED}, MAX(r.bucket * {{seconds}})", f"{_SUMS[2]}, last_at")
+
+
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
     def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
-        start, end = window
-        self._floor_at = floor_at = floor * BUCKET_S
-        self._start = start if start >= floor_at else start // BUCKET_S * BUCKET_S
-        self._end = end if end >= floor_at else -(-end // BUCKET_S) * BUCKET_S
-        self._window = window
+        self._start, self._end = window
+        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
+        if newest is not None and newest < window.end:  # nothing is behind the end
+            self._end = -(-window.end // _WEEK_S) * _WEEK_S
+        self._floor_at = floor * BUCKET_S
         self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
-        self._event_conditions = _conditions(db, filters, accounts, on_rows=True)
-        self._roll_up_conditions = _conditions(db, filters, accounts, on_rows=False)
+        self._of_rows, self._of_roll_up = (_conditions(db, filters, accounts, on_rows) for on_rows in (True, False))
 
-    def by_bucket(self, db, bucket_s: int, offset_s: int) -> dict[int, Sums]:
-        """Return sums by local bucket number."""
+    def by_bucket(self, db, bucket_s: int, offset_s: int) -> Iterable[Any]:
+        """Return rows of local bucket number and sums."""
         levels = [table for table in self._levels if bucket_s % _ROLL_UPS[table] == offset_s % _ROLL_UPS[table] == 0]
-        if levels and not self._roll_up_conditions[0]:
+        if levels and not self._of_roll_up[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
         in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
-        return {key: tuple(sums) for key, *sums in self._sums(db, levels, {in_rows: in_roll_up})}
+        return self.sums(db, {in_rows: in_roll_up}, levels=levels)
 
-    def by_cell(self, db) -> list[tuple[int, ...]]:
-        """Return rows of identity, model, client key, reason and their sums."""
-        return self._sums(db, self._levels, _CELL_COLUMNS).fetchall()
+    def speeds(self, db) -> Iterable[Any]:
+        """Return rows of identity, model, client key and speeds of successes."""
+        of_rows, of_roll_up = (", ".join(list(columns)[:3]) for columns in (_CELL_COLUMNS, _CELL_COLUMNS.values()))
+        of_rows = f"SELECT {of_rows}, {_SPEEDS_OF} {{where}} AND NOT e.failed"
+        of_roll_up = f"SELECT {of_roll_up}, r.speeds {{where}} AND r.speeds IS NOT NULL"
+        query, values = self._union(self._levels[:-1], of_rows, of_roll_up)
+        return db.execute(query, values) if query else []
 
-    def by_model(self, db) -> list[tuple[int, ...]]:
-        """Return rows of model and its sums."""
-        return self._sums(db, self._levels, {_MODEL_ID_OF: "r.model_id"}).fetchall()
-
-    def speeds(self, db) -> Iterator[tuple[Any, ...]]:
-        """Yield rows of identity, model, client key and speeds; below the floor, of hours that are cut the whole."""
-        start, end = self._window
-        if start < self._floor_at:
-            start = start // 3600 * 3600
-        (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
-        size_s = 86400 if newest is not None and newest < end else 3600 if end < self._floor_at else 0
-        if self._levels and size_s:  # nothing is behind the end
-            end = -(-end // size_s) * size_s
-        columns = list(_CELL_COLUMNS.items())[:3]
-        for roll_up, first, last in _cut(self._levels[:2], start, end):
-            if roll_up:
-                query = f"SELECT {', '.join(of_roll_up for _, of_roll_up in columns)}, r.speeds FROM {roll_up} r "
-                query += "WHERE r.speeds IS NOT NULL AND r.bucket >= ? AND r.bucket < ?"
-                condition, bound = self._roll_up_conditions
-                yield from db.execute(query + condition, (first, last, *bound))
-            else:
-                query = f"SELECT {', '.join(of_rows for of_rows, _ in columns)}, e.latency_ms, e.ttft_ms, "
-                query += f"e.output_tokens FROM {_EVENTS} WHERE NOT e.failed AND e.ts_epoch >= ? AND e.ts_epoch < ?"
-                condition, bound = self._event_conditions
-                rows = db.execute(query + condition, (first, last, *bound))
-                yield from ((*row[:3], speeds_of(*row[3:])) for row in rows)
-
-    def last_quarter(self, db, reason_id: int, spans: Sequence[Any] = ()) -> int | None:
-        """Return when the quarter hour of a reason's last request began; None where no roll-up tells."""
-        for roll_up, start, end in reversed(spans or self._spans(self._levels)):
-            of_rows, of_roll_up = (_EVENTS, "e.ts_epoch", "e.reason_id"), (f"{roll_up} r", "r.bucket", "r.reason_id")
-            table, column, reason = of_roll_up if roll_up else of_rows
-            condition, bound = self._roll_up_conditions if roll_up else self._event_conditions
-            where = f"{column} >= ? AND {column} < ? AND {reason} = ?{condition} ORDER BY 1 DESC LIMIT 1"
-            rows = db.execute(f"SELECT {column} FROM {table} WHERE {where}", (start, end, reason_id, *bound))
-            newest, size_s = rows.fetchone(), _ROLL_UPS.get(roll_up, 1)
-            if newest and size_s > BUCKET_S:
-                first = newest[0] * size_s // BUCKET_S
-                return self.last_quarter(db, reason_id, [("usage_by_quarter", first, first + size_s // BUCKET_S)])
-            if newest:
-                return int(newest[0] * size_s) // BUCKET_S * BUCKET_S
-        return None
+    def last_quarter(self, db, reason_id: int, last_at: float) -> int:
+        """Return when the quarter hour of a reason's last request began, from the time of it that sums() tell."""
+        first, (condition, bound) = int(last_at // BUCKET_S), self._of_roll_up
+        where = f"r.bucket > ? AND r.bucket < ? AND r.reason_id = ?{condition} ORDER BY 1 DESC LIMIT 1"
+        values = (first, min(first + 7 * 96, self._end // BUCKET_S), reason_id, *bound)
+        found = db.execute(f"SELECT r.bucket FROM usage_by_quarter r WHERE {where}", values).fetchone()
+        return (found[0] if found else first) * BUCKET_S
 
     def _spans(self, levels: Sequence[str]) -> list[tuple[str | None, float, float]]:
-        middle = min(max(self._start, self._floor_at), self._end)
-        below = _cut(levels or ["usage_by_quarter"], self._start, middle)
-        return [*below, *_cut(levels, middle, self._end)]
+        finest_s = _ROLL_UPS.get(levels[-1], BUCKET_S) if levels else BUCKET_S
+        start, end, floor_at = self._start, self._end, self._floor_at
+        if start < floor_at:
+            start = start // finest_s * finest_s
+        if end < floor_at:
+            end = -(-end // finest_s) * finest_s
+        middle = min(max(start, floor_at), end)
+        return [*_cut(levels or ["usage_by_quarter"], start, middle), *_cut(levels, middle, end)]
 
-    def _sums(self, db, levels: Sequence[str], columns: Mapping[str, str]) -> Any:
-        """Sum up by columns, given as SQL on ``events e`` and on a roll-up ``r``; returns a cursor."""
-        parts, values = [], []
-        for roll_up, start, end in self._spans(levels):
-            if roll_up is None:
-                key, sums, table, column = ", ".join(columns), _EVENT_SUMS, _EVENTS, "e.ts_epoch"
-                condition, bound = self._event_conditions
-                group = key
-            else:
-                key = ", ".join(columns.values()).replace("{seconds}", str(_ROLL_UPS.get(roll_up, BUCKET_S)))
-                sums, table, column = _ADDED, f"{roll_up} r", "r.bucket"
-                condition, bound = self._roll_up_conditions
-                # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
-                group = "r.bucket" if "r.bucket" in key else key
-            where = f"{column} >= ? AND {column} < ?{condition}"
-            parts.append(f"SELECT {key}, {sums} FROM {table} WHERE {where} GROUP BY {group}")
-            values += [start, end, *bound]
+    def sums(self, db, columns: Mapping[str, str], summed=_SUMS, levels: Sequence[str] | None = None) -> Iterable[Any]:
+        """Return rows of columns, given as SQL on ``events e`` and on a roll-up ``r``, and their sums."""
+        in_rows, in_roll_up = ", ".join(columns), ", ".join(columns.values())
+        # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
+        order = "r.bucket" if "r.bucket" in in_roll_up else in_roll_up
+        of_rows = f"SELECT {in_rows}, {summed[0]} {{where}} GROUP BY {in_rows}"
+        of_roll_up = f"SELECT {in_roll_up}, {summed[1]} {{where}} GROUP BY {order}"
+        query, values = self._union(self._levels if levels is None else levels, of_rows, of_roll_up)
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
-        with_parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}) AS ({' UNION ALL '.join(parts)})"
-        return db.execute(f"{with_parts} SELECT {keys}, {_ADDED} FROM parts GROUP BY {keys}", values)
+        added = _ADDED if summed is _SUMS else f"{_ADDED}, MAX(last_at)"
+        with_parts = f"WITH parts({keys}, {summed[2]}) AS ({query}) SELECT {keys}, {added} FROM parts GROUP BY {keys}"
+        return db.execute(with_parts, values) if query else []
+
+    def _union(self, levels: Sequence[str], of_rows: str, of_roll_up: str) -> tuple[str, list[Any]]:
+        """Return one query made of one for each span, and the values to bind."""
+        parts, bound = [], []
+        for roll_up, start, end in self._spans(levels):
+            table, column, query = _EVENTS, "e.ts_epoch", of_rows
+            condition, values = self._of_roll_up if roll_up else self._of_rows
+            if roll_up:
+                seconds = str(_ROLL_UPS.get(roll_up, BUCKET_S))
+                table, column, query = f"{roll_up} r", "r.bucket", of_roll_up.replace("{seconds}", seconds)
+            parts.append(query.replace("{where}", f"FROM {table} WHERE {column} >= ? AND {column} < ?{condition}"))
+            bound += [start, end, *values]
+        return " UNION ALL ".join(parts), bound
 
 
 def _cut(levels: Sequence[str], start: float, end: float) -> Iterable[tuple[str | None, float, float]]:
@@ -3395,15 +3332,12 @@ _TOKENS_IN_BUCKETS = (  # each is looked up, so that those of all other accounts
 
 
 def _tokens_of(db, account: Account, start: float, end: float) -> int:
-    """Sum up one account between the nearest quarter hours, and correct it by the rows from there to the ends."""
-    first, last = (round(at / BUCKET_S) * BUCKET_S for at in (start, end))
-    parts = [(1, _TOKENS_IN_BUCKETS.format(level), *ends) for level, *ends in _cut(list(_ROLL_UPS), first, last)]
-    for sign, *ends in ((1, start, first), (-1, first, start), (1, last, end), (-1, end, last)):
-        if ends[0] < ends[1]:
-            parts.append((sign, _TOKENS_IN_ROWS, *ends))
     ids = [one.id for one in account.identities if one.id and one.last_at >= start]
-    sums = ((sign, *db.execute(query, (*ends, key)).fetchone()) for key in ids for sign, query, *ends in parts)
-    return sum(sign * (tokens or 0) for sign, tokens in sums)
+    tokens = 0
+    for (table, *ends), key in itertools.product(_cut(list(_ROLL_UPS), start, end), ids):
+        query = _TOKENS_IN_BUCKETS.format(table) if table else _TOKENS_IN_ROWS
+        tokens += db.execute(query, (*ends, key)).fetchone()[0] or 0
+    return tokens
 
 
 # ------------------------------------------------------------------ quota
@@ -4026,23 +3960,16 @@ def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
 def window_worths(store: Store, now: float) -> list[dict[str, Any]]:
     """Return the known windows of all accounts, newest first, with tokens and tokens per percent; None is unknown."""
     windows, accounts = store.quota_windows(), {account.tag: account for account in store.accounts()}
-    uncounted = [row for row in windows if not row["is_counted"]]
     spans: list[Any] = []
-    for row in uncounted:
+    for row in windows:
         # Below 3 % rounding is all; and what was used long after a reading is not in its percentage.
         account, end = accounts.get(row["account"]) if row["peak_percent"] >= 3 else None, row["end_at"] or 0.0
         spans += [(account, row["start_at"], end), (account, min(end, row["read_at"] + 300), end)]
     sums = store.tokens(spans, now)
-    for row, tokens, unread in zip(uncounted, sums[::2], sums[1::2]):
+    for row, tokens, unread in zip(windows, sums[::2], sums[1::2]):
         per_percent = None if tokens is None else round((tokens - unread) / row["peak_percent"])
         row.update(tokens=tokens, tokens_per_percent=per_percent)
     return windows
-
-
-def keep_window_worths(store: Store, now: float) -> None:
-    """Keep what windows were worth that ended two hours before: no record of their time comes any more."""
-    windows = (row for row in window_worths(store, now) if not row["is_counted"])
-    store.keep_worths([row for row in windows if (row["end_at"] or now) < now - 7200])
 
 
 def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) -> None:
@@ -4203,7 +4130,7 @@ def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> d
             causes[f"needs_person {key}"] = back
         if state == "limited":
             resets = [window["reset_at"] for window in windows if window["remaining_percent"] == 0]
-            until = f", until {_when(max(resets))}" if resets and None not in resets else ""
+            until = f", until {local_minute(_epoch(max(resets)))}" if resets and None not in resets else ""
             causes[f"limited {key}"] = Alert("limited", f"{name} is limited{until}.", name)
             continue
         if state in ("ok", "no_windows"):
@@ -4213,14 +4140,10 @@ def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> d
             if window["due"] or (left is not None and left >= below_percent + 5):
                 causes[place] = _OVER
             elif left is not None and left < below_percent:
-                resets_at = f"; it resets {_when(window['reset_at'])}" if window["reset_at"] else ""
-                text = f"{name} has {left:g} % of its {window['label']} window left{resets_at}."
+                resets = f"; it resets {local_minute(_epoch(window['reset_at']))}" if window["reset_at"] else ""
+                text = f"{name} has {left:g} % of its {window['label']} window left{resets}."
                 causes[place] = Alert("low_quota", text, name)
     return causes
-
-
-def _when(iso: str) -> str:
-    return local_minute(_epoch(iso) or 0.0)
 
 
 def failing_cause(sums: Sequence[int]) -> dict[str, Alert]:
@@ -4239,7 +4162,7 @@ class Alerter:
     def __init__(self, config: Config, store: Store, status: Callable[[], Any], log: Log, stop: Any, clock=time.time):
         self._config, self._store, self._status, self._log = config, store, status, log
         self._stop, self._clock = stop, clock
-        self._state = alert_state(store)
+        self._state = alert_state(store, clock())
         self._idle_since: float | None = None  # since when nothing is recorded
 
     def run(self, last_refresh: Callable[[], Any], look_s: float = 60.0) -> None:
@@ -4266,7 +4189,8 @@ class Alerter:
         for alert in alerts:
             outcomes = [self._send(number, url, alert) for number, url in enumerate(self._config.alert_urls, 1)]
             if any(outcomes):
-                self._keep(sent_on=local_minute(now)[:10], sent=sent_today(self._state, now) + 1)
+                today = local_minute(now)[:10]
+                self._keep(sent_on=today, sent=1 + self._state["sent"] * (self._state["sent_on"] == today))
             if not all(outcomes):
                 self._keep(last_failed_at=now)
 
@@ -4305,17 +4229,12 @@ class Alerter:
         return False
 
 
-def alert_state(store: Store) -> dict[str, Any]:
-    """Return what is kept of alerts: the causes that were told, how many were sent on a day, and the last failure."""
+def alert_state(store: Store, now: float) -> dict[str, Any]:
+    """Return what is kept of alerts: the causes that were told, how many were sent today, and the last failure."""
     state = {"causes": {}, "sent_on": "", "sent": 0, "last_failed_at": None}
     with suppress(StoreError, ValueError, TypeError):
         state.update(json.loads(store.get_meta("alerts") or "{}"))
-    return state
-
-
-def sent_today(state: Mapping[str, Any], now: float) -> int:
-    """Return how many alerts were sent on the day of ``now``."""
-    return state["sent"] if state["sent_on"] == local_minute(now)[:10] else 0
+    return state if state["sent_on"] == local_minute(now)[:10] else {**state, "sent": 0}
 
 
 def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | None:
@@ -4338,7 +4257,6 @@ def receiver_of(url: str) -> str:
 
 
 def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, str]]:
-    """Return the address to post to, the body and the headers."""
     kind, title, parts = receiver_of(url), ALERT_TITLES[alert.kind], urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "cliproxy-usage-dashboard"}
@@ -5944,8 +5862,6 @@ class Housekeeper:
         if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
             return
         self._store.downsample_snapshots(now - 14 * _DAY_S)
-        if span:  # a request recorded later shows that what was missed before is known
-            keep_window_worths(self._store, min(now, span[1]))
         if self._config.retention_days:
             before = now - self._config.retention_days * _DAY_S
             while self._store.delete_some(before):
@@ -6070,13 +5986,17 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
 
 
-def _sums_json(prices: Mapping[str, Price], parts: Sequence[tuple[str, Sums]]) -> dict[str, Any]:
-    """Add up parts by model and their list prices; each part has its own, so that all groupings agree."""
-    priced = [(price_of(prices, model), sums) for model, sums in parts]
-    costs = [cost_at(price, _priced_tokens(sums)) for price, sums in priced if price]
+def _cost(app: App, model: str | None, counts: Sequence[int | None]) -> float | None:
+    price = price_of(app.prices, model)
+    return price and cost_at(price, counts)
+
+
+def _sums_json(parts: Sequence[tuple[Sums, float | None]]) -> dict[str, Any]:
+    """Add up sums and their costs; each part has its own, so that all groupings agree."""
+    costs = [cost for _, cost in parts if cost is not None]
     worth = {"cost_usd": round(math.fsum(costs), 9) if costs else None}
-    worth["unpriced_tokens"] = sum(sums[-1] for price, sums in priced if not price)
-    return {**dict(zip(SUM_NAMES, add_sums(sums for _, sums in parts))), **worth}
+    worth["unpriced_tokens"] = sum(sums[-1] for sums, cost in parts if cost is None)
+    return {**dict(zip(SUM_NAMES, add_sums(sums for sums, _ in parts))), **worth}
 
 
 def api_summary(app: App, query: Query) -> dict[str, Any]:
@@ -6089,12 +6009,12 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
     buckets = usage.buckets
+    worths = {cell: (sums, _cost(app, cell.model, _priced_tokens(sums))) for cell, sums in usage.cells.items()}
+    counted = {cell: count_speeds(speeds) for cell, speeds in usage.speeds.items() if len(speeds) > 60}
     before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
+    models_before = app.store.models(before, filters) if recorded_from <= before.start else None
     first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
     nothing = add_sums([])
-
-    def row(sums: Sums, **columns: Any) -> dict[str, Any]:
-        return {**columns, **dict(zip(SUM_NAMES, sums))}
 
     def account_columns(account: Account) -> dict[str, Any]:
         columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
@@ -6104,16 +6024,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
         return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
 
-    def priced(cells: Mapping[Cell, Sums]) -> dict[str, Any]:
-        return _sums_json(app.prices, [(cell.model, sums) for cell, sums in cells.items()])
+    def told(cells: Iterable[Cell]) -> dict[str, Any]:
+        few = b"".join(usage.speeds.get(cell, b"") for cell in cells if cell not in counted)
+        speed = speed_json(count_speeds(few) + sum(counted.get(cell, 0) for cell in cells))
+        return {**_sums_json([worths[cell] for cell in cells]), "speed": speed}
 
     def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        parts = usage.by(part)
-        return [{**columns_of(value), **priced(cells), "speed": speed_of(cells)} for value, cells in parts]
+        found = [{**columns_of(value), **told(cells)} for value, cells in usage.by(part).items()]
+        return sorted(found, key=operator.itemgetter("total_tokens", "requests"), reverse=True)
 
-    def speed_of(cells: Iterable[Cell]) -> dict[str, Any]:
-        return speed_json(sum(usage.speeds.get(cell, 0) for cell in cells))
-
+    summary = told(usage.cells)
     for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
         buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
     return {
@@ -6123,13 +6043,16 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "now": now,
         "bucket_seconds": bucket_s,
         "prices_as_of": PRICES_AS_OF,
-        "summary": priced(usage.cells),
-        "previous": (
-            _sums_json(app.prices, app.store.models(before, filters)) if recorded_from <= before.start else None
-        ),
-        "speed": speed_of(usage.speeds),
+        "speed": summary.pop("speed"),
+        "summary": summary,
+        "previous": models_before
+        and _sums_json([(sums, _cost(app, model, _priced_tokens(sums))) for model, sums in models_before]),
         "hours": [
-            row(buckets.get(at, nothing), hour=datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"), start=at)
+            {
+                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
+                "start": at,
+                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
+            }
             for at in range(first, math.ceil(window.end), bucket_s)
         ],
         "models": rows("model", lambda model: {"model": model}),
@@ -6151,14 +6074,14 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
     _price_rows(app, shown)
-    total = None if filters.text else app.store.total(window, filters, with_rows=True)[0]
+    total = None if filters.text else add_sums(sums for _, sums in app.store.models(window, filters, True))[0]
     return {"requests": shown, "next": cursor, "total": total}
 
 
 def _price_rows(app: App, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
-        price = price_of(app.prices, row["model"])
-        row["cost_usd"] = price and round(cost_at(price, [*map(row.get, PRICED_TOKENS)]), 9)
+        cost = _cost(app, row["model"], [*map(row.get, PRICED_TOKENS)])
+        row["cost_usd"] = cost and round(cost, 9)
 
 
 class Download(NamedTuple):
@@ -6237,33 +6160,34 @@ def api_quota(app: App, query: Query) -> dict[str, Any]:
 
 def api_health(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/health``: whether recording works, and why not."""
-    collector = app.collector_status()
+    collector, now = app.collector_status(), app.clock()
+    alerts = alert_state(app.store, now)
     return {
         "ok": collector["state"] in ("recording", "waiting"),
         "version": __version__,
         "uptime_seconds": round(time.monotonic() - app.started_at, 1),
         "demo": app.demo,
-        "now": app.clock(),
+        "now": now,
         "rival": collector.pop("rival", None),
         "collector": collector,
-        "alerts": _alerts_json(app),
+        "alerts": {"sent_today": alerts["sent"], "last_failed_at": alerts["last_failed_at"]},
         "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
         "account_files": {"found": app.refresher.known_files},
     }
 
 
-# What /metrics tells of one account and model, by the label's value; disjoint, so that they add up.
+# What /metrics tells of one account and model, by the label's value: a sum without another, so that they add up.
 _COUNTED = {
     ("requests_total", "Requests by account, model and outcome.", "status"): {
-        "ok": lambda sums: sums["requests"] - sums["failed"],
-        "failed": lambda sums: sums["failed"] - sums["rate_limited"],
-        "rate_limited": lambda sums: sums["rate_limited"],
+        "ok": ("requests", "failed"),
+        "failed": ("failed", "rate_limited"),
+        "rate_limited": ("rate_limited",),
     },
     ("tokens_total", "Tokens; input without cached ones, output without reasoning.", "kind"): {
-        "input": lambda sums: sums["input_tokens"] - sums["cached_tokens"],
-        "cached": lambda sums: sums["cached_tokens"],
-        "output": lambda sums: sums["output_tokens"] - sums["reasoning_tokens"],
-        "reasoning": lambda sums: sums["reasoning_tokens"],
+        "input": ("input_tokens", "cached_tokens"),
+        "cached": ("cached_tokens",),
+        "output": ("output_tokens", "reasoning_tokens"),
+        "reasoning": ("reasoning_tokens",),
     },
 }
 _MOST_PAIRS, _MOST_WINDOWS = 200, 290  # of 7 and of 2 series each: below 2,000 in all
@@ -6275,14 +6199,19 @@ def api_metrics(app: App, query: Query) -> Answer:
     collector, counts = app.collector_status(), app.store.counts
     by_pair = [(labels, dict(zip(SUM_NAMES, sums))) for labels, sums in app.store.series(_MOST_PAIRS).items()]
     text = ""
-    for (name, about, kind), parts in _COUNTED.items():
+    for (metric, about, kind), parts in _COUNTED.items():
         samples = {
-            (("account", account), ("model", model), (kind, part)): max(0, count(sums))
+            (("account", account), ("model", model), (kind, part)): max(0, sums[name] - sum(map(sums.get, without)))
             for (account, model), sums in by_pair
-            for part, count in parts.items()
+            for part, (name, *without) in parts.items()
         }
-        text += _metric(name, "counter", about, samples)
-    windows = _windows_by_labels(quotas_at(app.store, app.clock()))
+        text += _metric(metric, "counter", about, samples)
+    windows: dict[Labels, Mapping[str, Any]] = {}  # where two of an account have one label, its own
+    for row in quotas_at(app.store, app.clock()):
+        account = row["account"] or f"{row['email']} {row['account_id_tag']}"
+        for window in row["windows"]:
+            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
+                windows.setdefault((("account", account), ("window", window["label"])), window)
     left = {labels: window["remaining_percent"] for labels, window in windows.items()}
     resets = {labels: _epoch(window["reset_at"]) for labels, window in windows.items()}
     is_up, last_at = int(collector.get("state") in ("recording", "waiting")), collector.get("last_event")
@@ -6292,17 +6221,6 @@ def api_metrics(app: App, query: Query) -> Answer:
     text += _metric("collector_last_event_timestamp_seconds", "gauge", "The newest request's time.", {(): last_at})
     text += _metric("events_rejected_total", "counter", "Records that could not be read.", {(): counts["rejected"]})
     return Answer(text.encode("utf-8", "replace"), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _windows_by_labels(quotas: Sequence[Mapping[str, Any]]) -> dict[Labels, Mapping[str, Any]]:
-    """Return what is known of each account's windows; where two have one label, the account's own."""
-    windows: dict[Labels, Mapping[str, Any]] = {}
-    for row in quotas:
-        account = row["account"] or f"{row['email']} {row['account_id_tag']}"
-        for window in row["windows"]:
-            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
-                windows.setdefault((("account", account), ("window", window["label"])), window)
-    return windows
 
 
 def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
@@ -6316,11 +6234,6 @@ def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> 
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _alerts_json(app: App) -> dict[str, Any]:
-    state = alert_state(app.store)
-    return {"sent_today": sent_today(state, app.clock()), "last_failed_at": state["last_failed_at"]}
 
 
 def _data_version(app: App) -> tuple[Any, ...]:

@@ -126,7 +126,8 @@ def put(store, *events, sequence=None, rejects=(), ignored=0) -> bool:
 
 def sums_by(usage, part) -> dict[str, Any]:
     """Return the sums of each account (by its name), model or key."""
-    return {getattr(value, "name", value): app.add_sums(cells.values()) for value, cells in usage.by(part)}
+    return {getattr(value, "name", value): app.add_sums(map(usage.cells.get, cells))
+            for value, cells in usage.by(part).items()}  # fmt: skip
 
 
 def write_account(folder: Path, number: int = 1, **changes: Any) -> Path:

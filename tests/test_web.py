@@ -37,7 +37,7 @@ def test_summary_has_exactly_the_promised_shape(site):
     prices = {"cost_usd", "unpriced_tokens"}
     assert set(answer["summary"]) == sums | prices
     assert set(answer["hours"][0]) == sums | {"hour", "start"}
-    assert set(answer["models"][0]) == sums | prices | {"model"}
+    assert set(answer["models"][0]) == sums | prices | {"model", "speed"}
     assert sums | prices | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
     counts = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
     counts.update(requests=1, failed=0, rate_limited=0, cache_write_tokens=0)

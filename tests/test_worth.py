@@ -98,15 +98,14 @@ def test_window_ends_where_its_reset_passes_or_its_percentage_falls(site, open_s
     assert (told(site)[1], told(site, "7d")[1]) == (history, [])
 
 
-def test_ended_window_counts_what_comes_late_is_kept_for_good_and_moves_with_its_account(site, tmp_path):
+def test_ended_window_counts_what_comes_late_and_moves_with_its_account(site, tmp_path):
     (file,) = app.find_account_files([write_account(tmp_path / "accounts", email=AN[0]).parent])[1]
     read(site.store, limits(50, -2), when=-2.01, account=(AN[0], min(file.former_tags)))
-    for late, tokens in ((30, 5500), (20, 6000), (10, 6000)):
+    for late, tokens in ((30, 5500), (20, 6000), (10, 6500)):
         put(site.store, event(at=NOW - 2 * HOUR - late, total_tokens=500, source=AN[0]))
         assert told(site)[1] == [(-2, 50, tokens, tokens / 50)]
-        app.keep_window_worths(site.store, NOW + 30 - late)  # two hours after the end, but for 20 s, then for 10 more
     site.store.register_quota_accounts([file], app.QUOTA_MESSAGES, NOW)
-    assert told(site)[1] == [(-2, 50, 6000, 120)]
+    assert told(site)[1] == [(-2, 50, 6500, 130)]
 
 
 def test_history_keeps_the_eight_newest_of_each_window(site):
