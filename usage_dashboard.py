@@ -6527,7 +6527,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
-            self._send_head(304, {"ETag": etag}, b"")
+            self._send_head(304, {"ETag": etag}, bytearray())
             return
         self.server.connections.wait(self.connection, self.turn_s)
         with turn:  # one at a time: an answer takes up to 20 MB while it is made
@@ -6537,7 +6537,7 @@ class Handler(BaseHTTPRequestHandler):
             headers, body = self._packed(make())
         self._send_head(200, headers, body)
 
-    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytearray]:
         """Return the headers that tell of an answer, and its body as this client takes it."""
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
@@ -6551,7 +6551,7 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        return headers, b"" if self.command == "HEAD" else body
+        return headers, bytearray(b"" if self.command == "HEAD" else body)
 
     def _send_fault(self, error: DashboardError) -> None:
         message = str(error)
@@ -6560,7 +6560,7 @@ class Handler(BaseHTTPRequestHandler):
         headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
         self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
-    def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def _send_head(self, status: int, headers: Mapping[str, str], body: bytearray) -> None:
         """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
@@ -6569,9 +6569,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
             self.connection.sendall(head + body[:size])
-            for sent in range(size, len(body), size):
-                self.server.connections.wait(self.connection, None, len(body) - sent)
-                self.connection.sendall(memoryview(body)[sent : sent + size])
+            while len(body) > size:
+                del body[:size]  # what is sent is not kept: other answers may be waiting for their clients
+                self.server.connections.wait(self.connection, None, len(body))
+                self.connection.sendall(body[:size])
         except OSError:
             self.close_connection = True
 
