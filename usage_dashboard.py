@@ -6704,7 +6704,6 @@ class DemoWorld:
             for at in (*used[-5:], last_at - 3000, last_at - 1800, last_at - 600):
                 reading, account = parse_quota(self._reply(number, at), at), (file.email, file.tag)
                 self.store.save_reading(reading_row(reading, account, "", at, provider=file.provider))
-        keep_window_worths(self.store, self._born_at)
 
     def _arrive(self, at: float) -> Iterator[float]:
         """Yield the times of requests from ``at`` until now: busy on workdays, none during the outage."""

@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import dis
 import io
-import os
 import re
 import stat
 import threading
