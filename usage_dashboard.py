@@ -1595,7 +1595,7 @@ def tag_of(account: str) -> str:
 
 def own_tag(identity_id: int, mail: str) -> str:
     """Return the tag of an account that no file decided, by its oldest identity: it outlives a new login."""
-    return "#" + short_tag(str(identity_id), mail)
+    return "#" + short_tag("identity", str(identity_id), mail)  # no account id has three parts
 
 
 def owner_name(names: Mapping[str, str], account: Account) -> str | None:
@@ -6168,11 +6168,78 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     shown, cursor = rows[:limit], None
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
-    for row in shown:
-        cost = _cost(app, row["model"], [*map(row.get, PRICED_TOKENS)])
-        row["cost_usd"] = cost and round(cost, 9)
+    _price_rows(app, shown)
     total = None if filters.text else add_sums(sums for _, sums in app.store.models(window, filters, True))[0]
     return {"requests": shown, "next": cursor, "total": total}
+
+
+def _price_rows(app: App, rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        cost = _cost(app, row["model"], [*map(row.get, PRICED_TOKENS)])
+        row["cost_usd"] = cost and round(cost, 9)
+
+
+class Download(NamedTuple):
+    """A file that is made while it is sent; ``pieces`` are its bytes."""
+
+    name: str
+    content_type: str
+    pieces: Iterator[bytes]
+
+
+EXPORT_COLUMNS = (
+    *"id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens".split(),
+    *"cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id cache_write_tokens".split(),
+    *"provider endpoint auth_type alias reasoning_effort service_tier api_key".split(),
+    *"local_time cost_usd account_name key_name".split(),
+)
+EXPORT_FORMATS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson"}
+
+
+def api_export(app: App, query: Query) -> Download:
+    """Answer ``/api/export``: every request of a window, oldest first, as CSV or as JSON objects, one a line."""
+    told = next((name for name in ("limit", "before", "sort", "order") if name in query), None)
+    if told:
+        raise ApiError(400, "bad_export", f"an export has every request of its window, oldest first; leave out {told}")
+    kind, window = query.choice("format", list(EXPORT_FORMATS)) or "csv", _window(app, query, app.clock())[1]
+    rows = _rows_to_export(app, query.filters(app.names), window, query.zone())
+    day = datetime.fromtimestamp(app.clock(), query.zone()).strftime("%Y-%m-%d")
+    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _csv(rows) if kind == "csv" else _lines(rows))
+
+
+def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows by hundreds, each of a transaction of its own, so that a slow reader holds up nothing."""
+    last: Any = None
+    while True:
+        rows = app.store.requests(500, window, filters, last, Order("time", "asc"))
+        _price_rows(app, rows)
+        for row in rows:
+            row["local_time"] = datetime.fromtimestamp(row["ts_epoch"], zone).strftime("%Y-%m-%d %H:%M:%S")
+        yield [{name: row[name] for name in EXPORT_COLUMNS} for row in rows]
+        if len(rows) < 500:
+            return
+        last = rows[-1]["ts_epoch"], rows[-1]["id"]
+
+
+def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
+    """Yield CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    import csv
+
+    table: list[Any] = [EXPORT_COLUMNS]
+    for rows in parts:
+        table += (row.values() for row in rows)
+        stream = io.StringIO()
+        csv.writer(stream).writerows(
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in line]
+            for line in table
+        )
+        yield stream.getvalue().encode("utf-8", "replace")
+        table = []
+
+
+def _lines(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
+    for rows in parts:
+        yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -6273,6 +6340,7 @@ ROUTES: dict[str, tuple[Callable[[App, Query], Any], Any]] = {
     "/api/summary": (api_summary, _data_version),
     "/api/quota": (api_quota, lambda app: (*_data_version(app), app.refresher.state())),
     "/api/requests": (api_requests, _data_version),
+    "/api/export": (api_export, None),
     "/api/health": (api_health, None),
     "/metrics": (api_metrics, None),
 }
@@ -6531,6 +6599,9 @@ class Handler(BaseHTTPRequestHandler):
             app.refresher.start().join(25.0)  # a browser's patience; the page asks on where a round takes longer
         if forced or version is None:
             content = answer(app, query)
+            if isinstance(content, Download):
+                self._send_download(content)
+                return
             self._send_head(200, *self._packed(content if isinstance(content, Answer) else Answer.of(content)))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
@@ -6599,6 +6670,25 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def _send_download(self, content: Download) -> None:
+        """Send what is made on the way, in chunks; one that breaks off ends the connection, so that it shows."""
+        first = next(content.pieces)  # what cannot even begin is answered with its fault
+        is_chunked = self.request_version != "HTTP/1.0"
+        self.close_connection = self.close_connection or not is_chunked
+        headers = {"Content-Disposition": f'attachment; filename="{content.name}"'}
+        headers.update({"Transfer-Encoding": "chunked"} if is_chunked else {})
+        self._send_head(200, {"Content-Type": content.content_type, **headers}, b"")
+        if self.command == "HEAD":
+            return
+        try:
+            for piece in itertools.chain([first], content.pieces):
+                if piece:
+                    self.server.connections.wait(self.connection, self.turn_s)
+                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+            self.connection.sendall(b"0\r\n\r\n" if is_chunked else b"")
+        except (OSError, StoreError):
+            self.close_connection = True
+
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
         self.server.connections.wait(self.connection, self.drain_s)
@@ -6640,28 +6730,36 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
 
 class _DemoSender(NamedTuple):
     source: str
+    provider: str
     plan: str
     share: float
     failing: float  # share of its requests
     models: tuple[str, ...]
-    used: tuple[float | None, float | None]  # percent of five hours and of the week
+    used: float = 0  # percent of its longest window by now
+    told: Mapping[str, Any] = {}  # beside its windows
 
 
 class DemoWorld:
-    """A made-up week of traffic and quotas of eight accounts, in a folder of its own; touches no network."""
+    """A made-up week of traffic and quotas of nine accounts, in a folder of its own; touches no network."""
 
     _CODEX = ("gpt-5.4", "gpt-5.4", "gpt-5.3-codex", "gpt-5.5", "gpt-5.4-mini")
+    _METER = {"primary_window": {"used_percent": 31, "limit_window_seconds": _WEEK_S, "reset_after_seconds": 3e5}}
+    _SPARK = {"additional_rate_limits": [{"limit_name": "GPT-5.3-Codex-Spark", "rate_limit": _METER}]}
+    _BUDGET = {"spend_control": {"individual_limit": {"used": 3870, "limit": 15000, "reset_after_seconds": 1.4e6}}}
     _SENDERS = (
-        _DemoSender("an.nguyen@example.com", "plus", 0.30, 0.012, _CODEX, (38, 29)),
-        _DemoSender("minh.tran@example.com", "plus", 0.22, 0.012, _CODEX, (76, 52)),
-        _DemoSender("linh.pham@example.com", "pro", 0.17, 0.012, ("gpt-5.5", "gpt-5.4", "gpt-5.3-codex"), (None, 12)),
-        _DemoSender("team@example.org", "team", 0.11, 0.012, _CODEX, (9, 17)),
-        _DemoSender("dev.one@example.net", "plus", 0.08, 0.07, _CODEX, (100, 88)),
-        _DemoSender("dev.two@example.net", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), (94, 61)),
-        _DemoSender("huy.le@example.com", "free", 0.03, 0.012, ("gpt-5.4-mini",), (None, None)),
-        _DemoSender("old.mail@example.com", "plus", 0.03, 0.07, ("gpt-5.3-codex",), (59, 34)),
-        _DemoSender("AIza-made-up-key-of-the-demo-0001", "", 0.02, 0.012, ("gemini-3-pro-preview",), (None, None)),
+        _DemoSender("an.nguyen@example.com", "codex", "plus", 0.30, 0.012, _CODEX, 29),
+        _DemoSender("minh.tran@example.com", "codex", "plus", 0.22, 0.012, _CODEX, 76),
+        _DemoSender("linh.pham@example.com", "codex", "pro", 0.17, 0.012, (*_CODEX, "gpt-5.3-codex-spark"), 12, _SPARK),
+        _DemoSender("team@example.org", "codex", "team", 0.11, 0.012, _CODEX, 17, _BUDGET),
+        _DemoSender("dev.one@example.net", "codex", "plus", 0.08, 0.07, _CODEX, 100),
+        _DemoSender("huy.le@example.com", "codex", "free", 0.03, 0.012, ("gpt-5.4-mini",), 23),
+        _DemoSender("dev.two@example.net", "codex", "plus", 0.06, 0.012, ("gpt-5.4", "gpt-5.4-mini"), 94),
+        _DemoSender("old.mail@example.com", "codex", "plus", 0.03, 0.07, ("gpt-5.3-codex",), 34),
+        _DemoSender("mai.vo@example.com", "claude", "", 0.09, 0.012, ("claude-sonnet-4-6", "claude-haiku-4-5"), 46),
+        _DemoSender("AIza-made-up-key-of-the-demo-0001", "gemini", "", 0.02, 0.012, ("gemini-3.1-pro-preview",)),
     )
+    _ENDPOINTS = {"codex": "/v1/responses", "claude": "/v1/messages", "gemini": "/v1beta/models/*action"}
+    _KEYS = tuple(f"sk-made-up-for-the-demo-{end}" for end in (2901, 5718, 3346, 8127, 6054, 4480))
     _FAILURES = (
         (429, '{"error": {"type": "usage_limit_reached", "message": "The usage limit has been reached"}}'),
         (401, '{"error": {"code": "token_expired", "message": "Provided authentication token is expired."}}'),
@@ -6672,9 +6770,10 @@ class DemoWorld:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, seed: int = 8320):
         self._rng, self._clock, self._born_at = random.Random(seed), clock, clock()
-        self._outage = Window(self._born_at - 33 * 3600, self._born_at - 32.2 * 3600)
-        self.store = Store(folder / "usage.db")
-        self.auth_dir = folder / "accounts"
+        self._outage = Window(self._born_at - 152 * 3600, self._born_at - 151.2 * 3600)
+        self._spent: list[list[tuple[float, int]]] = [[] for _ in self._SENDERS]
+        self.names = {tag_of_mask(mask_key(key)): name for key, name in zip(self._KEYS, ("An's laptop", "CI"))}
+        self.store, self.auth_dir = Store(folder / "usage.db"), folder / "accounts"
         self._write_account_files()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
@@ -6685,17 +6784,20 @@ class DemoWorld:
         self.auth_dir.mkdir()
         for number, sender in enumerate(self._SENDERS[:-1]):
             login = {"email": sender.source, "account_id": f"demo-{number}", "access_token": str(number)}
-            text = json.dumps({"type": "codex", **login})
-            (self.auth_dir / f"codex-{number}.json").write_text(text, encoding="utf-8")
+            (self.auth_dir / f"{number}.json").write_text(json.dumps({"type": sender.provider, **login}))
+        self._files = AccountFiles([self.auth_dir])
+        self._files.look()
 
     def _write_readings(self) -> None:
-        """Save the last hour's readings, which forecasts need; of the account to be signed in its last good one."""
-        for minutes_ago in (180, *range(60, 0, -10)):
-            for file in find_account_files([self.auth_dir])[1]:
-                if (minutes_ago == 180) == file.email.startswith("old"):
-                    at = self._born_at - minutes_ago * 60
-                    reading = parse_quota(payload_of_headers(self._headers(int(file.access_token), at)), at)
-                    self.store.save_reading(reading_row(reading, (file.email, file.tag), "", at))
+        """Save the last readings of windows that have ended, and of the last hour, which forecasts need."""
+        for file in self._files.by_tag.values():
+            number, last_at = int(file.access_token), self._born_at - 3 * 3600 * file.email.startswith("old")
+            began_at = self._window(number, _FIVE_HOURS_S, last_at)[0]
+            ends = (began_at - 60 - n * _FIVE_HOURS_S for n in range(30, -1, -1))
+            used = [at for at in ends if self._reply(number, at)["rate_limit"]["primary_window"]["used_percent"] > 11]
+            for at in (*used[-5:], last_at - 3000, last_at - 1800, last_at - 600):
+                reading, account = parse_quota(self._reply(number, at), at), (file.email, file.tag)
+                self.store.save_reading(reading_row(reading, account, "", at, provider=file.provider))
 
     def _arrive(self, at: float) -> Iterator[float]:
         """Yield the times of requests from ``at`` until now: busy on workdays, none during the outage."""
@@ -6708,71 +6810,73 @@ class DemoWorld:
 
     def _record(self) -> None:
         """Store a week of requests."""
-        files = AccountFiles([self.auth_dir])
-        files.look()
         payloads = list(map(self._payload, self._arrive(self._born_at - 7 * 86400)))
         for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000], files.contexts)
+            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, self.store.counts["sequence"] + 1, self._born_at)
 
     def _payload(self, at: float) -> bytes:
         """Return a request as the proxy hands it over."""
         rng = self._rng
-        number = rng.choices(range(len(self._SENDERS)), [sender.share for sender in self._SENDERS])[0]
-        sender = self._SENDERS[number]
-        is_key, model = not sender.plan, rng.choice(sender.models)
-        headers = {} if is_key or sender.source.startswith("old") else self._headers(number, at)
-        into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
-        latency_ms, failed = int(1200 + out * rng.uniform(6, 18)), rng.random() < sender.failing
+        number, sender = rng.choices([*enumerate(self._SENDERS)], [sender.share for sender in self._SENDERS])[0]
+        model, failed = rng.choice(sender.models), rng.random() < sender.failing
         status, body = rng.choice(self._FAILURES) if failed else (200, "")
+        into, out = int(rng.lognormvariate(11.0, 0.9)), int(rng.lognormvariate(6.4, 0.8))
+        usual_ms = (450, 5) if model.endswith(("mini", "spark", "haiku-4-5")) else (1500, 16)
+        first_ms, token_ms = (ms * rng.lognormvariate(0, 0.3) for ms in usual_ms)
         request = {
             "timestamp": utc_text(at),
             "source": sender.source,
             "auth_index": hashlib.sha256(sender.source.encode()).hexdigest()[:16],
-            "provider": "gemini" if is_key else "codex",
+            "provider": sender.provider,
             "model": model,
-            "alias": model,
-            "endpoint": "POST /v1beta/models/*action" if is_key else "POST /v1/responses",
-            "auth_type": "apikey" if is_key else "oauth",
-            "api_key": f"sk-demo-client-{rng.randrange(3)}-made-up",
+            "endpoint": f"POST {self._ENDPOINTS[sender.provider]}",
+            "auth_type": "apikey" if sender.provider == "gemini" else "oauth",
+            "api_key": rng.choices(self._KEYS, (30, 23, 19, 13, 9, 6))[0],
             "request_id": f"{rng.getrandbits(32):08x}",
             "reasoning_effort": rng.choice(("low", "medium", "medium", "high", "xhigh")),
-            "service_tier": "auto",
             "failed": failed,
             "fail": {"status_code": status, "body": body},
-            "latency_ms": rng.randrange(200, 1500) if failed else latency_ms,
+            "latency_ms": rng.randrange(200, 1500) if failed else int(first_ms + out * token_ms),
+            "response_headers": {"X-Codex-Plan-Type": [sender.plan]},
         }
         if not failed:
-            request["ttft_ms"] = rng.randrange(500, min(latency_ms, 2600))
-            request["response_headers"] = {name.title(): [text] for name, text in headers.items()}
+            cached = int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0
+            self._spent[number].append((at, into + out))
+            request["ttft_ms"] = int(first_ms)
             request["tokens"] = {
-                "input_tokens": into,
+                "input_tokens": into - cached if sender.provider == "claude" else into,
                 "output_tokens": out,
                 "reasoning_tokens": int(out * rng.triangular(0.1, 0.85, 0.5)),
-                "cached_tokens": int(into * rng.triangular(0.3, 0.99, 0.93)) if rng.random() < 0.9 else 0,
+                "cached_tokens": cached,
             }
         return json.dumps(request).encode()
 
-    def _headers(self, number: int, at: float) -> dict[str, str]:
-        """Return an account's quota headers at a time; each window fills evenly and begins again at its reset."""
-        sender = self._SENDERS[number]
-        headers = {"x-codex-plan-type": sender.plan}
-        lengths = ((_FIVE_HOURS_S, (3 * number % 8 + 1) / 9), (_WEEK_S, (5 * number % 7 + 1) / 8))
-        known = [(used, *length) for used, length in zip(sender.used, lengths) if used is not None]
-        for slot, (used, seconds, left) in zip(("primary", "secondary"), known or [(23, 30 * 86400, 0.6)]):
-            began_at = self._born_at - seconds * (1 - left)
-            began_at += (at - began_at) // seconds * seconds
-            percent = min(100, int(used * (at - began_at) / (seconds * (1 - left)) + 0.5))
-            headers[f"x-codex-{slot}-used-percent"] = str(percent)
-            headers[f"x-codex-{slot}-window-minutes"] = str(seconds // 60)
-            headers[f"x-codex-{slot}-reset-at"] = str(int(began_at + seconds))
-        return headers
+    def _window(self, number: int, seconds: int, at: float) -> tuple[float, int]:
+        """Return when an account's window of that length began, and the tokens since then."""
+        began_at = at - (at - self._born_at - (3 * number % 8 + 1) / 9 * seconds) % seconds
+        return began_at, sum(tokens for then, tokens in self._spent[number] if began_at <= then <= at)
+
+    def _reply(self, number: int, at: float) -> dict[str, Any]:
+        """Return what is told of an account's quota at a time; five hours are worth less from day to day."""
+        sender, limits = self._SENDERS[number], {}
+        lengths = (30 * 86400,) if sender.plan == "free" else (_FIVE_HOURS_S, _WEEK_S)
+        most = self._window(number, lengths[-1], self._born_at)[1] / sender.used
+        for slot, seconds in zip(("primary", "secondary"), lengths):
+            began_at, tokens = self._window(number, seconds, at)
+            per_percent = most / 12 * (1 + 0.08 * (self._born_at - at) / 86400) if seconds == _FIVE_HOURS_S else most
+            limits[f"{slot}_window"] = {
+                "used_percent": min(100, int(tokens / per_percent + 0.5)),
+                "limit_window_seconds": seconds,
+                "reset_at": int(began_at + seconds),
+            }
+        return {"plan_type": sender.plan, "rate_limit": limits, **sender.told}
 
     def fetch(self, file: AccountFile) -> dict[str, Any]:
         """Answer in ChatGPT's place: made-up windows, one account limited, one to be signed in again."""
         if file.email.startswith("old"):
             raise QuotaFault("relogin")
-        return payload_of_headers(self._headers(int(file.access_token), self._clock()))
+        return self._reply(int(file.access_token), self._clock())
 
     def status(self) -> dict[str, Any]:
         """Return a collector's status as it would be with a proxy."""
@@ -7070,9 +7174,10 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     report = add("report", run_report, "Print the usage of a range as a table.")
     quota = add("quota", run_quota, "Print what is left of each account's quota.")
     check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
+    export = add("export", run_export, "Print every request of a range, oldest first.")
     backup = add("backup", run_backup, "Copy the database to a new file, also while the dashboard runs.")
     alert_test = add("alert-test", run_alert_test, 'Send a test message to each address of "alert_urls".')
-    for command in (start, report, quota, check, backup, alert_test):
+    for command in (start, report, quota, check, export, backup, alert_test):
         command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
         command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
     for command in (start, demo):
@@ -7080,9 +7185,14 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
         command.add_argument("--port", type=int, metavar="P", help="the port to bind (8320)")
         command.add_argument("--no-browser", action="store_true", help="do not open a browser")
     allowed = f"{', '.join(RANGE_NAMES)}; or one or two dates as 2026-11-01, the earlier first: whole local days"
-    report.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
+    for command in (report, export):
+        command.add_argument("range", nargs="*", metavar="RANGE", help=f"today unless told: {allowed}")
+    export.add_argument("--format", choices=list(EXPORT_FORMATS), default="csv", help="csv, or one JSON object a line")
+    for name in ("account", "model", "key", "status"):
+        export.add_argument(f"--{name}", help=f"only the requests of this {name}")
     report.add_argument("--by", choices=list(_BREAKDOWNS), help="print this breakdown alone")
     report.set_defaults(refuse=lambda fault: report.error(f"{fault}; the range can be {allowed}"))
+    export.set_defaults(refuse=lambda fault: export.error(f"{fault}; the range can be {allowed}"))
     backup.add_argument("file", type=Path, metavar="FILE", help="the copy; it must not exist")
     quota.add_argument("--force", action="store_true", help="ask ChatGPT now, within the cool-down")
     for command in (report, quota):
@@ -7149,7 +7259,7 @@ def run_demo(options: Any) -> int:
         config = replace(config, auth_dir=str(world.auth_dir), quota_refresh_seconds=30)
         refresher = QuotaRefresher(config, world.store, log, stop, fetch=world.fetch, gap_s=(0.0, 0.0))
         refresher.start().join()
-        app = App(config, world.store, refresher, world.status, log, demo=True)
+        app = App(config, world.store, refresher, world.status, log, demo=True, names=Names(world.names))
         closes = "start it with --host 127.0.0.1."
         _announce(log, "Demo with made-up data: %s  (Ctrl+C ends it)", config, server.server_port, closes, options)
         exit_code = _run_until_stopped(server, app, page, stop)
@@ -7232,6 +7342,22 @@ def _have_committed(config: Config) -> None:
     """Let a running dashboard commit what it has popped."""
     with suppress(DashboardError):  # what is committed is readable all the same
         ask_dashboard(_where_it_runs(config), "/api/health", 2.0)
+
+
+def run_export(options: Any) -> int:
+    """Print every request of a range as CSV or JSON lines."""
+    with _reading_app(_load(options)[0]) as app:
+        query = _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1]))
+        asked = {name: getattr(options, name) for name in ("format", "account", "model", "key", "status")}
+        query.update({name: value for name, value in asked.items() if value is not None})
+        try:
+            download = api_export(app, query)
+        except ApiError as error:
+            error.exit_code = 2  # a wrong command line
+            raise
+        for piece in download.pieces:
+            sys.stdout.buffer.write(piece)
+    return 0
 
 
 def run_backup(options: Any) -> int:

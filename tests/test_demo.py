@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 import usage_dashboard as app
@@ -39,13 +41,22 @@ def test_outage_has_no_request_inside(demo):
     assert requests_in(demo, outage["to"], outage["to"] + 3 * 3600) > 0
 
 
-def test_accounts_are_in_the_states_that_the_page_is_to_show(demo):
-    for file in app.find_account_files([demo.auth_dir])[1]:
-        try:
-            demo.store.save_reading(app.snapshot_of(file, demo.fetch(file), NOW))
-        except app.QuotaFault as fault:
-            demo.store.save_quota_state(file.email, file.tag, None, fault.state, str(fault), NOW)
-    quotas = demo.store.quotas()
-    assert len(quotas) == 8 and {"ok", "limited", "relogin"} == {row["state"] for row in quotas}
-    left = [row["primary_remaining_percent"] for row in quotas if row["primary_remaining_percent"] is not None]
+def test_page_finds_something_to_show_everywhere(demo):
+    config, log, clock = app.Config(auth_dir=str(demo.auth_dir)), app.Log(), lambda: NOW
+    refresher = app.QuotaRefresher(config, demo.store, log, threading.Event(), demo.fetch, clock, gap_s=(0, 0))
+    refresher.start().join()
+    site = app.App(config, demo.store, refresher, demo.status, log, clock, demo=True, names=app.Names(demo.names))
+    quotas = {row["email"].partition("@")[0]: row for row in app.api_quota(site, app.Query())["quotas"]}
+    assert len(quotas) == 9 and {"ok", "limited", "relogin"} == {row["state"] for row in quotas.values()}
+    left = [row["remaining_percent"] for row in quotas.values()]
     assert min(left) < 10 < 30 < max(left) and any(10 <= percent <= 30 for percent in left)
+    windows = {(name, window["label"]): window for name, row in quotas.items() for window in row["windows"]}
+    assert {("team", "budget"), ("linh.pham", "GPT-5.3-Codex-Spark 7d"), ("mai.vo", "7d")} < set(windows)
+    worths = [ended["tokens_per_percent"] for ended in windows["minh.tran", "5h"]["history"]]
+    assert len(worths) == 5 and worths[0] < worths[-1] and windows["an.nguyen", "7d"]["tokens_left"] > 1e6
+    day = app.api_summary(site, app.Query(range="24h"))
+    assert sorted(row["name"] or "" for row in day["keys"]) == [""] * 4 + ["An's laptop", "CI"]
+    assert len({row["status_code"] for row in day["failures"]} - {429}) >= 2
+    speeds = {row["model"]: row["speed"]["tokens_per_second"]["p50"] for row in day["models"]}
+    assert speeds["gpt-5.4-mini"] > 2 * speeds["gpt-5.5"]
+    assert day["summary"]["unpriced_tokens"] > 0 < day["summary"]["cost_usd"] and day["previous"]["requests"] > 100

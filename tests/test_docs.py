@@ -22,7 +22,7 @@ ROOT = app.BASE_DIR
 SCRIPT = inspect.getsource(app)
 FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in
          ("README.md", "docs/api.md", "docs/performance.md", "docs/development.md", "docs/vi.md",
-          "docs/proxies.md")}  # fmt: skip
+          "docs/proxies.md", "docs/operations.md")}  # fmt: skip
 README, API, DEVELOPMENT, VIETNAMESE = (FILES[name] for name in
                                         ("README.md", "docs/api.md", "docs/development.md", "docs/vi.md"))  # fmt: skip
 FOR_USERS = pytest.mark.parametrize("name", ["README.md", "docs/vi.md"])
@@ -66,7 +66,7 @@ def coded_rows(text, columns):
 @FOR_USERS
 def test_config_table_holds_every_key_with_its_default(name):
     documented = {key: json.loads(default.strip("`")) for key, (default, meaning) in coded_rows(FILES[name], 3).items()
-                  if re.fullmatch(r'`(".*"|[\d.]+|true|false|\{\})`', default) and meaning}  # fmt: skip
+                  if re.fullmatch(r'`(".*"|[\d.]+|true|false|\{\}|\[\])`', default) and meaning}  # fmt: skip
     assert documented == dataclasses.asdict(app.Config())
     (_, meaning) = coded_rows(FILES[name], 3)["collect_mode"]
     assert {word.strip('"') for word in quoted(meaning)} == set(app.COLLECT_MODES)
@@ -99,7 +99,7 @@ def test_environment_of_the_tests_is_told():
 def flags(program):
     """Every command with the flags that its --help prints."""
     wide = {"COLUMNS": "300"}
-    names = re.findall(r"^    (\w+) ", program.run("--help", env=wide).stdout, re.M)
+    names = re.findall(r"^    ([a-z-]+)\b", program.run("--help", env=wide).stdout, re.M)
     return {name: set(FLAG.findall(program.run(name, "--help", env=wide).stdout)) for name in names}
 
 
@@ -114,7 +114,7 @@ def test_commands_and_flags_are_told(name, flags):
     of = {}
     for row in table(FILES[name]):
         for flag in FLAG.findall(row[0]):
-            words = set(re.findall(r"[a-z]+", row[1]))
+            words = set(re.findall(r"[a-z-]+", row[1]))
             of[flag] = words if words <= set(flags) else set(flags)
     assert of == {flag: {c for c in flags if flag in flags[c]} for flag in set().union(*flags.values())}
 
@@ -125,8 +125,8 @@ def test_every_command_line_shown_is_understood(flags):
     assert len(shown) > 20
     for words in shown:
         if words not in ([], ["--version"]):
-            rest = set(words[1:]) - flags[words[0]] - set(app.RANGE_NAMES) - {"127.0.0.1"}
-            assert not rest, words
+            known = flags[words[0]] | {*app.RANGE_NAMES, *app.EXPORT_FORMATS}
+            assert not [word for word in words[1:] if word not in known and not re.search(r"\w[./]\w|^/", word)], words
 
 
 def test_states_say_what_the_program_says():

@@ -359,3 +359,8 @@ def test_database_of_3_0_0_keeps_its_totals_and_joins_what_a_file_tells(tmp_path
     (row,) = store.quotas()
     (file,) = files.by_tag.values()
     assert (row["account_id_tag"], row["primary_used_percent"] is not None) == (file.tag, True)
+
+
+def test_tag_of_an_account_without_a_file_is_never_that_of_an_account_id(tmp_path):
+    (tmp_path / "a.json").write_text('{"type": "codex", "account_id": "7", "access_token": "t"}')
+    assert app.find_account_files([tmp_path])[1][0].tag != app.own_tag(7, "")

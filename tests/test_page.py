@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 
 import pytest
-from page_support import HOUR, LANGS, PAGE, WORDS, many, set_state, tokens
+from page_support import HOUR, LANGS, PAGE, WORDS, many, save_quota, set_state, tokens
 from support import event, free_port, put
 from webdriver import Browser
 
@@ -70,7 +71,7 @@ def test_figures_on_the_page_equal_what_the_api_says(page, site):
 def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, between, failed, told):
     requests = 12_300 if failed == 1 else 2000
     between.changes["/api/summary"] = lambda body: body["summary"].update(requests=requests, failed=failed)
-    assert page.open(server=between).text("#sub-requests").endswith(told)
+    assert told in page.open(server=between).one("#sub-requests", "e.title")
 
 
 def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, empty):
@@ -78,9 +79,9 @@ def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, e
     put(empty.store, event(at=empty.now - 99), *[event(at=empty.now - n, failed=1, status_code=code) for n, code in codes])
     for lang, told in (("vi", "4 lỗi, trong đó 2 do giới hạn tốc độ"), ("en", "4 failed, 2 of them rate-limited")):
         page.open("?range=24h").speak(lang)
-        assert page.text("#sub-requests").startswith(f"{told} · 20%") and told in page.text("#chart-readout")
+        assert page.text("#sub-requests") == told and told in page.text("#chart-readout")
         assert page.js("document.querySelector('#accounts .fl[title]').title") == told
-        assert page.js("document.querySelector('#models li button').title").endswith(told)
+        assert page.js("document.querySelector('#panel li button').title").endswith(told)
     page.open("?range=24h&status=429")
     assert page.figure("requests") == 2 and "429" in page.text("#filters")
 
@@ -94,7 +95,8 @@ def test_labels_are_the_public_ones_and_switch_to_vietnamese(page, site):
     ):  # fmt: skip
         assert label in text, label
     assert page.all(".acts button") == ["Refresh Quota", "Refresh"]
-    assert page.all("#range option")[:5] == ["Today", "Last 1 hour", "Last 5 hours", "Last 24 hours", "Last 7 days"]
+    ranges = ["Today", "Yesterday", "Last 1 hour", "Last 5 hours", "Last 24 hours", "Last 7 days"]
+    assert page.all("#range option")[:6] == ranges
     page.speak("vi")
     left = page.js("document.body.innerText")
     assert "Tổng token" in left
@@ -217,7 +219,7 @@ def test_program_that_takes_records_is_told_of_quietly_with_what_to_do(page, sit
 
 def test_models_accounts_and_chips_filter_everything(page, site):
     page.open()
-    page.click("#models li[data-model='gpt-5.5'] button")
+    page.click("#panel li[data-row='gpt-5.5'] button")
     page.wait_for_requests(1)
     page.wait_for_rows(1)
     page.click("#filters .chip")
@@ -241,10 +243,9 @@ def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
     nothing = tokens(0, 0, 0, 0, 0)
     put(site.store, *[event(at=site.now - 60 - n, model="gpt-5.5", failed=1, **nothing) for n in range(3)])
     page.open("?range=24h&status=failed")
-    told = page.all("#models li", "[e.innerText.split(/\\s+/).join(' '), e.querySelector('.stack').style.width]")
-    kinds = page.all("#models .stack i", "e.className")
-    assert page.text("#models-title") == "Failures by model"
-    assert [words.split(" ")[:3] for words, _ in told] == [["gpt-5.5", "3", "75%"], ["gpt-5.4", "1", "25%"]]
+    told = page.all("#panel li", "[e.innerText.split(/\\s+/).join(' '), e.querySelector('.stack').style.width]")
+    kinds = page.all("#panel .stack i", "e.className")
+    assert [words[:20] for words, _ in told] == ["gpt-5.5 3 failed 75%", "gpt-5.4 1 failed 25%"]
     assert [width for _, width in told] == ["100%", f"{100 / 3:.4f}%"] and set(kinds) == {"k-failed"}
 
 
@@ -255,6 +256,91 @@ def test_filter_taken_away_leaves_the_focus_on_the_next_one_then_on_the_chart(pa
     assert page.js("document.activeElement.textContent") == "Succeeded only ×"
     page.press("Enter")
     assert page.js("document.activeElement.id") == "chart"
+
+
+@pytest.fixture
+def named(empty, tmp_path):
+    """Store requests of two client keys and one without, of which the first key and the first account have names."""
+    names = {"#4bdca8": "An's laptop", "an@example.com": "Ops"}
+    (tmp_path / "config.json").write_text(json.dumps({"names": names}), encoding="utf-8")
+    more = {"api_key": "sk-…0042 #0042ab", "source": "bo@example.com", "auth_index": "b", "total_tokens": 360}
+    put(empty.store, *[event(at=empty.now - 60 - n) for n in range(6)], event(at=empty.now - 50, model="m", api_key=""),
+        event(at=empty.now - 40, failed=1, status_code=502, error="502 bad gateway", **more))  # fmt: skip
+    return empty
+
+
+def test_side_panel_shows_one_breakdown_at_a_time_whose_rows_filter_and_remembers_it(page, named, between):
+    nobody = {"key": None, "unknown": True, "status_code": None, "error": None, "last_at": named.now, "accounts": []}
+    between.changes["/api/summary"] = lambda body: [
+        body[part].append({**body["keys"][-1], **nobody}) for part in ("keys", "failures")]  # fmt: skip
+    page.open(server=between)
+    page.script("document.querySelector('#tab-models').focus()")
+    page.press("ArrowRight")
+    assert page.js("document.activeElement.id") == "tab-keys"
+    told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
+    assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "DIV", "DIV"]  # who has no key cannot be asked for
+    assert re.fullmatch(r"An's laptop 720 60% 6 requests · median 0\.9s · \$0\.00\d+ at list price", told[0][0])
+    assert [words.split(" 3")[0].split(" 1")[0] for words, _ in told[1:]] == ["sk-…0042 #0042ab", "without a key", "key no longer known"]
+    page.click("#panel li:nth-child(2) button")
+    page.wait_for_requests(1)
+    page.wait_for_rows(1)
+    assert "key=0042ab" in page.js("location.search") and "API key: sk-…0042" in page.text("#filters")
+    page.open("?range=24h", server=between, fresh=False)
+    assert page.all("#tabs [aria-selected=true]", "e.id") == ["tab-keys"]
+    page.click("#tab-failures")
+    told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
+    assert re.fullmatch(r"502 bad gateway 1 request 100% last \d\d:\d\d · bo@example.com", told[0][0])
+    assert told[1][0].startswith("reason no longer known") and told[1][1] == "DIV"
+    page.click("#panel li button")
+    page.wait_until("location.search.includes('status=502')")
+    page.wait_for("#panel li button", "e.getAttribute('aria-pressed') === 'true'")
+
+
+def test_lines_under_the_figures_tell_speed_list_price_and_the_change(page, site, between):
+    speed = {"latency_ms": {"p50": 8200, "p95": 29900}, "ttft_ms": {"p50": 1600, "p95": 2500},
+             "tokens_per_second": {"p50": 91.9}}  # fmt: skip
+    facts = {"cost_usd": 41.2, "unpriced_tokens": 0}, {"total_tokens": 100_000}
+
+    def change(body):
+        body["summary"].update(facts[0])
+        body.update(speed=speed, previous=facts[1], prices_as_of="2026-11")
+
+    between.changes["/api/summary"] = change
+    page.open(server=between)
+    assert page.text("#sub-requests") == "1 failed, 1 of them rate-limited\nmedian 8.2s, first token 1.6s"
+    assert page.text("#sub-total").startswith("$41.20 at list price\n▼ 1.7% on the time before")
+    assert page.text("#sub-output").endswith("92 tokens/s")
+    assert "standard tier, by the list prices of November 2026" in page.one("#sub-total", "e.title")
+    facts = {"cost_usd": 1234.5, "unpriced_tokens": 1420}, {"total_tokens": 40_000}
+    page.click("#lang-vi")
+    page.click("#refresh")
+    page.wait_for_text("#sub-total", "giá niêm yết ít nhất 1.235\u00a0$▲ 146% so với khoảng trước")
+    assert "1.420 token thuộc mô hình chưa có giá" in page.one("#sub-total", "e.title")
+    facts = {"cost_usd": None}, None
+    page.click("#refresh")
+    page.wait_for("#sub-total", "e.textContent === '32,8k mỗi yêu cầu'")
+
+
+def test_yesterday_and_two_dates_are_local_days_that_address_and_reload_keep(page, empty, between):
+    midnight = page.js("new Date().setHours(0, 0, 0, 0) / 1000")
+    put(empty.store, *[event(at=midnight + 1 - 24 * HOUR * days) for days in range(5) for _ in range(days + 1)])
+    page.open("?range=yesterday", server=between)
+    assert page.figure("requests") == 2 and len(page.chart()["bars"]) == 24
+    page.select("#range", "dates")
+    page.wait_until("location.search.includes('range=dates')")
+    assert page.figure("requests") == 2  # they begin as what was shown
+    days = [page.js("new Date(arguments[0] * 1000).toLocaleDateString('sv')", midnight - 24 * HOUR * n) for n in (3, 1)]
+    pick = "const e = document.querySelector(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('change'));"
+    page.script(pick, "#from", days[0])
+    page.wait_for_requests(2 + 3 + 4)
+    assert f"from={days[0]}&to={days[1]}" in page.js("location.search")
+    assert any(f"start={midnight - 72 * HOUR:.0f}&end={midnight:.0f}" in path for path in between.asked)
+    page.open(page.js("location.search"), server=between, fresh=False)
+    assert page.figure("requests") == 9 and page.all("#dates input", "e.value") == days
+    page.script(pick, "#to", page.js("new Date(arguments[0] * 1000).toLocaleDateString('sv')", midnight - 96 * HOUR))
+    page.wait_for_requests(5)  # the other day follows one that would stand before it
+    page.open("?range=dates&from=2026-02-31&to=x", server=between)
+    assert page.one("#range", "e.value") == "today"
 
 
 # ---- the mask ---------------------------------------------------------------------------------------------------
@@ -282,6 +368,25 @@ def test_masked_page_holds_neither_names_nor_search_but_tells_accounts_apart(pag
     page.wait_until("decodeURIComponent(location.search).includes('b@example.com')")
 
 
+def test_owner_s_names_stand_in_place_of_mails_and_keys_also_on_a_masked_page(page, named):
+    save_quota(named, "an@example.com", 62, 5)
+    page.open("?range=24h&account=an%40example.com&key=4bdca8")
+    page.wait_for_rows(6)
+    page.click("#tab-keys")
+    page.click("#requests tr[data-id] button")
+    assert page.text("#accounts .link") == "Ops" and page.text("#requests [data-by=account]") == "Ops"
+    assert page.all(".chip")[:2] == ["Account: Ops ×", "API key: An's laptop ×"]
+    assert "Client key\nAn's laptop" in page.text("#requests .detail")
+    page.click("#privacy")
+    page.wait_until("location.search === '?range=24h'")
+    for css in ("#filters", "#panel", "#requests .detail"):
+        assert "An's laptop" in page.text(css)
+    page.click(".chip.all")
+    page.wait_for_rows(8)
+    left = page.js("document.body.outerHTML")
+    assert "Ops" in left and "An's laptop" in left and "example.com" not in left and "0042 #" not in left
+
+
 # ---- for everyone -----------------------------------------------------------------------------------------------
 
 
@@ -300,7 +405,7 @@ def test_keyboard_alone_reaches_and_operates_everything(page, site):
         reached[name] = outlined and reached.get(name, True)
     wanted = (
         "skip range refresh-quota refresh lang-en lang-vi theme cached failed chart privacy copy-accounts search "
-        "failed-only copy-csv link total"
+        "failed-only copy-csv export-csv export-jsonl tab-models twist link total"
     )
     assert set(wanted.split()) <= set(reached)
     assert [name for name, outlined in reached.items() if not outlined] == []
@@ -312,7 +417,7 @@ def test_keyboard_alone_reaches_and_operates_everything(page, site):
     page.wait_until("location.search.includes('start=')")
     page.press("Escape")
     page.wait_until("!location.search.includes('start=')")
-    page.script("document.querySelector('#models button').focus()")
+    page.script("document.querySelector('#panel button').focus()")
     page.press("Space")
     page.wait_until("location.search.includes('model=')")
 
@@ -334,7 +439,7 @@ def test_no_label_is_cut_on_the_narrowest_phone(page, site, between, lang):
     page.wait_for("#refresh-quota", "/\\d:\\d\\d/.test(e.textContent)")
     page.script("document.querySelector('#requests tr[data-id] button').click()")
     words = (
-        "h1, h2, button:not(.link, .chip, #models *), dt, dd, .note, .notice, .tag, .left, .st, .rst span, .more, "
+        "h1, h2, button:not(.link, .chip, #panel *), dt, dd, .note, .notice, .tag, .left, .st, .rst span, .more, "
         ".figure, .sub, #status, #chart-readout, footer span, option:checked"
     )
     is_cut = (

@@ -93,6 +93,41 @@ def test_forecasts_are_told_only_where_there_are_any(page, site, between):
     assert re.search(rf"9h 70% left \(lasts to (\w+ )?{lasts}\)", note)
 
 
+def test_what_windows_are_worth_stands_beside_them_and_their_history_in_the_details(page, site, between):
+    ended = {"ended_at": app.utc_text(site.now - 30 * HOUR), "peak_percent": 80, "tokens": 13_500_000}
+    worth = {"tokens": 3_900_000, "tokens_per_percent": 169_565, "tokens_left": 13_056_505}
+
+    def add(row):
+        row["windows"][0].update(worth, history=[{**ended, "tokens_per_percent": 168_750}])
+        row["windows"][1].update(worth, tokens_per_percent=0, history=[])
+
+    def speeds(body):
+        row = body["accounts"][0]
+        row.update(cost_usd=3.5, unpriced_tokens=9)
+        row["speed"] = {"latency_ms": {"p50": 8200, "p95": 29900}, "ttft_ms": {"p50": None, "p95": None},
+                        "tokens_per_second": {"p50": 92}}  # fmt: skip
+
+    between.change_quotas(an=add)
+    between.changes["/api/summary"] = speeds
+    page.open(server=between)
+    assert page.account(AN).count("≈ 13M left") == 1 and "left" not in page.account(B)
+    assert "An estimate: here 1% was worth about 170k tokens" in page.account(AN, "e.querySelector('.w5h [title]').title")
+    row = f"#accounts tr[data-email='{AN}']"
+    page.script(f"document.querySelector(\"{row} .twist\").focus()")
+    page.press("Enter")
+    assert page.one(f"{row} .twist", "e.getAttribute('aria-expanded')") == "true"
+    facts = page.all("#accounts .detail dd")
+    assert facts == ["8.2s / 29.9s", "—", "92 tokens/s", "≥ $3.50"]
+    lines = page.all("#accounts .hist [role=row]", "[...e.children].map((c) => c.textContent)")
+    assert [line[1:4] for line in lines] == [["Used", "Tokens", "per 1%"], ["38%", "3.90M", "170k"],
+                                             ["80%", "13.5M", "169k"]]  # fmt: skip
+    page.click("#lang-vi")
+    page.wait_for_text("#accounts", "còn ≈ 13M")
+    page.press("Enter")
+    page.click(f"{row} [data-by=requests]")
+    page.wait_until("!document.querySelector('#accounts .detail')")
+
+
 def test_windows_of_other_lengths_and_meters_stand_beneath_under_their_own_names(page, site, between):
     window = {"seconds": None, "used_percent": 23, "remaining_percent": 77, "meter": None,
               "reset_at": app.utc_text(site.now + 50 * HOUR)}  # fmt: skip

@@ -97,6 +97,37 @@ def test_rows_are_sorted_by_a_click_on_the_head_both_ways(page, empty):
     assert all(24 <= height <= 28 for height in page.all(ROWS, "e.offsetHeight"))
 
 
+def test_list_is_sorted_over_the_whole_range_and_says_how_many_there_are(page, empty, between):
+    many(empty, 150)
+    slow = {"latency_ms": 77_000, "request_id": "slow", "total_tokens": 5}
+    put(empty.store, event(at=empty.now - 3 * 3600, **slow))
+    page.open(server=between)
+    page.wait_for_text("#requests-note", "151 requests, newest first")
+    assert "sort=" not in "".join(between.asked)
+    page.click("#requests-head [data-sort=latency]")
+    page.wait_for_text("#requests-note", "151 requests, slowest first")
+    page.wait_for(ROWS, "e.textContent.includes('1m 17s')")  # the oldest of all
+    page.click("#requests-head [data-sort=total]")
+    page.click("#requests-head [data-sort=total]")
+    page.wait_for("#requests td[data-by=total]", "e.textContent === '5'")
+    scroll_to_the_end(page)
+    page.wait_for_rows(151)
+    assert page.text("#requests-note") == "151 requests, fewest tokens first"
+    page.click("#requests-head [data-sort=model]")
+    page.wait_for_text("#requests-note", "100 of 151 loaded")
+
+
+def test_range_is_downloaded_under_its_filters_but_not_from_a_masked_page(page, site):
+    page.open("?range=24h&account=b%40example.com&status=failed")
+    page.wait_for_rows(1)
+    for name in ("csv", "jsonl"):
+        link, plain = page.one(f"#export-{name}", "[e.getAttribute('href'), e.hasAttribute('download')]")
+        assert link.startswith("api/export?range=24h&account=b%40example.com&status=failed") and plain
+        assert f"format={name}" in link and "tz_offset=0" in link
+    page.click("#privacy")
+    page.wait_for("#export-csv", "e.hidden && !e.hasAttribute('href')")
+
+
 def test_row_opens_to_all_that_is_known_of_the_request(page, empty):
     put(empty.store, event(at=empty.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias",
                           failed=1, status_code=503, error="503 server_error: overloaded", service_tier="priority"))
@@ -109,7 +140,7 @@ def test_row_opens_to_all_that_is_known_of_the_request(page, empty):
     expected = {
         "Alias": "an-alias", "Endpoint": "POST /v1/responses", "Effort": "high", "Tier": "priority",
         "First token": "1.0s", "Latency": "5.0s", "Reason": "503 server_error: overloaded", "Status code": "503",
-        "Written to cache": "—",
+        "Written to cache": "—", "List price": "$0.00307",
         "Output speed": "50 tokens/s",  # 200 tokens in the four seconds after the first
     }  # fmt: skip
     assert {name: facts[name] for name in expected} == expected
