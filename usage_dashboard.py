@@ -430,6 +430,7 @@ _HOST_FAULTS = {
 }
 
 
+_NAME = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]{1,60}")  # nothing that moves other text
 _NAMED = re.compile(r"#[0-9a-f]{6}|[^@\s]{1,64}@[^@\s]+\.[^@\s]+( #[0-9a-f]{6})?")
 
 
@@ -441,7 +442,7 @@ def _faults_of_names(names: Any) -> Iterator[str]:
     for target, name in names.items():
         if not _NAMED.fullmatch(target.lower()):
             yield f'has "{target}", which must be a key\'s tag ("#3f9a2c"), a mail, or both ("ops@example.org #1c9e40")'
-        if not isinstance(name, str) or not re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]{1,60}", name.strip()):
+        if not isinstance(name, str) or not re.fullmatch(_NAME, name.strip()):
             yield f'must give "{target}" a name of 1 to 60 letters in double quotes, on one line'
     words = Counter(str(word).strip().lower() for item in names.items() for word in item)
     yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
