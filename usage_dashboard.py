@@ -3322,7 +3322,11 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     parts, values = [], []
     if filters.account is not None:
-        called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
+        by_mail = filters.names.get  # a name for several of one mail filters as the mail does
+        called = (
+            (one.identity_ids, (one.name, one.mail, owner_name(filters.names, one), by_mail(one.mail.lower())))
+            for one in accounts
+        )
         listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
         parts.append(f"{_IDENTITY_OF if on_rows else 'r.identity_id'} IN ({listed})")
     if filters.key is not None:
