@@ -6130,7 +6130,7 @@ class Query(dict):
 
     def cursor(self, order: Order) -> tuple[float | None, int] | None:
         """Return the value and the id of the request that a list in this order goes on behind."""
-        own, value = "_".join(order), r"null|\d{1,16}(?:\.\d{1,9})?"
+        own, value = "_".join(order), r"\d{1,16}(?:\.\d{1,9})?" + "|null" * (order.sort != "time")
         match = re.match(rf"{own}_({value})_(\d{{1,18}})\Z", self.get("before", ""), re.ASCII)
         if "before" in self and match is None:
             raise ApiError(400, "bad_before", f'before must be the "next" of an earlier answer sorted as {own}')

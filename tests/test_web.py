@@ -142,6 +142,7 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     ("requests?sort=foo", "bad_sort", "time, latency, ttft, tokens"), ("requests?order=up", "bad_order", "desc, asc"),
     ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
     ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", "time_desc"),
+    ("requests?before=time_desc_null_5", "bad_before", "time_desc"),
     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
       for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split()),
 ])  # fmt: skip
