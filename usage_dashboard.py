@@ -6326,7 +6326,7 @@ def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
         table += (row.values() for row in rows)
         stream = io.StringIO()
         csv.writer(stream).writerows(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in line]
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r\n＝＋－＠") else cell for cell in line]
             for line in table
         )
         yield stream.getvalue().encode("utf-8", "replace")
