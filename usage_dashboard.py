@@ -3209,6 +3209,8 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
     try:
         if target.exists() or target.is_symlink():
             raise StoreError(f"{target} exists already; name a file that does not, nothing is written over")
+        if str(target) in [f"{source}{end}" for end in ("-wal", "-shm", "-journal", ".spool", ".lock")]:
+            raise StoreError(f"{target} is a name that the database itself uses; take another")
         if not source.is_file():
             raise StoreError(f"there is no database {source} to back up; name it with --db")
         handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)  # 0600
