@@ -6182,8 +6182,14 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     """Return what a window is compared with: the same hours of the local day before, else as much time right before."""
     if name not in ("today", "yesterday") or {"start", "end"} <= query.keys():
         return Window(window.start - (window.end - window.start), window.start)
-    local = (datetime.fromtimestamp(at, query.zone()) for at in window)
-    return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
+
+    def day_before(at: float) -> float:
+        moment = datetime.fromtimestamp(at, query.zone())
+        if datetime.fromtimestamp(at - 0.001, query.zone()).date() < moment.date():  # at 1:00 where midnight is skipped
+            moment = moment.replace(hour=0)
+        return (moment - timedelta(days=1)).timestamp()
+
+    return Window(*map(day_before, window))
 
 
 def _sums_json(prices: Mapping[str, Price], parts: Sequence[tuple[str, Sums]]) -> dict[str, Any]:

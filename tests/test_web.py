@@ -122,6 +122,16 @@ def test_yesterday_and_the_part_of_it_up_to_now_follow_the_clocks_of_the_zone(si
     assert (today["start"], today["summary"]["requests"]) == (midnight + 90000, 12)
 
 
+def test_day_that_begins_at_one_o_clock_is_compared_with_the_whole_day_before(site, new_york, monkeypatch):
+    monkeypatch.setenv("TZ", "America/Havana")
+    time.tzset()
+    begin, site.now = 1_772_946_000, 1_773_028_799  # 2026-03-08, which has 23 hours there; its midnight is skipped
+    put(site.store, *[event(at=begin + 3600 * hour) for hour in range(-80, 23)])
+    yesterday, today = (site.json(f"/api/summary?range={name}") for name in ("yesterday", "today"))
+    assert (yesterday["start"], today["start"]) == (begin - 86400, begin)
+    assert (yesterday["previous"]["requests"], today["previous"]["requests"]) == (24, 24)
+
+
 def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     put(site.store, event(at=NOW + 120))
     assert site.json("/api/summary?range=1h")["summary"]["requests"] == 1
