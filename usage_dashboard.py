@@ -4411,9 +4411,11 @@ def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | Non
     try:
         status = within(10.0, _post, *_form_of(url, alert, at), stop=stop)
     except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
-        cause = getattr(error, "reason", error)
-        is_late = isinstance(cause, (TimeoutError, socket.timeout))
-        return "no answer in time" if is_late or not isinstance(cause, OSError) else os_reason(cause)
+        cause = error.reason if isinstance(getattr(error, "reason", None), OSError) else error
+        if isinstance(cause, (TimeoutError, socket.timeout)):
+            return "no answer in time"
+        reason = getattr(cause, "reason", None)  # of TLS; the text of a wrong certificate names the host
+        return reason if isinstance(reason, str) else os_reason(cause)
     return None if 200 <= status < 300 else f"it answered with status {status}"
 
 

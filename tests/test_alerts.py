@@ -173,6 +173,12 @@ def test_a_receiver_that_does_not_take_it_is_tried_three_times_and_told_of_witho
         assert (len(broken.messages), len(other.messages)) == (3, 1)  # dropped
 
 
+def test_a_wrong_certificate_is_told_by_its_reason_whose_text_may_name_the_host(chatgpt, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
+    fault = app.send_alert("https://chatgpt.com/secret-path", app.Alert("test", "Test."), NOW)
+    assert fault == "CERTIFICATE_VERIFY_FAILED"
+
+
 def test_a_receiver_that_takes_it_at_the_second_try_has_it_once(store):
     with Receiver(500, 200) as receiver:
         watch = Watch(store, receiver.url)
