@@ -387,6 +387,7 @@ _RANGES = {
 }
 
 
+_NAME = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]{1,60}")  # nothing that moves other text
 _NAMED = re.compile(r"#[0-9a-f]{6}|[^@\s]{1,64}@[^@\s]+\.[^@\s]+( #[0-9a-f]{6})?")
 
 
@@ -398,7 +399,7 @@ def _faults_of_names(names: Any) -> Iterator[str]:
     for target, name in names.items():
         if not _NAMED.fullmatch(target.lower()):
             yield f'has "{target}", which must be a key\'s tag ("#3f9a2c"), a mail, or both ("ops@example.org #1c9e40")'
-        if not isinstance(name, str) or not re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]{1,60}", name.strip()):
+        if not isinstance(name, str) or not re.fullmatch(_NAME, name.strip()):
             yield f'must give "{target}" a name of 1 to 60 letters in double quotes, on one line'
     words = Counter(str(word).strip().lower() for item in names.items() for word in item)
     yield from (f'has "{word}" twice; each name must tell whose it is' for word, count in words.items() if count > 1)
@@ -3090,6 +3091,8 @@ def back_up(source: Path, target: Path) -> tuple[int, int]:
 
     try:
         _refuse_existing(target)
+        if str(target) in [f"{source}{end}" for end in ("-wal", "-shm", "-journal", ".spool", ".lock")]:
+            raise StoreError(f"{target} is a name that the database itself uses; take another")
         if not source.is_file():
             raise StoreError(f"there is no database {source} to back up; name it with --db")
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
@@ -3196,7 +3199,11 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
     identity, model, key, reason = _CELL_COLUMNS if on_rows else _CELL_COLUMNS.values()
     parts, values = [], []
     if filters.account is not None:
-        called = ((one.identity_ids, (one.name, one.mail, owner_name(filters.names, one))) for one in accounts)
+        by_mail = filters.names.get  # a name for several of one mail filters as the mail does
+        called = (
+            (one.identity_ids, (one.name, one.mail, owner_name(filters.names, one), by_mail(one.mail.lower())))
+            for one in accounts
+        )
         listed = ", ".join(str(identity_id) for ids, names in called for identity_id in ids if filters.account in names)
         parts.append(f"{identity} IN ({listed})")
     if filters.key is not None:
@@ -4107,6 +4114,15 @@ def alerts_of(before: Mapping[str, float], now: Mapping[str, Alert]) -> list[Ale
     return list(dict.fromkeys(told))
 
 
+def _joined(alerts: Sequence[Alert]) -> list[Alert]:
+    """Join what many accounts have in common to one message for each kind: receivers refuse a flood."""
+    joined = []
+    for kind, some in by_key((alert.kind, alert) for alert in alerts).items():
+        rest = f" … and {len(some) - 5} more." if len(some) > 5 else ""
+        joined += [Alert(kind, " ".join(alert.text for alert in some[:5]) + rest)] if rest else some
+    return joined
+
+
 def causes_after(before: Mapping[str, float], now: Mapping[str, Alert], at: float) -> dict[str, float]:
     """Return the causes that last, each with the time when it was told first."""
     ended = {key for key, alert in now.items() if alert.kind in _ENDS}
@@ -4184,7 +4200,7 @@ class Alerter:
             causes.update(quota_causes(quotas_at(self._store, now), self._config.alert_below_percent))
             buckets = self._store.usage(Window(now - 900, now), 900, 0).buckets
             causes.update(failing_cause(add_sums(buckets.values())))
-        alerts = alerts_of(before, causes)
+        alerts = _joined(alerts_of(before, causes))
         self._keep(causes=causes_after(before, causes, now))
         for alert in alerts:
             outcomes = [self._send(number, url, alert) for number, url in enumerate(self._config.alert_urls, 1)]
@@ -4242,9 +4258,11 @@ def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | Non
     try:
         status = within(10.0, _post, *_form_of(url, alert, at), stop=stop)
     except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
-        cause = getattr(error, "reason", error)
-        is_late = isinstance(cause, (TimeoutError, socket.timeout))
-        return "no answer in time" if is_late or not isinstance(cause, OSError) else os_reason(cause)
+        cause = error.reason if isinstance(getattr(error, "reason", None), OSError) else error
+        if isinstance(cause, (TimeoutError, socket.timeout)):
+            return "no answer in time"
+        reason = getattr(cause, "reason", None)  # of TLS; the text of a wrong certificate names the host
+        return reason if isinstance(reason, str) else os_reason(cause)
     return None if 200 <= status < 300 else f"it answered with status {status}"
 
 
@@ -5932,7 +5950,7 @@ class Query(dict):
 
     def cursor(self, order: Order) -> tuple[float | None, int] | None:
         """Return the value and the id of the request that a list in this order goes on behind."""
-        own, value = "_".join(order), r"null|\d{1,16}(?:\.\d{1,9})?"
+        own, value = "_".join(order), r"\d{1,16}(?:\.\d{1,9})?" + "|null" * (order.sort != "time")
         match = re.match(rf"{own}_({value})_(\d{{1,18}})\Z", self.get("before", ""), re.ASCII)
         if "before" in self and match is None:
             raise ApiError(400, "bad_before", f'before must be the "next" of an earlier answer sorted as {own}')
@@ -5982,8 +6000,14 @@ def _window_before(window: Window, name: str, query: Query) -> Window:
     """Return what a window is compared with: the same hours of the local day before, else as much time right before."""
     if name not in ("today", "yesterday") or {"start", "end"} <= query.keys():
         return Window(window.start - (window.end - window.start), window.start)
-    local = (datetime.fromtimestamp(at, query.zone()) for at in window)
-    return Window(*((moment - timedelta(days=1)).timestamp() for moment in local))
+
+    def day_before(at: float) -> float:
+        moment = datetime.fromtimestamp(at, query.zone())
+        if datetime.fromtimestamp(at - 0.001, query.zone()).date() < moment.date():  # at 1:00 where midnight is skipped
+            moment = moment.replace(hour=0)
+        return (moment - timedelta(days=1)).timestamp()
+
+    return Window(*map(day_before, window))
 
 
 def _cost(app: App, model: str | None, counts: Sequence[int | None]) -> float | None:
@@ -6135,7 +6159,7 @@ def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
         table += (row.values() for row in rows)
         stream = io.StringIO()
         csv.writer(stream).writerows(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in line]
+            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r\n＝＋－＠") else cell for cell in line]
             for line in table
         )
         yield stream.getvalue().encode("utf-8", "replace")

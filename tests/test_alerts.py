@@ -98,6 +98,13 @@ def test_sentences_name_the_account_masked_and_what_there_is_to_know():
     ]
 
 
+def test_what_many_accounts_have_in_common_is_one_message():
+    alerts = [app.Alert("limited", f"{number} is limited.", str(number)) for number in range(300)]
+    assert app._joined([app.Alert("failing", "x"), *alerts[:5]]) == [app.Alert("failing", "x"), *alerts[:5]]
+    text = "0 is limited. 1 is limited. 2 is limited. 3 is limited. 4 is limited. … and 295 more."
+    assert app._joined(alerts) == [app.Alert("limited", text)]
+
+
 class Watch:
     """An alerter on a real store and receiver; `status` is the collector's, `now` its clock."""
 
@@ -171,6 +178,12 @@ def test_a_receiver_that_does_not_take_it_is_tried_three_times_and_told_of_witho
         assert json.loads(store.get_meta("alerts"))["last_failed_at"] == watch.now
         watch.look()
         assert (len(broken.messages), len(other.messages)) == (3, 1)  # dropped
+
+
+def test_a_wrong_certificate_is_told_by_its_reason_whose_text_may_name_the_host(chatgpt, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", chatgpt.proxy_url)
+    fault = app.send_alert("https://chatgpt.com/secret-path", app.Alert("test", "Test."), NOW)
+    assert fault == "CERTIFICATE_VERIFY_FAILED"
 
 
 def test_a_receiver_that_takes_it_at_the_second_try_has_it_once(store):

@@ -121,6 +121,7 @@ def test_name_of_a_mail_with_several_accounts_is_followed_by_what_tells_them_apa
     both = make_site(names={"an@example.com": "Ops", "an@example.com #bbbbbb": "Second"})
     assert {row["name"] for row in both.json("/api/summary?range=24h")["accounts"]} == {"Ops (#aaaaaa)", "Second"}
     assert both.json("/api/summary?range=24h&account=Second")["summary"]["requests"] == 1
+    assert both.json("/api/summary?range=24h&account=Ops")["summary"]["requests"] == 2
 
 
 def test_names_are_read_again_when_the_file_changes_and_one_with_faults_changes_nothing(site, tmp_path):

@@ -77,7 +77,8 @@ def test_text_with_letters_that_no_system_takes_is_a_fault(tmp_path, key, letter
 @pytest.mark.parametrize(("names", "said"), [
     ([], "must be an object"), ({"AnLaptop": "An"}, 'has "AnLaptop", which must be a key\'s tag ("#3f9a2c")'),
     ({"#3f9a2": "An"}, 'has "#3f9a2", which'), ({"ops@example.org #12": "Ops"}, 'has "ops@example.org #12", which'),
-    *(({"#3f9a2c": name}, 'must give "#3f9a2c" a name of 1 to 60 letters') for name in (7, "", " ", "a\nb", "x" * 61)),
+    *(({"#3f9a2c": name}, 'must give "#3f9a2c" a name of 1 to 60 letters') for name in (7, "", " ", "a\nb", "x" * 61, "\x9b1m")),
+    ({"#3f9a2c": "a\u202eb"}, "on one line"),
     ({"#3f9a2c": "Ops", "ops@example.org": "ops "}, 'has "ops" twice'),
     ({"#3f9a2c": "An", "#3F9A2C": "Bo"}, 'has "#3f9a2c" twice'), ({"#3f9a2c": "#aaaaaa", "#aaaaaa": "Bo"}, "twice"),
     ({"x": "An", "#3f9a2c": 7}, 'double quotes, on one line'),

@@ -63,10 +63,10 @@ def test_export_has_every_request_of_the_list_once_oldest_first_in_both_formats(
 
 def test_export_makes_no_formula_of_a_text_and_quotes_what_csv_needs(make_site):
     site = make_site()
-    texts = ["=1+1", "+1", "-1", "@x", "\tx", 'a,"b"\nc', "thường"]
+    texts = ["=1+1", "+1", "-1", "@x", "\tx", "\n=1", "＝1", 'a,"b"\nc', "thường"]
     put(site.store, *(at(1 - number / 100, model=text) for number, text in enumerate(texts)))
     rows = table(site.ask("/api/export?range=24h")[1])
-    assert [row["model"] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", 'a,"b"\nc', "thường"]
+    assert [row["model"] for row in rows] == ["'=1+1", "'+1", "'-1", "'@x", "'\tx", "'\n=1", "'＝1", 'a,"b"\nc', "thường"]
     assert float(rows[0]["ts_epoch"]) and rows[0]["cost_usd"] == ""
 
 

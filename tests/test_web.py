@@ -122,6 +122,16 @@ def test_yesterday_and_the_part_of_it_up_to_now_follow_the_clocks_of_the_zone(si
     assert (today["start"], today["summary"]["requests"]) == (midnight + 90000, 12)
 
 
+def test_day_that_begins_at_one_o_clock_is_compared_with_the_whole_day_before(site, new_york, monkeypatch):
+    monkeypatch.setenv("TZ", "America/Havana")
+    time.tzset()
+    begin, site.now = 1_772_946_000, 1_773_028_799  # 2026-03-08, which has 23 hours there; its midnight is skipped
+    put(site.store, *[event(at=begin + 3600 * hour) for hour in range(-80, 23)])
+    yesterday, today = (site.json(f"/api/summary?range={name}") for name in ("yesterday", "today"))
+    assert (yesterday["start"], today["start"]) == (begin - 86400, begin)
+    assert (yesterday["previous"]["requests"], today["previous"]["requests"]) == (24, 24)
+
+
 def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     put(site.store, event(at=NOW + 120))
     assert site.json("/api/summary?range=1h")["summary"]["requests"] == 1
@@ -142,6 +152,7 @@ def test_event_of_a_proxy_whose_clock_is_ahead_is_counted(site):
     ("requests?sort=foo", "bad_sort", "time, latency, ttft, tokens"), ("requests?order=up", "bad_order", "desc, asc"),
     ("summary?bucket=7", "bad_bucket", "auto"), ("summary?start=nan", "bad_start", "epoch seconds"),
     ("summary?start=99999999999", "bad_start", "epoch seconds"), ("requests?before=x", "bad_before", "time_desc"),
+    ("requests?before=time_desc_null_5", "bad_before", "time_desc"),
     *((f"requests?limit={limit}", "bad_limit", "limit must be a whole number from 1 to 500")
       for limit in "0 -1 501 x 1.5 1e2 %D9%A3".split()),
 ])  # fmt: skip
