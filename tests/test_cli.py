@@ -415,7 +415,7 @@ def test_check_without_a_key_tells_a_redis_from_a_proxy(program, proxy, redis_se
     assert proxy.failures == 0
 
 
-@pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"rubbish\r\n"])
+@pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"rubbish\r\n"])
 def test_check_without_a_key_names_a_strange_server(program, answer):
     with Answering(answer) as server:
         configure(program, cliproxy_port=server.port)

@@ -94,7 +94,7 @@ def test_export_that_breaks_off_is_no_whole_one(make_site):
     site = make_site()
     fill(site, 20000)
     with closing(socket.create_connection(("127.0.0.1", site.port), timeout=20)) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         client.sendall(b"GET /api/export?range=24h HTTP/1.1\r\nHost: localhost\r\n\r\n")
         received = client.recv(1000)
         site.store.close()
@@ -107,7 +107,7 @@ def test_a_reader_that_stops_holds_up_neither_recording_nor_the_log_of_the_datab
     site = make_site()
     fill(site, 20000)
     with closing(socket.create_connection(("127.0.0.1", site.port), timeout=20)) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         client.sendall(b"GET /api/export?range=7d HTTP/1.0\r\n\r\n")
         received = client.recv(1000)
         for number in range(40):
