@@ -6032,34 +6032,9 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
     offset_s = int(offset.total_seconds()) // BUCKET_S * BUCKET_S
     filters = query.filters(app.names)._replace(text=None)  # a search narrows the list of requests only
     usage = app.store.usage(window, bucket_s, offset_s, filters)
-    buckets = usage.buckets
-    worths = {cell: (sums, _cost(app, cell.model, _priced_tokens(sums))) for cell, sums in usage.cells.items()}
-    counted = {cell: count_speeds(speeds) for cell, speeds in usage.speeds.items() if len(speeds) > 60}
-    before, recorded_from = _window_before(window, name, query), (app.store.span() or [math.inf])[0]
-    models_before = app.store.models(before, filters) if recorded_from <= before.start else None
-    first = (int(window.start) + offset_s) // bucket_s * bucket_s - offset_s
-    nothing = add_sums([])
-
-    def account_columns(account: Account) -> dict[str, Any]:
-        columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
-        return {"account": account.name, "name": owner_name(filters.names, account), **columns}
-
-    def key_columns(key: str | None) -> dict[str, Any]:
-        columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
-        return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
-
-    def told(cells: Iterable[Cell]) -> dict[str, Any]:
-        few = b"".join(usage.speeds.get(cell, b"") for cell in cells if cell not in counted)
-        speed = speed_json(count_speeds(few) + sum(counted.get(cell, 0) for cell in cells))
-        return {**_sums_json([worths[cell] for cell in cells]), "speed": speed}
-
-    def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        found = [{**columns_of(value), **told(cells)} for value, cells in usage.by(part).items()]
-        return sorted(found, key=operator.itemgetter("total_tokens", "requests"), reverse=True)
-
+    told = _teller(app, usage)
     summary = told(usage.cells)
-    for early in [at for at in buckets if at < first]:  # of deleted requests, whose sums are coarser than the window
-        buckets[first] = add_sums([buckets.pop(early), buckets.get(first, nothing)])
+    starts = range((int(window.start) + offset_s) // bucket_s * bucket_s - offset_s, math.ceil(window.end), bucket_s)
     return {
         "range": None if {"start", "end"} <= query.keys() and "range" not in query else name,
         "start": window.start,
@@ -6069,21 +6044,68 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         "prices_as_of": PRICES_AS_OF,
         "speed": summary.pop("speed"),
         "summary": summary,
-        "previous": models_before
-        and _sums_json([(sums, _cost(app, model, _priced_tokens(sums))) for model, sums in models_before]),
-        "hours": [
-            {
-                "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
-                "start": at,
-                **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
-            }
-            for at in range(first, math.ceil(window.end), bucket_s)
-        ],
+        "previous": _sums_before(app, _window_before(window, name, query), filters),
+        "hours": _hours(usage.buckets, starts, zone),
+        **_breakdowns(usage, filters, told),
+        "failures": usage.failures,
+        "outages": app.store.outages(window, now),
+    }
+
+
+def _teller(app: App, usage: Usage) -> Callable[[Iterable[Cell]], dict[str, Any]]:
+    """Return what tells of cells: their sums, what these come to at list price, and how fast they were."""
+    worths = {cell: (sums, _cost(app, cell.model, _priced_tokens(sums))) for cell, sums in usage.cells.items()}
+    counted = {cell: count_speeds(speeds) for cell, speeds in usage.speeds.items() if len(speeds) > 60}
+
+    def told(cells: Iterable[Cell]) -> dict[str, Any]:
+        few = b"".join(usage.speeds.get(cell, b"") for cell in cells if cell not in counted)
+        speed = speed_json(count_speeds(few) + sum(counted.get(cell, 0) for cell in cells))
+        return {**_sums_json([worths[cell] for cell in cells]), "speed": speed}
+
+    return told
+
+
+def _sums_before(app: App, before: Window, filters: Filters) -> dict[str, Any] | None:
+    """Return the sums that a window is compared with; None where the records do not reach back so far."""
+    if (app.store.span() or [math.inf])[0] > before.start:
+        return None
+    models = app.store.models(before, filters)
+    return _sums_json([(sums, _cost(app, model, _priced_tokens(sums))) for model, sums in models])
+
+
+def _hours(buckets: Mapping[int, Sums], starts: range, zone: Any) -> list[dict[str, Any]]:
+    nothing, sums_of = add_sums([]), dict(buckets)
+    for early in [at for at in buckets if at < starts[0]]:  # of deleted requests, whose sums are coarser
+        sums_of[starts[0]] = add_sums([buckets[early], sums_of.get(starts[0], nothing)])
+    return [
+        {
+            "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
+            "start": at,
+            **dict(zip(SUM_NAMES, sums_of.get(at, nothing))),
+        }
+        for at in starts
+    ]
+
+
+def _breakdowns(usage: Usage, filters: Filters, told: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows of models, accounts and keys, most tokens first."""
+
+    def account_columns(account: Account) -> dict[str, Any]:
+        columns = {name: getattr(account, name) or None for name in ("source", "auth_index", "plan", "provider")}
+        return {"account": account.name, "name": owner_name(filters.names, account), **columns}
+
+    def key_columns(key: str | None) -> dict[str, Any]:
+        columns = {"key": key or None, "name": filters.names.get(tag_of_mask(key or ""))}
+        return columns if key is not None else {**columns, "unknown": True}  # of requests that 3.0 had deleted
+
+    def rows(part: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        found = [{**columns_of(value), **told(cells)} for value, cells in usage.by(part).items()]
+        return sorted(found, key=operator.itemgetter("total_tokens", "requests"), reverse=True)
+
+    return {
         "models": rows("model", lambda model: {"model": model}),
         "accounts": rows("account", account_columns),
         "keys": rows("key", key_columns),
-        "failures": usage.failures,
-        "outages": app.store.outages(window, now),
     }
 
 

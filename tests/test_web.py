@@ -86,6 +86,12 @@ def test_start_given_by_the_page_wins_on_a_day_of_25_hours(site):
 HOURLY = [at(hours + 0.2, failed=hours % 3 % 2, model=f"m{hours % 2}") for hours in range(100)]
 
 
+def test_previous_of_a_time_without_requests_has_zeros(site):
+    put(site.store, at(100), at(1))
+    previous = site.json("/api/summary?range=24h")["previous"]
+    assert previous == {**dict.fromkeys(app.SUM_NAMES, 0), "cost_usd": None, "unpriced_tokens": 0}
+
+
 @pytest.mark.parametrize(("query", "start_h", "end_h"), [
     ("range=1h", 2, 1), ("range=24h&model=m1", 48, 24), ("range=today&tz_offset=0", 36, 24),
     ("range=today&tz_offset=420&status=ok", 43, 24), ("range=yesterday&tz_offset=0", 60, 36),
