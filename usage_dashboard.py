@@ -535,9 +535,14 @@ class Names:
     def __init__(self, by_target: Mapping[str, str] = {}, path: Path | None = None, log: Log | None = None):
         self.by_target, self.version = by_target, 0
         self._path, self._log, self._seen = path, log or Log(), None
+        self._lock = threading.Lock()  # answers made at once wait for the one that reads
 
     def look(self) -> None:
         """Read the file again if it is another one than at the last look."""
+        with self._lock:
+            self._look()
+
+    def _look(self) -> None:
         seen, faults = None, []
         with suppress(OSError, AttributeError):  # there is no file
             status = self._path.stat()
