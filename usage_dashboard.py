@@ -60,7 +60,7 @@ from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Callable, Collection, ContextManager, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-__version__ = "3.0.0"
+__version__ = "3.1.0"
 BASE_DIR = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------ base
@@ -2329,7 +2329,8 @@ class Order(NamedTuple):
 class Filters(NamedTuple):
     """What an answer is narrowed to; None is everything. ``status`` is ``ok``, ``failed`` or a failure's code.
 
-    ``account`` is its name or mail, ``key`` a client key's mask or tag; both may be one of the owner's ``names``.
+    ``account`` is its name or mail, ``key`` a client key's mask or tag, or ``none``; both may be one of the owner's
+    ``names``.
     """
 
     account: str | None = None
@@ -2732,6 +2733,9 @@ class Store:
         with self._read() as db:
             return self._accounts_in(db)
 
+    def _owners_in(self, db) -> dict[int, Account]:
+        return {identity_id: account for account in self._accounts_in(db) for identity_id in account.identity_ids}
+
     def _accounts_in(self, db) -> list[Account]:
         version = self.changes
         if self._accounts[0] != version:
@@ -2766,8 +2770,7 @@ class Store:
 
     def _cell_finder(self, db) -> Callable[[int, int, int], Cell]:
         """Return what makes a cell of the ids of an identity, a model and a client key."""
-        models, keys = dict(db.execute("SELECT id, name FROM models").fetchall()), _keys_in(db)
-        owners = {identity_id: account for account in self._accounts_in(db) for identity_id in account.identity_ids}
+        models, keys, owners = _models_in(db), _keys_in(db), self._owners_in(db)
         return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
 
     @staticmethod
@@ -2785,6 +2788,21 @@ class Store:
             failure["accounts"] = [name for name, _ in accounts.most_common()]
         return failures
 
+    def choices(self, window: Window, filters: Filters, name: str) -> Counter:
+        """Count requests by what the filter ``name`` can be set to under the others: an Account, a model, mask or code."""
+        with self._read() as db:
+            column, values = {
+                "account": (_IDENTITY_OF, self._owners_in(db)),
+                "model": (_MODEL_ID_OF, _models_in(db)),
+                "key": (_KEY_OF, _keys_in(db)),
+                "status": (_REASON_OF, {0: "ok", **dict(db.execute("SELECT id, status_code FROM reasons").fetchall())}),
+            }[name]
+            rows = self._plan(db, window, filters._replace(**{name: None})).sums(db, {column: _CELL_COLUMNS[column]})
+            counts: Counter = Counter()
+            for value_id, requests, *_ in rows:
+                counts[values.get(value_id)] += requests
+        return counts
+
     def models(
         self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False
     ) -> list[tuple[str, Sums]]:
@@ -2792,7 +2810,7 @@ class Store:
         with self._read() as db:
             if with_rows:
                 window = window._replace(start=max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S))
-            names = dict(db.execute("SELECT id, name FROM models").fetchall())
+            names = _models_in(db)
             rows = self._plan(db, window, filters).sums(db, {_MODEL_ID_OF: "r.model_id"})
             return [(names[row[0]], row[1:]) for row in rows]
 
@@ -3080,6 +3098,10 @@ def _cells_in(db, table: str, first: int = 0) -> set[tuple[int, ...]]:
     return set(db.execute(f"SELECT {columns}, {_ADDED} FROM {table} r WHERE bucket >= ? GROUP BY {columns}", (first,)))
 
 
+def _models_in(db) -> dict[int, str]:
+    return dict(db.execute("SELECT id, name FROM models").fetchall())
+
+
 def _keys_in(db) -> dict[int, str]:
     """Return the client keys by id, each as its fullest mask: what has one tag is one key; 0 is none."""
     rows = db.execute("SELECT id, name FROM client_keys ORDER BY LENGTH(name), name").fetchall()
@@ -3214,6 +3236,7 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
     if filters.key is not None:
         asked = {tag_of_mask(filters.key), f"#{filters.key.lower().lstrip('#')}"}
         asked.update(tag for tag, name in filters.names.items() if name == filters.key)
+        asked.update([""] if filters.key == "none" else [])
         listed = ", ".join(str(key_id) for key_id, mask in _keys_in(db).items() if tag_of_mask(mask) in asked)
         parts.append(f"{key} IN ({listed})")
     if filters.model is not None:
@@ -6054,6 +6077,8 @@ def api_summary(app: App, query: Query) -> dict[str, Any]:
         **_breakdowns(usage, filters, told),
         "failures": usage.failures,
         "outages": app.store.outages(window, now),
+        "first_record": (app.store.span() or [None])[0],
+        **({"choices": _choices(app, window, filters, usage)} if query.whole("choices", 0, 1, 0) else {}),
     }
 
 
@@ -6111,6 +6136,31 @@ def _breakdowns(usage: Usage, filters: Filters, told: Callable[[Any], dict[str, 
         "models": rows("model", lambda model: {"model": model}),
         "accounts": rows("account", account_columns),
         "keys": rows("key", key_columns),
+    }
+
+
+def _choices(app: App, window: Window, filters: Filters, usage: Usage) -> dict[str, Any]:
+    """Return what each filter can be set to under the other three, most requests first."""
+
+    def counts(name: str) -> Mapping[Any, int]:
+        if name == "status" or getattr(filters, name) is not None:
+            return app.store.choices(window, filters, name)
+        return {value: sum(usage.cells[cell][0] for cell in cells) for value, cells in usage.by(name).items()}
+
+    def options(name: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        found = [{**columns_of(value), "requests": n} for value, n in counts(name).items() if value is not None]
+        return sorted(found, key=operator.itemgetter("requests"), reverse=True)
+
+    def key_columns(key: str) -> dict[str, Any]:
+        return {"value": key or "none", "name": filters.names.get(tag_of_mask(key))}
+
+    statuses = options("status", lambda code: {"value": str(code)})
+    failed = sum(n for status, n in counts("status").items() if status != "ok")
+    return {
+        "account": options("account", lambda one: {"value": one.name, "name": owner_name(filters.names, one)}),
+        "model": options("model", lambda model: {"value": model}),
+        "key": options("key", key_columns),
+        "status": [*statuses, {"value": "failed", "requests": failed}],
     }
 
 

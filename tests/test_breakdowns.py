@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pytest
 from support import DATA, NOW, at, put, reading, run_sql
@@ -38,6 +39,32 @@ def test_key_filter_takes_mask_or_tag_for_sums_and_requests(site, key):
     assert keys_of(site.json(f"/api/summary?{query}")) == {AN: 2}
     assert {row["api_key"] for row in site.json(f"/api/requests?{query}")["requests"]} == {"… #4bdca8", AN}
     assert keys_of(site.json(f"/api/summary?{query}&model=gpt-5.4&status=failed")) == {}
+
+
+def test_requests_without_a_key_are_a_key_of_their_own(site):
+    put(site.store, *[at(1, api_key=mask) for mask in (AN, "", "")])
+    assert keys_of(site.json("/api/summary?range=24h&key=none")) == {None: 2}
+    assert [row["api_key"] for row in site.json("/api/requests?range=24h&key=none")["requests"]] == [None, None]
+
+
+@pytest.mark.parametrize("filters", [
+    {}, {"account": "an@example.com"}, {"model": "b"}, {"key": "none"}, {"status": "failed"}, {"status": "429"},
+    {"account": "an@example.com", "model": "a", "status": "ok"}, {"model": "none such", "key": AN},
+])  # fmt: skip
+def test_choices_of_a_filter_are_what_the_other_three_leave(site, filters):
+    people, outcomes = (("an@example.com", "x1"), ("bo@example.com", "x2")), ((0, None), (1, 429), (1, 500), (1, None))
+    kinds = itertools.product(people, "ab", (AN, ""), outcomes)
+    put(site.store, *[at(1, source=mail, auth_index=index, model=model, api_key=key, failed=failed, status_code=code)
+                      for n, ((mail, index), model, key, (failed, code)) in enumerate(kinds) for _ in range(n % 7 + 1)])
+    choices = site.json(f"/api/summary?{urlencode({**filters, 'range': '24h', 'choices': 1})}")["choices"]
+    for name, options in choices.items():
+        numbers = [option["requests"] for option in options if option["value"] != "failed"]
+        assert numbers == sorted(numbers, reverse=True)
+        told = {option["value"]: option["requests"] for option in options}
+        assert len(told) == len(options) == {"status": 4}.get(name, 2) or filters
+        for value in {**told, filters.get(name): None} if name in filters else told:
+            answer = site.json(f"/api/summary?{urlencode({**filters, 'range': '24h', name: value})}")
+            assert answer["summary"]["requests"] == told.get(value, 0)
 
 
 @pytest.mark.parametrize("key", ["#aaaaaa", "sk-…1111", "%", "#"])
