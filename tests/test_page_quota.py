@@ -60,7 +60,7 @@ def test_window_whose_reset_has_passed_is_due_in_words_and_without_a_percentage(
     text = page.account(AN)
     assert "reset due" in text and "Reset due" in text and "62%" not in text and "5%" in text
     page.click("#lang-vi")
-    page.wait_for_text("#accounts", "đến giờ đặt lại")
+    page.wait_for_text("#accounts", "đã đến giờ reset")
 
 
 def test_forecasts_are_told_only_where_there_are_any(page, site, between):
