@@ -412,7 +412,7 @@ def test_keyboard_alone_reaches_and_operates_everything(page, site):
         page.press("Tab")
         name, outlined = page.script("""
           const e = document.activeElement, s = getComputedStyle(e);
-          const name = e.id || e.dataset.kind || e.dataset.sort || e.className;
+          const name = e.id || e.dataset.kind || e.dataset.sort || e.className.split(' ')[0];
           return [e === document.body ? null : name, s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2];""")
         if name is None:
             break

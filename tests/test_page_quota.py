@@ -34,6 +34,24 @@ def test_accounts_show_usage_and_quota_with_the_three_colours(page, site):
     assert colours == [True, True, True]
 
 
+def test_name_without_room_is_cut_in_its_middle_so_that_two_of_one_mail_are_told_apart(page, site, between):
+    names = [f"grace.brewster.murray.hopper@statistics.example.org (#{tag})" for tag in ("ff5dd6", "eb3c6f")]
+
+    def rename(body):
+        body["accounts"] = [{**body["accounts"][0], "account": name, "auth_index": name} for name in names]
+
+    between.changes["/api/summary"] = rename
+    page.open(server=between)
+    for width in (1101, 1366):
+        page.resize(width, 800)
+        page.wait_until(f"innerWidth === {width}")
+        told = page.all("#accounts .link", "[e.textContent, ...[...e.children].map((s) => s.scrollWidth - s.clientWidth)]")
+        assert [name for name, *_ in told[:2]] == names
+        assert [(cut > 20, whole) for _, cut, whole in told[:2]] == 2 * [(True, 0)]
+        end = "e.getBoundingClientRect().right"
+        assert page.one("#accounts .cut", f"{end} >= ((e) => {end})(e.lastChild)")
+
+
 def test_countdown_pace_and_source_of_a_reading_are_told(page, site, between):
     between.change_quotas(an={"source": "traffic"})
     page.open(server=between)
