@@ -42,7 +42,7 @@ def test_name_without_room_is_cut_in_its_middle_so_that_two_of_one_mail_are_told
 
     between.changes["/api/summary"] = rename
     page.open(server=between)
-    for width in (1101, 1366):
+    for width in (320, 768, 1101, 1366):
         page.resize(width, 800)
         page.wait_until(f"innerWidth === {width}")
         told = page.all("#accounts .link", "[e.textContent, ...[...e.children].map((s) => s.scrollWidth - s.clientWidth)]")
