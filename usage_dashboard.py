@@ -1973,24 +1973,24 @@ def _step_roll_ups(db) -> list[str]:
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
-    db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
-    for table in ("usage_by_quarter", "usage_by_hour", "usage_by_day", "usage_by_week"):
-        db.execute(
-            f"CREATE TABLE {table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, model_id INTEGER NOT NULL, "
-            f"key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, {sums}, PRIMARY KEY(bucket, {_STEP_6_CELL})) "
-            "WITHOUT ROWID"
-        )
     _sum_up_rows(db, floor)
     if floor and "usage_by_hour" in old:
-        _keep_old_sums(db, floor)
-    for table, finer, buckets in (("usage_by_day", "usage_by_hour", 24), ("usage_by_week", "usage_by_day", 7)):
+        _add_old_sums(db, floor)
+    db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
+    db.execute(f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM summed GROUP BY bucket")
+    for table, quarters in (("quarter", 1), ("hour", 4), ("day", 96), ("week", 672)):
+        speeds, joined = (", speeds BLOB", ", join_speeds(NULL, group_concat(speeds, ''))") if quarters > 1 else ("", "")
         db.execute(
-            f"INSERT INTO {table} SELECT bucket / {buckets} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM {finer} "
-            f"GROUP BY b, {_STEP_6_CELL}"
+            f"CREATE TABLE usage_by_{table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, "
+            "model_id INTEGER NOT NULL, key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, "
+            f"{sums}{speeds}, PRIMARY KEY(bucket, {_STEP_6_CELL})) WITHOUT ROWID"
         )
-    for table in old:
-        db.execute(f"DROP TABLE old_{table}")
-    _keep_speeds(db, floor)
+        db.execute(
+            f"INSERT INTO usage_by_{table} SELECT bucket / {quarters} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED}{joined} "
+            f"FROM summed GROUP BY b, {_STEP_6_CELL}"
+        )
+    for table in (*(f"old_{table}" for table in old), "summed"):
+        db.execute(f"DROP TABLE {table}")
     _keep_accounts(db)
     # The number of rows that were not counted as they were stored; a 3.0.0 that was still adopting had counted some.
     db.execute(
@@ -2091,89 +2091,47 @@ def _add_keys_and_reasons(db) -> None:
 
 
 def _sum_up_rows(db, floor: int) -> None:
-    """Fill quarter, hour and time from the rows at and above the floor (in buckets of 900 s)."""
-    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0))" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
-    counts += ", SUM(failed AND status_code IS 429), SUM(IFNULL(e.cache_write_tokens, 0))"
+    """Sum up the rows at and above the floor (in buckets of 900 s), with the speeds of successes."""
+    counts = ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _STEP_6_OLD_SUMS.split(", ")[1:])
     db.execute(
-        "INSERT INTO usage_by_quarter SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS b, COALESCE(c.identity_id, "
+        "CREATE TEMP TABLE summed AS SELECT CAST(e.ts_epoch AS INTEGER) / 900 AS bucket, COALESCE(c.identity_id, "
         "(SELECT id FROM identities WHERE auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') "
-        "AND source = IFNULL(e.source, ''))) AS i, "
-        "(SELECT id FROM models WHERE name = IFNULL(e.model, 'unknown')) AS m, IFNULL(c.key_id, -1) AS k, "
-        f"IFNULL(e.reason_id, 0) AS r, COUNT(*), {counts} FROM events e LEFT JOIN contexts c ON c.id = e.context_id "
-        "WHERE e.ts_epoch >= ? GROUP BY b, i, m, k, r",
+        "AND source = IFNULL(e.source, ''))) AS identity_id, "
+        "(SELECT id FROM models WHERE name = IFNULL(e.model, 'unknown')) AS model_id, "
+        f"IFNULL(c.key_id, -1) AS key_id, IFNULL(e.reason_id, 0) AS reason_id, COUNT(*) AS requests, {counts}, "
+        "SUM(failed AND status_code IS 429) AS rate_limited, SUM(IFNULL(e.cache_write_tokens, 0)) AS "
+        "cache_write_tokens, group_concat(CASE WHEN NOT e.failed THEN hex(speeds_of(IFNULL(e.latency_ms, -1), "
+        "IFNULL(e.ttft_ms, -1), e.output_tokens)) END, '') AS speeds FROM events e "
+        "LEFT JOIN contexts c ON c.id = e.context_id WHERE e.ts_epoch >= ? GROUP BY 1, 2, 3, 4, 5",
         (floor * 900,),
     )
+
+
+def _add_old_sums(db, floor: int) -> None:
+    """Add what is below the floor; what is before 2020 comes of rows that had no sound time.
+
+    3.0.0 kept quarters by account, and hours by account and model: each hour's cells are dealt out to its quarters in
+    their order, as two rulers laid side by side, so that every cell and every quarter keep their sums.
+    """
+    tokens = _STEP_6_OLD_SUMS.split(", ")[2:]
+    dealt, kept = ["passed", "failed", *tokens], ", ".join(tokens)
+    ends = ", ".join(f"SUM({name}) OVER side AS {name}_end" for name in dealt)
+    side = f"SELECT *, {ends} FROM ({{}}) WINDOW side AS (PARTITION BY hour, identity_id ORDER BY {{}})"
+    quarters = f"SELECT bucket / 4 AS hour, bucket, identity_id, requests - failed AS passed, failed, {kept} "
+    quarters += "FROM old_usage_by_account WHERE bucket >= 1753152 AND bucket < ?1"
+    cells = "SELECT bucket AS hour, identity_id, model_id, status, requests * (status = 0) AS passed, "
+    cells += f"requests * status AS failed, {kept} FROM old_usage_by_hour WHERE bucket >= 438288 AND bucket < ?1 / 4"
+    parts = (
+        f"MAX(0, MIN(q.{name}_end, c.{name}_end) - MAX(q.{name}_end - q.{name}, c.{name}_end - c.{name})) AS {name}"
+        for name in dealt
+    )
     db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket / 4 AS b, {_STEP_6_CELL}, {_STEP_6_ADDED} FROM usage_by_quarter "
-        f"GROUP BY b, {_STEP_6_CELL}"
+        f"INSERT INTO summed SELECT bucket, identity_id, model_id, -1, status, passed + failed, failed, {kept}, 0, 0, "
+        f"NULL FROM (SELECT q.bucket, identity_id, model_id, status, {', '.join(parts)} "
+        f"FROM ({side.format(quarters, 'bucket')}) q JOIN ({side.format(cells, 'model_id, status')}) c "
+        f"USING (hour, identity_id)) WHERE {' + '.join(dealt)} > 0",
+        (floor,),
     )
-    db.execute(f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM usage_by_quarter GROUP BY bucket")
-
-
-def _keep_old_sums(db, floor: int) -> None:
-    """Keep what is below the floor: time and hours as they are; quarters are made from two old tables."""
-    for table, first in (("time", 1753152), ("account", 1753152), ("hour", 438288)):  # of rows that had no sound time
-        db.execute(f"DELETE FROM old_usage_by_{table} WHERE bucket < ?", (first,))
-    db.execute("INSERT INTO usage_by_time SELECT *, 0, 0 FROM old_usage_by_time WHERE bucket < ?", (floor,))
-    db.execute(
-        f"INSERT INTO usage_by_hour SELECT bucket, identity_id, model_id, -1, status, {_STEP_6_OLD_SUMS}, 0, 0 "
-        "FROM old_usage_by_hour WHERE bucket < ?",
-        (floor // 4,),
-    )
-    # 3.0.0 kept quarters by account and by model, never by both: here each hour's cells are dealt out to its quarters
-    # so that every cell of the hour and every quarter of an account keep their sums.
-    tokens = ", ".join(_STEP_6_OLD_SUMS.split(", ")[2:])
-    queries = (
-        (f"bucket, identity_id, model_id, status, requests, {tokens} FROM old_usage_by_hour", floor // 4),
-        (f"bucket / 4, identity_id, bucket, requests - failed, failed, {tokens} FROM old_usage_by_account", floor),
-    )
-    tables = [db.execute(f"SELECT {query} WHERE bucket < ? ORDER BY 1, 2, 3", (end,)) for query, end in queries]
-    for (key, parts), (_, quarters) in zip(*(itertools.groupby(table, operator.itemgetter(0, 1)) for table in tables)):
-        cells, quarters, rows = list(parts), list(quarters), {}
-        for column in range(7):  # requests that passed, those that failed, and five kinds of tokens
-            givers = [[cell[2:4], cell[max(4, column + 3)]] for cell in cells if column > 1 or cell[3] == column]
-            for bucket, cell, amount in _dealt([(row[2], row[column + 3]) for row in quarters], givers):
-                rows.setdefault((bucket, *cell), [0] * 6)[max(0, column - 1)] += amount
-        db.executemany(
-            "INSERT INTO usage_by_quarter VALUES (?, ?, ?, -1, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
-            [
-                (bucket, key[1], model, status, requests, requests * status, *counts)
-                for (bucket, model, status), (requests, *counts) in rows.items()
-            ],
-        )
-
-
-def _dealt(takers: list[tuple[Any, int]], givers: list[list[Any]]) -> Iterator[tuple[Any, Any, int]]:
-    """Deal amounts out in order, by the north-west corner rule: both sides keep their sums."""
-    for taker, wanted in takers:
-        while wanted and givers:
-            taken = min(wanted, givers[0][1])
-            yield taker, givers[0][0], taken
-            wanted -= taken
-            givers[0][1] -= taken
-            if not givers[0][1]:
-                del givers[0]
-
-
-def _keep_speeds(db, floor: int) -> None:
-    """Keep the speeds of successes beside the hours and days, from the rows at and above the retention floor."""
-    for table in ("usage_by_hour", "usage_by_day", "usage_by_week"):
-        db.execute(f"ALTER TABLE {table} ADD COLUMN speeds BLOB")
-    rows = db.execute(
-        "SELECT CAST(e.ts_epoch AS INTEGER) / 3600, COALESCE(c.identity_id, (SELECT id FROM identities WHERE "
-        "auth_index = IFNULL(CAST(e.auth_index AS TEXT), '') AND source = IFNULL(e.source, ''))) AS i, "
-        "m.id, IFNULL(c.key_id, -1) AS k, group_concat(hex(speeds_of(IFNULL(e.latency_ms, -1), "
-        "IFNULL(e.ttft_ms, -1), e.output_tokens)), '') FROM events e JOIN models m ON m.name = "
-        "IFNULL(e.model, 'unknown') LEFT JOIN contexts c ON c.id = e.context_id "
-        "WHERE NOT e.failed AND e.ts_epoch >= ? GROUP BY 1, i, m.id, k",
-        (floor * 900,),
-    ).fetchall()
-    for table, hours in (("usage_by_hour", 1), ("usage_by_day", 24), ("usage_by_week", 168)):
-        db.executemany(
-            f"UPDATE {table} SET speeds = join_speeds(speeds, ?) WHERE bucket = ? AND identity_id = ? "
-            "AND model_id = ? AND key_id = ? AND reason_id = 0",
-            ((told, hour // hours, *cell) for hour, *cell, told in rows),
-        )
 
 
 def _keep_accounts(db) -> None:
