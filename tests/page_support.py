@@ -230,6 +230,10 @@ class Page:
         self.click(f"#lang-{lang}")
         self.wait_until(f"document.documentElement.lang === '{lang}'")
 
+    def picked(self, name):
+        """Return what a select of the filter line shows."""
+        return self.one(f"#f-{name}", "e.selectedOptions[0].textContent")
+
     def figure(self, name):
         """Return a figure exactly."""
         return int(self.one(f"#kpi-{name}", "e.title").replace(",", ""))

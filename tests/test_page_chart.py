@@ -215,7 +215,7 @@ def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
     assert len(page.all("#filters .chip")) == 1
     page.script("history.back()")
     page.wait_for_requests(3)
-    assert page.one("#filters", "e.hidden")
+    assert page.one("#chips", "e.hidden")
 
 
 def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):

@@ -104,11 +104,11 @@ def test_forecasts_are_told_only_where_there_are_any(page, site, between):
     assert "lasts until the reset" in cell(page, AN, "p7", "e.firstChild.title")
     clock = "new Intl.DateTimeFormat('en-GB', {hour: '2-digit', minute: '2-digit'}).format(arguments[0] * 1000)"
     dry, lasts = (page.js(clock, site.now + hours * HOUR) for hours in (1, 3))
-    note = page.text("#accounts-note")
-    assert re.search(rf"5h 41% left \(runs dry (\w+ )?{dry}\)", note)
-    assert "7d 54% left9h" in note.replace(" · ", "")  # without a forecast nothing is said
-    assert "30d" not in note  # one account is no pool
-    assert re.search(rf"9h 70% left \(lasts to (\w+ )?{lasts}\)", note)
+    told = [" ".join(words.split()) for words in page.all("#pool .pool", "e.innerText")]
+    assert len(told) == 3  # one account is no pool
+    assert re.fullmatch(rf"5h 41% left runs dry (\w+ )?{dry}", told[0])
+    assert told[1] == "7d 54% left"  # without a forecast nothing is said
+    assert re.fullmatch(rf"9h 70% left lasts to (\w+ )?{lasts}", told[2])
 
 
 def test_what_windows_are_worth_stands_beside_them_and_their_history_in_the_details(page, site, between):
@@ -175,7 +175,8 @@ def test_failures_stand_in_words_beside_the_last_good_value_and_its_age(page, si
     failed = page.account(AN)
     assert all(word in failed for word in ("Backing off", "62%", "last good reading 3h ago"))
     assert "Switched off" in page.account(WEEKLY)
-    assert "0 of 3 with quota left" in page.text("#accounts-note")  # who is switched off does not count
+    assert "0 of 2 accounts usable" in page.text("#pool")  # who is switched off does not count
+    assert "1 could not be read" in page.text("#pool") and page.text("#need") == "1 account needs you"
     page.click("#lang-vi")
     page.wait_for_text("#accounts", "số liệu tốt gần nhất 3 giờ trước")
     assert "said in English" not in page.js("document.documentElement.outerHTML")
@@ -204,10 +205,11 @@ def test_account_without_a_window_or_a_reading_is_not_counted_and_one_on_credits
     text = page.account("none@example.com")
     assert "⚪ No quota window" in text and "Active" not in text
     assert "Active" in page.account("credits@example.com") and "0%" in page.account("credits@example.com")
-    assert page.text("#accounts-note").startswith("3 of 5 with quota left1 not read yet")
+    assert page.text("#pool h2") == "4 of 6 accounts usable"
+    assert "1 not read yet · Refresh Quota reads them" in page.text("#pool")
     assert cell(page, WEEKLY, "reset", "e.firstChild.textContent") == "—"
     page.click("#lang-vi")
-    page.wait_for_text("#accounts-note", "1 chưa đọc")
+    page.wait_for_text("#pool", "1 chưa đọc")
 
 
 def save_reply(site, email, **reply):
