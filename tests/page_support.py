@@ -41,11 +41,13 @@ const kindAt = (x, y) => {
   const found = pixel[3] > 100 && legend.find(([, colour]) => colour.every((part, i) => Math.abs(part - pixel[i]) < 3));
   return found ? found[0] : null;
 };
+const faint = new Set();
 const bars = [...Array(count).keys()].map((index) => {
   const x = Math.round(left + (index + .5) * slot), bar = {};
   for (let y = 0; y < height; y += 1) {
     const kind = kindAt(x, y);
     if (kind) bar[kind] = (bar[kind] ?? 0) + 1 / k;
+    if (kind && rgba(x, y)[3] < 200 && y < base) faint.add(index);
   }
   return bar;
 });
@@ -54,7 +56,7 @@ for (let index = 0; index < count; index += 1) {
   const x = Math.round(left + index * slot), y = base + Math.round(3 * k);
   if (inked(x - 1, y) || inked(x, y) || inked(x + 1, y)) marks.push(index);
 }
-return {left: left / k, slot: slot / k, top: Math.min(...lines) / k, base: base / k, bars, marks};
+return {left: left / k, slot: slot / k, top: Math.min(...lines) / k, base: base / k, bars, marks, faint: [...faint]};
 """
 
 
@@ -254,9 +256,12 @@ class Page:
         return self.text("#chart-readout")
 
     def buckets(self):
-        """Return the rows of the table behind the canvas as (time, requests, tokens, failed)."""
-        rows = self.all("#chart-body tr", "[...e.cells].map((c) => c.textContent)")
-        return [(row[0], *(int(row[i].replace(",", "")) for i in (1, 2, 8))) for row in rows]
+        """Return the rows of the table behind the canvas as (time, requests, tokens, failed), unknown ones as None."""
+        rows = self.all("#chart-body tr", "[...e.cells].map((c) => c.textContent.replaceAll(',', ''))")
+        times = self.all("#chart-body th")
+        return [
+            (time, *(None if row[i] == "—" else int(row[i]) for i in (1, 2, 8))) for time, row in zip(times, rows)
+        ]
 
     def check(self):
         errors = self.browser.console_errors()

@@ -111,9 +111,15 @@ def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page,
 
 def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
     page.open()
-    hours = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")["hours"]
-    assert [row[1:] for row in page.buckets()] == [(h["requests"], h["total_tokens"], h["failed"]) for h in hours]
+    told = site.json("/api/summary?range=24h&bucket=auto&tz_offset=0")
+    nothing = (None, None, None)  # nobody counted before the first record
+    sums = [(h["requests"], h["total_tokens"], h["failed"]) for h in told["hours"]]
+    starts = [h["start"] for h in told["hours"]]
+    early = [start + HOUR <= told["first_record"] for start in starts]
+    assert [row[1:] for row in page.buckets()] == [nothing if no else own for no, own in zip(early, sums)]
+    assert [row[0].endswith(", not recorded yet") for row in page.buckets()] == early and sum(early) > 20
     assert page.one("#chart", "e.getAttribute('aria-valuetext')").startswith("Last 24 hours, 98.3k tokens")
+    assert page.hover(0) == page.buckets()[0][0]
 
 
 @pytest.mark.parametrize("start, end, expected", [
@@ -132,8 +138,8 @@ def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
      {"2025-01-02T00:30:00+01:00": 1, "2025-01-02T23:30:00+01:00": 1, "2025-01-03T00:10:00+01:00": 2}),
 ])  # fmt: skip
 def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, empty, start, end, expected):
-    put(empty.store, *[event(at=at) for at in moments(*expected)])
     first, last = moments(start, end)
+    put(empty.store, *[event(at=at) for at in [first - HOUR, *moments(*expected)]])
     with zone(page, "Europe/Berlin"):
         rows = page.open(f"?range=7d&start={first:.0f}&end={last:.0f}").buckets()
     day = datetime.date.fromisoformat(start[:10])
@@ -143,7 +149,8 @@ def test_days_begin_at_local_midnight_also_over_a_change_of_the_clocks(page, emp
 
 
 def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_time(page, empty):
-    put(empty.store, *[event(at=at) for at in moments("2025-07-01T23:30:00-04:00", "2025-07-02T00:30:00-04:00")])
+    put(empty.store, *[event(at=at) for at in moments("2024-07-01T00:00:00Z", "2025-07-01T23:30:00-04:00",
+                                                      "2025-07-02T00:30:00-04:00")])  # fmt: skip
     first, last, winter = moments("2025-01-01T00:00:00-05:00", "2025-12-01T00:00:00-05:00", "2025-12-15T00:00:00-05:00")
     with page.before_load(f"Date.now = () => {winter * 1000:.0f}"), zone(page, "America/New_York"):
         rows = page.open(f"?range=all&start={first:.0f}&end={last:.0f}").buckets()
@@ -154,7 +161,8 @@ def test_days_begin_at_local_midnight_also_where_only_the_middle_has_another_tim
 
 
 def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(page, empty):
-    put(empty.store, *[event(at=at) for at in moments("2025-10-24T05:59:00+02:00", "2025-10-28T06:00:00+01:00")])
+    put(empty.store, *[event(at=at) for at in moments("2025-10-01T00:00:00Z", "2025-10-24T05:59:00+02:00",
+                                                      "2025-10-28T06:00:00+01:00")])  # fmt: skip
     first, last = moments("2025-10-22T00:00:00+02:00", "2025-10-29T00:00:00+01:00")
     page.resize(2560, 1000)
     with zone(page, "Europe/Berlin"):
@@ -167,6 +175,7 @@ def test_hours_of_a_week_are_cut_by_the_wall_clock_over_a_change_of_the_clocks(p
 
 
 def test_today_is_told_by_the_hour_from_its_first_minute_to_midnight(page, site, between):
+    put(site.store, event(at=site.now - 30 * HOUR))
     page.open("?range=today", server=between)
     assert all("bucket=" not in path for path in between.asked if path.startswith("/api/summary"))
     assert page.buckets()[0][0].endswith("00:00–01:00")
@@ -198,6 +207,28 @@ def test_legend_isolates_a_kind_and_rescales(page, site):
     page.click("#legend [data-kind=reasoning]")
     page.wait_for("#chart-title", "!e.textContent.includes('Reasoning')")
     assert len(kinds_of(page.chart())) == 5
+
+
+@pytest.mark.parametrize("query, width, words, requests, more", [
+    ("range=24h", 1440, "13:00–14:00, from 13:57", 3, "still running"),
+    ("range=7d", 1440, "12:00–15:00, from 13:57", 63, "still running"),
+    ("range=90d", 320, "2 Jan – 3 Jan, from 2 Jan 13:57", 300, "still running"),
+    ("range=7d&start=1774524000&end=1774541400", 1440, "11:15–11:30, from 11:20", 10, "16:00–16:15, until 16:10"),
+])  # fmt: skip
+def test_bar_that_the_window_cuts_is_told_drawn_and_narrowed_to_as_what_it_covers(
+    page, empty, query, width, words, requests, more
+):
+    [empty.now] = moments("2026-04-02T13:57:00Z")
+    put(empty.store, *[event(at=empty.now - day * 24 * HOUR + 60 * n) for day in (1, 7, 90) for n in range(-300, 300)])
+    page.resize(width, 900)
+    with zone(page, "UTC"):
+        drawn = page.open(f"?{query}").chart()
+        last = len(drawn["bars"]) - 1
+        assert more in page.hover(last) and words in page.hover(0)
+        assert drawn["faint"] == [i for i in (0, last) if drawn["bars"][i]]
+        assert words in page.buckets()[0][0] and page.buckets()[0][1] == requests
+        page.press_mouse()
+        page.wait_for_requests(requests)
 
 
 def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
