@@ -6,7 +6,7 @@ import contextlib
 import datetime
 
 import pytest
-from page_support import HOUR, WORDS, tokens
+from page_support import HOUR, LANGS, WORDS, tokens
 from support import event, put
 
 import usage_dashboard as app
@@ -42,6 +42,22 @@ def test_bars_are_as_high_as_their_tokens(page, site):
     index, cached = highest(drawn)
     assert drawn["bars"][index]["input"] == pytest.approx(cached * 2_122 / 88_000, abs=1.6)
     assert cached == pytest.approx((drawn["base"] - drawn["top"]) * 88_000 / 100_000, abs=8)  # the grid shines through
+    thin = drawn["bars"][index]
+    assert min(thin["output"], thin["reasoning"]) >= 2  # about 1% of it: the largest kind makes room for them
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_kinds_stand_out_from_the_ground_and_from_their_neighbours(page, empty, dark):
+    put(empty.store, event(at=empty.now - 60, **tokens(5000, 2000, 4000, 2000, 9500)))
+    page.emulate(dark=dark)
+    page.open()
+    css = "getComputedStyle(e).backgroundColor.match(/\\d+/g).map((n) => n / 255)"
+    ground, *kinds = [sum(share * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+                          for share, c in zip((0.2126, 0.7152, 0.0722), colour)) + 0.05
+                      for colour in page.all("body, #legend i", css)]  # fmt: skip
+    contrast = [max(pair) / min(pair) for pair in (*((ground, kind) for kind in kinds), *zip(kinds[:4], kinds[1:5]))]
+    assert len(contrast) == 10 and min(contrast) >= 3
+    assert kinds_of(page.chart()) == {"cached", "input", "output", "reasoning", "other"}
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -79,6 +95,7 @@ def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, feat
 
 def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page, site, between):
     hour = int(site.now) // HOUR * HOUR
+    put(site.store, event(at=hour - 60 * HOUR))
     between.changes["/api/summary"] = lambda body: body.update(outages=[
         {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
         {"from": hour - 10 * HOUR, "to": hour - 9 * HOUR, "reason": "unreachable", "lost": False},
@@ -107,6 +124,20 @@ def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page,
         text = page.hover(last - back)
         assert "not recording" in text and WORDS[why][0] in text
         assert [key for key in ("chart.lost", "chart.kept") if WORDS[key][0] in text] == ([told] if told else [])
+        assert ("0 tokens" in text) is (back != 20)  # nobody knows of the hour that is lost
+    assert page.buckets()[last - 20][1:] == (None, None, None) and page.buckets()[last - 10][1] == 0
+    page.open("?range=7d", server=between, fresh=False)
+    for n, lang in enumerate(LANGS):
+        page.speak(lang)
+        down, cut, running, lost, kept, yet = (WORDS[f"chart.{key}"][n].replace(" {t}", "") for key in (
+            "down", "cut", "running", "lost", "kept", "yet"))  # fmt: skip
+        told = [f"{cut} / {running}", f"{down}, {lost}", f"{down}, {kept}", down, yet]
+        assert page.all("#legend .sign") == told
+        assert WORDS["least"][n].replace("{n}", ("98.4k tokens", "98,4k token")[n]) in page.text("#chart-readout")
+        assert page.text("#kpi-requests") == "≥ 4"
+    between.changes.clear()
+    page.open("?range=24h", server=between)
+    assert page.all("#legend .sign") == ["partly shown / still running"] and page.text("#kpi-requests") == "3"
 
 
 def test_table_and_words_behind_the_canvas_hold_the_same_numbers(page, site):
