@@ -708,6 +708,12 @@ def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
     return Misconfigured(message, "closed")
 
 
+def _fault_of_connection(error: Exception) -> QueueFault:
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return ConnectionClosed(clean=False)
+    return QueueFault(f"the connection to the queue broke: {os_reason(error)}")
+
+
 class RespClient:
     """RESP over one connection: commands out in one write, whole replies in."""
 
@@ -721,18 +727,14 @@ class RespClient:
         try:
             self.socket.sendall(b"".join(commands))
         except OSError as error:
-            raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
+            raise _fault_of_connection(error) from error
 
     def receive(self) -> Any:
         """Read the next whole reply."""
         try:
             return self._reader.read_reply()
-        except socket.timeout as error:
-            raise QueueFault("the queue does not answer in time") from error
-        except ConnectionResetError as error:
-            raise ConnectionClosed(clean=False) from error
         except (OSError, ValueError) as error:
-            raise QueueFault(f"the connection to the queue broke: {os_reason(error)}") from error
+            raise _fault_of_connection(error) from error
 
     def call(self, *words: Any) -> Any:
         """Send one command and read its reply."""
@@ -4842,13 +4844,6 @@ class Spool:
         with open(str(self.path), "ab", opener=_open_private) as stream:
             stream.write(_line_of_batch(sequence, parsed))
 
-    def replace(self, batches: Iterable[tuple[int, Parsed]]) -> None:
-        """Write these batches in place of all others, in one step. Raises OSError."""
-        path = f"{self.path}.new"
-        with open(path, "wb", opener=_open_private) as stream:
-            stream.writelines(itertools.starmap(_line_of_batch, batches))
-        os.replace(path, str(self.path))
-
     def sync(self) -> None:
         """Bring what was appended onto the disk. Raises OSError."""
         with open(str(self.path), "rb") as stream:
@@ -5041,20 +5036,10 @@ class Journal:
     def _follow_file(self) -> None:
         """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
         event = self._store.follow_file()
-        if event is None:
-            return
-        self._log.event("store", fault=event)
-        with self.logged_fault():
-            if not self._is_replayed:
-                self._batches = [*dict(self._left_behind()).items()]
-        # Numbers count from this file's mark, so that what waits is above it.
-        mark = self._store.counts["sequence"]
-        with self._lock, self.logged_fault():
-            self._batches = [(mark + number, parsed) for number, (_, parsed) in enumerate(self._batches, 1)]
-            self._sequence, self._is_replayed = mark + len(self._batches), True
-            self._unspooled = len(self._batches)
-            self.spool.replace(self._batches)
-            self._unspooled = 0
+        if event is not None:
+            self._log.event("store", fault=event)
+            # The mark in it is of other batches: it would take ours for stored.
+            self._store.put_meta("sequence", self._batches[0][0] - 1 if self._batches else self._sequence)
 
     @contextmanager
     def logged_fault(self) -> Iterator[None]:
@@ -5295,31 +5280,29 @@ class OutageLog:
         self._longest_turn_s = SHORTEST_RETENTION_S + 2 * poll_interval_s
         self._turn_s: float | None = None
         self._ahead_s = 0.0  # of the clock before the monotonic one
-        self._unwritten: tuple[float, str] | None = None
-        self._reason: str | None = None  # of the one that is open
+        self._open: tuple[float, str] | None = None  # since when, and why
 
     def begin(self, reason: str, at: float | None = None) -> None:
         """Record that recording stopped; an outage that is open already goes on, with its first reason."""
-        self._turn_s, self._reason = None, self._reason or reason
-        self._unwritten = self._unwritten or (self._clock() if at is None else at, reason)
-        with suppress(StoreError):  # written with the next chance; the state tells of the database
-            self._write_begin()
+        self._turn_s, self._open = None, self._open or (self._clock() if at is None else at, reason)
+        with suppress(StoreError):  # then it is written with its end; the state tells of the database
+            self._store.begin_outage(*self._open)
 
     def end(self, restart_lost: bool | None = None) -> None:
         """Record that recording goes on; where the proxy restarted, whether that lost records. Raises StoreError."""
-        self._write_begin()
+        if self._open is not None:
+            self._store.begin_outage(*self._open)
         self._store.end_outage(self._clock(), restart_lost=restart_lost)
-        self._reason = None
+        self._open = None
 
     def turn(self, publishing: bool | None) -> None:
         """Record as outages that the proxy publishes nothing, and that this machine slept longer than it remembers."""
-        if publishing is False and self._reason is None:
+        _, reason = self._open or (None, None)
+        # The database takes writes again where the turn came so far.
+        if reason == "storage_error" or (reason == "publishing_off" and publishing is not False):
+            self.end()
+        elif reason is None and publishing is False:
             self.begin("publishing_off")
-        elif publishing is not False and self._reason == "publishing_off":
-            self.end()
-        self._write_begin()
-        if self._reason == "storage_error":  # which is over: the database takes writes again
-            self.end()
         before, self._turn_s = self._turn_s, self._monotonic()
         ahead_s, self._ahead_s = self._ahead_s, self._clock() - self._turn_s
         if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
@@ -5328,11 +5311,6 @@ class OutageLog:
         if gap_s > self._longest_turn_s:
             self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
-
-    def _write_begin(self) -> None:
-        if self._unwritten is not None:
-            self._store.begin_outage(*self._unwritten)
-            self._unwritten = None
 
 
 class RefusedLogins:
@@ -5841,36 +5819,28 @@ class QuotaRefresher:
         self._store.forget_quota_accounts(gone)
 
 
-class Housekeeper:
-    """Do the hourly chores in small steps: register accounts, delete old events, downsample old readings."""
-
-    def __init__(
-        self, config: Config, store: Store, refresher: QuotaRefresher, log: Log, stop: threading.Event, clock=time.time
-    ):
-        self._config, self._store, self._refresher = config, store, refresher
-        self._log, self._stop, self._clock = log, stop, clock
-
-    def run(self) -> None:
-        """Do all chores each hour until ``stop``; a fault ends only this turn."""
-        while True:
-            try:
-                self._turn()
-            except Exception as error:  # the thread's loop
-                self._log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
-            if self._stop.wait(3600):
-                return
-
-    def _turn(self) -> None:
-        self._refresher.register_accounts()
-        now, span = self._clock(), self._store.span()
-        if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+def keep_house(
+    store: Store, refresher: QuotaRefresher, retention_days: int, log: Log, stop: threading.Event, clock=time.time
+) -> None:
+    """Do the chores each hour until ``stop``; a fault ends only this turn."""
+    while True:
+        try:
+            refresher.register_accounts()
+            _delete_old(store, retention_days, clock(), stop)
+        except Exception as error:  # the thread's loop
+            log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
+        if stop.wait(3600):
             return
-        self._store.downsample_snapshots(now - 14 * _DAY_S)
-        if self._config.retention_days:
-            before = now - self._config.retention_days * _DAY_S
-            while self._store.delete_some(before):
-                if self._stop.wait(0.02):
-                    return
+
+
+def _delete_old(store: Store, retention_days: int, now: float, stop: threading.Event) -> None:
+    """Downsample old readings and delete old events, in small steps."""
+    span = store.span()
+    if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
+        return
+    store.downsample_snapshots(now - 14 * _DAY_S)
+    while retention_days and store.delete_some(now - retention_days * _DAY_S) and not stop.wait(0.02):
+        pass
 
 
 # ------------------------------------------------------------------ web
@@ -7179,12 +7149,11 @@ def run_start(options: Any) -> int:
     config_path = options.config or BASE_DIR / "config.json"
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
-    chores = Housekeeper(config, store, refresher, log, stop)
     app = App(config, store, refresher, collector.status, log, flush=collector.journal.flush_for_reader)
     app.names = Names(config.names, config_path, log)
     closes = 'set in config.json "dashboard_password": "…", or "dashboard_host": "127.0.0.1" for this machine alone.'
     _announce(log, f"CLIProxyAPI Usage Dashboard {__version__}: %s", config, server.server_port, closes, options)
-    jobs = [collector.run, chores.run]
+    jobs = [collector.run, lambda: keep_house(store, refresher, config.retention_days, log, stop)]
     if config.alert_urls:
         alerter = Alerter(config, store, collector.status, log, stop)
         jobs.append(lambda: alerter.run(lambda: refresher.refreshing or refresher.state()["last_refresh"]))

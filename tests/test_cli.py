@@ -436,12 +436,12 @@ def test_corrected_key_is_noticed_without_a_restart(serve, program, proxy):
 PART_THAT_DIES = """
 import sys
 import usage_dashboard as app
-app.{part}.run = lambda self: None
+app.{part} = lambda *_: None
 sys.exit(app.main(["start", "--no-browser"]))
 """
 
 
-@pytest.mark.parametrize("part", ["Collector", "Housekeeper"])
+@pytest.mark.parametrize("part", ["Collector.run", "keep_house"])
 def test_part_that_ended_by_itself_ends_the_program_with_1(program, proxy, part):
     configure(program, cliproxy_port=proxy.port, management_password=KEY)
     (program.folder / "start.py").write_text(PART_THAT_DIES.format(part=part), encoding="utf-8")

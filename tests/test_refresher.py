@@ -433,10 +433,9 @@ class OneTurn(threading.Event):
         return self.turns <= 0
 
 
-def keep_house(bench, store, stop=None, **keys) -> list[str]:
-    config = app.Config(auth_dir=bench.config.auth_dir, **keys)
-    stop = stop or OneTurn()
-    app.Housekeeper(config, store, bench.refresher, app.Log(bench.stream), stop, clock=lambda: bench.now).run()
+def keep_house(bench, store, stop=None, retention_days=0) -> list[str]:
+    log, stop = app.Log(bench.stream), stop or OneTurn()
+    app.keep_house(store, bench.refresher, retention_days, log, stop, clock=lambda: bench.now)
     return bench.lines
 
 
