@@ -1975,21 +1975,22 @@ def _step_roll_ups(db) -> list[str]:
     for table in old:
         db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     sums = ", ".join(f"{name} INTEGER NOT NULL" for name in _STEP_6_SUMS.split(", "))
+    joined = ", join_speeds(NULL, group_concat(speeds, ''))"
     _sum_up_rows(db, floor)
     if floor and "usage_by_hour" in old:
         _add_old_sums(db, floor)
     db.execute(f"CREATE TABLE usage_by_time(bucket INTEGER PRIMARY KEY, {sums})")
     db.execute(f"INSERT INTO usage_by_time SELECT bucket, {_STEP_6_ADDED} FROM summed GROUP BY bucket")
     for table, quarters in (("quarter", 1), ("hour", 4), ("day", 96), ("week", 672)):
-        speeds, joined = (", speeds BLOB", ", join_speeds(NULL, group_concat(speeds, ''))") if quarters > 1 else ("", "")
+        has_speeds = quarters > 1
         db.execute(
             f"CREATE TABLE usage_by_{table}(bucket INTEGER NOT NULL, identity_id INTEGER NOT NULL, "
             "model_id INTEGER NOT NULL, key_id INTEGER NOT NULL, reason_id INTEGER NOT NULL, "
-            f"{sums}{speeds}, PRIMARY KEY(bucket, {_STEP_6_CELL})) WITHOUT ROWID"
+            f"{sums}{', speeds BLOB' * has_speeds}, PRIMARY KEY(bucket, {_STEP_6_CELL})) WITHOUT ROWID"
         )
         db.execute(
-            f"INSERT INTO usage_by_{table} SELECT bucket / {quarters} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED}{joined} "
-            f"FROM summed GROUP BY b, {_STEP_6_CELL}"
+            f"INSERT INTO usage_by_{table} SELECT bucket / {quarters} AS b, {_STEP_6_CELL}, {_STEP_6_ADDED}"
+            f"{joined * has_speeds} FROM summed GROUP BY b, {_STEP_6_CELL}"
         )
     for table in (*(f"old_{table}" for table in old), "summed"):
         db.execute(f"DROP TABLE {table}")
@@ -2117,21 +2118,22 @@ def _add_old_sums(db, floor: int) -> None:
     """
     tokens = _STEP_6_OLD_SUMS.split(", ")[2:]
     dealt, kept = ["passed", "failed", *tokens], ", ".join(tokens)
-    ends = ", ".join(f"SUM({name}) OVER side AS {name}_end" for name in dealt)
-    side = f"SELECT *, {ends} FROM ({{}}) WINDOW side AS (PARTITION BY hour, identity_id ORDER BY {{}})"
-    quarters = f"SELECT bucket / 4 AS hour, bucket, identity_id, requests - failed AS passed, failed, {kept} "
+    ends = ", ".join(f"SUM(b.{name}) AS {name}_end" for name in dealt)
+    ruler = f"SELECT a.*, {ends} FROM ({{0}} LIMIT -1) a JOIN ({{0}} LIMIT -1) b USING (hour, identity_id) "
+    ruler += "WHERE b.place <= a.place GROUP BY a.hour, a.identity_id, a.place"  # a limit lets SQLite index the parts
+    quarters = f"SELECT bucket / 4 AS hour, identity_id, bucket AS place, requests - failed AS passed, failed, {kept} "
     quarters += "FROM old_usage_by_account WHERE bucket >= 1753152 AND bucket < ?1"
-    cells = "SELECT bucket AS hour, identity_id, model_id, status, requests * (status = 0) AS passed, "
+    cells = "SELECT bucket AS hour, identity_id, 2 * model_id + status AS place, requests * (status = 0) AS passed, "
     cells += f"requests * status AS failed, {kept} FROM old_usage_by_hour WHERE bucket >= 438288 AND bucket < ?1 / 4"
-    parts = (
+    parts = ", ".join(
         f"MAX(0, MIN(q.{name}_end, c.{name}_end) - MAX(q.{name}_end - q.{name}, c.{name}_end - c.{name})) AS {name}"
         for name in dealt
     )
     db.execute(
-        f"INSERT INTO summed SELECT bucket, identity_id, model_id, -1, status, passed + failed, failed, {kept}, 0, 0, "
-        f"NULL FROM (SELECT q.bucket, identity_id, model_id, status, {', '.join(parts)} "
-        f"FROM ({side.format(quarters, 'bucket')}) q JOIN ({side.format(cells, 'model_id, status')}) c "
-        f"USING (hour, identity_id)) WHERE {' + '.join(dealt)} > 0",
+        "INSERT INTO summed SELECT bucket, identity_id, cell / 2, -1, cell % 2, passed + failed, failed, "
+        f"{kept}, 0, 0, NULL FROM (SELECT q.place AS bucket, identity_id, c.place AS cell, {parts} "
+        f"FROM ({ruler.format(quarters)}) q JOIN ({ruler.format(cells)}) c USING (hour, identity_id)) "
+        f"WHERE {' + '.join(dealt)} > 0",
         (floor,),
     )
 
