@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -692,20 +692,17 @@ def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10
             return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
         except (OSError, ValueError) as error:
             plain.close()
-            no_tls = Misconfigured(f'{host}:{port} does not speak TLS; set "cliproxy_tls": false', "closed")
-            raise _distrust(host, port, error) or no_tls from error
+            raise _tls_fault(f"{host}:{port}", error) from error
 
     return connect
 
 
-def _distrust(host: str, port: int, error: Any) -> QueueFault | None:
-    if not hasattr(error, "verify_message"):
-        return None
-    message = (
-        f"{host}:{port} shows a certificate that this system does not trust ({error.verify_message}); for a "
-        "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
-    )
-    return Misconfigured(message, "closed")
+def _tls_fault(place: str, error: Any) -> QueueFault:
+    found = f'{place} does not speak TLS; set "cliproxy_tls": false'
+    if hasattr(error, "verify_message"):
+        found = f"{place} shows a certificate that this system does not trust ({error.verify_message}); for a "
+        found += "self-signed one, start the dashboard with SSL_CERT_FILE=/path/to/that-certificate.pem"
+    return Misconfigured(found, "closed")
 
 
 def _fault_of_connection(error: Exception) -> QueueFault:
@@ -4521,11 +4518,12 @@ class ProxyApi:
                 return json.loads(content) if isinstance(content, bytes) else content
         except (OSError, HTTPException) as error:
             self.close()
-            said = f"{self._host}:{self._port} does not answer HTTP: {os_reason(error)}"
-            if isinstance(error, IncompleteRead):
-                said = "the management API broke off in the middle of an answer"
-            state = "refused" if isinstance(error, ConnectionRefusedError) else None
-            raise _distrust(self._host, self._port, error) or QueueFault(said, state) from error
+            place = f"{self._host}:{self._port}"
+            if hasattr(error, "verify_message"):
+                raise _tls_fault(place, error) from error
+            is_cut = isinstance(error, IncompleteRead)
+            said = f"{place} does not answer HTTP: {'the answer breaks off' if is_cut else os_reason(error)}"
+            raise QueueFault(said, "refused" if isinstance(error, ConnectionRefusedError) else None) from error
         except (ValueError, RecursionError):
             raise NotResp("the management API answered with something else than the JSON asked for") from None
         self.has_refused = status in (401, 403)
@@ -4970,7 +4968,8 @@ class Journal:
         with self._committing:
             try:
                 self._follow_file()
-                self._replay()
+                if not self._is_replayed:
+                    self._replay()
                 self._commit(list(self._batches))
             except StoreError:
                 self._is_stuck = True
@@ -5014,23 +5013,17 @@ class Journal:
             self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
 
     def _replay(self) -> None:
-        """Store what a previous run had popped but not committed, batch by batch. Raises StoreError."""
-        if self._is_replayed:
-            return
+        """Store what a previous run had popped but not committed, each batch once. Raises StoreError."""
         replayed = 0
         with self.logged_fault():
-            for sequence, parsed in self._left_behind():
-                self._store.store_batch(parsed, sequence, self._clock())
-                self._sequence = sequence
-                replayed += len(parsed.events)
+            for sequence, parsed in self.spool.read():
+                if self._store.store_batch(parsed, sequence, self._clock()):
+                    self._sequence = sequence
+                    replayed += len(parsed.events)
             self.spool.clear()
         self._is_replayed = True
         if replayed:
             self._log.event("spool", replayed=replayed)
-
-    def _left_behind(self) -> Iterator[tuple[int, Parsed]]:
-        """Yield the batches on the spool above the mark, each once."""
-        yield from (batch for batch in self.spool.read() if batch[0] > self._sequence)
         if self.spool.odd_lines:
             fault = f"{self.spool.odd_lines} lines are no batches"
             self._log.event("spool", fault=fault, kept_in=self.spool.odd_path.name)
@@ -5585,12 +5578,11 @@ class Collector:
         """Parse and spool what was popped, and return how many records were in it."""
         if not values:
             return 0
-        self._files.look(2.0)
+        self._follow_files(2.0)
         parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
         self._rival.note(parsed)
         self.journal.hold(parsed)
-        self._follow_files(2.0)
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)
@@ -5749,7 +5741,7 @@ class QuotaRefresher:
             message = 'no Codex account file to ask; set "auth_dir" to the proxy\'s auth-dir (v8: oauth.auth-dir)'
             raise ApiError(409, "no_account_files", message)
         self._progress = (0, 0)
-        thread = threading.Thread(target=self._round, args=(found,), name="quota", daemon=True)
+        thread = threading.Thread(target=self._round, args=found, name="quota", daemon=True)
         thread.start()
         return thread
 
@@ -5765,9 +5757,9 @@ class QuotaRefresher:
             self._log.line(f"refresh_quota: {problem}")
         return files, problems
 
-    def _round(self, found: tuple[list[AccountFile], list[str]]) -> None:
+    def _round(self, files: list[AccountFile], problems: list[str]) -> None:
         try:
-            self._refresh_all(*found)
+            self._refresh_all(files, problems)
         except StoreError as error:
             self._log.event("refresh_quota", fault=error)
         finally:
@@ -6665,15 +6657,8 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
 # ------------------------------------------------------------------ demo
 
 
-class _DemoSender(NamedTuple):
-    source: str
-    provider: str
-    plan: str
-    share: float
-    failing: float  # share of its requests
-    models: tuple[str, ...]
-    used: float = 0  # percent of its longest window by now
-    told: Mapping[str, Any] = {}  # beside its windows
+# Share of all requests and of its own that fail, percent used of its longest window, and what is told beside windows.
+_DemoSender = namedtuple("_DemoSender", "source provider plan share failing models used told", defaults=(0, {}))
 
 
 class DemoWorld:
@@ -6714,7 +6699,10 @@ class DemoWorld:
         self._write_account_files()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
-        self._record()
+        payloads = list(map(self._payload, self._arrive(self._born_at - 7 * 86400)))
+        for sequence, first in enumerate(range(0, len(payloads), 2000), 1):
+            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
+            self.store.store_batch(parsed, sequence, self._born_at)
         self._write_readings()
 
     def _write_account_files(self) -> None:
@@ -6744,13 +6732,6 @@ class DemoWorld:
             local = time.localtime(at)
             per_hour = self._PER_HOUR[local.tm_hour] * (0.35 if local.tm_wday >= 5 else 1.0)
             at += self._rng.expovariate(per_hour / 3600)
-
-    def _record(self) -> None:
-        """Store a week of requests."""
-        payloads = list(map(self._payload, self._arrive(self._born_at - 7 * 86400)))
-        for first in range(0, len(payloads), 2000):
-            parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
-            self.store.store_batch(parsed, self.store.counts["sequence"] + 1, self._born_at)
 
     def _payload(self, at: float) -> bytes:
         """Return a request as the proxy hands it over."""
