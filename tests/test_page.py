@@ -79,7 +79,7 @@ def test_share_is_never_told_as_all_or_none_while_it_is_neither(page, site, betw
 def test_rate_limited_requests_are_told_apart_where_failures_are_counted(page, empty):
     codes = enumerate([429, 429, 500, 401])
     put(empty.store, event(at=empty.now - 99), *[event(at=empty.now - n, failed=1, status_code=code) for n, code in codes])
-    for lang, told in (("vi", "4 lỗi, trong đó 2 do giới hạn tốc độ"), ("en", "4 failed, 2 of them rate-limited")):
+    for lang, told in (("vi", "4 lỗi, 2 do rate limit"), ("en", "4 failed, 2 rate-limited")):
         page.open("?range=24h").speak(lang)
         assert page.text("#sub-requests") == told and told in page.text("#chart-readout")
         assert page.js("document.querySelector('#accounts .fl[title]').title") == told
@@ -291,7 +291,7 @@ def test_side_panel_shows_one_breakdown_at_a_time_whose_rows_filter_and_remember
     assert page.js("document.activeElement.id") == "tab-keys"
     told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
     assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "DIV", "DIV"]  # who has no key cannot be asked for
-    assert re.fullmatch(r"An's laptop 720 60% 6 requests · median 0\.9s · \$0\.00\d+ at list price", told[0][0])
+    assert re.fullmatch(r"An's laptop 720 60% 6 requests · half within 0\.9s · \$0\.00\d+ at list price", told[0][0])
     names = ["sk-…0042 #0042ab", "without a key", "key no longer known"]
     assert [words.startswith(name) for (words, _), name in zip(told[1:], names)] == [True] * 3
     page.click("#panel li:nth-child(2) button")
@@ -320,18 +320,42 @@ def test_lines_under_the_figures_tell_speed_list_price_and_the_change(page, site
 
     between.changes["/api/summary"] = change
     page.open(server=between)
-    assert page.text("#sub-requests") == "1 failed, 1 of them rate-limited\nmedian 8.2s, first token 1.6s"
-    assert page.text("#sub-total").startswith("$41.20 at list price\n▼ 1.7% on the time before")
-    assert page.text("#sub-output").endswith("92 tokens/s")
+    assert page.text("#sub-requests") == "1 failed, 1 rate-limited\nhalf within 8.2s"
+    assert page.text("#sub-total") == "$41.20 at list price\n−2% on the time before"
+    assert page.text("#sub-output").endswith("92 tokens/s, first after 1.6s")
+    assert page.text("#sub-input") == "95.5% from cache\n4,284 uncached input"
+    assert page.text("#sub-reasoning").endswith("1,469 answer")  # as the legend has it
     assert "standard tier, by the list prices of November 2026" in page.one("#sub-total", "e.title")
     facts = {"cost_usd": 1234.5, "unpriced_tokens": 1420}, {"total_tokens": 40_000}
     page.click("#lang-vi")
     page.click("#refresh")
-    page.wait_for_text("#sub-total", "giá niêm yết ít nhất 1.235\u00a0$▲ 146% so với khoảng trước")
+    page.wait_for_text("#sub-total", "giá niêm yết ≥ 1.235\u00a0$+146% so với trước đó")
     assert "1.420 token thuộc model chưa có giá" in page.one("#sub-total", "e.title")
     facts = {"cost_usd": None}, None
     page.click("#refresh")
-    page.wait_for("#sub-total", "e.textContent === '32,8k/yêu cầu'")
+    page.wait_for("#sub-total", "e.textContent === '32,8k/yêu cầu—'")
+
+
+@pytest.mark.parametrize("scale, dark", [(1, False), (2, True)])
+def test_figure_tells_exactly_at_a_press_and_draws_its_course_where_something_was_recorded(page, site, scale, dark):
+    page.resize(390, 844, scale)
+    page.emulate(dark=dark)
+    page.open()
+    page.script("document.querySelector('#kpi-total button').focus()")
+    page.press("Enter")
+    assert page.all(".figure") == ["3", "98,303", "94,332", "3,971", "2,502"]
+    page.click("#kpi-total button")
+    assert page.text("#kpi-total") == "98.3k"
+    told = page.one("#course-total", "e.ariaLabel")
+    assert re.fullmatch(r"Latest [\d.k]+ \(.*\), highest 93\.1k \(.*\)", told)
+    sharp, pixels = page.one("#course-total", """(() => {
+      const d = e.getContext('2d').getImageData(0, 0, e.width, e.height).data, pixels = [];
+      d.forEach((a, i) => { if (i % 4 === 3 && a) pixels.push([a, (i >> 2) % e.width / e.width, ...d.slice(i - 3, i)]); });
+      return [e.width === e.clientWidth * devicePixelRatio, pixels.sort((a, b) => a[0] - b[0])];
+    })()""")
+    accent = page.one("#refresh-quota", "getComputedStyle(e).backgroundColor.match(/\\d+/g).map(Number)")
+    assert sharp and pixels[-1][2:] == pytest.approx(accent, abs=3)
+    assert 0.8 < min(pixel[1] for pixel in pixels) < 0.95 < max(pixel[1] for pixel in pixels)
 
 
 def test_yesterday_and_two_dates_are_local_days_that_address_and_reload_keep(page, empty, between):
