@@ -280,6 +280,34 @@ def test_click_on_a_bar_narrows_everything_to_it_and_back_undoes_it(page, site):
     assert page.one("#chips", "e.hidden")
 
 
+def test_drag_reads_its_span_out_escape_gives_it_up_and_letting_go_narrows_to_it(page, site):
+    page.open()
+    drawn, (left, top) = page.chart(), page.one("#chart", "[e.getBoundingClientRect().x, e.getBoundingClientRect().y]")
+    before, last = page.text("#chart-readout"), len(drawn["bars"]) - 1
+
+    def drag():
+        for kind, index in (("mousePressed", last), ("mouseMoved", last - 3)):
+            place = {"x": left + drawn["left"] + (index + 0.5) * drawn["slot"], "y": top + 30}
+            page.cdp("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+        page.wait_for_text("#chart-readout", " · 98.3k tokens · 3 requests · 1 failed")
+        assert page.text("#chart-readout") != before
+        return lambda: page.cdp("Input.dispatchMouseEvent", type="mouseReleased", button="left", clickCount=1, **place)
+
+    let_go = drag()
+    page.press("Escape")
+    page.wait_for("#chart-readout", f"e.textContent === {before!r}")
+    let_go()
+    assert "start=" not in page.js("location.search") and page.text("#live") == ""
+    drag()()
+    page.wait_until("location.search.includes('start=')")
+    page.wait_for("#live", "e.textContent === '98.3k tokens, 3 requests'")
+    page.script("document.querySelector('#live').textContent = ''")
+    put(site.store, event(at=site.now - 30))
+    page.click("#refresh")
+    page.wait_for_requests(4)
+    assert page.text("#live") == ""  # only what its reader asked for is announced
+
+
 def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):
     page.open()
     drawn = page.chart()
