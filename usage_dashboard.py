@@ -673,28 +673,24 @@ def _reply_number(text: bytes) -> int:
     return int(text)
 
 
-def tcp_connector(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> Callable[[], socket.socket]:
-    """Return a function that opens a connection; ``timeout_s`` limits each wait. Raises QueueFault with the remedy."""
+def connect_tcp(host: str, port: int, tls: bool = False, timeout_s: float = 10.0) -> socket.socket:
+    """Open a connection; ``timeout_s`` limits each wait. Raises QueueFault with the remedy."""
+    try:
+        plain = socket.create_connection((host, port), timeout=timeout_s)
+    except (OSError, UnicodeError) as error:
+        state = "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
+        raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if not tls:
+        return plain
+    import ssl
 
-    def connect() -> socket.socket:
-        try:
-            plain = socket.create_connection((host, port), timeout=timeout_s)
-        except (OSError, UnicodeError) as error:
-            state = "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
-            raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not tls:
-            return plain
-        import ssl
-
-        try:  # without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side
-            return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-        except (OSError, ValueError) as error:
-            plain.close()
-            raise _tls_fault(f"{host}:{port}", error) from error
-
-    return connect
+    try:  # without ALPN: the proxy sends every connection that negotiated http/1.1 to its HTTP side
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    except (OSError, ValueError) as error:
+        plain.close()
+        raise _tls_fault(f"{host}:{port}", error) from error
 
 
 def _tls_fault(place: str, error: Any) -> QueueFault:
@@ -1464,12 +1460,8 @@ class Account:
     """One row of the accounts table, as the identities that count for it tell; ``account`` is what a file decided."""
 
     def __init__(self, identities: Sequence[Identity]):
-        self.identities: list[Identity] = []
-        self.add(identities)
-
-    def add(self, identities: Iterable[Identity]) -> None:
-        """Count identities for this account, and derive what all of them tell; the newest knows best."""
-        self.identities = sorted([*self.identities, *identities], key=lambda one: (one.last_at, one.id), reverse=True)
+        # The newest knows best.
+        self.identities = sorted(identities, key=lambda one: (one.last_at, one.id), reverse=True)
 
         def latest(name: str, accepted: Callable[[str], bool] = bool) -> str:
             return next(filter(accepted, (getattr(one, name) for one in self.identities)), "")
@@ -1524,7 +1516,8 @@ def resolve_accounts(identities: Iterable[Identity]) -> list[Account]:
             accounts.append(account)
             same_mail.append(account)
         else:
-            earlier.add(account.identities)
+            both = Account([*earlier.identities, *account.identities])
+            accounts[accounts.index(earlier)] = same_mail[same_mail.index(earlier)] = both
     _name_apart(accounts)
     return accounts
 
@@ -4641,10 +4634,7 @@ class SubscribeSource(Source):
             if isinstance(frame, list) and len(frame) == 3 and frame[0] == b"message":
                 self._inbox.put(compact(frame[2]))
 
-    @property
-    def unread(self) -> int:  # type: ignore[override]
-        """The number of values that have arrived already."""
-        return self._inbox.qsize()
+    unread = property(lambda self: self._inbox.qsize())  # type: ignore[assignment]
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
@@ -4699,7 +4689,7 @@ def _open_at(config: Config, port: int, on_endpoint: Callable[[str], None], logi
     """Open the configured kind of source; ``auto`` turns to HTTP where RESP cannot be spoken."""
     host, password, key = config.cliproxy_host, config.management_password, config.queue_key
     on_endpoint(f"{host}:{port}")
-    connect = tcp_connector(host, port, config.cliproxy_tls)
+    connect = partial(connect_tcp, host, port, config.cliproxy_tls)
     api = ProxyApi(host, port, config.cliproxy_tls, password)
     source: Source = PopSource(connect, password, key)
     if config.collect_mode == "subscribe":
@@ -7017,7 +7007,7 @@ def _check_without_key(config: Config) -> list[Finding]:
     """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
     for port in _ports_of(config):
         host, tls, address = config.cliproxy_host, config.cliproxy_tls, f"{config.cliproxy_host}:{port}"
-        fault = _empty_command(tcp_connector(host, port, tls, timeout_s=2.0))
+        fault = _empty_command(partial(connect_tcp, host, port, tls, timeout_s=2.0))
         if fault is None:
             found = "no management key is set, and the proxy needs one"
             return [Finding("fault", found, STATE_REMEDIES["no_password"])]

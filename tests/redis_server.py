@@ -76,7 +76,7 @@ class RedisServer:
     def command(self, *args: bytes | str | int) -> Any:
         """Send one command and return its reply; an error reply raises AssertionError."""
         if self._client is None:
-            client = app.RespClient(app.tcp_connector(self.host, self.port))
+            client = app.RespClient(lambda: app.connect_tcp(self.host, self.port))
             assert self.password is None or client.call("AUTH", self.password) == "OK"
             self._client = client
         reply = self._client.call(*args)

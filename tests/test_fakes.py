@@ -18,7 +18,7 @@ import usage_dashboard as app
 @contextmanager
 def connected(proxy, key=None):
     """Connect to the proxy as a client, and log in where a key is given."""
-    with closing(app.RespClient(app.tcp_connector(proxy.host, proxy.port))) as client:
+    with closing(app.RespClient(lambda: app.connect_tcp(proxy.host, proxy.port))) as client:
         assert key is None or client.call("AUTH", key) == "OK"
         yield client
 

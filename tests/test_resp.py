@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -121,12 +122,12 @@ def test_connector_to_a_closed_port_says_where():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(app.QueueFault, match=f"127.0.0.1:{port} cannot be reached"):
-        app.tcp_connector("127.0.0.1", port)()
+        app.connect_tcp("127.0.0.1", port)
 
 
 def test_silent_server_times_out_in_words():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        connect = app.tcp_connector("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
+        connect = partial(app.connect_tcp, "127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
         with closing(app.RespClient(connect)) as client, pytest.raises(app.QueueFault, match="no answer in time"):
             client.call("AUTH", "x")
 

@@ -170,7 +170,7 @@ def test_what_is_no_rival_is_not_taken_for_one(hours, name):
 
 @contextlib.contextmanager
 def logged_in(proxy):
-    with closing(app.RespClient(app.tcp_connector(proxy.host, proxy.port))) as client:
+    with closing(app.RespClient(lambda: app.connect_tcp(proxy.host, proxy.port))) as client:
         assert client.call("AUTH", KEY) == "OK"
         yield client
 

@@ -298,7 +298,7 @@ def bare_cost(events: list[bytes], folder: Path) -> Cost:
 def pop_cost(redis: RedisServer, events: list[bytes]) -> Cost:
     """Take events off the queue by the program's own client, and do nothing with them."""
     redis.push("usage", *events)
-    source = app.PopSource(app.tcp_connector(redis.host, redis.port), "", "usage")
+    source = app.PopSource(lambda: app.connect_tcp(redis.host, redis.port), "", "usage")
     source.open()
 
     def pop_all() -> None:
