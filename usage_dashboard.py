@@ -2699,12 +2699,10 @@ class Store:
             self._accounts = (version, resolve_accounts(Identity(*row) for row in rows))
         return self._accounts[1]
 
-    def usage(
-        self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS, from_rows: bool = False
-    ) -> Usage:
-        """Sum up a window, in buckets cut ``offset_s`` east of UTC; ``from_rows`` without roll-ups, to prove them."""
+    def usage(self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS) -> Usage:
+        """Sum up a window, in buckets cut ``offset_s`` east of UTC."""
         with self._read() as db:
-            plan, cell_of = self._plan(db, window, filters, from_rows), self._cell_finder(db)
+            plan, cell_of = self._plan(db, window, filters), self._cell_finder(db)
             buckets = {key * bucket_s - offset_s: tuple(sums) for key, *sums in plan.by_bucket(db, bucket_s, offset_s)}
             found = plan.sums(db, _CELL_COLUMNS, _SUMS_AND_LAST)
             rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in found]
@@ -2716,9 +2714,8 @@ class Store:
         speeds = {cell: b"".join(parts) for cell, parts in told.items()}
         return Usage(buckets, {cell: add_sums(sums) for cell, sums in cells.items()}, failures, speeds)
 
-    def _plan(self, db, window: Window, filters: Filters, from_rows: bool = False) -> _UsagePlan:
-        floor = 0 if from_rows else _meta_in(db, "events_floor", 0)
-        return _UsagePlan(db, window, filters, self._accounts_in(db), floor, from_rows)
+    def _plan(self, db, window: Window, filters: Filters) -> _UsagePlan:
+        return _UsagePlan(db, window, filters, self._accounts_in(db))
 
     def _cell_finder(self, db) -> Callable[[int, int, int], Cell]:
         """Return what makes a cell of the ids of an identity, a model and a client key."""
@@ -2828,6 +2825,7 @@ class Store:
             accounts = self._accounts_in(db)
             start, end = max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S), window.end
             condition, values = _conditions(db, filters, accounts, on_rows=True)
+            owners = self._owners_in(db)
             if by_time:  # so that the index is entered where the list goes on
                 start, end = (start, min(end, before[0] + 1e-6)) if is_down else (max(start, before[0]), end)
             for span in _spans_to_search(db, Window(start, end), filters, accounts, order):
@@ -2835,7 +2833,6 @@ class Store:
                 rows += _dicts(db.execute(_list_events(order, condition), bound))
                 if len(rows) >= limit:
                     break
-        owners = {identity_id: account for account in accounts for identity_id in account.identity_ids}
         for row in rows:
             row.update({name: row[name] or None for name in (*_CONTEXT_COLUMNS, "auth_index")})
             owner = owners.get(row.pop("identity_id"))
@@ -3224,13 +3221,13 @@ _SUMS_AND_LAST = (f"{_EVENT_SUMS}, MAX(e.ts_epoch)", f"{_ADDED}, MAX(r.bucket * 
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
-    def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account], floor: int, from_rows: bool):
+    def __init__(self, db, window: Window, filters: Filters, accounts: Sequence[Account]):
         self._start, self._end = window
         (newest,) = db.execute("SELECT MAX(ts_epoch) FROM events").fetchone()
         if newest is not None and newest < window.end:  # nothing is behind the end
             self._end = -(-window.end // _WEEK_S) * _WEEK_S
-        self._floor_at = floor * BUCKET_S
-        self._levels = [] if from_rows else list(_ROLL_UPS)  # the coarsest first
+        self._floor_at = _meta_in(db, "events_floor", 0) * BUCKET_S
+        self._levels = list(_ROLL_UPS)  # the coarsest first
         self._of_rows, self._of_roll_up = (_conditions(db, filters, accounts, on_rows) for on_rows in (True, False))
 
     def by_bucket(self, db, bucket_s: int, offset_s: int) -> Iterable[Any]:
@@ -3239,7 +3236,8 @@ class _UsagePlan:
         if levels and not self._of_roll_up[0]:
             levels = ["usage_by_time"]
         in_rows = f"(CAST(e.ts_epoch AS INTEGER) + {offset_s}) / {bucket_s}"
-        in_roll_up = f"(r.bucket * {{seconds}} + {offset_s}) / {bucket_s}"
+        first = (int(self._start) + offset_s) // bucket_s  # a cut quarter of deleted requests begins before it
+        in_roll_up = f"MAX({first}, (r.bucket * {{seconds}} + {offset_s}) / {bucket_s})"
         return self.sums(db, {in_rows: in_roll_up}, levels=levels)
 
     def speeds(self, db) -> Iterable[Any]:
@@ -3647,21 +3645,13 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
 
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
-    import urllib.request
-
     ends_at = time.monotonic() + deadline_s
-    url = "https://chatgpt.com/backend-api/wham/usage"
-    request = urllib.request.Request(url, headers={"User-Agent": "codex-cli", "Accept": "application/json"})
-    request.add_unredirected_header("Authorization", f"Bearer {file.access_token}")
+    headers = {"User-Agent": "codex-cli", "Accept": "application/json", "Authorization": f"Bearer {file.access_token}"}
     if file.account_id:
-        request.add_unredirected_header("ChatGPT-Account-Id", file.account_id)
-    # With no handler for statuses a redirect is an answer like any other, and never followed.
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler(proxies))
-    opener.add_handler(urllib.request.HTTPSHandler())
+        headers["ChatGPT-Account-Id"] = file.account_id
     body = b""
     try:
-        with opener.open(request, timeout=deadline_s) as reply:
+        with open_url("https://chatgpt.com/backend-api/wham/usage", headers, None, deadline_s, proxies) as reply:
             while len(body) <= _LARGEST_BODY and (chunk := reply.read1(64 * 1024)):
                 body += chunk
                 if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
@@ -3677,6 +3667,16 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
         return json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise QuotaFault("bad_response") from None
+
+
+def open_url(url: str, headers: dict[str, str], body: bytes | None, timeout_s: float, proxies: Any = None) -> Any:
+    """Return the reply, whatever its status: no redirect is followed. ``proxies`` are the environment's if None."""
+    import urllib.request
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    return opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s)
 
 
 def proxies_of(file: AccountFile) -> dict[str, str]:
@@ -4274,13 +4274,8 @@ def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, s
     return urlunsplit(parts), body.encode("utf-8", "replace"), headers
 
 
-def _post(url: str, body: bytes, headers: Mapping[str, str]) -> int:
-    import urllib.request
-
-    opener = urllib.request.OpenerDirector()  # without a handler for statuses, so that no redirect is followed
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
-        opener.add_handler(handler)
-    with opener.open(urllib.request.Request(url, body, dict(headers)), timeout=10.0) as reply:
+def _post(url: str, body: bytes, headers: dict[str, str]) -> int:
+    with open_url(url, headers, body, 10.0) as reply:
         return reply.status
 
 
@@ -6016,14 +6011,12 @@ def _sums_before(app: App, before: Window, filters: Filters) -> dict[str, Any] |
 
 
 def _hours(buckets: Mapping[int, Sums], starts: range, zone: Any) -> list[dict[str, Any]]:
-    nothing, sums_of = add_sums([]), dict(buckets)
-    for early in [at for at in buckets if at < starts[0]]:  # of deleted requests, whose sums are coarser
-        sums_of[starts[0]] = add_sums([buckets[early], sums_of.get(starts[0], nothing)])
+    nothing = add_sums([])
     return [
         {
             "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
             "start": at,
-            **dict(zip(SUM_NAMES, sums_of.get(at, nothing))),
+            **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
         }
         for at in starts
     ]
@@ -6239,14 +6232,10 @@ def api_metrics(app: App, query: Query) -> Answer:
 def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
     lines = [f"# HELP cliproxy_{name} {about}", f"# TYPE cliproxy_{name} {kind}"]
     for labels, value in samples.items():
-        told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels)
+        told = ",".join(f"{label}={json.dumps(_printable(text), ensure_ascii=False)}" for label, text in labels)
         if value is not None:
             lines.append(f"cliproxy_{name}{f'{{{told}}}' if told else ''} {value!r}")
     return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _data_version(app: App) -> tuple[Any, ...]:
@@ -6328,16 +6317,16 @@ class Connections:
             self._open[connection] = math.inf, 0
             return True
 
-    def wait(self, connection: Any, seconds: float | None, size: int = 0) -> bool:
-        """Record what a client has to take, in how many seconds (None: as before); return whether it is open."""
+    def wait(self, connection: Any, seconds: float, size: int = 0) -> bool:
+        """Record how many seconds a client has, to take how many bytes; return whether it is open."""
         with self._lock:
-            until, _ = self._open.pop(connection, (None, 0))
+            is_open = self._open.pop(connection, None) is not None
             while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
                 if not self.end_longest(1):
                     break
-            if until is not None:
-                self._open[connection] = until if seconds is None else time.monotonic() + seconds, size
-            return until is not None
+            if is_open:
+                self._open[connection] = time.monotonic() + seconds, size
+            return is_open
 
     def end_late(self) -> None:
         """End the connections whose time is over."""
@@ -6540,7 +6529,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
-            self._send_head(304, {"ETag": etag}, bytearray())
+            self._send_head(304, {"ETag": etag}, b"")
             return
         self.server.connections.wait(self.connection, self.turn_s)
         with turn:  # one at a time: an answer takes up to 20 MB while it is made
@@ -6550,7 +6539,7 @@ class Handler(BaseHTTPRequestHandler):
             headers, body = self._packed(make())
         self._send_head(200, headers, body)
 
-    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytearray]:
+    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
         """Return the headers that tell of an answer, and its body as this client takes it."""
         headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
         body = answer.body
@@ -6564,7 +6553,7 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
-        return headers, bytearray(b"" if self.command == "HEAD" else body)
+        return headers, b"" if self.command == "HEAD" else body
 
     def _send_fault(self, error: DashboardError) -> None:
         message = str(error)
@@ -6573,19 +6562,14 @@ class Handler(BaseHTTPRequestHandler):
         headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
         self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
-    def _send_head(self, status: int, headers: Mapping[str, str], body: bytearray) -> None:
-        """Send the head with the first of the body: alone they would wait 40 ms for each other on a kept connection."""
+    def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        head, size = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", 64 * 1024
         self.server.connections.wait(self.connection, self.send_s, len(body))
         try:
-            self.connection.sendall(head + body[:size])
-            while len(body) > size:
-                del body[:size]  # what is sent is not kept: other answers may be waiting for their clients
-                self.server.connections.wait(self.connection, None, len(body))
-                self.connection.sendall(body[:size])
+            self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n")
+            self.connection.sendall(body)
         except OSError:
             self.close_connection = True
 

@@ -74,7 +74,6 @@ def test_original_database_opens_as_it_is_and_counts_at_once(tmp_path, open_stor
     }
     counted = {name: sums[0] for name, sums in sums_by(usage, "account").items()}
     assert counted == {"an@example.com": 1, "b@example.com": 1, "unknown": 1}
-    assert store.usage(ALWAYS, 3600, 0, from_rows=True) == usage
     assert (store.event_count, store.find_faults()) == (3, [])
     assert [row["auth_index"] for row in store.requests(10)] == [None, "9c1d0be2f4a76633", "3"]
     quota = store.quotas()[0]
@@ -265,7 +264,6 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
         assert usage.buckets == {key: sums_of(members) for key, members in cut.items()}
         assert app.add_sums(usage.cells.values()) == sums_of(inside)
         assert app.add_sums(sums for _, sums in store.models(window, filters)) == sums_of(inside)
-        assert store.usage(window, bucket_s, offset_s, filters, from_rows=True) == usage
         assert len(store.requests(1000, window, filters)) == len(inside)
 
 
