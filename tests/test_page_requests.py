@@ -7,7 +7,7 @@ import io
 import threading
 
 import pytest
-from page_support import many
+from page_support import HOUR, many
 from support import event, put
 
 import usage_dashboard as app
@@ -190,8 +190,11 @@ def test_view_is_copied_as_csv_and_masked_with_the_page(page, site):
     assert {"First token (ms)", "Latency (ms)", "Request id"} <= set(newest)
     assert app.parse_time(newest["Time"])[0] == pytest.approx(site.now - 90, abs=0.01)
     an = next(row for row in copied("#copy-accounts") if row["Account"] == "an@example.com")
-    expected = {"5h Remaining": "62", "7d Remaining": "5", "Plan": "plus", "Status": "Active", "Cached": "88080"}
-    assert {name: an[name] for name in expected} == expected and 59 <= int(an["Read (s)"]) <= 120
+    expected = {"5h Remaining": "62", "7d Remaining": "5", "Plan": "plus", "Status": "Active", "Cached": "88080",
+                "Tokens Left 7d (estimate)": ""}  # fmt: skip
+    assert {name: an[name] for name in expected} == expected and 59 <= int(an["Updated (s)"]) <= 120
+    resets = [app.parse_time(an[f"Reset Time {label}"])[0] - site.now for label in ("5h", "7d")]
+    assert resets == pytest.approx([2 * HOUR, 96 * HOUR], abs=2)
     page.click("#privacy")
     for button in ("#copy-csv", "#copy-accounts"):
         assert "@example.com" not in str(copied(button))
