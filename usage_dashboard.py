@@ -77,6 +77,8 @@ class DashboardError(Exception):
 class ApiError(DashboardError):
     """Report what is not answered or done, with the status, the stable code and the headers of the answer."""
 
+    exit_code = 2  # the command line asked for it
+
     def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
         super().__init__(message)
         self.http_status, self.code, self.headers = http_status, code, headers
@@ -540,23 +542,20 @@ class Names:
     def look(self) -> None:
         """Read the file again if it is another one than at the last look."""
         with self._lock:
-            self._look()
-
-    def _look(self) -> None:
-        seen, faults = None, []
-        with suppress(OSError, AttributeError):  # there is no file
-            status = self._path.stat()
-            seen = (status.st_mtime_ns, status.st_size)
-        if seen == self._seen:
-            return
-        self._seen = seen
-        names = _read_config_file(self._path, False, faults).get("names", {})
-        faults += [f'{self._path}: "names" {fault}' for fault in _faults_of_names(names)]
-        if faults:
-            self._log.line(f"warning: {faults[0]}; the names stay as they were")
-        elif _by_target(names) != self.by_target:
-            self.by_target = _by_target(names)
-            self.version += 1
+            seen, faults = None, []
+            with suppress(OSError, AttributeError):  # there is no file
+                status = self._path.stat()
+                seen = (status.st_mtime_ns, status.st_size)
+            if seen == self._seen:
+                return
+            self._seen = seen
+            names = _read_config_file(self._path, False, faults).get("names", {})
+            faults += [f'{self._path}: "names" {fault}' for fault in _faults_of_names(names)]
+            if faults:
+                self._log.line(f"warning: {faults[0]}; the names stay as they were")
+            elif _by_target(names) != self.by_target:
+                self.by_target = _by_target(names)
+                self.version += 1
 
 
 # ------------------------------------------------------------------ resp
@@ -581,13 +580,12 @@ class Misconfigured(QueueFault):
 
 
 class ConnectionClosed(QueueFault):
-    """The end of the stream; ``clean`` when it came between two replies."""
+    """The end of the stream."""
 
     state = "closed"
 
-    def __init__(self, clean: bool):
-        super().__init__("the queue closed the connection" + ("" if clean else " in the middle of a reply"))
-        self.clean = clean
+    def __init__(self):
+        super().__init__("the queue closed the connection")
 
 
 class NotResp(QueueFault):
@@ -619,7 +617,7 @@ class RespReader:
 
     def read_reply(self, depth: int = 0) -> Any:
         """Read one whole reply; the commonest kind, a bulk string, is looked at first."""
-        line = self._read_line(clean=depth == 0)
+        line = self._read_line()
         kind, rest = line[:1], line[1:]
         if kind == b"$":
             return self._read_bulk(_reply_number(rest))
@@ -638,14 +636,14 @@ class RespReader:
             return [self.read_reply(depth + 1) for _ in range(count)]
         raise NotResp("the queue sent bytes of another protocol instead of a RESP reply")
 
-    def _read_line(self, clean: bool) -> bytes:
+    def _read_line(self) -> bytes:
         line = self._stream.readline(self._max_line)
         if line.startswith((b"HTTP/", b"<")):
             raise NotResp("the queue sent an HTTP answer instead of a RESP reply", is_no_failed_login=True)
         if not line.endswith(b"\r\n"):
             if len(line) >= self._max_line or line.endswith(b"\n"):
                 raise NotResp("the queue sent a line that is too long for a RESP reply, or does not end like one")
-            raise ConnectionClosed(clean=clean and not line)
+            raise ConnectionClosed
         return line[:-2]
 
     def _read_bulk(self, length: int) -> Any:
@@ -657,11 +655,11 @@ class RespReader:
         while length > self._max_bulk and left > 2:
             piece = self._stream.read(min(left - 2, 64 * 1024))
             if not piece:
-                raise ConnectionClosed(clean=False)
+                raise ConnectionClosed
             left -= len(piece)
         data = self._stream.read(left)
         if len(data) < left:
-            raise ConnectionClosed(clean=False)
+            raise ConnectionClosed
         if data[-2:] != b"\r\n":
             raise NotResp("the queue sent a value whose length does not fit")
         return Oversized(length) if length > self._max_bulk else data[:-2]
@@ -703,7 +701,7 @@ def _tls_fault(place: str, error: Any) -> QueueFault:
 
 def _fault_of_connection(error: Exception) -> QueueFault:
     if isinstance(error, (ConnectionResetError, BrokenPipeError)):
-        return ConnectionClosed(clean=False)
+        return ConnectionClosed()
     return QueueFault(f"the connection to the queue broke: {os_reason(error)}")
 
 
@@ -856,7 +854,7 @@ def _mask_source(text: str) -> str:
     return text if looks_like_mail(text) else mask_key(text)
 
 
-def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: Recent | None = None) -> Parsed:
+def parse_events(raws: Sequence[Any], contexts: Contexts = Contexts(), recent: Recent | None = None) -> Parsed:
     """Parse values of the queue: JSON as bytes, decoded objects or Oversized; repeats of ``recent`` are ignored."""
     parsed, ignored = Parsed([], [], 0), 0
     step = 100  # decoding more at once is not faster, and decoded events take ten times the memory of their JSON
@@ -866,7 +864,7 @@ def parse_events(raws: Sequence[Any], contexts: Contexts | None = None, recent: 
             try:
                 if isinstance(content, Rejected):
                     raise content
-                event = parse_event(content, _contexts if contexts is None else contexts)
+                event = parse_event(content, contexts)
             except Exception as error:  # a value of a kind that nobody thought of costs its own event alone
                 reason = str(error) if isinstance(error, Rejected) else f"it cannot be read: {where_raised(error)}"
                 parsed.rejects.append(Reject(reason, _length_of(raw), masked_json(content)))
@@ -973,10 +971,7 @@ def elements_of(pieces: Iterable[bytes], largest: int = 8 << 20) -> Iterator[byt
 
 
 def _loads(raw: bytes) -> Any:
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(raw.decode("utf-8"), parse_constant=refuse)
+    return json.loads(raw.decode("utf-8"), parse_constant=int)  # which takes no NaN
 
 
 def parse_event(content: Any, contexts: Contexts) -> Event | None:
@@ -1016,7 +1011,6 @@ def parse_event(content: Any, contexts: Contexts) -> Event | None:
 
 
 _CONTEXT_NAMES = ("model", "access_token_sha256", "api_key_hash", "response_service_tier", *Context._fields[:-1])
-_contexts = Contexts()
 
 
 def _context_of(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Context]:
@@ -4590,8 +4584,8 @@ class HttpSource(Source):
         except NotFound:
             return PopResult([], False, QueueFault("the proxy takes the key, and has no queue over HTTP", "no_queue"))
         except QueueFault as fault:
-            has_ended = isinstance(fault.__cause__, ConnectionResetError)  # instead of an answer
-            return PopResult([], False, ConnectionClosed(clean=True) if has_ended else fault)
+            has_ended = isinstance(fault.__cause__, (ConnectionResetError, BrokenPipeError))
+            return PopResult([], False, ConnectionClosed() if has_ended else fault)
         return PopResult(values, len(values) >= count, None)
 
 
@@ -5528,15 +5522,14 @@ class Collector:
             fault = result.fault
             if fault is None:
                 self._after_turn(recorded, is_empty=not result.full)
-                is_polled = not result.full and source.mode != "subscribe"
-                if is_polled and not self._stop.wait(self._config.poll_interval_seconds) and source.has_ended():
-                    fault = ConnectionClosed(clean=True)
-            if isinstance(fault, ConnectionClosed):  # not the silent refusal that this means at the login
-                if fault.clean and self._is_proven and self._clock() - max(connected_at, self._recorded_at) > 60:
+                if not result.full and source.mode != "subscribe":
+                    self._stop.wait(self._config.poll_interval_seconds)
+                continue
+            if isinstance(fault, ConnectionClosed):
+                if self._is_proven and self._clock() - max(connected_at, self._recorded_at) > 60:
                     return True
-                raise QueueFault(str(fault), "unreachable") from fault
-            if fault is not None:
-                raise fault
+                fault.state = "unreachable"  # not the silent refusal that this means at the login
+            raise fault
         return False
 
     def _store_if_due(self, source: Source, at_rest: bool) -> None:
@@ -7222,12 +7215,7 @@ def run_export(options: Any) -> int:
         query = _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1]))
         asked = {name: getattr(options, name) for name in ("format", "account", "model", "key", "status")}
         query.update({name: value for name, value in asked.items() if value is not None})
-        try:
-            download = api_export(app, query)
-        except ApiError as error:
-            error.exit_code = 2  # a wrong command line
-            raise
-        for piece in download.pieces:
+        for piece in api_export(app, query).pieces:
             sys.stdout.buffer.write(piece)
     return 0
 

@@ -260,7 +260,7 @@ def test_headers_of_a_failure_without_a_reply_are_not_its_own():
 def test_event_that_comes_again_is_ignored(by_values, sent, ignored):
     recent = app.Recent(most=2)
     recent.by_values = by_values
-    parts = [app.parse_events([json.dumps(record(**one)).encode()], None, recent) for one in sent]
+    parts = [app.parse_events([json.dumps(record(**one)).encode()], recent=recent) for one in sent]
     assert sum(part.ignored for part in parts) == ignored
     assert sum(len(part.events) for part in parts) == len(sent) - ignored
 
