@@ -1799,23 +1799,20 @@ class DatabaseLock:
         except OSError as error:
             raise StoreError(_store_reason(database, error)) from error
         deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
-        while not self._take(lock):
+        while True:
+            try:
+                return lock(self._handle)
+            except BlockingIOError:
+                time.sleep(0.05)
+            except (OSError, ImportError) as error:  # as on some network file systems
+                self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+                return
             if time.monotonic() > deadline:
                 os.close(self._handle)
                 told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
                 holder = "process {pid}, port {port}".format(**told)
                 message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
                 raise StoreError(f'{message}, or name another file with "database"')
-            time.sleep(0.05)
-
-    def _take(self, lock: Callable[[int], None]) -> bool:
-        try:
-            lock(self._handle)
-        except BlockingIOError:
-            return False
-        except (OSError, ImportError) as error:  # as on some network file systems
-            self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
-        return True
 
     def name_holder(self, port: int) -> None:
         """Write into the file who has the lock, for those that come later."""
@@ -2329,8 +2326,7 @@ class Store:
         self.path = path
         self.changes = 0
         self._write_lock, self._read_lock, self._search_lock = (threading.RLock() for _ in range(3))
-        self._context_ids: dict[Context, tuple[int, int]] = {}
-        self._reason_ids: dict[Any, int] = {}
+        self._ids: dict[Any, Any] = {}  # of contexts, with that of their identity, and of reasons
         self._tokens: dict[Any, int] = {}  # of spans that ended two hours before, for which no record comes any more
         self._accounts: tuple[int, list[Account]] = (-1, [])
         self._busy_timeout_s, self._announce = busy_timeout_s, announce
@@ -2345,7 +2341,7 @@ class Store:
         try:
             self._writer.execute("PRAGMA cache_size = -500")  # KiB; the system caches the file, a batch touches less
             self._migrate()
-            self._forget_ids()
+            self._ids.clear()
             self._writer.execute(_CREATE_BATCH)
             self._reader, self._searcher, self._is_closing = self._connect(), self._connect(), False
             for db in (self._reader, self._searcher):
@@ -2377,19 +2373,16 @@ class Store:
         rows = _rows_to_adopt(db)
         if rows:
             self._announce(f"adopting {rows:,} rows of {self.path.name}, once; a million take some seconds")
-        for number, step in _SCHEMA_STEPS:
-            for line in self._run_step(number, step) if version < number else ():
+        for number, step in (one for one in _SCHEMA_STEPS if one[0] > version):
+            with self._transaction(db, "BEGIN IMMEDIATE", "COMMIT"):
+                done: Sequence[str] = ()
+                if db.execute("PRAGMA user_version").fetchone()[0] < number:  # no other process was faster
+                    done = step(db)
+                    db.execute(f"PRAGMA user_version = {number}")
+            for line in done:
                 self._announce(line)
         if rows:
             self._announce(f"adopted {rows:,} rows")
-
-    def _run_step(self, number: int, step: Callable[[Any], Any]) -> Sequence[str]:
-        with self._transaction(self._writer, "BEGIN IMMEDIATE", "COMMIT") as db:
-            if db.execute("PRAGMA user_version").fetchone()[0] >= number:  # another process was faster
-                return ()
-            done = step(db)
-            db.execute(f"PRAGMA user_version = {number}")
-        return done or ()
 
     def close(self) -> None:
         """Close the connections, also under a search; the write-ahead log is folded into the file."""
@@ -2438,7 +2431,7 @@ class Store:
             yield db
             db.execute(end)
         except BaseException as error:
-            self._forget_ids()
+            self._ids.clear()
             with suppress(sqlite3.Error):  # not begun, rolled back already, closed, or damaged beyond even that
                 db.execute("ROLLBACK")
             if not isinstance(error, sqlite3.Error):
@@ -2446,10 +2439,6 @@ class Store:
             with suppress(sqlite3.Error):  # it would keep the pages of a damaged file after that was mended
                 db.execute("PRAGMA shrink_memory")
             raise StoreError(_store_reason(self.path, error)) from error
-
-    def _forget_ids(self) -> None:
-        self._context_ids.clear()
-        self._reason_ids.clear()
 
     @contextmanager
     def _write(self, changes: bool = True) -> Iterator[Any]:
@@ -2495,7 +2484,7 @@ class Store:
             if type(error) in (sqlite3.OperationalError, sqlite3.InternalError, sqlite3.DatabaseError):
                 raise  # full, locked, damaged: whichever the row
             db.execute("ROLLBACK TO part")
-            self._forget_ids()
+            self._ids.clear()
             if len(events) > 1:
                 middle = len(events) // 2
                 return self._insert_or_park(db, events[:middle]) + self._insert_or_park(db, events[middle:])
@@ -2513,8 +2502,8 @@ class Store:
         by_identity: dict[int, list[Event]] = {}
         for event in events:
             context = event.context
-            identity_id, context_id = self._context_ids.get(context) or self._find_context(db, event)
-            reason_id = _reason_id(db, self._reason_ids, event.status_code, event.error) if event.failed else None
+            identity_id, context_id = self._ids.get(context) or self._find_context(db, event)
+            reason_id = _reason_id(db, self._ids, event.status_code, event.error) if event.failed else None
             rows.append((*_own_event_values(event), context.auth_index, context.source, context_id, reason_id))
             by_identity.setdefault(identity_id, []).append(event)
         db.executemany(_INSERT_EVENT, rows)
@@ -2535,7 +2524,7 @@ class Store:
         identity_id = _id_of(db, "identities", identity, times)
         key_id = _id_of(db, "client_keys", {"name": values["api_key"]}) if values["api_key"] else 0
         context_id = _id_of(db, "contexts", {"identity_id": identity_id, **values}, {"key_id": key_id})
-        return cache(self._context_ids, event.context, (identity_id, context_id))
+        return cache(self._ids, event.context, (identity_id, context_id))
 
     def _decide(self, db, auth_index: str, source: str, account: str) -> str:
         """Return whose an event is: what the files say, unless its index tells it better; it holds for the past too."""
@@ -2550,7 +2539,7 @@ class Store:
         if not known and account:
             self._adopt(db, {auth_index: account})
         elif known and account != known[0][0]:
-            self._context_ids.clear()  # from now on the index is another account's
+            self._ids.clear()  # from now on the index is another account's
         return account
 
     def _adopt(self, db, decisions: Mapping[Any, str]) -> None:
@@ -2697,9 +2686,8 @@ class Store:
         """Sum up a window, in buckets cut ``offset_s`` east of UTC."""
         with self._read() as db:
             plan, cell_of = self._plan(db, window, filters), self._cell_finder(db)
-            buckets = {key * bucket_s - offset_s: tuple(sums) for key, *sums in plan.by_bucket(db, bucket_s, offset_s)}
-            found = plan.sums(db, _CELL_COLUMNS, _SUMS_AND_LAST)
-            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in found]
+            buckets = {row[0] * bucket_s - offset_s: row[1:-1] for row in plan.by_bucket(db, bucket_s, offset_s)}
+            rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in plan.sums(db, _CELL_COLUMNS)]
             parts = by_key((reason_id, (cell, sums[0], at)) for cell, reason_id, sums, at in rows if reason_id)
             failures = self._failures_in(db, plan, parts)
             speeds = by_key((row[:3], row[3]) for row in plan.speeds(db))
@@ -2731,31 +2719,17 @@ class Store:
             failure["accounts"] = [name for name, _ in accounts.most_common()]
         return failures
 
-    def choices(self, window: Window, filters: Filters, name: str) -> Counter:
-        """Count requests by what the filter ``name`` can be set to under the others: an Account, a model, mask or code."""
+    def sums_by(self, part: str, window: Window, filters: Filters = _NO_FILTERS) -> list[tuple[Any, Sums]]:
+        """Sum up a window by Account, ``model``, ``key`` (mask) or ``status`` (code, or ``ok``) alone."""
         with self._read() as db:
             column, values = {
                 "account": (_IDENTITY_OF, self._owners_in(db)),
                 "model": (_MODEL_ID_OF, _models_in(db)),
                 "key": (_KEY_OF, _keys_in(db)),
                 "status": (_REASON_OF, {0: "ok", **dict(db.execute("SELECT id, status_code FROM reasons").fetchall())}),
-            }[name]
-            rows = self._plan(db, window, filters._replace(**{name: None})).sums(db, {column: _CELL_COLUMNS[column]})
-            counts: Counter = Counter()
-            for value_id, requests, *_ in rows:
-                counts[values.get(value_id)] += requests
-        return counts
-
-    def models(
-        self, window: Window, filters: Filters = _NO_FILTERS, with_rows: bool = False
-    ) -> list[tuple[str, Sums]]:
-        """Sum up a window by model alone; ``with_rows`` leaves out the requests whose rows are deleted."""
-        with self._read() as db:
-            if with_rows:
-                window = window._replace(start=max(window.start, _meta_in(db, "events_floor", 0) * BUCKET_S))
-            names = _models_in(db)
-            rows = self._plan(db, window, filters).sums(db, {_MODEL_ID_OF: "r.model_id"})
-            return [(names[row[0]], row[1:]) for row in rows]
+            }[part]
+            rows = self._plan(db, window, filters).sums(db, {column: _CELL_COLUMNS[column]})
+            return [(values.get(row[0]), row[1:-1]) for row in rows]
 
     def series(self, most: int) -> dict[tuple[str, str], Sums]:
         """Return all that was ever counted, by labels for account and model, which stay as they were given first.
@@ -2841,14 +2815,16 @@ class Store:
         """Save a quota reading as its account's newest; ``merge`` makes it of the newest so far, None: not at all."""
         with self._write() as db:
             self._move_quota(db, row["email"], row["account_id_tag"], row["account_id_tag"])
-            newest = db.execute(_NEWEST_READING, (row["email"], row["account_id_tag"]))
-            merged = merge(next(iter(_dicts(newest)), None)) if merge else row
+            newest = "(SELECT snapshot_id FROM quota_accounts WHERE email = ? AND account_id_tag = ?)"
+            account = row["email"], row["account_id_tag"]
+            found = db.execute(f"SELECT * FROM quota_snapshots WHERE id = {newest}", account)
+            merged = merge(next(iter(_dicts(found)), None)) if merge else row
             if merged is None:
                 return
             columns = ("id", *_SNAPSHOT_COLUMNS)
             inserted = db.execute(
-                f"INSERT INTO quota_snapshots({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
-                f"ON CONFLICT(id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in columns)}",
+                f"INSERT OR REPLACE INTO quota_snapshots({', '.join(columns)}) "
+                f"VALUES ({', '.join('?' * len(columns))})",
                 [merged.get(name) for name in columns],
             )
             account = [merged.get(name) for name in ("email", "account_id_tag", "plan", "state", "message", "ts_epoch")]
@@ -3123,11 +3099,6 @@ _SNAPSHOT_COLUMNS = (
     *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
 )
 
-_NEWEST_READING = (
-    f"SELECT s.id, {_list('s', _SNAPSHOT_COLUMNS)} FROM quota_snapshots s "
-    "JOIN quota_accounts a ON a.snapshot_id = s.id WHERE a.email = ? AND a.account_id_tag = ?"
-)
-
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
 _LIST_EVENTS = (
     f"SELECT e.id, {_list('e', _OWN_EVENT_COLUMNS)}, e.source, {_list('c', _CONTEXT_COLUMNS)}, "
@@ -3207,11 +3178,6 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
 # off, quarters do. Below the floor the rows are deleted: there a cut quarter counts as a whole.
 
 
-# What a plan asks for: on an event, on a roll-up, and the names of both.
-_SUMS = (_EVENT_SUMS, _ADDED, ", ".join(SUM_NAMES))
-_SUMS_AND_LAST = (f"{_EVENT_SUMS}, MAX(e.ts_epoch)", f"{_ADDED}, MAX(r.bucket * {{seconds}})", f"{_SUMS[2]}, last_at")
-
-
 class _UsagePlan:
     """Plan one summary: whole buckets from the roll-ups, partial ones at the ends from the rows."""
 
@@ -3260,18 +3226,18 @@ class _UsagePlan:
         middle = min(max(start, floor_at), end)
         return [*_cut(levels or ["usage_by_quarter"], start, middle), *_cut(levels, middle, end)]
 
-    def sums(self, db, columns: Mapping[str, str], summed=_SUMS, levels: Sequence[str] | None = None) -> Iterable[Any]:
-        """Return rows of columns, given as SQL on ``events e`` and on a roll-up ``r``, and their sums."""
+    def sums(self, db, columns: Mapping[str, str], levels: Sequence[str] | None = None) -> Iterable[Any]:
+        """Return rows of columns (SQL on ``events e`` and on a roll-up ``r``), their sums, and when the last was."""
         in_rows, in_roll_up = ", ".join(columns), ", ".join(columns.values())
         # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
         order = "r.bucket" if "r.bucket" in in_roll_up else in_roll_up
-        of_rows = f"SELECT {in_rows}, {summed[0]} {{where}} GROUP BY {in_rows}"
-        of_roll_up = f"SELECT {in_roll_up}, {summed[1]} {{where}} GROUP BY {order}"
+        of_rows = f"SELECT {in_rows}, {_EVENT_SUMS}, MAX(e.ts_epoch) {{where}} GROUP BY {in_rows}"
+        of_roll_up = f"SELECT {in_roll_up}, {_ADDED}, MAX(r.bucket * {{seconds}}) {{where}} GROUP BY {order}"
         query, values = self._union(self._levels if levels is None else levels, of_rows, of_roll_up)
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
-        added = _ADDED if summed is _SUMS else f"{_ADDED}, MAX(last_at)"
-        with_parts = f"WITH parts({keys}, {summed[2]}) AS ({query}) SELECT {keys}, {added} FROM parts GROUP BY {keys}"
-        return db.execute(with_parts, values) if query else []
+        parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}, last_at) AS ({query})"
+        added = f"{parts} SELECT {keys}, {_ADDED}, MAX(last_at) FROM parts GROUP BY {keys}"
+        return db.execute(added, values) if query else []
 
     def _union(self, levels: Sequence[str], of_rows: str, of_roll_up: str) -> tuple[str, list[Any]]:
         """Return one query made of one for each span, and the values to bind."""
@@ -3639,17 +3605,12 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
 
 
 def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
-    ends_at = time.monotonic() + deadline_s
     headers = {"User-Agent": "codex-cli", "Accept": "application/json", "Authorization": f"Bearer {file.access_token}"}
     if file.account_id:
         headers["ChatGPT-Account-Id"] = file.account_id
-    body = b""
     try:
         with open_url("https://chatgpt.com/backend-api/wham/usage", headers, None, deadline_s, proxies) as reply:
-            while len(body) <= _LARGEST_BODY and (chunk := reply.read1(64 * 1024)):
-                body += chunk
-                if time.monotonic() > ends_at:  # nobody waits any more; the thread must not go on for ever
-                    raise QuotaFault("timeout")
+            body = reply.read(_LARGEST_BODY + 1)
     except (OSError, HTTPException, ValueError) as error:
         cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
@@ -3841,10 +3802,7 @@ class TrafficReadings:
     def _is_own(self, event: Event, headers: Mapping[str, str]) -> bool:
         """Return whether the headers are this attempt's own: one without a reply shows those of one before."""
         reply = tuple(headers.items())
-        index = self._replies.pop(reply, event.context.auth_index)
-        self._replies[reply] = index
-        if len(self._replies) > 2000:
-            del self._replies[next(iter(self._replies))]
+        index = self._replies.get(reply) or cache(self._replies, reply, event.context.auth_index, 2000)
         if index != event.context.auth_index or not event.failed:
             return index == event.context.auth_index
         reading = self._reading_of(event, event.ts_epoch)
@@ -4078,14 +4036,17 @@ _OVER = Alert("over", "")  # the end of a cause that is no news
 _ENDS = ("over", "back", "recording")
 
 
-def alerts_of(before: Mapping[str, float], now: Mapping[str, Alert]) -> list[Alert]:
-    """Return what is to be told: each cause that is new, and the ends that are news.
+def alerts_of(
+    before: Mapping[str, float], now: Mapping[str, Alert], at: float
+) -> tuple[list[Alert], dict[str, float]]:
+    """Return what is to be told, each new cause and the ends that are news, and the causes that last.
 
     ``before`` has the causes that were told, with their times. In ``now`` is each cause that is there, or how it ended
     where the opposite is known; what is unknown stands in neither, and changes nothing.
     """
-    told = (alert for key, alert in now.items() if (alert.kind in _ENDS) == (key in before) and alert != _OVER)
-    return list(dict.fromkeys(told))
+    ended = {key for key, alert in now.items() if alert.kind in _ENDS}
+    told = (alert for key, alert in now.items() if (key in ended) == (key in before) and alert != _OVER)
+    return list(dict.fromkeys(told)), {key: before.get(key, at) for key in (*before, *now) if key not in ended}
 
 
 def _joined(alerts: Sequence[Alert]) -> list[Alert]:
@@ -4095,12 +4056,6 @@ def _joined(alerts: Sequence[Alert]) -> list[Alert]:
         rest = f" … and {len(some) - 5} more." if len(some) > 5 else ""
         joined += [Alert(kind, " ".join(alert.text for alert in some[:5]) + rest)] if rest else some
     return joined
-
-
-def causes_after(before: Mapping[str, float], now: Mapping[str, Alert], at: float) -> dict[str, float]:
-    """Return the causes that last, each with the time when it was told first."""
-    ended = {key for key, alert in now.items() if alert.kind in _ENDS}
-    return {key: before.get(key, at) for key in (*before, *now) if key not in ended}
 
 
 def quota_causes(quotas: Sequence[Mapping[str, Any]], below_percent: float) -> dict[str, Alert]:
@@ -4174,9 +4129,9 @@ class Alerter:
             causes.update(quota_causes(quotas_at(self._store, now), self._config.alert_below_percent))
             buckets = self._store.usage(Window(now - 900, now), 900, 0).buckets
             causes.update(failing_cause(add_sums(buckets.values())))
-        alerts = _joined(alerts_of(before, causes))
-        self._keep(causes=causes_after(before, causes, now))
-        for alert in alerts:
+        alerts, lasting = alerts_of(before, causes, now)
+        self._keep(causes=lasting)
+        for alert in _joined(alerts):
             outcomes = [self._send(number, url, alert) for number, url in enumerate(self._config.alert_urls, 1)]
             if any(outcomes):
                 today = local_minute(now)[:10]
@@ -5999,7 +5954,7 @@ def _sums_before(app: App, before: Window, filters: Filters) -> dict[str, Any] |
     """Return the sums that a window is compared with; None where the records do not reach back so far."""
     if (app.store.span() or [math.inf])[0] > before.start:
         return None
-    models = app.store.models(before, filters)
+    models = app.store.sums_by("model", before, filters)
     return _sums_json([(sums, _cost(app, model, _priced_tokens(sums))) for model, sums in models])
 
 
@@ -6042,7 +5997,8 @@ def _choices(app: App, window: Window, filters: Filters, usage: Usage) -> dict[s
 
     def counts(name: str) -> Mapping[Any, int]:
         if name == "status" or getattr(filters, name) is not None:
-            return app.store.choices(window, filters, name)
+            found = app.store.sums_by(name, window, filters._replace(**{name: None}))
+            return {value: add_sums(parts)[0] for value, parts in by_key(found).items()}
         return {value: sum(usage.cells[cell][0] for cell in cells) for value, cells in usage.by(name).items()}
 
     def options(name: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -6073,7 +6029,8 @@ def api_requests(app: App, query: Query) -> dict[str, Any]:
     if len(rows) > limit:
         cursor = f"{'_'.join(order)}_{json.dumps(shown[-1][SORTS[order.sort]])}_{shown[-1]['id']}"
     _price_rows(app, shown)
-    total = None if filters.text else add_sums(sums for _, sums in app.store.models(window, filters, True))[0]
+    with_rows = window._replace(start=max(window.start, (app.store.get_meta("events_floor") or 0) * BUCKET_S))
+    total = None if filters.text else add_sums(sums for _, sums in app.store.sums_by("model", with_rows, filters))[0]
     return {"requests": shown, "next": cursor, "total": total}
 
 
@@ -6607,8 +6564,6 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
     """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
     try:
         return Server(host, port, head_s)
-    except OverflowError as error:
-        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
     except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
         if getattr(error, "errno", None) == errno.EADDRINUSE:

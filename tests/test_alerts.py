@@ -57,8 +57,8 @@ def kinds(*looks, before=()):
     told, lasting = [], dict.fromkeys(before, 0.0)
     for look in looks:
         causes = look if isinstance(look, dict) else app.quota_causes(look, 20)
-        told.append([alert.kind for alert in app.alerts_of(lasting, causes)])
-        lasting = app.causes_after(lasting, causes, 1.0)
+        alerts, lasting = app.alerts_of(lasting, causes, 1.0)
+        told.append([alert.kind for alert in alerts])
     return told
 
 
@@ -91,7 +91,7 @@ def test_sentences_name_the_account_masked_and_what_there_is_to_know():
     rows = [account(window(7.5)), account(state="relogin", mail="bo@x.org"), account(window(0), state="limited", tag="#aaaaaa")]
     causes = app.quota_causes(rows, 20)
     at_three = app.local_minute(app._epoch("2026-11-01T15:00:00Z"))
-    assert [alert.text for alert in app.alerts_of({}, causes)] == [
+    assert [alert.text for alert in app.alerts_of({}, causes, 1.0)[0]] == [
         f"a***@example.com (#3f9a2c) has 7.5 % of its 5h window left; it resets {at_three}.",
         "b***@x.org needs a person: the login is no longer valid; sign in again in the proxy.",
         f"a***@example.com (#aaaaaa) is limited, until {at_three}.",

@@ -263,7 +263,7 @@ def test_totals_of_random_windows_and_filters_equal_a_plain_sum_in_python(store,
             cut.setdefault((int(one.ts_epoch) + offset_s) // bucket_s * bucket_s - offset_s, []).append(one)
         assert usage.buckets == {key: sums_of(members) for key, members in cut.items()}
         assert app.add_sums(usage.cells.values()) == sums_of(inside)
-        assert app.add_sums(sums for _, sums in store.models(window, filters)) == sums_of(inside)
+        assert app.add_sums(sums for _, sums in store.sums_by("model", window, filters)) == sums_of(inside)
         assert len(store.requests(1000, window, filters)) == len(inside)
 
 
