@@ -236,6 +236,13 @@ class Page:
         """Return what a select of the filter line shows."""
         return self.one(f"#f-{name}", "e.selectedOptions[0].textContent")
 
+    def pick(self, name, begin):
+        """Choose in a select of the filter line what begins like this."""
+        self.script("""
+          const [e, begin] = arguments;
+          e.selectedIndex = [...e.options].findIndex((o) => o.text.startsWith(begin));
+          e.dispatchEvent(new Event('change'));""", self.find(f"#f-{name}"), begin)  # fmt: skip
+
     def figure(self, name):
         """Return a figure exactly."""
         return int(self.one(f"#kpi-{name}", "e.title").replace(",", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import socket
 
 import pytest
 from page_support import HOUR, LANGS, PAGE, WORDS, many, save_quota, set_state, tokens
@@ -151,6 +152,9 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(p
     between.changes["/api/health"] = lambda body: body.update(account_files={"found": 0})
     page.open(server=between)
     page.wait_for("#empty", "e.dataset.kind === 'first'")
+    parts = "#pool, #filters, #kpis, #chart, #reading, .side, #quota, #list"
+    assert not any(page.all(parts, "e.checkVisibility()"))  # no zeros around it
+    assert "python3 usage_dashboard.py check" in page.text("#empty")
     steps = page.all("#empty li", "[e.firstChild.textContent, e.textContent]")
     assert [mark for mark, _ in steps] == ["✓", "✕", "·", "✕"]
     for (_, text), words in zip(steps, (("Proxy reachable", "done"), ("management_password", "to do"),
@@ -162,11 +166,18 @@ def test_first_run_no_requests_and_no_match_are_told_apart_each_with_a_way_out(p
     put(empty.store, event(at=empty.now - 30 * HOUR))
     page.click("#refresh")
     page.wait_for("#empty", "e.dataset.kind === 'range'")
-    assert "No requests in this range" in page.text("#empty")
+    for css, told in (("#empty", "No requests in this range"), ("#panel", "No requests in this range"),
+                      ("#accounts-note", "No account was used in this range")):  # fmt: skip
+        assert told in page.text(css)
+    empty.status["last_event"] = empty.now - 30 * HOUR
+    page.click("#refresh")
+    page.wait_for_text("#empty", "Show: Last 7 days")
+    page.click("#empty button")
+    page.wait_for_requests(1)
 
     page.open("?range=24h&model=no-such-model", server=between)
     page.wait_for("#empty", "e.dataset.kind === 'filter'")
-    assert "No request matches" in page.text("#empty")
+    assert [page.text(css)[:16] for css in ("#empty", "#panel", "#accounts-note")] == ["No request match"] * 3
     page.click("#empty button")
     page.wait_for("#empty", "e.dataset.kind === 'range'")
 
@@ -234,7 +245,7 @@ def test_models_accounts_and_chips_filter_everything(page, site):
     page.click("#panel li[data-row='gpt-5.5'] button")
     page.wait_for_requests(1)
     page.wait_for_rows(1)
-    page.select("#f-model", "")
+    page.pick("model", "All")
     page.wait_for_requests(3)
     page.click("#accounts tr[data-account='b@example.com'] .link")
     page.wait_for_requests(2)
@@ -243,12 +254,58 @@ def test_models_accounts_and_chips_filter_everything(page, site):
     assert page.figure("requests") == 2 and page.picked("account") == "b@example.com (2)"
 
 
+def test_selects_offer_what_the_other_filters_leave_and_keep_what_is_chosen(page, named, between):
+    page.open(server=between)
+    options = "[...e.options].map((o) => o.textContent)"
+    everything = {
+        "account": ["All accounts (2)", "Ops (7)", "bo@example.com (1)"],
+        "model": ["All models (2)", "gpt-5.4 (7)", "m (1)"],
+        "key": ["All API keys (3)", "An's laptop (6)", "without a key (1)", "sk-…0042 #0042ab (1)"],
+        "status": ["All results", "Succeeded only (7)", "Failed with 502 (1)", "Failed only (1)"],
+    }
+    assert {name: page.one(f"#f-{name}", options) for name in everything} == everything
+    labels = page.all("#filters > select, #rest select", "[e.id, e.ariaLabel]")
+    assert labels == [["range", "Range"], ["f-account", "Account"], ["f-model", "Model"], ["f-key", "API key"],
+                      ["f-status", "Status"]]  # fmt: skip
+    page.pick("key", "without a key")
+    page.wait_for_requests(1)
+    assert "key=none" in page.js("location.search") and page.one("#f-model", options) == ["All models (1)", "m (1)"]
+    page.pick("status", "Succeeded")
+    page.wait_for("#clear", "!e.hidden")
+    page.script("history.back()")
+    page.wait_for("#f-status", "!e.selectedIndex")
+    assert page.picked("key") == "without a key (1)"
+    page.open("?range=24h&account=Ops&status=502", server=between)
+    page.wait_for_requests(0)
+    assert [page.picked(name) for name in everything] == ["Ops (0)", "All models (0)", "All API keys (0)",
+                                                          "Failed with 502 (0)"]  # fmt: skip
+    models = [{"value": f"m{n}", "requests": 9} for n in range(900)]
+    between.changes["/api/summary"] = lambda body: body["choices"].update(model=models)
+    page.click("#refresh")
+    page.wait_for_text("#f-model", "All models (900)")
+    assert len(page.all("#f-model option")) == 202 and page.one("#f-model", "e.lastChild.text") == "Find another…"
+
+
+def test_line_of_filters_compares_with_the_time_before_where_that_is_known(page, site, between):
+    before = {"total_tokens": 90_000, "failed": 4}
+    between.changes["/api/summary"] = lambda body: body.update(previous=before, end=body["start"] + 24 * HOUR)
+    page.open(server=between)
+    assert page.text("#compare") == "against the time before: tokens +9%, failed −3"
+    page.select("#range", "today")
+    page.wait_for_text("#compare", "against yesterday until 00:00: tokens ")
+    page.speak("vi")
+    assert page.text("#compare").startswith("so với hôm qua đến 00:00: token ")
+    before = None
+    page.select("#range", "7d")
+    page.wait_for("#compare", "!e.textContent")
+
+
 def test_window_alone_without_requests_is_an_empty_range_and_an_unknown_status_no_filter(page, site):
     start = int(site.now - 300 * HOUR)
     page.open(f"?range=7d&start={start}&end={start + HOUR}&status=blah")
     assert page.one("#empty", "e.dataset.kind") == "range"
     page.wait_for_text("#requests-note", "No requests in this range.")
-    assert len(page.all(".chip")) == 1
+    assert page.text("#narrowed").startswith("Time: ")
 
 
 def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
@@ -263,11 +320,11 @@ def test_models_under_the_failed_filter_are_told_by_their_failures(page, site):
 
 def test_filter_taken_away_leaves_the_focus_in_the_line_of_filters(page, site):
     page.open(f"?range=24h&status=ok&model=gpt-5.5&start={site.now - 9000:.0f}&end={site.now:.0f}")
-    page.script("document.querySelector('.chip').focus()")
-    page.press("Enter")
-    assert page.js("document.activeElement.textContent") == "Clear all"
-    page.press("Enter")
-    assert page.js("document.activeElement.id") == "range" and page.js("location.search") == "?range=24h"
+    for button in ("narrowed", "clear"):
+        page.script(f"document.querySelector('#{button}').focus()")
+        page.press("Enter")
+        assert page.js("document.activeElement.id") == "range"
+    assert page.js("location.search") == "?range=24h"
 
 
 @pytest.fixture
@@ -390,7 +447,7 @@ def test_masked_page_holds_neither_names_nor_search_but_tells_accounts_apart(pag
     page.click("#privacy")
     page.wait_until("location.search === '?range=24h'")
     assert page.figure("requests") == 2 and page.one("#search", "e.value") == "" and page.picked("account").startswith("b***")
-    page.select("#f-account", "")
+    page.pick("account", "All")
     page.wait_for_requests(3)
     page.wait_for_rows(3)
     assert "@example.com" not in page.js("document.body.outerHTML")
@@ -419,7 +476,7 @@ def test_owner_s_names_stand_in_place_of_mails_and_keys_also_on_a_masked_page(pa
     page.wait_until("location.search === '?range=24h'")
     for css in ("#filters", "#panel", "#requests .detail"):
         assert "An's laptop" in page.text(css)
-    page.click(".chip.all")
+    page.click("#clear")
     page.wait_for_rows(8)
     left = page.js("document.body.outerHTML")
     assert "Ops" in left and "An's laptop" in left and "example.com" not in left and "0042 #" not in left
@@ -470,6 +527,32 @@ def test_page_never_scrolls_sideways(page, site):
         assert page.js("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 720), (1440, 900)])
+def test_first_screen_answers_the_questions_of_the_day(page, site, between, width, height):
+    # Recording and how fresh, what is left and who is back when, who needs me, how much, what failed.
+    soon = app.utc_text(site.now + 2.8 * HOUR)
+
+    def pool(body):
+        b = next(row for row in body["quotas"] if row["email"] == "b@example.com")
+        b["windows"][0].update(remaining_percent=0, reset_at=soon)
+        body["pool"] = [{"label": label, "accounts": 3, "remaining_percent": 41, "next_reset_at": soon,
+                         "forecast": {"runs_out_at": soon, "until": soon}} for label in ("5h", "7d")]  # fmt: skip
+
+    between.changes["/api/quota"] = pool
+    between.changes["/api/summary"] = lambda body: body.update(previous={"total_tokens": 9, "failed": 0})
+    page.resize(width, height)
+    page.open("?range=today", server=between)
+    for lang in LANGS:
+        page.speak(lang)
+        assert ("next back: b@example.com in 2h 4", "sắp có lại: b@example.com sau 2 giờ 4")[lang == "vi"] in page.text("#pool")
+        seen = page.all("#status, #updated, #pool h2, .pool, #need, #pool .note, #kpi-total, #sub-total, #sub-requests .bad",
+                        "(({top, bottom, left, right}) => 0 <= top && top < bottom && bottom <= innerHeight && left >= 0"
+                        " && right <= innerWidth)(e.getBoundingClientRect())")  # fmt: skip
+        assert seen == [True] * len(seen) and len(seen) >= 10
+    page.click("#need")
+    page.wait_until("scrollY > 0 && document.activeElement.closest('#accounts-body')")
+
+
 @pytest.mark.parametrize("lang", LANGS)
 def test_no_label_is_cut_on_the_narrowest_phone(page, site, between, lang):
     page.resize(360, 800)
@@ -502,7 +585,7 @@ def test_paper_is_white_whole_and_without_controls(page, empty):
     page.wait_for_rows(60)
     page.emulate(print=True)
     page.wait_until("document.documentElement.dataset.theme === 'light'")
-    for css in (".acts", ".tools", "#more"):
+    for css in (".controls", ".tools", "#more"):
         assert page.one(css, "getComputedStyle(e).display") == "none"
     assert page.one("#scroll", "e.scrollHeight <= e.clientHeight")
     assert page.one("html", "e.scrollWidth <= e.clientWidth")
@@ -545,6 +628,54 @@ def test_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(page, site, 
         assert len(between.asked) == asked
     page.wait_until(f"!document.hidden && {answered}.some((e) => e.startTime > window.hidden_at)")
     assert len(between.asked) > asked
+
+
+def test_time_of_the_answer_is_told_and_a_lost_server_asked_again_soon_by_one_request_at_a_time(page, site, between):
+    with page.before_load("""
+      const start = window.setTimeout.bind(window);
+      window.setTimeout = (act, delay) => delay === 4000 ? (window.again = act, 0) : start(act, delay);"""):
+        page.open(server=between)
+    page.faults_expected = True
+    clock = page.js("new Date(arguments[0] * 1000).toLocaleTimeString('en-GB')", site.now)
+    assert page.text("#updated") == f"Updated {clock} · every 30s"
+    paths = [f"/api/{name}" for name in ("summary", "quota", "requests", "health")]
+    between.faults.update({path: lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) for path in paths})
+    page.click("#refresh")
+    page.wait_until("window.again")
+    assert "Dashboard does not answer, trying again" in page.text("#status")
+    assert page.text("#updated") == f"Updated {clock} · every 4s"
+    again = "const {again} = window; window.again = null; again()"
+    asked = len(between.asked)
+    page.script(again)
+    page.wait_until("window.again")
+    assert len(between.asked) == asked + 1
+    between.faults.clear()
+    site.now += 7
+    page.script(again)
+    page.wait_for_text("#updated", "every 30s")
+    page.wait_for_text("#status", "Recording")
+    assert clock not in page.text("#updated") and page.one("#main", "e.ariaBusy") == "false"
+
+
+def test_two_tabs_agree_on_theme_language_mask_and_the_lock_of_refresh_quota(page, site, between):
+    lock = {}
+    between.changes["/api/quota"] = lambda body: body.update(lock)
+    page.faults_expected = True
+
+    def force(handler):
+        lock["cooldown_seconds"] = 200
+        handler.refuse(429, "cooldown", Retry_After="200")
+
+    between.faults["/api/quota?force=1"] = force
+    page.open(server=between)
+    with page.other_tab():
+        page.open(server=between, fresh=False)
+        for css in ("#lang-vi", "#theme", "#privacy", "#refresh-quota"):
+            page.click(css)
+        page.wait_for_text("#refresh-quota", "·")
+    page.wait_for("#refresh-quota", "e.disabled && /^Làm mới quota · 3:/.test(e.textContent)")
+    assert page.js("document.documentElement.dataset.theme") == "dark"
+    assert "@example.com" not in page.js("document.body.outerHTML")
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------

@@ -312,10 +312,10 @@ def test_account_without_a_window_or_a_reading_is_not_counted_and_one_on_credits
     assert "⚪ No quota window" in text and "Active" not in text
     assert "Active" in page.account("credits@example.com") and "0%" in page.account("credits@example.com")
     assert page.text("#pool h2") == "4 of 6 accounts usable"
-    assert "1 not read yet · Refresh Quota reads them" in page.text("#pool")
+    assert "1 account not read yet · Refresh Quota reads it" in page.text("#pool")
     assert cell(page, "none@example.com", "p5") == "ChatGPT reports no quota window here"
     page.click("#lang-vi")
-    page.wait_for_text("#pool", "1 chưa đọc")
+    page.wait_for_text("#pool", "1 tài khoản chưa đọc")
 
 
 def test_every_reason_is_told_in_both_languages(page, empty):
