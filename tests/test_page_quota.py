@@ -215,7 +215,7 @@ def test_what_windows_are_worth_stands_beside_them_and_their_history_in_the_deta
     between.changes["/api/summary"] = speeds
     page.open(server=between)
     assert page.account(AN).count("≈ 13M left") == 1 and "left" not in page.account(B)
-    assert "here 1% was worth about 170k tokens" in cell(page, AN, "p5", "e.firstChild.title")
+    assert "1% was worth about 170k tokens here" in cell(page, AN, "p5", "e.firstChild.title")
     row = f"#accounts tr[data-email='{AN}']"
     page.script(f"document.querySelector(\"{row} .twist\").focus()")
     page.press("Enter")
