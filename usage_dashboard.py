@@ -3135,6 +3135,9 @@ def _spans_to_search(db, window: Window, filters: Filters, accounts: Sequence[Ac
     return (Window(bucket * BUCKET_S, (bucket + 1) * BUCKET_S) for (bucket,) in buckets)
 
 
+_SEARCHED = "e.model e.source e.error c.alias c.endpoint c.reasoning_effort c.service_tier".split()
+
+
 def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool) -> tuple[str, list[Any]]:
     """Return the filters as SQL conditions on ``events e`` or on a roll-up ``r``, with the values to bind."""
     identity, model, key, reason = _CELL_COLUMNS if on_rows else _CELL_COLUMNS.values()
@@ -3162,10 +3165,13 @@ def _conditions(db, filters: Filters, accounts: Sequence[Account], on_rows: bool
         parts.append(f"{reason} IN (SELECT id FROM reasons WHERE status_code = ?)")
         values.append(int(filters.status))
     if filters.text and on_rows:
-        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", filters.text) + "%"
-        searched = ("e.model", "e.source", "e.error", "e.request_id", "c.alias", "c.endpoint", "c.api_key")
+        text = re.sub(r"([\\%_])", r"\\\1", filters.text)
+        key_text = text.replace("…", "#").lstrip("#")  # a mask is "start…end #tag"
+        searched = dict.fromkeys(_SEARCHED, f"%{text}%")
+        searched.update({"e.request_id": f"{text}%", "e.status_code": text})  # 503 stands in many random ids
+        searched["'#' || REPLACE(c.api_key, '…', '#')"] = f"%#{key_text}%"
         parts.append("(" + " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in searched) + ")")
-        values += [pattern] * len(searched)
+        values += searched.values()
     return "".join(f" AND {part}" for part in parts), values
 
 
@@ -6127,7 +6133,11 @@ def api_health(app: App, query: Query) -> dict[str, Any]:
         "rival": collector.pop("rival", None),
         "collector": collector,
         "alerts": {"sent_today": alerts["sent"], "last_failed_at": alerts["last_failed_at"]},
-        "database": {"events": app.store.event_count, "bytes": app.store.byte_count},
+        "database": {
+            "events": app.store.event_count,
+            "bytes": app.store.byte_count,
+            "retention_days": app.config.retention_days or None,
+        },
         "account_files": {"found": app.refresher.known_files},
     }
 

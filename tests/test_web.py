@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from sockets import PATIENCE_S, ended
@@ -227,7 +228,18 @@ def test_requests_have_the_promised_fields_and_a_cursor(site):
     assert set(fields) <= set(first["requests"][0])
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
-    assert len(site.json("/api/requests?range=24h&q=00000003")["requests"]) == 1
+
+
+@pytest.mark.parametrize("text, found", [
+    ("00000003", [3]), ("0003", []), ("503", [5]), ("50", []), ("sk-…0503", [4]), ("0503 #a5", [4]), ("#A503", [4]),
+    ("xhi", [6]), ("flex", [7]), ("/v1/chat", [7]), ("flex%", []),
+])  # fmt: skip
+def test_search_finds_words_anywhere_and_ids_by_their_beginning(site, text, found):
+    more = [{}] * 4 + [{"api_key": "sk-…0503 #a503bc"}, {"failed": 1, "status_code": 503, "error": "overloaded"},
+                       {"reasoning_effort": "xhigh"}, {"service_tier": "flex", "endpoint": "POST /v1/chat"}]  # fmt: skip
+    put(site.store, *[at(1 - n / 100, request_id=f"{n:08x}", **facts) for n, facts in enumerate(more)])
+    told = site.json(f"/api/requests?range=24h&q={quote(text)}")["requests"]
+    assert [int(row["request_id"], 16) for row in told] == found
 
 
 def pages_of(site, query, size):
