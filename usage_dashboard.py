@@ -1896,14 +1896,11 @@ def _step_tables(db) -> list[str]:
     db.execute("UPDATE quota_snapshots SET windows = NULL WHERE windows IS NOT NULL")  # another program's
     for table in _STEP_5_TABLES:
         db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-    _add_columns(db, "outages", "lost INTEGER")
-    _add_columns(db, "quota_accounts", "subscription_until TEXT")
     db.execute(
         "INSERT INTO quota_accounts(email, account_id_tag, plan, state, state_at, snapshot_id) "
         "SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' ELSE 'ok' END, ts_epoch, id "
         "FROM quota_snapshots WHERE id IN (SELECT MAX(id) FROM quota_snapshots "
-        "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email) "
-        "AND NOT EXISTS (SELECT 1 FROM quota_accounts)"
+        "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
     )
     return done
 
@@ -2833,8 +2830,9 @@ class Store:
                 self._follow_window(db, row["account_id_tag"], merged["ts_epoch"], *span)
 
     @staticmethod
-    def _follow_window(db, account: str, at: float, label: str, start_at, end_at, used_percent: float) -> None:
+    def _follow_window(db, account: str, at: float, label: str, end_at, seconds, used_percent: float) -> None:
         """Let the account's window of that label go on as it is read now, or end it where this is the next one."""
+        start_at = end_at - seconds if end_at and seconds else None
         known = "quota_window_history WHERE account = ?1 AND label = ?2 ORDER BY id DESC"
         newest = db.execute(f"SELECT id, end_at, peak_percent FROM {known} LIMIT 1", (account, label)).fetchone()
         row_id, reset_at, peak = newest or (None, None, 0)
@@ -3319,11 +3317,6 @@ class QuotaWindow(NamedTuple):
         """What is left, in percent; None is unknown."""
         return None if self.used_percent is None else _tidy(100 - self.used_percent)
 
-    @property
-    def start_at(self) -> float | None:
-        """When it began, in epoch seconds; None is unknown."""
-        return self.reset_at - self.seconds if self.reset_at and self.seconds else None
-
     def is_due(self, now: float) -> bool:
         """Return whether the reset has passed, which makes ``used_percent`` obsolete."""
         return self.reset_at is not None and self.reset_at <= now
@@ -3340,14 +3333,12 @@ def meter_key(name: str) -> str:
 
 
 class Reading(NamedTuple):
-    """The content of one reply; ``five_hour`` and ``weekly`` are None where the plan has no such window."""
+    """The content of one reply."""
 
     state: str
     plan: str | None
     allowed: bool | None
     limit_reached: bool | None
-    five_hour: QuotaWindow | None
-    weekly: QuotaWindow | None
     windows: list[QuotaWindow]
     credits_balance: str | None
     reason: str | None = None  # what limits it besides its windows, or lets it go on
@@ -3404,8 +3395,6 @@ def parse_quota(payload: Any, now: float) -> Reading:
         _word(payload.get("plan_type")).lower()[:32] or None,
         allowed,
         reached,
-        _fullest(main, "5h"),
-        _fullest(main, "7d"),
         main + budget + _extra_windows(payload, now),
         None if balance is None or isinstance(balance, (bool, dict, list)) else _printable(str(balance)[:32]),
         reason,
@@ -3485,7 +3474,7 @@ def window_label(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
+def fullest(windows: Sequence[QuotaWindow], label: str) -> QuotaWindow | None:
     """Return the window of that label; of several the one that is used up the most."""
     same = [window for window in windows if window.label == label]
     return max(same, key=lambda window: -1.0 if window.used_percent is None else window.used_percent, default=None)
@@ -3673,7 +3662,7 @@ def reading_row(
     """Return the row of ``quota_snapshots`` for an account's (mail, tag) reading; from traffic without ``raw_json``."""
     columns = {
         f"{place}_{name}": window and window.as_json()[name]
-        for (place, _, _), window in zip(_PLACES, (reading.five_hour, reading.weekly))
+        for place, window in ((place, fullest(reading.windows, label)) for place, label, _ in _PLACES)
         for name in ("used_percent", "remaining_percent", "reset_at")
     }
     facts = {"provider": provider, "reason": reading.reason, "reset_credits": reading.reset_credits}
@@ -3693,9 +3682,9 @@ def reading_row(
         "state": reading.state,
         "message": reading.reason.replace("_", " ") if reading.reason else QUOTA_MESSAGES.get(reading.state),
         "spans": [
-            (window.label, window.start_at, window.reset_at, window.used_percent)
+            (window.label, window.reset_at, window.seconds, window.used_percent)
             for window in reading.windows
-            if window.governs and window is _fullest(reading.windows, window.label) and window.used_percent is not None
+            if window.governs and window is fullest(reading.windows, window.label) and window.used_percent is not None
         ],
     }
 
@@ -6257,74 +6246,23 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.match(r"127(\.\d{1,3}){3}\Z", host))
 
 
-class Connections:
-    """The open connections: until when the server waits for each one's client, and for how many bytes to be taken.
+class Server(ThreadingMixIn, TCPServer):
+    """The HTTP server, a thread for each connection. No HTTPServer, which looks its own name up in the DNS.
 
     A thread that serves a client reads and writes without a time limit of its own, since a socket's timeout never
     fires at a byte a second. Here it is ended from outside: its next read finds the end of the stream.
     """
 
-    def __init__(self, most: int = 128, most_bytes: int = 8 << 20) -> None:
-        self._most, self._most_bytes, self._lock = most, most_bytes, threading.RLock()
-        # (until, bytes) of each; those whose client has kept us waiting longest come first.
-        self._open: dict[Any, tuple[float, int]] = {}
-
-    def add(self, connection: Any) -> bool:
-        """Register a new connection and return whether it has a place: beyond the limit the longest idle one goes."""
-        with self._lock:
-            if len(self._open) >= self._most and not self.end_longest():
-                return False
-            self._open[connection] = math.inf, 0
-            return True
-
-    def wait(self, connection: Any, seconds: float, size: int = 0) -> bool:
-        """Record how many seconds a client has, to take how many bytes; return whether it is open."""
-        with self._lock:
-            is_open = self._open.pop(connection, None) is not None
-            while size and size + sum(left for _, left in self._open.values()) > self._most_bytes:
-                if not self.end_longest(1):
-                    break
-            if is_open:
-                self._open[connection] = time.monotonic() + seconds, size
-            return is_open
-
-    def end_late(self) -> None:
-        """End the connections whose time is over."""
-        with self._lock:
-            now = time.monotonic()
-            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
-                self._end(connection)
-
-    def end_longest(self, least: int = 0) -> bool:
-        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
-        with self._lock:
-            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
-            longest = next(idle, None)
-            if longest is not None:
-                self._end(longest)
-            return longest is not None
-
-    def remove(self, connection: Any) -> None:
-        """Forget a closed connection."""
-        with self._lock:
-            self._open.pop(connection, None)
-
-    def _end(self, connection: Any) -> None:
-        del self._open[connection]
-        with suppress(OSError):  # the client was quicker
-            connection.shutdown(socket.SHUT_RDWR)
-
-
-class Server(ThreadingMixIn, TCPServer):
-    """The HTTP server, a thread for each connection. No HTTPServer, which looks its own name up in the DNS."""
-
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
+    most, most_bytes = 128, 8 << 20  # connections, and what all their clients have to take
     app: App
     page: Answer
 
     def __init__(self, host: str, port: int, head_s: float):
-        self.connections, self.head_s = Connections(), head_s
+        self.head_s, self._lock = head_s, threading.RLock()
+        # Of each connection until when its client is waited for, and for how many bytes; the longest waited for first.
+        self._open: dict[Any, tuple[float, int]] = {}
         self.turns = threading.Lock(), threading.Lock()  # to make an answer, and one that searches
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
@@ -6337,7 +6275,10 @@ class Server(ThreadingMixIn, TCPServer):
 
     def service_actions(self) -> None:
         """End the connections of late clients; called at least once a poll interval."""
-        self.connections.end_late()
+        with self._lock:
+            now = time.monotonic()
+            for connection in [one for one, (until, _) in self._open.items() if until <= now]:
+                self._end(connection)
 
     def get_request(self) -> Any:
         """Accept a connection; where there is no descriptor left, one that waits is ended and a moment passes."""
@@ -6345,15 +6286,46 @@ class Server(ThreadingMixIn, TCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno != errno.ECONNABORTED:
-                self.connections.end_longest()
+                self._end_longest()
                 time.sleep(0.03)
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self.connections.add(request) and self.connections.wait(request, Handler.idle_s)
+        """Return whether a new connection has a place: beyond the limit the longest idle one goes."""
+        with self._lock:
+            has_place = len(self._open) < self.most or self._end_longest()
+            if has_place:
+                self._open[request] = time.monotonic() + Handler.idle_s, 0
+            return has_place
+
+    def wait(self, connection: Any, seconds: float, size: int = 0) -> bool:
+        """Record how many seconds a client has, to take how many bytes; return whether it is open."""
+        with self._lock:
+            is_open = self._open.pop(connection, None) is not None
+            while size and size + sum(left for _, left in self._open.values()) > self.most_bytes:
+                if not self._end_longest(1):
+                    break
+            if is_open:
+                self._open[connection] = time.monotonic() + seconds, size
+            return is_open
+
+    def _end_longest(self, least: int = 0) -> bool:
+        """End the longest idle connection, of those with so many bytes to take; return whether there was one."""
+        with self._lock:
+            idle = (one for one, (until, left) in self._open.items() if until < math.inf and left >= least)
+            longest = next(idle, None)
+            if longest is not None:
+                self._end(longest)
+            return longest is not None
+
+    def _end(self, connection: Any) -> None:
+        del self._open[connection]
+        with suppress(OSError):  # the client was quicker
+            connection.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
-        self.connections.remove(request)
+        with self._lock:
+            self._open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -6384,10 +6356,10 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Answer the next request, or find that the client has left or was ended."""
         self.close_connection, self.command, self.headers = True, None, HTTPMessage()
-        self.server.connections.wait(self.connection, self.idle_s)
+        self.server.wait(self.connection, self.idle_s)
         if not self.rfile.peek(1):
             return
-        self.server.connections.wait(self.connection, self.server.head_s)
+        self.server.wait(self.connection, self.server.head_s)
         head = line = self.rfile.readline(self.largest_head)
         while line.endswith(b"\n") and line not in (b"\r\n", b"\n"):
             line = self.rfile.readline(self.largest_head - len(head))
@@ -6405,7 +6377,7 @@ class Handler(BaseHTTPRequestHandler):
         if understood and self.request_version == "HTTP/0.9":
             self.send_error(400)
         elif understood:
-            self.server.connections.wait(self.connection, math.inf)
+            self.server.wait(self.connection, math.inf)
             self._answer()
 
     def _answer(self) -> None:
@@ -6491,9 +6463,9 @@ class Handler(BaseHTTPRequestHandler):
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
             return
-        self.server.connections.wait(self.connection, self.turn_s)
+        self.server.wait(self.connection, self.turn_s)
         with turn:  # one at a time: an answer takes up to 20 MB while it is made
-            if not self.server.connections.wait(self.connection, math.inf):
+            if not self.server.wait(self.connection, math.inf):
                 self.close_connection = True
                 return
             headers, body = self._packed(make())
@@ -6526,7 +6498,7 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in {**self.common_headers, **headers}.items()]
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
-        self.server.connections.wait(self.connection, self.send_s, len(body))
+        self.server.wait(self.connection, self.send_s, len(body))
         try:
             self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n")
             self.connection.sendall(body)
@@ -6546,7 +6518,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for piece in itertools.chain([first], content.pieces):
                 if piece:
-                    self.server.connections.wait(self.connection, self.turn_s)
+                    self.server.wait(self.connection, self.turn_s)
                     self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
             self.connection.sendall(b"0\r\n\r\n" if is_chunked else b"")
         except (OSError, StoreError):
@@ -6554,7 +6526,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Take in the rest of a refused request: closing on unread bytes would reset the answer away."""
-        self.server.connections.wait(self.connection, self.drain_s)
+        self.server.wait(self.connection, self.drain_s)
         with suppress(OSError):  # the client was quicker
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):

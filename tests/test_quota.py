@@ -23,8 +23,8 @@ def shown(window):
 def test_sample_reply_gives_the_expected_windows(sample):
     reading, expect = app.parse_quota(sample["body"], NOW), sample["expect"]
     assert reading.state == expect["state"]
-    assert shown(reading.five_hour) == expect["five_hour"]
-    assert shown(reading.weekly) == expect["weekly"]
+    assert shown(app.fullest(reading.windows, "5h")) == expect["five_hour"]
+    assert shown(app.fullest(reading.windows, "7d")) == expect["weekly"]
     monthly = [window for window in reading.windows if window.label == "30d"]
     assert shown(monthly[0] if monthly else None) == expect["monthly"]
     if isinstance(expect.get("credits"), dict):
@@ -57,7 +57,7 @@ def test_window_is_named_by_its_length():
 ])  # fmt: skip
 def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, five_hour, weekly, state):
     reading = app.parse_quota(sent, NOW)
-    used = [window and window.used_percent for window in (reading.five_hour, reading.weekly)]
+    used = [found and found.used_percent for found in (app.fullest(reading.windows, label) for label in ("5h", "7d"))]
     assert (used, reading.state, len(reading.windows)) == ([five_hour, weekly], state, 2)
 
 
@@ -69,7 +69,7 @@ NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400"
     [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
 )
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
-    five_hour = app.parse_quota(body(window(sent)), NOW).five_hour
+    five_hour = app.parse_quota(body(window(sent)), NOW).windows[0]
     assert five_hour.used_percent == used
     assert five_hour.remaining_percent == (None if used is None else 100 - used)
 
@@ -82,7 +82,7 @@ def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
     ({"reset_at": 86400, "reset_after_seconds": 60}, NOW + 60), ({"reset_after_seconds": 1e300}, None),
 ])  # fmt: skip
 def test_reset_time_is_taken_in_every_form_or_unknown(sent, reset_at):
-    assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).five_hour.reset_at == reset_at
+    assert app.parse_quota(body({"limit_window_seconds": 18000, **sent}), NOW).windows[0].reset_at == reset_at
 
 
 def account_file(**changes) -> app.AccountFile:

@@ -27,13 +27,13 @@ def test_headers_of_a_sample_give_plan_windows_and_resets():
     headers = app.parse_events([SAMPLES[2]]).events[0].quota_headers
     reading = app.parse_quota(app.payload_of_headers(headers), NOW)
     assert (reading.plan, reading.state) == ("plus", "ok")
-    assert reading.five_hour == app.QuotaWindow("5h", 18000, 42, 1785300000, None)
-    assert reading.weekly == app.QuotaWindow("7d", 604800, 17, 1785700000, None)
+    assert app.fullest(reading.windows, "5h") == app.QuotaWindow("5h", 18000, 42, 1785300000, None)
+    assert app.fullest(reading.windows, "7d") == app.QuotaWindow("7d", 604800, 17, 1785700000, None)
 
 
 def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
     reading = read(x_codex_primary_window_minutes="10080", x_codex_secondary_window_minutes="43200")
-    assert (reading.five_hour, reading.weekly.used_percent) == (None, 42)
+    assert (app.fullest(reading.windows, "5h"), app.fullest(reading.windows, "7d").used_percent) == (None, 42)
     assert [window.label for window in reading.windows] == ["7d", "30d"]
 
 
@@ -45,12 +45,12 @@ def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
 )  # fmt: skip
 def test_header_window_without_a_sound_length_percentage_or_reset_is_absent(name, text):
     reading = read(**{f"x_codex_primary_{name}": text})
-    assert (reading.five_hour, reading.weekly.used_percent) == (None, 17)
+    assert (app.fullest(reading.windows, "5h"), app.fullest(reading.windows, "7d").used_percent) == (None, 17)
 
 
 def test_header_reset_may_be_given_as_seconds_from_now():
     reading = read(x_codex_primary_reset_at=None, x_codex_primary_reset_after_seconds="60")
-    assert reading.five_hour.reset_at == NOW + 60
+    assert app.fullest(reading.windows, "5h").reset_at == NOW + 60
 
 
 @pytest.mark.parametrize("changes", [
