@@ -55,10 +55,10 @@ def test_name_without_room_is_cut_in_its_middle_so_that_two_of_one_mail_are_told
     assert "self_serve_business_usage_based" in page.account(names[0])
 
 
-def test_quotas_of_one_mail_that_no_account_claims_are_told_apart(page, site):
-    for tag in ("#aa11bb", "#cc22dd"):
-        site.store.save_quota_state("pair@example.com", tag, "team", "never", "not asked yet", site.now)
-    page.open()
+def test_quotas_of_one_mail_that_no_account_claims_are_told_apart(page, site, between):
+    same = {"email": "pair@example.com", "account": None}
+    between.change_quotas(weekly={**same, "account_id_tag": "#aa11bb"}, old={**same, "account_id_tag": "#cc22dd"})
+    page.open(server=between)
     assert {"pair@example.com (#aa11bb)", "pair@example.com (#cc22dd)"} < set(page.all("#accounts .link"))
 
 
