@@ -4239,10 +4239,6 @@ class PopResult(NamedTuple):
     fault: QueueFault | None
 
 
-class RedisRefusal(QueueFault):
-    """A Redis server, not a proxy, refuses the password, or has something else under the list's name."""
-
-
 class NoQueue(NotResp):
     """A server that answers in RESP, and serves no queue over it."""
 
@@ -4261,9 +4257,9 @@ _REPLIES: tuple[tuple[str, type[QueueFault], str, str | None], ...] = (
     ("mtls", NoQueue, "this version of the proxy does not serve its queue over RESP", None),
     ("noauth|missing management key", QueueFault, "a management key is needed", "no_password"),
     ("invalid management key", QueueFault, "the management key is refused", "wrong_password"),
-    ("wrongpass|invalid password", RedisRefusal, "the Redis server there refuses the password", "wrong_password"),
+    ("wrongpass|invalid password", QueueFault, "the Redis server there refuses the password", "wrong_password"),
     ("unsupported channel", QueueFault, "the proxy does not know this queue_key", "wrong_queue_key"),
-    ("wrongtype", RedisRefusal, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
+    ("wrongtype", QueueFault, "queue_key names something in that Redis that is no list", "wrong_queue_key"),
     (r"unknown command\W+auth", NoQueue, "the server there knows no AUTH", None),
     (r"unknown command\W+subscribe", Misconfigured, 'SUBSCRIBE is unknown; set "collect_mode": "auto"', "not_resp"),
 )
@@ -4607,7 +4603,7 @@ def open_source(config: Config, on_endpoint: Callable[[str], None], logins: Refu
         if not config.has_default_queue or found.is_proxy or found.list_length:
             return found
     except QueueFault as fault:
-        if not config.has_default_queue or (fault.state not in _NOT_THERE and not isinstance(fault, RedisRefusal)):
+        if not config.has_default_queue or fault.state not in (*_NOT_THERE, "wrong_password", "wrong_queue_key"):
             raise
         first = fault
     try:
@@ -5535,7 +5531,6 @@ class Collector:
         if not self._is_proven:
             self._is_proven = True
             self._backoff = backoff()
-            self._refused.forget()
             self._outages.end(self._restart_lost)
             self._records, self._recorded_at = 0, 0.0
         now = self._clock()
