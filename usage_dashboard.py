@@ -5464,8 +5464,7 @@ class Collector:
             count = source.largest_batch if more else few
             if not more:
                 self.journal.sync()
-            self._store_if_due(source, at_rest=not more)
-            fault = result.fault
+            fault = self._store_if_due(source, at_rest=not more) or result.fault
             if fault is None:
                 self._after_turn(recorded, is_empty=not result.full)
                 if not result.full and source.mode != "subscribe":
@@ -5478,25 +5477,25 @@ class Collector:
             raise fault
         return False
 
-    def _store_if_due(self, source: Source, at_rest: bool) -> None:
+    def _store_if_due(self, source: Source, at_rest: bool) -> QueueFault | None:
         """Commit what is due, and pop nothing while that fails; what a subscription delivers meanwhile is spooled."""
-        waits, fault = backoff(0.5, 10.0), None
+        waits = backoff(0.5, 10.0)
         while not self._stop.is_set():
             try:
                 if self.journal.is_due:
                     self.journal.flush()
                 elif at_rest:
                     self.journal.check()
-                break
+                return None
             except StoreError as error:
                 self._enter_storage_error(error)
             self._stop.wait(next(waits))
             if source.unread:
                 result = source.take(source.largest_batch)
-                fault = fault or result.fault
                 self._hold(result.values)
-        if fault is not None:
-            raise fault
+                if result.fault is not None:
+                    return result.fault
+        return None
 
     def _hold(self, values: Sequence[Any]) -> int:
         """Parse and spool what was popped, and return how many records were in it."""
