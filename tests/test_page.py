@@ -562,7 +562,7 @@ def test_no_label_is_cut_on_the_narrowest_phone(page, site, between, lang):
     page.wait_for("#refresh-quota", "/\\d:\\d\\d/.test(e.textContent)")
     page.script("document.querySelector('#requests tr[data-id] button').click()")
     words = (
-        "h1, h2, button:not(.link, .chip, #panel *), dt, dd, .note, .notice, .tag, .left, .st, .rst span, .more, "
+        "h1, h2, button:not(.link, .chip, #panel *), dt, dd, .note, .notice, .tag, .est, .when span, .say, .st, .more, "
         ".figure, .sub, #status, #chart-readout, footer span, option:checked"
     )
     is_cut = (
