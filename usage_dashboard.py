@@ -206,7 +206,7 @@ def short_tag(*parts: str) -> str:
 
 def os_reason(error: BaseException) -> str:
     """Return an operating system's error in its own short words, without addresses or paths."""
-    if isinstance(error, socket.timeout):
+    if isinstance(error, (socket.timeout, TimeoutError)):
         return "no answer in time"
     if isinstance(error, (socket.gaierror, TypeError, UnicodeError)):  # two of them for what can be no name
         return "the name is unknown"
@@ -2935,8 +2935,8 @@ class Store:
     def readings_since(self, since: float, most: int = 2000) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the readings since then by (email, tag), of the ``most`` newest rows of all accounts."""
         query = (
-            f"SELECT email, account_id_tag, ts_epoch, {', '.join(_WINDOW_COLUMNS)} FROM quota_snapshots "
-            "WHERE ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
+            "SELECT email, account_id_tag, ts_epoch, windows FROM quota_snapshots WHERE windows IS NOT NULL "
+            "AND ts_epoch >= ? AND id > (SELECT MAX(id) FROM quota_snapshots) - ? ORDER BY id"
         )
         with self._read() as db:
             rows = _dicts(db.execute(query, (since, most)))
@@ -3088,14 +3088,11 @@ def _store_reason(path: Path, error: BaseException) -> str:
 
 MOST_ENDED = 8  # windows of one label that are kept beyond their end
 
-_WINDOW_COLUMNS = (
-    *("primary_used_percent", "primary_remaining_percent", "primary_reset_at"),
-    *("secondary_used_percent", "secondary_remaining_percent", "secondary_reset_at", "windows"),
-)
 _SNAPSHOT_COLUMNS = (
-    *("email", "account_id_tag", "plan", "ts_epoch", "timestamp", "allowed", "limit_reached"),
-    *(*_WINDOW_COLUMNS, "credits_balance", "raw_json", "source"),
-)
+    "email account_id_tag plan ts_epoch timestamp allowed limit_reached primary_used_percent primary_remaining_percent "
+    "primary_reset_at secondary_used_percent secondary_remaining_percent secondary_reset_at windows credits_balance "
+    "raw_json source"
+).split()
 
 _CONTEXT_COLUMNS = tuple(name for name in Context._fields if name not in ("auth_index", "source", "account"))
 _LIST_EVENTS = (
@@ -4183,8 +4180,6 @@ def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | Non
         status = within(10.0, _post, *_form_of(url, alert, at), stop=stop)
     except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
         cause = error.reason if isinstance(getattr(error, "reason", None), OSError) else error
-        if isinstance(cause, (TimeoutError, socket.timeout)):
-            return "no answer in time"
         reason = getattr(cause, "reason", None)  # of TLS; the text of a wrong certificate names the host
         return reason if isinstance(reason, str) else os_reason(cause)
     return None if 200 <= status < 300 else f"it answered with status {status}"
@@ -6200,16 +6195,10 @@ class Answer(NamedTuple):
     """A body as it is sent; ``gzipped`` where it was compressed beforehand."""
 
     body: bytes
-    etag: str | None = None
+    etag: str = ""
     content_type: str = "application/json; charset=utf-8"
     policy: str = "default-src 'none'; frame-ancestors 'none'"
     gzipped: bytes | None = None
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any], etag: str | None = None) -> Answer:
-        """Return the answer that holds this content as JSON."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return cls(text.encode("utf-8", "replace"), etag)
 
 
 def load_page(path: Path) -> Answer:
@@ -6435,11 +6424,11 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(content, Download):
                 self._send_download(content)
                 return
-            self._send_head(200, *self._packed(content if isinstance(content, Answer) else Answer.of(content)))
+            self._send_head(200, *self._packed(content))
             return
         state = json.dumps([app.run_id, parts.path, sorted(query.items()), version(app)])
         etag = f'"{hashlib.sha256(state.encode()).hexdigest()[:20]}"'
-        self._send_unless_known(etag, lambda: Answer.of(answer(app, query), etag), self.server.turns["q" in query])
+        self._send_unless_known(etag, lambda: answer(app, query), self.server.turns["q" in query])
 
     def _refuse_other_sites(self) -> None:
         """Keep other sites from pressing the button; plain HTTP pages send no Sec-Fetch-Site."""
@@ -6452,7 +6441,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "cross-site" if foreign else "none") not in ("same-origin", "none"):
             raise ApiError(403, "foreign_site", "a refresh can be asked for by the dashboard's own page only")
 
-    def _send_unless_known(self, etag: str, make: Callable[[], Answer], turn: ContextManager[Any]) -> None:
+    def _send_unless_known(self, etag: str, make: Callable[[], Any], turn: ContextManager[Any]) -> None:
         known = re.findall(r'"[^"]*"|\*', self.headers.get("If-None-Match", ""))
         if etag in known or "*" in known:
             self._send_head(304, {"ETag": etag}, b"")
@@ -6463,14 +6452,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             headers, body = self._packed(make())
-        self._send_head(200, headers, body)
+        self._send_head(200, {**headers, "ETag": etag}, body)
 
-    def _packed(self, answer: Answer) -> tuple[dict[str, str], bytes]:
-        """Return the headers that tell of an answer, and its body as this client takes it."""
-        headers = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}
-        body = answer.body
-        if answer.etag is not None:
-            headers["ETag"] = answer.etag
+    def _packed(self, answer: Any) -> tuple[dict[str, str], bytes]:
+        """Return the headers that tell of an Answer, or of what becomes JSON, and its body as this client takes it."""
+        if not isinstance(answer, Answer):
+            text = json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            answer = Answer(text.encode("utf-8", "replace"))
+        headers, body = {"Content-Type": answer.content_type, "Content-Security-Policy": answer.policy}, answer.body
         if len(body) > 1000:
             headers["Vary"] = "Accept-Encoding"
             if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", self.headers.get("Accept-Encoding", ""), re.I):
@@ -6485,7 +6474,7 @@ class Handler(BaseHTTPRequestHandler):
         message = str(error)
         if isinstance(error, StoreError):  # whose sentence names a path, and others than the owner may read this
             message = "the database cannot be read just now; the dashboard's log and its check command say why"
-        headers, body = self._packed(Answer.of({"error": message, "code": error.code}))
+        headers, body = self._packed({"error": message, "code": error.code})
         self._send_head(error.http_status, {**headers, **getattr(error, "headers", {})}, body)
 
     def _send_head(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
