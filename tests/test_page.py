@@ -218,7 +218,7 @@ def test_footer_tells_of_alerts_and_that_one_failed(page, site, between):
     told = {"sent_today": 0, "last_failed_at": None}
     between.changes["/api/health"] = lambda body: body.update(alerts=told)
     page.open(server=between)
-    page.wait_for("#facts", "e.textContent.endsWith('8317')")
+    page.wait_for("#facts", "e.textContent.endsWith('reads from the proxy at 127.0.0.1:8317')")
     told.update(sent_today=1, last_failed_at=site.now - 60)
     page.click("#refresh")
     page.wait_for_text("#facts", "8317 · 1 alert sent today · an alert could not be sent (")
