@@ -5993,6 +5993,7 @@ def _choices(app: App, window: Window, filters: Filters, usage: Usage) -> dict[s
         return {"value": key or "none", "name": filters.names.get(tag_of_mask(key))}
 
     statuses = options("status", lambda code: {"value": str(code)})
+    statuses = [one for one in statuses if re.fullmatch("ok|[45]..", one["value"])]  # what status= takes
     failed = sum(n for status, n in counts("status").items() if status != "ok")
     return {
         "account": options("account", lambda one: {"value": one.name, "name": owner_name(filters.names, one)}),

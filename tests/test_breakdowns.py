@@ -52,7 +52,7 @@ def test_requests_without_a_key_are_a_key_of_their_own(site):
     {"account": "an@example.com", "model": "a", "status": "ok"}, {"model": "none such", "key": AN},
 ])  # fmt: skip
 def test_choices_of_a_filter_are_what_the_other_three_leave(site, filters):
-    people, outcomes = (("an@example.com", "x1"), ("bo@example.com", "x2")), ((0, None), (1, 429), (1, 500), (1, None))
+    people, outcomes = (("an@example.com", "x1"), ("bo@example.com", "x2")), ((0, None), (1, 429), (1, 500), (1, 200), (1, None))
     kinds = itertools.product(people, "ab", (AN, ""), outcomes)
     put(site.store, *[at(1, source=mail, auth_index=index, model=model, api_key=key, failed=failed, status_code=code)
                       for n, ((mail, index), model, key, (failed, code)) in enumerate(kinds) for _ in range(n % 7 + 1)])

@@ -214,11 +214,12 @@ def test_proxy_that_forgets_too_soon_is_warned_of_while_recording_goes_on(page, 
     page.wait_for_text("#remedy", "quên sau 10 giây")
 
 
-def test_footer_tells_of_alerts_and_that_one_failed(page, site, between):
+def test_footer_tells_what_is_kept_and_read_from_where_and_of_alerts(page, site, between):
     told = {"sent_today": 0, "last_failed_at": None}
-    between.changes["/api/health"] = lambda body: body.update(alerts=told)
+    between.changes["/api/health"] = lambda body: [body.update(alerts=told), body["database"].update(retention_days=30)]
     page.open(server=between)
-    page.wait_for("#facts", "e.textContent.endsWith('reads from the proxy at 127.0.0.1:8317')")
+    words = "single requests are kept for 30 days · reads from the proxy at 127.0.0.1:8317"
+    page.wait_for("#facts", f"e.textContent.endsWith('{words}')")
     told.update(sent_today=1, last_failed_at=site.now - 60)
     page.click("#refresh")
     page.wait_for_text("#facts", "8317 · 1 alert sent today · an alert could not be sent (")
@@ -549,6 +550,13 @@ def test_first_screen_answers_the_questions_of_the_day(page, site, between, widt
                         "(({top, bottom, left, right}) => 0 <= top && top < bottom && bottom <= innerHeight && left >= 0"
                         " && right <= innerWidth)(e.getBoundingClientRect())")  # fmt: skip
         assert seen == [True] * len(seen) and len(seen) >= 10
+    if width < 721:
+        assert page.one("#rest", "e.offsetHeight") == 0
+        page.click("#fold")
+        targets = "header button, #pool button, #filters :is(button, select)"
+        assert min(page.all(targets, "e.offsetHeight || 99")) >= 40 and page.one("#rest", "e.offsetHeight") > 0
+        page.pick("status", "Lỗi 429")
+        page.wait_for("#fold", "e.textContent === 'Lọc (1)'")
     page.click("#need")
     page.wait_until("scrollY > 0 && document.activeElement.closest('#accounts-body')")
 
