@@ -4227,7 +4227,7 @@ _REFUSALS = ("wrong_password", "no_password")
 
 
 class PopResult(NamedTuple):
-    """One turn of a source: values for parse_events, whether more may wait, and the fault that ended it."""
+    """What a source took: values for parse_events, whether more may wait, and the fault behind those that are whole."""
 
     values: list[Any]
     full: bool
@@ -4284,23 +4284,16 @@ def _log_in(client: RespClient, password: str) -> None:
 
 
 class Source:
-    """One way to take values off the queue, from open() to close(); ``api`` where a proxy may be asked over HTTP."""
+    """One way to take values off the queue: open(), which takes nothing, take(count) many times, and close()."""
 
     mode = ""
     largest_batch = 500
     unread = 0  # values that have arrived already
     is_proxy = True
     list_length: int | None = None
-    api: ProxyApi | None = None
+    api: ProxyApi | None = None  # where a proxy may be asked over HTTP
     _client: Any = None  # with a socket
     before_login: Callable[[], None] = staticmethod(lambda: None)  # when connected; what it raises keeps the key here
-
-    def open(self) -> None:
-        """Connect and log in, without taking anything. Raises QueueFault."""
-
-    def take(self, count: int) -> PopResult:
-        """Take up to so many values; those that arrived whole count, whatever happens behind them."""
-        return PopResult([], False, None)
 
     def close(self) -> None:
         """Close all connections."""
@@ -4928,8 +4921,7 @@ class Journal:
             self.flush()
         except StoreError as error:
             sizes = [len(parsed.events) for _, parsed in self._batches]
-            first_lost = len(sizes) - self._unspooled
-            lost = sum(sizes[first_lost:])
+            lost = sum(sizes[len(sizes) - self._unspooled :])
             self._log.event("collector", fault=error, spooled=sum(sizes) - lost, lost=lost)
 
     def _replay(self) -> None:
@@ -6904,17 +6896,16 @@ def _check_queue(config: Config, config_path: Path) -> list[Finding]:
 def _check_without_key(config: Config) -> list[Finding]:
     """Distinguish a proxy, which needs a key, from a Redis, which passes over an empty command."""
     for port in _ports_of(config):
-        host, tls, address = config.cliproxy_host, config.cliproxy_tls, f"{config.cliproxy_host}:{port}"
+        host, tls = config.cliproxy_host, config.cliproxy_tls
         fault = _empty_command(partial(connect_tcp, host, port, tls, timeout_s=2.0))
         if fault is None:
-            found = "no management key is set, and the proxy needs one"
-            return [Finding("fault", found, STATE_REMEDIES["no_password"])]
-        if isinstance(fault.__cause__, socket.timeout):
-            return [Finding("ok", f"{address} is a Redis server, used without a password")]
-        if isinstance(fault, ConnectionClosed):
-            return [Finding("fault", f"{address}: {fault}", STATE_REMEDIES["closed"])]
-        if isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
-            return [Finding("fault", f"{address} shows nothing but a warning page", STATE_REMEDIES["example_keys"])]
+            fault = QueueFault("no management key is set, and the proxy needs one", "no_password")
+        elif isinstance(fault.__cause__, socket.timeout):
+            return [Finding("ok", f"{host}:{port} is a Redis server, used without a password")]
+        elif isinstance(fault, NotResp) and ProxyApi(host, port, tls, "").has_example_keys():
+            fault = QueueFault(f"{host}:{port} shows nothing but a warning page", "example_keys")
+        if fault.state in ("no_password", "example_keys") or isinstance(fault, ConnectionClosed):
+            break
     remedy = "see the sentence above" if isinstance(fault, Misconfigured) else STATE_REMEDIES[fault.state]
     return [Finding("fault", str(fault), remedy)]
 
