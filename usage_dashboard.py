@@ -1788,35 +1788,33 @@ def _lock_path(database: Path) -> Path:
     return Path(f"{os.path.realpath(str(database))}.lock")
 
 
-class DatabaseLock:
-    """The right of one process to record into a database until it ends; ``fault`` says why there is no lock here."""
-
-    def __init__(self, database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0):
-        self._path, self.fault = _lock_path(database), ""
+def lock_database(database: Path, lock: Callable[[int], None] = _flock, patience_s: float = 1.0) -> str:
+    """Take the right of one process to record into a database until it ends; return why there is no lock here."""
+    try:
+        make_private(_lock_path(database))
+        handle = os.open(str(_lock_path(database)), os.O_RDWR)  # stays open, and so the lock is held
+    except OSError as error:
+        raise StoreError(_store_reason(database, error)) from error
+    deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
+    while True:
         try:
-            make_private(self._path)
-            self._handle = os.open(str(self._path), os.O_RDWR)
-        except OSError as error:
-            raise StoreError(_store_reason(database, error)) from error
-        deadline = time.monotonic() + patience_s  # a holder that was killed is given the time to end
-        while True:
-            try:
-                return lock(self._handle)
-            except BlockingIOError:
-                time.sleep(0.05)
-            except (OSError, ImportError) as error:  # as on some network file systems
-                self.fault = f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
-                return
-            if time.monotonic() > deadline:
-                os.close(self._handle)
-                told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
-                holder = "process {pid}, port {port}".format(**told)
-                message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
-                raise StoreError(f'{message}, or name another file with "database"')
+            lock(handle)
+            return ""
+        except BlockingIOError:
+            time.sleep(0.05)
+        except (OSError, ImportError) as error:  # as on some network file systems
+            return f"usage.db.lock cannot be locked ({os_reason(error)}): a second start will not be noticed"
+        if time.monotonic() > deadline:
+            os.close(handle)
+            told = {"pid": "unknown", "port": "unknown", **lock_holder(database)}
+            holder = "process {pid}, port {port}".format(**told)
+            message = f"{database} is in use by a dashboard that runs already ({holder}); stop that one"
+            raise StoreError(f'{message}, or name another file with "database"')
 
-    def name_holder(self, port: int) -> None:
-        """Write into the file who has the lock, for those that come later."""
-        self._path.write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
+
+def name_holder(database: Path, port: int) -> None:
+    """Write into the lock's file who has it, for those that come later."""
+    _lock_path(database).write_text(json.dumps({"pid": os.getpid(), "port": port}), encoding="utf-8")
 
 
 def lock_holder(database: Path) -> dict[str, int]:
@@ -2378,8 +2376,6 @@ class Store:
                     db.execute(f"PRAGMA user_version = {number}")
             for line in done:
                 self._announce(line)
-        if rows:
-            self._announce(f"adopted {rows:,} rows")
 
     def close(self) -> None:
         """Close the connections, also under a search; the write-ahead log is folded into the file."""
@@ -3846,43 +3842,36 @@ class TrafficReadings:
         return (account.mail, account.tag) if account and account.mail and is_clear else None
 
 
-class UsagePoint(NamedTuple):
-    """How much of a window was used at a time; times in epoch seconds."""
-
-    at: float
-    used_percent: float
-    reset_at: float
-
-
 PACE_S = 3600.0  # the pace is that of the last hour
 
 
-def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[UsagePoint]]:
-    """Return how much of an account's main windows was used, by label in order of time; the unknown left out."""
-    points: dict[str, dict[float, UsagePoint]] = {}
+def usage_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+    """Return (time, used percent, reset) of an account's main windows, by label in order of time; no unknown ones."""
+    points: dict[str, dict[float, tuple[float, float, float]]] = {}
     for row in rows:
         for window in windows_of(row) if row["ts_epoch"] else ():
             if window.governs and window.used_percent is not None and window.reset_at is not None:
                 read_at = _epoch(window.more.get("read_at")) or row["ts_epoch"]
-                points.setdefault(window.label, {})[read_at] = UsagePoint(read_at, window.used_percent, window.reset_at)
+                points.setdefault(window.label, {})[read_at] = read_at, window.used_percent, window.reset_at
     return {label: sorted(by_time.values()) for label, by_time in points.items()}
 
 
-def forecast(points: Sequence[UsagePoint], now: float) -> dict[str, Any] | None:
+def forecast(points: Sequence[tuple[float, float, float]], now: float) -> dict[str, Any] | None:
     """Return whether a window lasts until its reset at the pace of the last hour; None where that cannot be known."""
-    same: list[UsagePoint] = []
-    for point in points:
-        if same and (point.used_percent < same[-1].used_percent or abs(point.reset_at - same[-1].reset_at) > 120):
+    same: list[tuple[float, float, float]] = []
+    for at, used, reset_at in points:
+        if same and (used < same[-1][1] or abs(reset_at - same[-1][2]) > 120):
             same = []  # it was reset in between, or has not begun
-        if point.at >= now - PACE_S:
-            same.append(point)
+        if at >= now - PACE_S:
+            same.append((at, used, reset_at))
     if len(same) < 3:
         return None
-    last, rise, lasted_s = same[-1], same[-1].used_percent - same[0].used_percent, same[-1].at - same[0].at
-    if lasted_s < 600 or now - last.at > 900 or last.used_percent >= 100 or last.reset_at <= now:
+    (first_at, first_used, _), (at, used, reset_at) = same[0], same[-1]
+    rise, lasted_s = used - first_used, at - first_at
+    if lasted_s < 600 or now - at > 900 or used >= 100 or reset_at <= now:
         return None
-    ends = [last.at + (100 - last.used_percent) / max(rise + off, 1e-9) * lasted_s for off in (-1, 0, 1)]
-    slow, likely, fast = (at if at < last.reset_at else None for at in ends)
+    ends = [at + (100 - used) / max(rise + off, 1e-9) * lasted_s for off in (-1, 0, 1)]
+    slow, likely, fast = (end if end < reset_at else None for end in ends)
     if (slow is None) != (fast is None):  # percentages are rounded, and one more or less would turn the verdict
         return None
     return {"used_per_hour": round(rise / lasted_s * 3600, 2), "runs_out_at": utc_text(likely)}
@@ -6998,12 +6987,12 @@ def run_start(options: Any) -> int:
     for warning in warnings:
         log.line(f"warning: {warning}")
     page = load_page(BASE_DIR / "usage-dashboard.html")
-    lock = DatabaseLock(config.database_path)
-    if lock.fault:
-        log.line(f"warning: {lock.fault}")
+    fault = lock_database(config.database_path)
+    if fault:
+        log.line(f"warning: {fault}")
     server = make_server(config.dashboard_host, config.dashboard_port)
     try:
-        lock.name_holder(server.server_port)
+        name_holder(config.database_path, server.server_port)
         store = Store(config.database_path, announce=log.line)
     except DashboardError:
         server.server_close()

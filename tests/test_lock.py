@@ -69,12 +69,12 @@ def test_lock_file_that_was_left_keeps_nobody_out(program, proxy, left):
 def test_lock_is_refused_in_words_also_by_a_link_and_where_its_file_says_nothing(tmp_path):
     (tmp_path / "usage.db").touch()
     (tmp_path / "link.db").symlink_to(tmp_path / "usage.db")
-    first = app.DatabaseLock(tmp_path / "usage.db", patience_s=0)
+    app.lock_database(tmp_path / "usage.db", patience_s=0)
     for name in ("usage.db", "link.db"):
         with pytest.raises(app.StoreError, match="process unknown, port unknown"):
-            app.DatabaseLock(tmp_path / name, patience_s=0)
+            app.lock_database(tmp_path / name, patience_s=0)
     assert app.lock_holder(tmp_path / "usage.db") == {}
-    first.name_holder(8320)
+    app.name_holder(tmp_path / "usage.db", 8320)
     assert app.lock_holder(tmp_path / "usage.db") == {"pid": os.getpid(), "port": 8320}
 
 
@@ -83,8 +83,8 @@ def test_file_system_without_locks_is_told_and_no_obstacle(tmp_path, code):
     def refuse(handle):
         raise OSError(code, os.strerror(code))
 
-    lock = app.DatabaseLock(tmp_path / "usage.db", refuse)
-    assert os.strerror(code) in lock.fault and "second start" in lock.fault
+    fault = app.lock_database(tmp_path / "usage.db", refuse)
+    assert os.strerror(code) in fault and "second start" in fault
 
 
 def test_reading_commands_work_beside_the_dashboard_and_find_its_port(program, proxy):

@@ -251,7 +251,7 @@ def test_limit_whose_reset_has_passed_is_no_longer_called_limited(state, five_ho
 def line(*used_percents: float, every_s: float = 300.0, until: float = NOW, reset_at: float = NOW + 7200):
     first = until - (len(used_percents) - 1) * every_s
     times = [first + number * every_s for number in range(len(used_percents))]
-    return [app.UsagePoint(at, used, reset_at) for at, used in zip(times, used_percents)]
+    return [(at, used, reset_at) for at, used in zip(times, used_percents)]
 
 
 WEEK = {"reset_at": NOW + 6 * 86400}
