@@ -15,6 +15,8 @@ import usage_dashboard as app
 
 STAGES = ("filled", "masked", "needs you", "first run", "300 accounts")
 PERSON = ("relogin", "deactivated", "blocked", "region_blocked", "no_token", "proxy_unsupported")
+RECORDING = {"state": "recording", "message": "Records.", "events": 9, "rejected": 0, "ignored": 0, "publishing": True,
+             "endpoint": "127.0.0.1:8317", "mode": "pop", "since": 0, "until": None, "last_event": None}  # fmt: skip
 LONG = {
     "dev.one@example.net": "grace.hopper-mathematics@subdomain.example.org (#ff5dd6)",
     "dev.two@example.net": "grace.hopper-mathematics@subdomain.example.org (#eb3c6f)",
@@ -32,7 +34,7 @@ class Stages:
         world = app.DemoWorld(folder / "demo")
         told = world.status()
         world.store.close()
-        self.sites = {name: _site(folder / name, told, world.names) for name in ("demo", "empty", "many")}
+        self.sites = {name: site_of(folder / name, told, world.names) for name in ("demo", "empty", "many")}
         self.sites["empty"].status.update(state="wrong_password", message="Wrong key.", last_event=None)
         self.between, self.needs_person = Between(self.sites["demo"]), False
         for path in ("/api/summary", "/api/quota", "/api/requests"):
@@ -79,9 +81,10 @@ class Stages:
             row.update(state=state, message="Sign in again in the proxy.")
 
 
-def _site(folder: Path, told: dict[str, Any], names: dict[str, str]) -> Site:
+def site_of(folder: Path, told: dict[str, Any] = RECORDING, names: Any = None) -> Site:
+    """Return a dashboard in this process at the time of now, with what its collector would say."""
     folder.mkdir(exist_ok=True)
-    site = Site(folder, PAGE, names=names)
+    site = Site(folder, PAGE, names=names or {})
     site.now, site.status = time.time(), dict(told)
     return site
 
@@ -91,8 +94,9 @@ def crowd(site: Site, accounts: int, requests: int = 0, models: int = 8, keys: i
     for n in range(accounts):
         save_quota(site, f"user{n}@example.com", n % 101, (7 * n) % 101)
     made = [
-        event(at=site.now - 5 * n, request_id=f"r{n}", model=f"model-{n % models}", api_key=f"sk-…{n % keys:04} #{n % keys:06x}",
-              source=f"user{n % accounts}@example.com", auth_index=f"{n % accounts:x}")
+        event(at=site.now - 5 * n, request_id=f"r{n}", model=f"model-{n % models}",
+              api_key=f"sk-…{n % keys:04} #{n % keys:06x}", source=f"user{n % accounts}@example.com",
+              auth_index=f"{n % accounts:x}")
         for n in range(max(requests, accounts, models, keys))
     ]  # fmt: skip
     for first in range(0, len(made), 1000):

@@ -44,8 +44,9 @@ def main(arguments: list[str]) -> int:
                 page.wait_for("html", f"e.dataset.theme === '{'dark' if dark else 'light'}'")
                 browser.resize(width, 1000)
                 page.wait_until(f"innerWidth === {width}")
+                view = f"{stage}, {lang}, {'dark' if dark else 'light'}, {width}"
                 for fault in page.run_async(LOOK, axe):
-                    found.setdefault(tuple(fault), []).append(f"{stage}, {lang}, {'dark' if dark else 'light'}, {width}")
+                    found.setdefault(tuple(fault), []).append(view)
     for (what, where, why), views in sorted(found.items()):
         print(f"{what}\n  {where}: {why}\n  in {len(views)} views: {'; '.join(views[:3])}")
     print(f"{len(found)} violations in {12 * len(chosen)} views")
