@@ -112,12 +112,9 @@ class Log:
 
     def event(self, name: str, **values: Any) -> None:
         """Write ``name key=value …``; values with spaces are quoted."""
-        parts = [name]
-        for key, value in values.items():
-            text = str(value)
-            needs_quotes = re.search(r'[\s"]', text)
-            parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if needs_quotes else text}")
-        self.line(" ".join(parts))
+        texts = {key: str(value) for key, value in values.items()}
+        quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in texts.items() if re.search(r'[\s"]', text)}
+        self.line(" ".join([name, *map("=".join, {**texts, **quoted}.items())]))
 
 
 _HOUR_MINUTE = r"(?:[01]\d|2[0-3]):[0-5]\d"
@@ -455,12 +452,10 @@ def _fault_of_urls(value: Any) -> str | None:
     if not isinstance(value, list):
         return 'must be a list of addresses, ["https://…"]'
     for number, url in enumerate(value, 1):
-        try:
+        with suppress(ValueError):
             parts = urlsplit(url if isinstance(url, str) and re.match(r"[!-~]+\Z", url) else "")
             if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
                 continue
-        except ValueError:
-            pass
         return f"must hold http:// or https:// addresses without spaces and line breaks; number {number} is none"
     return None
 
@@ -4519,7 +4514,7 @@ class SubscribeSource(Source):
 
     def __init__(self, connect: Callable[[], socket.socket], password: str, key: str, wait_s: float):
         self._connect, self._password, self._key, self._wait_s = connect, password, key, wait_s
-        self._backlog: Any = PopSource(connect, password, key)  # until it is empty
+        self._backlog, self._is_drained = PopSource(connect, password, key), False
         self._inbox: Any = queue.Queue(2_000)
 
     def open(self) -> None:
@@ -4550,12 +4545,11 @@ class SubscribeSource(Source):
 
     def take(self, count: int) -> PopResult:
         """Return what waited in the queue, then what is published; waits up to the poll interval for the first."""
-        backlog = self._backlog  # close() may come from another thread
-        if backlog is not None:
-            result = backlog.take(min(count, backlog.largest_batch))
+        if not self._is_drained:
+            result = self._backlog.take(min(count, self._backlog.largest_batch))
             if not result.full:
-                backlog.close()
-                self._backlog = None
+                self._backlog.close()
+                self._is_drained = True
             return result
         values: list[Any] = []
         with suppress(queue.Empty):
@@ -4567,9 +4561,7 @@ class SubscribeSource(Source):
 
     def close(self) -> None:
         super().close()
-        if self._backlog is not None:
-            self._backlog.close()
-            self._backlog = None
+        self._backlog.close()
 
 
 def open_source(config: Config, on_endpoint: Callable[[str], None], logins: RefusedLogins) -> Source:
@@ -4757,8 +4749,6 @@ class Spool:
             return
         with open(str(self.path), "rb") as stream:
             for line in iter(lambda: stream.readline(8 << 20), b""):
-                if len(line) == 8 << 20:  # no batch is as long; its copies would take the memory
-                    continue
                 checksum, _, text = line.rstrip(b"\n").partition(b" ")
                 if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
                     continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
@@ -4975,7 +4965,7 @@ class ProxyFacts:
         self._status, self._store, self._log, self._clock = status, store, log, clock
         self._poll_interval_s = poll_interval_s
         self._api: ProxyApi | None = None
-        self._asked: deque[float] = deque()
+        self._asked: list[float] = []
         self._failed: set[str] = set()  # routes, on this connection
         self._asked_at = 0.0
         self.has_example_keys = False
@@ -5004,8 +4994,7 @@ class ProxyFacts:
     def _question(self, path: str, most: int = 1) -> Any:
         """Return an answer; None where it fails, or where ten minutes have no room for so many requests more."""
         api, now = self._api, self._clock()
-        while self._asked and not 0 <= now - self._asked[0] < self._SPAN_S:
-            self._asked.popleft()
+        self._asked = [at for at in self._asked if 0 <= now - at < self._SPAN_S]
         if api is None or len(self._asked) + most > self._MOST:
             return None
         sent = api.sent
