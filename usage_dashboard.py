@@ -2408,8 +2408,8 @@ class Store:
 
     def _file_ids(self) -> list[tuple[int, int] | None]:
         """Return (device, inode) of the file, its write-ahead log and its index; None where there is none."""
-        found = [path.stat() if path.exists() else None for path in self._paths]
-        return [None if status is None else (status.st_dev, status.st_ino) for status in found]
+        found = (path.stat() if path.exists() else None for path in self._paths)
+        return [status and (status.st_dev, status.st_ino) for status in found]
 
     @contextmanager
     def _transaction(self, db, begin: str, end: str) -> Iterator[Any]:
@@ -2725,20 +2725,20 @@ class Store:
         So no sum ever falls, whatever an account is called later. Pairs beyond ``most`` are added up to ``other``.
         """
         with self._read() as db:
-            by_pair = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_week GROUP BY 1, 2").fetchall()
-            given = {tuple(row[:2]): tuple(row[2:]) for row in db.execute("SELECT * FROM series")}
-            cell_of = self._cell_finder(db)
-        new, labels = [], set(given.values())
-        for pair in (tuple(row[:2]) for row in by_pair if tuple(row[:2]) not in given):
-            cell = cell_of(*pair, 0)
-            label = (cell.account.name, cell.model)
-            given[pair] = label if label in labels or len(labels) < most else ("other", "other")
-            labels.add(given[pair])
-            new.append((*pair, *given[pair]))
+            rows = db.execute(f"SELECT identity_id, model_id, {_ADDED} FROM usage_by_week GROUP BY 1, 2").fetchall()
+            given = {row[:2]: row[2:] for row in db.execute("SELECT * FROM series")}
+            owners, models = self._owners_in(db), _models_in(db)
+        labels, new = set(given.values()), [row[:2] for row in rows if row[:2] not in given]
+        for identity_id, model_id in new:
+            label = (owners[identity_id].name, models[model_id])
+            label = label if label in labels or len(labels) < most else ("other", "other")
+            given[identity_id, model_id] = label
+            labels.add(label)
         if new:
             with self._write(changes=False) as db:
-                db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", new)
-        by_label = by_key((given[tuple(row[:2])], row[2:]) for row in by_pair)
+                added = [(*pair, *given[pair]) for pair in new]
+                db.executemany("INSERT OR IGNORE INTO series VALUES (?, ?, ?, ?)", added)
+        by_label = by_key((given[row[:2]], row[2:]) for row in rows)
         return {label: add_sums(parts) for label, parts in by_label.items()}
 
     def span(self) -> tuple[float, float] | None:
@@ -3591,30 +3591,31 @@ def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) ->
     headers = {"User-Agent": "codex-cli", "Accept": "application/json", "Authorization": f"Bearer {file.access_token}"}
     if file.account_id:
         headers["ChatGPT-Account-Id"] = file.account_id
+    url = "https://chatgpt.com/backend-api/wham/usage"
     try:
-        with open_url("https://chatgpt.com/backend-api/wham/usage", headers, None, deadline_s, proxies) as reply:
-            body = reply.read(_LARGEST_BODY + 1)
+        status, body = ask_url(url, headers, None, deadline_s, _LARGEST_BODY + 1, proxies)
     except (OSError, HTTPException, ValueError) as error:
         cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
-    if reply.status != 200:
-        raise QuotaFault(classify_failure(reply.status, body))
-    if len(body) > _LARGEST_BODY:
-        raise QuotaFault("bad_response")
+    if status != 200:
+        raise QuotaFault(classify_failure(status, body))
     try:
-        return json.loads(body.decode("utf-8"))
+        return json.loads(body.decode("utf-8") if len(body) <= _LARGEST_BODY else "")
     except (ValueError, RecursionError):
         raise QuotaFault("bad_response") from None
 
 
-def open_url(url: str, headers: dict[str, str], body: bytes | None, timeout_s: float, proxies: Any = None) -> Any:
-    """Return the reply, whatever its status: no redirect is followed. ``proxies`` are the environment's if None."""
+def ask_url(
+    url: str, headers: dict[str, str], body: bytes | None, timeout_s: float, most: int = 0, proxies: Any = None
+) -> tuple[int, bytes]:
+    """Return the status of a reply, which may be a redirect that is not followed, and ``most`` bytes of its body."""
     import urllib.request
 
     opener = urllib.request.OpenerDirector()
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
-    return opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s)
+    with opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s) as reply:
+        return reply.status, reply.read(most)
 
 
 def proxies_of(file: AccountFile) -> dict[str, str]:
@@ -4161,7 +4162,7 @@ def alert_state(store: Store, now: float) -> dict[str, Any]:
 def send_alert(url: str, alert: Alert, at: float, stop: Any = None) -> str | None:
     """Send an alert in the form that its address asks for, and return why it did not arrive, without the address."""
     try:
-        status = within(10.0, _post, *_form_of(url, alert, at), stop=stop)
+        status, _ = within(10.0, ask_url, *_form_of(url, alert, at), 10.0, stop=stop)
     except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
         cause = error.reason if isinstance(getattr(error, "reason", None), OSError) else error
         reason = getattr(cause, "reason", None)  # of TLS; the text of a wrong certificate names the host
@@ -4177,7 +4178,7 @@ def receiver_of(url: str) -> str:
     return known.get(host, "ntfy" if host.startswith("ntfy.") else "Discord" if is_discord else "webhook")
 
 
-def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, str]]:
+def _form_of(url: str, alert: Alert, at: float) -> tuple[str, dict[str, str], bytes]:
     kind, title, parts = receiver_of(url), ALERT_TITLES[alert.kind], urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "cliproxy-usage-dashboard"}
@@ -4194,12 +4195,7 @@ def _form_of(url: str, alert: Alert, at: float) -> tuple[str, bytes, dict[str, s
     elif kind != "webhook":
         content = {"content" if kind == "Discord" else "text": f"{title}: {alert.text}"}
     body = alert.text if kind == "ntfy" else json.dumps(content, ensure_ascii=False)
-    return urlunsplit(parts), body.encode("utf-8", "replace"), headers
-
-
-def _post(url: str, body: bytes, headers: dict[str, str]) -> int:
-    with open_url(url, headers, body, 10.0) as reply:
-        return reply.status
+    return urlunsplit(parts), headers, body.encode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------ sources
