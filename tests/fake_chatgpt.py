@@ -13,7 +13,7 @@ import ssl
 import threading
 from typing import Any
 
-from sockets import ProtocolError, SocketServer, Stream, bearer_token, http_reply, read_http_head
+from sockets import SocketServer, Stream, bearer_token, http_reply, read_http_head
 from support import DATA
 
 TARGET = "chatgpt.com:443"
@@ -23,9 +23,7 @@ UNKNOWN_TOKEN = {"detail": "Unauthorized"}
 class Answer:
     """What one token is told; for `options` see FakeChatGPT.answer()."""
 
-    def __init__(
-        self, status: int = 200, headers: dict[str, str] | None = None, body: Any = b"", **options: Any
-    ) -> None:
+    def __init__(self, status: int = 200, headers: Any = None, body: Any = b"", **options: Any) -> None:
         content = body if isinstance(body, (bytes, str)) else json.dumps(body)
         raw = (content if isinstance(content, bytes) else content.encode()).ljust(options.pop("size", 0))
         self.reply = http_reply(status, raw, "application/json", headers)
@@ -36,7 +34,6 @@ class Answer:
         if "cut_after" in options:
             self.reply = self.reply[: head_length + options.pop("cut_after")]
         self.drip = options.pop("drip", 0.0)
-        self.at_once = head_length if options.pop("drip_body", False) else 0
         self.may_go = threading.Event()
         if not options.pop("hold", False):
             self.may_go.set()
@@ -86,8 +83,8 @@ class FakeChatGPT(SocketServer):
         """Set the answer for a bearer token, or with None the one for all others (401 at first).
 
         Options: headers, body (JSON value, str or bytes), size (the body is padded to it with spaces), drip (seconds
-        after each byte), drip_body (only the body drips), endless (chunks of a space without end), cut_after (the
-        connection is closed after so many bytes of the body), hold (nothing is answered before release()).
+        after each byte), endless (chunks of a space without end), cut_after (the connection is closed after so many
+        bytes of the body), hold (nothing is answered before release()).
         """
         with self.change():
             if token is None:
@@ -102,18 +99,15 @@ class FakeChatGPT(SocketServer):
                 answer.may_go.set()
 
     def serve(self, stream: Stream) -> None:
-        try:
-            method, target, proxy_headers = read_http_head(stream)
-            if method != "CONNECT" or target != TARGET:
-                with self.change():
-                    self.foreign_targets.append(target)
-                stream.send(http_reply(403, b"only chatgpt.com:443", "text/plain"))
-                return
-            stream.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            stream.start_tls(self._tls)
-            method, path, headers = read_http_head(stream)
-        except ProtocolError:
+        method, target, proxy_headers = read_http_head(stream)
+        if method != "CONNECT" or target != TARGET:
+            with self.change():
+                self.foreign_targets.append(target)
+            stream.send(http_reply(403, b"only chatgpt.com:443", "text/plain"))
             return
+        stream.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        stream.start_tls(self._tls)
+        method, path, headers = read_http_head(stream)
         request = {"token": bearer_token(headers), "method": method, "path": path,
                    "headers": headers, "proxy_headers": proxy_headers}  # fmt: skip
         with self.change():
@@ -134,8 +128,7 @@ class FakeChatGPT(SocketServer):
         while answer.endless and not self.closing.wait(0.01):
             stream.send(b"1\r\n \r\n")
         if answer.drip:
-            stream.send(answer.reply[: answer.at_once])
-            for position in range(answer.at_once, len(answer.reply)):
+            for position in range(len(answer.reply)):
                 stream.send(answer.reply[position : position + 1])
                 if self.closing.wait(answer.drip):
                     return

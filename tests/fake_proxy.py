@@ -11,7 +11,6 @@
     proxy.add_account("00000000000000ab", email="an@example.com")     # an account file; its events are counted
     proxy.count("00000000000000ab", failed=1)   # an attempt that makes no event (count_tokens)
     proxy.restart()                             # everything in memory is gone: queue, bans, counters, connections
-    proxy.pass_time(125)                        # idle connections, retention, bans, counters' buckets
     proxy.answers["/v0/management/config"] = http_reply(302, b"", "text/html", {"Location": "/x"})  # sockets.http_reply
 """
 
@@ -24,26 +23,24 @@ import select
 import socket
 import ssl
 import time
-from collections import Counter, deque
+from collections import deque
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from sockets import Hangup, ProtocolError, SocketServer, Stream, UnexpectedEof, bearer_token, http_reply, read_http_head
+from sockets import Hangup, ProtocolError, SocketServer, Stream, bearer_token, http_reply, read_http_head
 
 RESP_FIRST_BYTES = b"*$+-:"
 TLS_HANDSHAKE_BYTE = b"\x16"
-MAX_FAILURES = 5
 SUBSCRIBER_BUFFER = 256
 LOCAL_ADDRESSES = ("127.0.0.1", "::1")
 CHANNEL = "usage"
-BUCKET_S, BUCKETS = 600, 20
 THE_QUEUE = object()
 
 # Forks by what is odd about them: the release that they began with, and what differs from it.
 FORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "v8-alone": ("v8.0.47", {"routes_of_v0": False}),
-    "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000, "idle_s": 120}),
+    "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),
     "resp-only": ("v7.2.140", {"http_queue": False}),
@@ -63,26 +60,21 @@ class Dialect:
         self.echoes_channel = tag >= (7, 1, 44)
         self.http_queue = tag >= (6, 10, 8)
         self.retention_setting = tag >= (6, 10, 1)
-        self.home_mode = tag >= (7, 0, 0)
         self.home_mode_text = tag >= (7, 1, 18)
         self.sniffs_in_accept_loop = tag <= (7, 0, 2)
-        self.recent_requests = tag >= (6, 9, 46)
         self.request_totals = tag >= (6, 9, 49)
-        self.text_of_404 = b"404 page not found" if tag < (7, 2, 140) else b""
         self.routes_of_v0 = True
         self.routes_of_v8 = tag >= (8, 0, 0)
         self.rpop_takes_newest = self.keeps_published = False
         self.most_at_once: int | None = None
-        self.idle_s: float | None = None
         assert changes.keys() <= vars(self).keys(), changes
         vars(self).update(changes)
 
 
 def go_duration(seconds: float) -> str:
-    """Write a duration as Go does after rounding to a second: 30m0s, 45s, 1h0m0s."""
+    """Write a duration of less than an hour as Go does after rounding to a second: 30m0s, 45s."""
     minutes, second = divmod(int(seconds + 0.5), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}h{minute}m{second}s" if hours else f"{minute}m{second}s" if minute else f"{second}s"
+    return f"{minutes}m{second}s" if minutes else f"{second}s"
 
 
 # ---- RESP and HTTP as bytes ------------------------------------------------------------------------------
@@ -123,33 +115,8 @@ def as_json_element(payload: bytes) -> bytes:
         return json.dumps(payload.decode("utf-8", "replace")).encode()
 
 
-class Credential:
-    """An account file or a key, and what the proxy counts of it: attempts in buckets of ten minutes."""
-
-    def __init__(self, entry: dict[str, Any]) -> None:
-        self.entry = entry
-        self.good: Counter[int] = Counter()
-        self.bad: Counter[int] = Counter()
-
-    def as_json(self, now: int, dialect: Dialect) -> dict[str, Any]:
-        """Return the entry of a listing; the newest bucket is the last, and their labels have no date."""
-        told = dict(self.entry)
-        if dialect.request_totals:
-            told.update(success=sum(self.good.values()), failed=sum(self.bad.values()))
-        if dialect.recent_requests:
-            buckets = range(now - BUCKETS + 1, now + 1)
-            clock = {at: time.strftime("%H:%M", time.gmtime(at * BUCKET_S)) for at in (*buckets, now + 1)}
-            told["recent_requests"] = [
-                {"time": f"{clock[at]}-{clock[at + 1]}", "success": self.good[at], "failed": self.bad[at]}
-                for at in buckets
-            ]
-        return told
-
-
 class Wire(Stream):
     """A connection whose replies go through the proxy's faults."""
-
-    last_command_at: float | None = None  # of RESP, in the proxy's time
 
     def send(self, data: bytes, carries_events: bool = False) -> None:
         """Write a reply; raises CutOff where a fault ends it early."""
@@ -196,13 +163,13 @@ class FakeProxy(SocketServer):
 
     These may be changed while it runs: `publishing`, `retention_seconds` (as its configuration says it),
     `allow_remote`, `home_mode`, `management`, `key`, `seen_from` (the address that clients appear to have),
-    `ban_seconds`, `clock` (of all but the counters, which go by `wall_clock`), `answer_http_only` (a reverse
-    proxy: only HTTP is understood), `example_page` (template keys stand in its configuration: `/` warns of them),
-    and `answers`, whole HTTP answers as bytes by path, which are sent in place of the proxy's own.
+    `ban_seconds`, `answer_http_only` (a reverse proxy: only HTTP is understood), `example_page` (template keys stand
+    in its configuration: `/` warns of them), and `answers`, whole HTTP answers as bytes by path, which are sent in
+    place of the proxy's own.
 
     For a test to look at: `handed_over` (payloads that were popped or sent to a subscriber), `lost` (those of
     them whose reply was cut), `forgotten` (too old, or in the queue at a restart), `commands` (RESP command
-    names in upper case), `http_requests` as (method, path), `failures` (all that ever counted towards a ban),
+    names in upper case), `http_requests` as (method, path), `failures` (each counts towards a ban; none follows),
     `connections` (all there ever were).
     """
 
@@ -220,8 +187,6 @@ class FakeProxy(SocketServer):
         self.retention_seconds = 60
         self.seen_from: str | None = None
         self.ban_seconds = 1800.0
-        self.clock = time.monotonic
-        self.wall_clock = time.time
         self.seconds_per_byte = 0.0
 
         self.handed_over: list[bytes] = []
@@ -235,12 +200,10 @@ class FakeProxy(SocketServer):
         self._tls = tls
         self._queue: deque[tuple[float, bytes]] = deque()
         self._subscribers: list[Subscriber] = []
-        self._failures_of: dict[str, int] = {}
-        self._banned_until: dict[str, float] = {}
+        self._banned_until = 0.0
         self._cut_after: int | None = None
-        self._passed_s = 0.0
-        self._accounts: dict[str, Credential] = {}
-        self._keys: dict[str, Credential] = {}
+        self._accounts: dict[str, dict[str, Any]] = {}  # entries as they are listed
+        self._keys: dict[str, dict[str, Any]] = {}
 
     def describe(self) -> str:
         return (
@@ -282,24 +245,20 @@ class FakeProxy(SocketServer):
         """List an account file; its counters begin at zero, also where it was listed before."""
         with self.change():
             base = {"auth_index": auth_index, "name": f"codex-{auth_index}.json", "type": "codex", "disabled": False}
-            self._accounts[auth_index] = Credential({**base, **entry})
+            self._accounts[auth_index] = {**base, **entry, "success": 0, "failed": 0}
 
     def add_key(self, key: str, provider: str = "codex", base_url: str = "https://up.example/v1") -> None:
         """List a key of the proxy's configuration, which events name as their source."""
         with self.change():
-            self._keys[key] = Credential({"provider": provider, "name": f"{base_url}|{key}"})
+            self._keys[key] = {"provider": provider, "name": f"{base_url}|{key}", "success": 0, "failed": 0}
 
     def count(self, credential: str, success: int = 0, failed: int = 0) -> None:
         """Count attempts of a credential, by its auth_index or key, now."""
         with self.change():
             found = self._accounts.get(credential) or self._keys.get(credential)
             if found is not None:
-                found.good[self._bucket] += success
-                found.bad[self._bucket] += failed
-
-    @property
-    def _bucket(self) -> int:
-        return int(self.wall_clock() + self._passed_s) // BUCKET_S
+                found["success"] += success
+                found["failed"] += failed
 
     def refresh(self) -> None:
         """Tell subscribers that account files may have changed (pollers never see this)."""
@@ -310,15 +269,14 @@ class FakeProxy(SocketServer):
     # -- for tests: faults
 
     def ban(self) -> None:
-        """Ban the clients of this machine as if they had failed often enough."""
+        """Ban everybody, as it does with those who failed often enough."""
         with self.change():
-            self._banned_until["127.0.0.1"] = self._now() + self.ban_seconds
+            self._banned_until = time.monotonic() + self.ban_seconds
 
     def lift_ban(self) -> None:
-        """Forget all bans and failures, as a restart of the proxy does."""
+        """Forget the ban, as a restart of the proxy does."""
         with self.change():
-            self._banned_until.clear()
-            self._failures_of.clear()
+            self._banned_until = 0.0
 
     def cut_replies_after(self, n_bytes: int) -> None:
         """Close the connection that writes the n-th further byte of replies with events, right after it; once."""
@@ -337,13 +295,13 @@ class FakeProxy(SocketServer):
                 raise CutOff
 
     def forget(self) -> None:
-        """Lose the queue, the bans, the failures and the counters, as a restart does."""
+        """Lose the queue, the ban and the counters, as a restart does."""
         with self.change():
             self.forgotten += [payload for _, payload in self._queue]
             self._queue.clear()
             self.lift_ban()
-            for listed in (self._accounts, self._keys):
-                listed.update({name: Credential(one.entry) for name, one in listed.items()})
+            for entry in (*self._accounts.values(), *self._keys.values()):
+                entry.update(success=0, failed=0)
 
     def restart(self) -> None:
         """Stop and start again at the same port: every connection ends, and what was in memory is gone."""
@@ -351,18 +309,6 @@ class FakeProxy(SocketServer):
         self.disconnect_all()
         self.forget()
         self.listen_again()
-
-    def pass_time(self, seconds: float) -> None:
-        """Let time go by at the proxy, and do at once what it would have done meanwhile."""
-        with self.change():
-            self._passed_s += seconds
-            for wire in self._open if self.dialect.idle_s else ():
-                if wire.last_command_at is not None and self._now() - wire.last_command_at >= self.dialect.idle_s:
-                    wire.shut()
-            self._expire()
-
-    def _now(self) -> float:
-        return self.clock() + self._passed_s
 
     def allowance(self, length: int) -> int | None:
         """Return how many of the next bytes may be written; None: all."""
@@ -378,7 +324,7 @@ class FakeProxy(SocketServer):
     def _publish(self, payload: bytes) -> None:
         is_told = bool(self._subscribers)
         if not is_told or self.dialect.keeps_published:
-            self._queue.append((self._now(), payload))
+            self._queue.append((time.monotonic(), payload))
         if is_told:
             (self.handed_over if self._broadcast(payload) else self.lost).append(payload)
         self._expire()
@@ -386,7 +332,7 @@ class FakeProxy(SocketServer):
     def _expire(self) -> None:
         """Drop what is older than the retention, silently, as at each push and pop of the proxy."""
         seconds = min(self.retention_seconds, 3600) if self.retention_seconds > 0 else 60
-        while self._queue and self._now() - self._queue[0][0] > seconds:
+        while self._queue and time.monotonic() - self._queue[0][0] > seconds:
             self.forgotten.append(self._queue.popleft()[1])
 
     def _broadcast(self, payload: bytes) -> bool:
@@ -429,9 +375,9 @@ class FakeProxy(SocketServer):
     # -- the key and the ban
 
     def _authenticate(self, address: str, given: str) -> tuple[int, str]:
-        """Return (200, "") or the refusal; failures are counted per address, HTTP and RESP together."""
+        """Return (200, "") or the refusal; failures are counted, HTTP and RESP together."""
         with self.change():
-            left_s = self._banned_until.get(address, 0.0) - self._now()
+            left_s = self._banned_until - time.monotonic()
             if left_s > 0:
                 return 403, f"IP banned due to too many failed attempts. Try again in {go_duration(left_s)}"
             if address not in LOCAL_ADDRESSES and not self.allow_remote:
@@ -439,18 +385,9 @@ class FakeProxy(SocketServer):
             if not self.key:
                 return 403, "remote management key not set"
             if given == self.key:
-                self._failures_of.pop(address, None)
                 return 200, ""
-            self._count_failure(address)
+            self.failures += 1
             return 401, "invalid management key" if given else "missing management key"
-
-    def _count_failure(self, address: str) -> None:
-        self.failures += 1
-        count = self._failures_of.get(address, 0) + 1
-        if count >= MAX_FAILURES:
-            self._banned_until[address] = self._now() + self.ban_seconds
-            count = 0
-        self._failures_of[address] = count
 
     # -- connections
 
@@ -484,18 +421,13 @@ class FakeProxy(SocketServer):
         if not self.dialect.resp:
             wire.send(error("RESP AUTH disabled; use mTLS"))
             return
-        if self.home_mode and self.dialect.home_mode:
+        if self.home_mode:
             if self.dialect.home_mode_text:
                 wire.send(error("redis usage output disabled in home mode"))
             return
         if not self.management:
             return
-        try:
-            self._answer_commands(wire)
-        except UnexpectedEof:
-            wire.send(error("unexpected EOF"))
-        except ProtocolError:
-            wire.send(error("protocol error"))
+        self._answer_commands(wire)
 
     def _answer_commands(self, wire: Wire) -> None:
         authenticated = False
@@ -507,7 +439,6 @@ class FakeProxy(SocketServer):
             name, args = command[0].strip().upper(), command[1:]
             with self.change():
                 self.commands.append(name)
-                wire.last_command_at = self._now()
             if name == "AUTH":
                 status, text = self._authenticate(wire.peer, args[-1])
                 authenticated = authenticated or status == 200
@@ -516,25 +447,20 @@ class FakeProxy(SocketServer):
                 _, text = self._authenticate(wire.peer, "")
                 banned = text.startswith("IP banned")
                 wire.send(error(text) if banned else error("Authentication required.", "NOAUTH"))
-            elif name in ("LPOP", "RPOP"):
-                self._answer_pop(wire, name, *args)
+            elif name == "RPOP":
+                self._answer_pop(wire, *args)
             elif name == "SUBSCRIBE" and self.dialect.subscribe:
                 if self._answer_subscribe(wire, args[0].strip()):
                     return
             else:
                 wire.send(error(f"unknown command '{name.lower()}'"))
 
-    def _answer_pop(self, wire: Wire, name: str, asked: str, count: str = "") -> None:
-        key, most = asked.strip(), self.dialect.most_at_once
-        if count and not 0 < _integer(count.encode()) <= (most or 2**31):
-            wire.send(error("value is not an integer or out of range"))
-            return
-        if key.lower() != CHANNEL:
+    def _answer_pop(self, wire: Wire, key: str) -> None:
+        if key.strip().lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{key}'"))
             return
-        popped = self._pop(wire, int(count or 1), newest=name == "RPOP" and self.dialect.rpop_takes_newest)
-        one = bulk(popped[0] if popped else None)
-        self._send_popped(wire, array(*map(bulk, popped)) if count else one, popped)
+        popped = self._pop(wire, 1, newest=self.dialect.rpop_takes_newest)
+        self._send_popped(wire, bulk(popped[0] if popped else None), popped)
 
     def _answer_subscribe(self, wire: Wire, asked: str) -> bool:
         """Serve a subscription to its end; False when it was refused and the connection goes on."""
@@ -585,7 +511,7 @@ class FakeProxy(SocketServer):
     def _answer_http(self, wire: Wire, method: str, target: str, headers: dict[str, str]) -> None:
         url = urlsplit(target)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        documents = self._documents(query) if method == "GET" else {}
+        documents = self._documents() if method == "GET" else {}
         if url.path in self.answers:
             wire.send(self.answers[url.path])
         elif url.path == "/" and self.example_page:
@@ -593,9 +519,7 @@ class FakeProxy(SocketServer):
             wire.send(http_reply(200, page, "text/html; charset=utf-8"))
         elif url.path == "/" and method == "GET":
             self._send_json(wire, 200, {"endpoints": ["GET /v1/models"], "message": "CLI Proxy API Server"})
-        elif url.path not in documents:
-            wire.send(http_reply(404, self.dialect.text_of_404, "text/plain"))
-        elif not self.management or (self.home_mode and self.dialect.home_mode):
+        elif url.path not in documents or not self.management or self.home_mode:
             wire.send(http_reply(404, b"", "text/plain"))
         else:
             status, text = self._authenticate(wire.peer, bearer_token(headers))
@@ -606,14 +530,14 @@ class FakeProxy(SocketServer):
             else:
                 self._send_json(wire, 200, documents[url.path])
 
-    def _documents(self, query: dict[str, str]) -> dict[str, Any]:
+    def _documents(self) -> dict[str, Any]:
         """Return what each management route that there is answers with, in both trees."""
         switch = {"usage-statistics-enabled": self.publishing}
         usage: dict[str, Any] = dict(switch)
         if self.dialect.retention_setting:
             usage["redis-usage-queue-retention-seconds"] = self.retention_seconds
         config = {"api-keys": ["sk-client-secret"], **usage}
-        accounts = self._list_accounts(query)
+        accounts = {"files": self._listed(self._accounts)}
         v0 = {"usage-statistics-enabled": switch, "config": config, "auth-files": accounts}
         v8 = {f"config/observability/usage/{name}": value for name, value in usage.items()}
         config = {"config-version": 8, "observability": {"usage": usage}}
@@ -634,17 +558,16 @@ class FakeProxy(SocketServer):
         body = b"[" + b",".join(as_json_element(payload) for payload in popped) + b"]"
         self._send_popped(wire, self._json_reply(200, body), popped)
 
-    def _list_accounts(self, query: dict[str, str]) -> dict[str, Any]:
+    def _listed(self, credentials: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        left_out = () if self.dialect.request_totals else ("success", "failed")
         with self.lock:
-            listed = [one for name, one in self._accounts.items() if query.get("auth_index") in (None, name)]
-            return {"files": [one.as_json(self._bucket, self.dialect) for one in listed]}
+            entries = credentials.values()
+            return [{name: value for name, value in one.items() if name not in left_out} for one in entries]
 
     def _list_keys(self) -> dict[str, Any]:
         usage: dict[str, dict[str, Any]] = {}
-        with self.lock:
-            for one in self._keys.values():
-                told = one.as_json(self._bucket, self.dialect)
-                usage.setdefault(told.pop("provider"), {})[told.pop("name")] = told
+        for entry in self._listed(self._keys):
+            usage.setdefault(entry.pop("provider"), {})[entry.pop("name")] = entry
         return usage
 
     def _send_json(self, wire: Wire, status: int, value: Any) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from fake_proxy import read_command
-from sockets import PATIENCE_S, Hangup, ProtocolError, SocketServer, comes_up
+from sockets import PATIENCE_S, Hangup, SocketServer, comes_up
 from support import free_port, replies_of
 
 import usage_dashboard as app
@@ -122,10 +122,7 @@ class Scripted(SocketServer):
 
     def serve(self, stream) -> None:
         while stream.buffer or stream.fill():
-            try:
-                name = read_command(stream)[0]
-            except ProtocolError:
-                return  # a question over HTTP
+            name = read_command(stream)[0]  # or a question over HTTP, which ends the connection
             if name == "AUTH":
                 stream.send(b"+OK\r\n")
             elif name == "LLEN":

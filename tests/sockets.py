@@ -67,16 +67,12 @@ class Watched:
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
-class ProtocolError(Exception):
-    """Input that is not what the protocol allows."""
-
-
 class Hangup(Exception):
     """The connection is to be closed now."""
 
 
-class UnexpectedEof(ProtocolError):
-    """The peer went away in the middle of something."""
+class ProtocolError(Hangup):
+    """Input that is not what the protocol allows, or that ends in the middle."""
 
 
 class Stream:
@@ -123,7 +119,7 @@ class Stream:
         """Read exactly count bytes."""
         while len(self.buffer) < count:
             if not self.fill():
-                raise UnexpectedEof
+                raise ProtocolError
         data, self.buffer = self.buffer[:count], self.buffer[count:]
         return data
 
@@ -131,7 +127,7 @@ class Stream:
         """Read a line, without its end."""
         while b"\n" not in self.buffer:
             if not self.fill():
-                raise UnexpectedEof
+                raise ProtocolError
         data, _, self.buffer = self.buffer.partition(b"\n")
         return data[:-1] if data.endswith(b"\r") else data
 

@@ -220,9 +220,7 @@ def fault_of(file=None, **options) -> str:
 
 
 @pytest.mark.parametrize("status", [200, 429])
-@pytest.mark.parametrize(
-    "answer", [{"drip": 0.05}, {"drip": 0.05, "drip_body": True}, {"endless": True}, {"hold": True}]
-)
+@pytest.mark.parametrize("answer", [{"drip": 0.05}, {"endless": True}, {"hold": True}])
 def test_reply_that_does_not_end_is_given_up_as_a_whole(chatgpt_here, answer, status):
     chatgpt_here.answer("tok-secret-1", status, body={"plan_type": "plus" * 20}, **answer)
     assert fault_of(deadline_s=0.4) == "timeout"
@@ -242,16 +240,9 @@ def test_untrusted_certificate_and_socks_proxy_are_refused(chatgpt, monkeypatch)
     assert fault_of() == "proxy_unsupported"
 
 
-@pytest.mark.parametrize(
-    ("proxy_url", "used"), [("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None)]
-)
+@pytest.mark.parametrize(("proxy_url", "used"), [
+    ("", "http://env:1"), ("http://own:2", "http://own:2"), ("direct", None), ("None", None),
+])  # fmt: skip
 def test_way_to_chatgpt_is_the_accounts_own_then_the_environments(monkeypatch, proxy_url, used):
     monkeypatch.setenv("https_proxy", "http://env:1")
     assert app.proxies_of(account_file(proxy_url=proxy_url)).get("https") == used
-
-
-def test_own_proxy_of_the_account_is_used(chatgpt, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("SSL_CERT_FILE", chatgpt.ca_file)
-    chatgpt.answer("tok-secret-1", body={"plan_type": "plus"})
-    assert app.fetch_usage(account_file(proxy_url=chatgpt.proxy_url)) == {"plan_type": "plus"}
