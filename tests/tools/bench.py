@@ -2,7 +2,7 @@
 
     python3 tests/tools/bench.py [--events N] [--idle SECONDS] [--against SCRIPT]
 
-`--against` compares with another version of the script, which lies beside its own page, as in a worktree of its tag.
+`--against` compares the ingest with another version of the script, which lies beside its own page, as in a worktree.
 
 Ratios within one run are worth more than the figures themselves, which differ from machine to machine. Most
 figures are medians of several runs. `--events 1000000` takes some minutes, `10000000` most of an hour.
@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import http.client
-import importlib.util
 import itertools
 import json
 import os
 import platform
 import random
-import shutil
 import sqlite3
 import sys
 import tempfile
@@ -38,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 from program import COMPILED, Running, get  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
 from sockets import comes_up  # noqa: E402
-from support import free_port, make_original, rows  # noqa: E402
+from support import free_port, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
@@ -190,8 +187,7 @@ class Dashboard(Running):
         config.write_text(json.dumps(own))
         self.stored = 0
         if self.database.exists():
-            with contextlib.suppress(sqlite3.OperationalError):  # a database of the original counts nothing
-                ((self.stored,),) = rows(self.database, "SELECT value FROM meta WHERE key = 'stored'")
+            ((self.stored,),) = rows(self.database, "SELECT value FROM meta WHERE key = 'stored'")
         command = [sys.executable, str(script), "start", "--no-browser", "--config", str(config)]
         env = {name: value for name, value in os.environ.items() if name not in COMPILED}
         super().__init__(command, env, folder)
@@ -246,21 +242,11 @@ def drain_rate(dashboard: Dashboard, count: int) -> float:
     return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
 
 
-def load_script(path: Path) -> Any:
-    """Load another version of the script as a module."""
-    spec = importlib.util.spec_from_file_location("other_dashboard", str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def fill(folder: Path, count: int, end: float, version: Any = app, span_s: float = HISTORY_S) -> Path:
+def fill(folder: Path, count: int, end: float, span_s: float = HISTORY_S) -> Path:
     """Make a database of so many events by the program's own functions, without a queue."""
-    store = version.Store(folder / "usage.db")
-    for number, batch in enumerate(in_batches(payloads(count, end, span_s), 5000), start=1):
-        store.store_batch(version.parse_events(batch), number, end)
-    store.close()
+    with contextlib.closing(app.Store(folder / "usage.db")) as store:
+        for number, batch in enumerate(in_batches(payloads(count, end, span_s), 5000), start=1):
+            store.store_batch(app.parse_events(batch), number, end)
     return folder / "usage.db"
 
 
@@ -338,29 +324,6 @@ def microseconds_by_step(events: list[bytes], folder: Path) -> dict[str, float]:
     return {step: seconds / len(events) * 1e6 for step, seconds in spent.items()}
 
 
-def measure_files(table: Table, events: list[bytes], folder: Path) -> None:
-    """Compare parsing beside 500 account files, whose tokens' hashes the events tell, with parsing alone."""
-    for number in range(500):
-        login = {"email": f"dev.{number}@example.com", "account_id": str(number), "access_token": f"{number}" * 300}
-        (folder / f"{number}.json").write_text(json.dumps({"type": "codex", **login}))
-    hashes = [hashlib.sha256((f"{number}" * 300).encode()).hexdigest().encode() for number in range(0, 500, 20)]
-    pairs = zip(itertools.cycle(hashes), events)
-    told = [b'{"access_token_sha256":"%s",%s' % (text, event[1:]) for text, event in pairs]
-    files, costs = app.AccountFiles([folder]), []
-
-    def parse_all(contexts: app.Contexts) -> None:
-        for batch in in_batches(iter(told), BATCH):
-            files.look(2.0)
-            app.parse_events(batch, contexts)
-
-    table.section("500 account files", "without any")
-    table.row("reading all", timed(files.look, 0) * 1000, "ms")
-    table.row("looking whether one has changed", median_ms(files.look, 0), "ms")
-    for contexts in (app.Contexts(), files.contexts):
-        costs.append(cost_of(lambda: parse_all(contexts), len(told)).processor_us)  # noqa: B023
-    table.row("parse and mask", costs[1], "µs", costs[0])
-
-
 def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, against: Path | None) -> None:
     """Compare the whole way of an event with the bare cost on the same payloads."""
     events = list(payloads(count, time.time(), count * PACE_S))
@@ -381,7 +344,6 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, 
     for step, cost in steps.items():
         table.row(f"of it: {step}", cost, "µs")
     table.row("disk, the whole directory", median(size for _, size in drains), "bytes/event")
-    measure_files(table, events, new_folder(scratch))
     if others:
         table.section("ingest, end to end", "the other version")
         table.row("redis-server → program → SQLite", rate, "events/s", median(others))
@@ -389,69 +351,37 @@ def measure_ingest(table: Table, redis: RedisServer, count: int, scratch: Path, 
 
 # ---- queries ---------------------------------------------------------------------------------------------
 
-SUMMED = [name for name in app.SUM_NAMES if name not in ("requests", "rate_limited")]
-PLAIN_SUMS = "COUNT(*), SUM(failed AND status_code = 429), " + ", ".join(f"SUM({name})" for name in SUMMED)
-FILTERS = {
-    "account": ({"account": "dev.1@example.com"}, "source = 'dev.1@example.com'"),
-    "model": ({"model": "gpt-5.4"}, "model = 'gpt-5.4'"),
-    "account and model": ({"account": "dev.1@example.com", "model": "gpt-5.4"},
-                          "source = 'dev.1@example.com' AND model = 'gpt-5.4'"),
-    "status": ({"status": "failed"}, "failed = 1"),
+FILTERS: dict[str, dict[str, str]] = {
+    "": {}, " by account": {"account": "dev.1@example.com"}, " by model": {"model": "gpt-5.4"},
+    " by account and model": {"account": "dev.1@example.com", "model": "gpt-5.4"}, " by status": {"status": "failed"},
 }  # fmt: skip
-ACCOUNT_MODEL_FAILED = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
 
 
-def plain_summary(db: sqlite3.Connection, start: float, end: float, condition: str = "1") -> None:
-    """Answer the summary's three groupings from the rows, by an index on their time."""
-    for key in ("CAST(ts_epoch AS INTEGER) / 3600", "model", "source"):
-        db.execute(
-            f"SELECT {key}, {PLAIN_SUMS} FROM events WHERE ts_epoch >= ? AND ts_epoch < ? AND {condition} GROUP BY 1",
-            (start, end),
-        ).fetchall()
-
-
-def summary_ms(store: app.Store, span_s: float, end: float, **filters: str) -> float:
+def summary_ms(store: app.Store, span_s: float, end: float) -> float:
     """Ask for a fresh summary as the page does, past every cache."""
     bucket_s = 3600 if span_s <= 2 * DAY_S else 3 * 3600 if span_s <= 8 * DAY_S else DAY_S
-    return median_ms(store.usage, app.Window(end - span_s, end), bucket_s, 7 * 3600, app.Filters(**filters))
+    return median_ms(store.usage, app.Window(end - span_s, end), bucket_s, 7 * 3600)
 
 
 def measure_queries(table: Table, small: Path, large: Path, count: int, end: float) -> None:
-    """Compare fresh summaries with the plain index on the same data, and with a tenth of the data."""
-    tenth, store, db = app.Store(small), app.Store(large), sqlite3.connect(str(large))
-    table.section(f"fresh summary, {count:,} events in {HISTORY_S // DAY_S} days", "plain time index")
-    asked = [(period, period, {}, "1") for period in RANGES_S]
-    for name, (filters, condition) in FILTERS.items():
-        asked += [(f"{period} by {name}", period, filters, condition) for period in ("24h", "7d", "30d")]
-    for name, period, filters, condition in asked:
-        plain = median_ms(plain_summary, db, end - RANGES_S[period], end, condition)
-        table.row(name, summary_ms(store, RANGES_S[period], end, **filters), "ms", plain)
-    table.row("newest 100 requests", median_ms(store.requests, 101), "ms")
-    table.row("newest 100 requests by three filters", median_ms(store.requests, 101, None, ACCOUNT_MODEL_FAILED), "ms")
-    table.section(f"flat? fresh summary, {count:,} events", f"{count // 10:,} events")
-    for name, span_s in RANGES_S.items():
-        table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
-    for part in (tenth, store, db):
-        part.close()
+    """Compare fresh summaries with those of a tenth of the data."""
+    with contextlib.closing(app.Store(small)) as tenth, contextlib.closing(app.Store(large)) as store:
+        table.section(f"fresh summary, {count:,} events in {HISTORY_S // DAY_S} days", f"{count // 10:,} events")
+        for name, span_s in RANGES_S.items():
+            table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
+        table.row("newest 100 requests", median_ms(store.requests, 101), "ms")
+        filters = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
+        table.row("newest 100 requests by three filters", median_ms(store.requests, 101, None, filters), "ms")
 
 
-def measure_zones(table: Table, count: int, end: float, scratch: Path, against: Path | None) -> list[Path]:
-    """Ask for hourly summaries of a month's events in zones off the hour; returns the versions' databases."""
-    versions = [app] if against is None else [app, load_script(against)]
-    databases = [fill(new_folder(scratch), count, end, version, 30 * DAY_S) for version in versions]
-    stores = [version.Store(database) for version, database in zip(versions, databases)]
-    table.section(f"hourly summary, {count:,} events in 30 days", "the other version")
+def measure_zones(table: Table, count: int, end: float, scratch: Path) -> None:
+    """Ask for hourly summaries of a month's events in zones off the hour."""
+    table.section(f"hourly summary, {count:,} events in 30 days")
     zones, periods = (("UTC+7", 25200), ("UTC+5:30", 19800), ("UTC+5:45", 20700)), ("24h", "7d", "30d")
-    for (zone, offset_s), period, name in itertools.product(zones, periods, ("", *FILTERS)):
-        filters = FILTERS[name][0] if name else {}
-        times = []
-        for version, store in zip(versions, stores):
-            window = version.Window(end - RANGES_S[period] + 77, end - 33.5)
-            times.append(median_ms(store.usage, window, 3600, offset_s, version.Filters(**filters)))
-        table.row(f"{zone}, {period}{' by ' if name else ''}{name}", times[0], "ms", *times[1:])
-    for store in stores:
-        store.close()
-    return databases
+    with contextlib.closing(app.Store(fill(new_folder(scratch), count, end, 30 * DAY_S))) as store:
+        for (zone, offset_s), period, name in itertools.product(zones, periods, FILTERS):
+            window, filters = app.Window(end - RANGES_S[period] + 77, end - 33.5), app.Filters(**FILTERS[name])
+            table.row(f"{zone}, {period}{name}", median_ms(store.usage, window, 3600, offset_s, filters), "ms")
 
 
 # ---- serving ---------------------------------------------------------------------------------------------
@@ -533,42 +463,6 @@ def measure_both(table: Table, redis: RedisServer, events: list[bytes], large: P
         table.row("write-ahead log, largest", Path(f"{large}-wal").stat().st_size / 1e6, "MB")
 
 
-def measure_retention(table: Table, redis: RedisServer, events: list[bytes], large: Path, scratch: Path) -> None:
-    """Let the program delete nine tenths of a copy while it empties a full queue."""
-    folder = new_folder(scratch)
-    shutil.copy(str(large), str(folder / "usage.db"))
-    before = folder_bytes(folder)
-    redis.push("usage", *events)
-    with Dashboard(folder, redis, retention_days=10) as dashboard:
-        started = time.monotonic()
-        rate = drain_rate(dashboard, len(events))
-        with contextlib.closing(sqlite3.connect(str(dashboard.database), timeout=10)) as db:
-            oldest = time.time() - 10 * DAY_S - 7200
-            while db.execute("SELECT MIN(ts_epoch) FROM events").fetchone()[0] < oldest:
-                time.sleep(0.05)
-            deleted = db.execute("SELECT value FROM meta WHERE key = 'deleted'").fetchone()[0]
-        table.section("retention_days while a full queue is emptied")
-        table.row("ingest meanwhile", rate, "events/s")
-        table.row(f"{deleted:,} rows deleted within", time.monotonic() - started, "s")
-    table.row("database after it, beside before it", folder_bytes(folder) / 1e6, "MB", before / 1e6)
-
-
-def copy_as_original(large: Path, folder: Path) -> Path:
-    """Write the events as the original dashboard kept them: without an index, and without sums."""
-    names = """id, timestamp, ts_epoch, auth_index, source, model, input_tokens, output_tokens, reasoning_tokens,
-        total_tokens, latency_ms, failed"""
-    with contextlib.closing(sqlite3.connect(str(large))) as db:
-        make_original(folder / "usage.db", db.execute(f"SELECT {names} FROM events"))
-    return folder / "usage.db"
-
-
-def measure_adoption(table: Table, redis: RedisServer, databases: list[Path]) -> None:
-    """Start the program on databases of the original and of the other version with as many events."""
-    table.section("adopting as many events")
-    for name, database in zip(("the original", "the other version"), databases):
-        table.row(f"{name}: start to the first summary", seconds_to_answer(database, redis), "s")
-
-
 # ---- all of it -------------------------------------------------------------------------------------------
 
 
@@ -603,13 +497,10 @@ def main() -> None:
         small = fill(new_folder(scratch), options.events // 10, end)
         large = fill(new_folder(scratch), options.events, end)
         measure_queries(table, small, large, options.events, end)
-        month, *other = measure_zones(table, options.events, end, scratch, options.against)
+        measure_zones(table, options.events, end, scratch)
         measure_serving(table, redis, large, options.idle)
         measure_writes(table, redis, large, options.writes)
-        measure_adoption(table, redis, [copy_as_original(month, new_folder(scratch)), *other])
-        events = list(payloads(ingested, time.time(), ingested * PACE_S))
-        measure_retention(table, redis, events, large, scratch)
-        measure_both(table, redis, events, large)
+        measure_both(table, redis, list(payloads(ingested, time.time(), ingested * PACE_S)), large)
 
 
 if __name__ == "__main__":

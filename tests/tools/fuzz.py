@@ -4,7 +4,7 @@
     python3 tests/tools/fuzz.py [--seconds 20] [--seed N] [--only NAME …] [--case NAME:NUMBER]
 
 Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, replies of the
-queue, its error texts, spools, quota answers, reply headers, account files, configurations and questions to the API.
+queue, spools, quota answers, reply headers, account files, configurations and questions to the API.
 An exception that is not documented, an answer of 500 and more, or a value of which nobody knows what became of it is
 a failure: it is printed with what repeats it, and the exit code is 1.
 """
@@ -190,15 +190,6 @@ class Fuzzer:
                 at = stream.tell()
                 reader.read_reply()
                 assert stream.tell() > at, "a reply of nothing"
-
-    def fuzz_errors(self, dice: Dice) -> None:
-        """Name a fault for whatever the queue says."""
-        said = ["ERR unknown command", "NOAUTH Authentication required.", "WRONGPASS invalid",
-                "IP banned due to too many failed attempts. Try again in 29m58s", "ERR invalid management key",
-                "again in 99999999h0m0s", "again in 1s"]  # fmt: skip
-        text = dice.damaged(dice.choice(said).encode()) + dice.choice(TEXTS).encode("utf-8", "replace")
-        fault = app._fault_of_reply(text.decode("utf-8", "replace"))
-        assert isinstance(fault, app.QueueFault) and fault.state and "sk-abcdefgh1" not in str(fault)
 
     def fuzz_spool(self, dice: Dice) -> None:
         """Start on a spool of good, bent and damaged lines: every good batch is stored once, and recording goes on."""
