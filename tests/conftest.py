@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import ssl
+import subprocess
 import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from collecting import QuickStop, Run, config_of
 from fake_chatgpt import FakeChatGPT
 from fake_proxy import FakeProxy
 from page_support import PAGE, Between, Page, fill
-from program import Program
+from program import Program, configure
 from redis_server import RedisServer
 from sockets import PATIENCE_S
 from support import KEY, Site
@@ -83,6 +84,23 @@ def program(tmp_path: Path) -> Iterator[Program]:
     program = Program(tmp_path)
     yield program
     program.close()
+
+
+@pytest.fixture
+def call(program, monkeypatch, capsys):
+    """Run a command in this process, on the config, the database and the home of the program."""
+    monkeypatch.setenv("HOME", str(program.home))
+    configure(program)
+    files = [f"--config={program.folder}/config.json", f"--db={program.folder}/usage.db"]
+
+    def call_one(command, *words):
+        try:
+            code = app.main([command, *files, *map(str, words)])
+        except SystemExit as ended:
+            code = ended.code
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return call_one
 
 
 @pytest.fixture

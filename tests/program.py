@@ -110,22 +110,17 @@ class Program:
         self.script = self.folder / "usage_dashboard.py"
         self._running: list[Running] = []
 
-    def start(
-        self, *args: str | Path, env: dict[str, str | None] | None = None, cwd: Path | None = None, **options: Any
-    ) -> Running:
+    def start(self, *args: str | Path, env: Any = None, cwd: Path | None = None, **options: Any) -> Running:
         """Start it in the background; it is killed at the end of the test. Options go to Popen."""
         running = Running(self._command(args), self._environment(env), cwd or self.folder, **options)
         self._running.append(running)
         return running
 
-    def run(
-        self, *args: str | Path, env: dict[str, str | None] | None = None, timeout: float = PATIENCE_S, **options: Any
-    ) -> Any:
+    def run(self, *args: str | Path, env: Any = None, **options: Any) -> Any:
         """Run it to its end; stdout and stderr are kept apart."""
         return subprocess.run(
-            self._command(args), env=self._environment(env), cwd=str(self.folder), timeout=timeout,
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
-            **options,
+            self._command(args), env=self._environment(env), cwd=str(self.folder), timeout=PATIENCE_S,
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False, **options,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -251,17 +251,17 @@ def test_addresses_that_are_none_are_told_without_them(tmp_path, value, said):
     assert said in str(caught.value) and "alert_urls" in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_alert_test_sends_one_message_to_each_address_and_fails_where_one_does(program, receiver):
+def test_alert_test_sends_one_message_to_each_address_and_fails_where_one_does(call, program, receiver):
     with Receiver(503) as broken:
         configure(program, alert_urls=[receiver.url, broken.url])
-        done = program.run("alert-test")
+        done = call("alert-test")
         assert (done.returncode, done.stdout.splitlines(), done.stderr) == (
             1, ["1 of 2 (webhook): sent", "2 of 2 (webhook): it answered with status 503"], "")  # fmt: skip
         assert [len(one.messages) for one in (receiver, broken)] == [1, 1]
     configure(program, alert_urls=[receiver.url])
-    assert program.run("alert-test").returncode == 0
+    assert call("alert-test").returncode == 0
     configure(program)
-    done = program.run("alert-test")
+    done = call("alert-test")
     assert done.returncode == 1 and "alert_urls" in done.stderr
 
 

@@ -58,7 +58,7 @@ def test_backup_is_taken_of_a_database_that_nobody_has_open(program, store, tmp_
     assert f"{program.folder / 'copy.db'}: 2 requests with 7 tokens" in done.stdout
 
 
-def test_backup_refuses_what_is_there_already_and_what_cannot_be(program, store, tmp_path):
+def test_backup_refuses_what_is_there_already_and_what_cannot_be(call, store, tmp_path):
     store.close()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -78,7 +78,7 @@ def test_backup_refuses_what_is_there_already_and_what_cannot_be(program, store,
         (tmp_path / "not-sqlite.db", tmp_path / "copy.db", "not a database"),
         (tmp_path / "other.db", tmp_path / "copy.db", "no such table: events"),
     ]:
-        done = program.run("backup", "--db", source, target)
+        done = call("backup", "--db", source, target)
         assert (done.returncode, done.stdout) == (1, "") and said in done.stderr, (target, done)
         assert str(target if target != store.path else source) in done.stderr or source.name in done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -98,12 +98,12 @@ def test_backup_on_a_full_disk_leaves_nothing(program, store, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_backup_of_a_damaged_database_is_none(program, store, tmp_path):
+def test_backup_of_a_damaged_database_is_none(call, store, tmp_path):
     run_sql(store.path, "CREATE TABLE t(x); INSERT INTO t SELECT zeroblob(900) FROM sqlite_master; CREATE INDEX i ON t(x)")
     store.close()
     with open(store.path, "r+b") as file:
         file.seek(-2000, 2)
         file.write(b"\x55" * 1500)
-    done = program.run("backup", "--db", store.path, tmp_path / "copy.db")
+    done = call("backup", "--db", store.path, tmp_path / "copy.db")
     assert done.returncode == 1 and "no backup was made" in done.stderr
     assert not (tmp_path / "copy.db").exists() and not spool_path(store).with_name("copy.db").exists()

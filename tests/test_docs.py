@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import closing
 
 import pytest
+from program import get
 from sockets import PATIENCE_S
 from support import free_port
 
@@ -96,11 +95,16 @@ def test_environment_of_the_tests_is_told():
 
 
 @pytest.fixture
-def flags(program):
+def flags(capsys, monkeypatch):
     """Every command with the flags that its --help prints."""
-    wide = {"COLUMNS": "300"}
-    names = re.findall(r"^    ([a-z-]+)\b", program.run("--help", env=wide).stdout, re.M)
-    return {name: set(FLAG.findall(program.run(name, "--help", env=wide).stdout)) for name in names}
+
+    def help_of(*words):
+        with pytest.raises(SystemExit):
+            app.main([*words, "--help"])
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "300")
+    return {name: set(FLAG.findall(help_of(name))) for name in re.findall(r"^    ([a-z-]+)\b", help_of(), re.M)}
 
 
 @FOR_USERS
@@ -142,21 +146,19 @@ def test_states_say_what_the_program_says():
 
 
 @FOR_USERS
-def test_proxy_is_switched_on_before_the_first_command(name):
-    text = FILES[name]
+def test_what_a_user_needs_first_and_one_of_the_original_needs_is_told(name):
+    text, start = FILES[name], "Start" if name == "README.md" else "Khởi động"
     for words in ("usage-statistics-enabled: true", "secret-key:"):
         assert 0 < text.index(words) < text.index("usage_dashboard.py start")
-    assert "8320" in section(text, "Start" if name == "README.md" else "Khởi động")
-
-
-@FOR_USERS
-def test_users_of_the_original_and_of_a_minimal_system_are_told_what_they_need(name):
-    text = FILES[name]
     for tool in ("sqlite3 usage.db", "lsof -i"):
         assert tool in text and f"apt install {tool.split()[0]}" in text
-    text = section(text, "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
+    moving = section(text, "Moving from the original" if name == "README.md" else "Chuyển từ bản cũ")
     for words in ("rm usage-dashboard.py", "pkill -f usage-dashboard.py", "pkill -f usage_dashboard.py", "queue_key"):
-        assert words in text
+        assert words in moving
+    shell = "".join(blocks(text, "sh"))
+    for words in (f"cp {UNIT.name} ", "daemon-reload", "enable", "start", "status", "stop"):
+        assert words in shell, words
+    assert "8320" in section(text, start) and FOLDER in text and "`admin`" in text
 
 
 def test_readme_is_short_and_tells_version_and_licence():
@@ -195,20 +197,12 @@ def test_files_named_in_the_docs_exist():
 # ---- the API ---------------------------------------------------------------------------------------------
 
 
-class Served:
-    """The program while it serves; answers come as status and JSON."""
-
-    def __init__(self, program, command, *arguments):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/"
-        running = program.start(command, "--no-browser", "--host", "127.0.0.1", "--port", str(self.port), *arguments)
-        running.wait_for_line(f":{self.port}")
-
-    def ask(self, path):
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)) as connection:
-            connection.request("GET", path)
-            reply = connection.getresponse()
-            return reply.status, json.loads(reply.read())
+def served(program, command):
+    """Start the program, and return its port once it serves there."""
+    port = free_port()
+    running = program.start(command, "--no-browser", "--host", "127.0.0.1", "--port", str(port))
+    running.wait_for_line(f":{port}")
+    return port
 
 
 def test_routes_are_told():
@@ -239,21 +233,21 @@ def example(path):
 
 def test_examples_of_answers_have_the_real_keys(program, proxy):
     (program.folder / "config.json").write_text(json.dumps({"cliproxy_port": proxy.port, "management_password": "no"}))
-    demo, started = Served(program, "demo"), Served(program, "start")
+    demo, started = served(program, "demo"), served(program, "start")
     for path in ("/api/summary", "/api/quota", "/api/requests", "/api/health"):
-        status, real = (started if path == "/api/health" else demo).ask(path + "?range=7d")
-        assert status == 200 and differences(example(path), real) == [], path
+        real = get(started if path == "/api/health" else demo, path + "?range=7d")
+        assert differences(example(path), real) == [], path
 
 
-def test_parameters_and_errors_are_told(program):
-    demo = Served(program, "demo")
+def test_parameters_and_errors_are_told(make_site):
+    site = make_site()
     told = {word for row in table(API) for word in quoted(row[0]) if re.fullmatch(r"[a-z_]+", word)}
     read = set(re.findall(r"""(?:query|self)\.(?:get|choice|whole|moment)\(["'](\w+)["']""", SCRIPT))
     assert {"range", "limit", "account"} <= read <= told | {"bucket", "force"}
     for name in "range start end tz_offset status bucket limit before".split():
-        status, answer = demo.ask(f"/api/{'requests' if name in ('end', 'limit', 'before') else 'summary'}?{name}=%2E")
-        assert name in API and (status, answer["code"]) == (400, f"bad_{name}")
-    assert demo.ask("/api/requests?limit=0")[1] == json.loads(blocks(section(API, "Errors"), "json")[0])
+        route = "requests" if name in ("end", "limit", "before") else "summary"
+        assert name in API and site.error(f"/api/{route}?{name}=%2E", 400)["code"] == f"bad_{name}"
+    assert site.error("/api/requests?limit=0", 400) == json.loads(blocks(section(API, "Errors"), "json")[0])
     codes = {code for row in table(section(API, "Errors")) for cell in row for code in quoted(cell)}
     raised = set(re.findall(r"""ApiError\(\d+, ["']([a-z_]+)["']""", SCRIPT))
     raised = {code for code in raised if not code.startswith("bad_")} | {app.StoreError.code}
@@ -285,19 +279,18 @@ def example_site(program):
     put_in(program.folder / "usage-dashboard.html", (r'<span id="version">', "before", place.strip()),
            (r'<script type="text/plain" id="i18n">\n', "behind", word),
            (r"^ *const SOURCES = \{\n", "behind", source))  # fmt: skip
-    return Served(program, "demo")
+    return served(program, "demo")
 
 
 def test_worked_example_answers(example_site):
-    status, answer = example_site.ask("/api/busiest?range=7d")
-    hours = example_site.ask("/api/summary?range=7d")[1]["hours"]
-    assert status == 200
-    assert answer["busiest"]["total_tokens"] >= max(hour["total_tokens"] for hour in hours[:-1]) > 0
-    assert example_site.ask("/api/busiest?start=1000000000&end=1000003600") == (200, {"busiest": None})
+    hours = get(example_site, "/api/summary?range=7d")["hours"]
+    busiest = get(example_site, "/api/busiest?range=7d")["busiest"]
+    assert busiest["total_tokens"] >= max(hour["total_tokens"] for hour in hours[:-1]) > 0
+    assert get(example_site, "/api/busiest?start=1000000000&end=1000003600") == {"busiest": None}
 
 
 def test_worked_example_shows_on_the_page(example_site, browser):
-    browser.goto(example_site.url + "?range=7d")
+    browser.goto(f"http://127.0.0.1:{example_site}/?range=7d")
     browser.click("#lang-en")
     english = browser.wait_until("/^Busiest hour: .*\\d\\d:00$/.exec(document.getElementById('busiest').textContent)")
     browser.click("#lang-vi")
@@ -323,14 +316,6 @@ def test_unit_has_its_values_and_leaves_the_program_time_to_stop():
     assert {name: values.get(name) for name in expected} == expected
     assert len([name for name, _ in pairs if name != "SystemCallFilter"]) == len(values) - 1
     assert values.get("ProtectHome", "no") in ("no", "read-only") and 3 < int(values["TimeoutStopSec"]) <= 30
-
-
-@FOR_USERS
-def test_unit_is_installed_with_what_it_expects(name):
-    assert FOLDER in FILES[name] and "`admin`" in FILES[name]
-    shell = "".join(blocks(FILES[name], "sh"))
-    for words in (f"cp {UNIT.name} ", "daemon-reload", "enable", "start", "status", "stop"):
-        assert words in shell, words
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

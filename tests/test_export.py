@@ -90,36 +90,40 @@ def test_export_to_an_old_client_ends_with_the_connection_and_to_a_new_one_keeps
     assert site.raw(question * 2).count(b"HTTP/1.1 200") == 2
 
 
-def test_export_that_breaks_off_is_no_whole_one(make_site):
-    site = make_site()
+def read_slowly(site, question, meanwhile):
+    """Ask and take little of the answer, then do something, and return all that came."""
     fill(site, 20000)
     with closing(socket.create_connection(("127.0.0.1", site.port), timeout=20)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.sendall(b"GET /api/export?range=24h HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.sendall(question)
         received = client.recv(1000)
-        site.store.close()
+        meanwhile()
         while part := client.recv(1 << 20):
             received += part
+    return received
+
+
+def test_export_that_breaks_off_is_no_whole_one(make_site):
+    site = make_site()
+    question = b"GET /api/export?range=24h HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    received = read_slowly(site, question, site.store.close)
     assert received.startswith(b"HTTP/1.1 200") and not received.endswith(b"0\r\n\r\n")
 
 
 def test_a_reader_that_stops_holds_up_neither_recording_nor_the_log_of_the_database(make_site):
     site = make_site()
-    fill(site, 20000)
-    with closing(socket.create_connection(("127.0.0.1", site.port), timeout=20)) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.sendall(b"GET /api/export?range=7d HTTP/1.0\r\n\r\n")
-        received = client.recv(1000)
+
+    def record_on():
         for number in range(40):
             put(site.store, *(event(at=NOW + number, request_id=f"late{number}") for _ in range(500)))
         assert os.path.getsize(f"{site.store.path}-wal") < 16e6
         assert site.json("/api/health")["database"]["events"] == 40000
-        while part := client.recv(1 << 20):
-            received += part
+
+    received = read_slowly(site, b"GET /api/export?range=7d HTTP/1.0\r\n\r\n", record_on)
     assert len(table(received.partition(b"\r\n\r\n")[2])) == 20000  # those of its window
 
 
-def test_export_command_prints_the_same(program, make_site):
+def test_export_command_prints_the_same(call, program, make_site):
     site = make_site()
     fill(site)
     configure(program, names={"an@example.com": "An"})
@@ -132,5 +136,5 @@ def test_export_command_prints_the_same(program, make_site):
     assert [row["request_id"] for row in rows] == wanted != []
     assert {row["account_name"] for row in rows} == {"An"}
     for wrong in (("--format", "xml"), ("--status", "x"), ("2026-02-30",), ("soon",)):
-        done = program.run("export", "--db", site.store.path, *wrong)
+        done = call("export", "--db", site.store.path, *wrong)
         assert (done.returncode, done.stdout) == (2, "") and wrong[0].strip("-") in done.stderr

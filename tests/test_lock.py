@@ -56,14 +56,12 @@ def test_start_goes_on_where_the_last_one_was_killed_just_now(program, proxy):
 
 
 @pytest.mark.parametrize("left", [b"", b'{"pid": 1, "port": 8320}', b"\xff\x00[", b"[1, 2]"])
-def test_lock_file_that_was_left_keeps_nobody_out(program, proxy, left):
-    port = configure(program, proxy)
-    path = program.folder / "usage.db.lock"
+def test_lock_file_that_was_left_keeps_nobody_out(tmp_path, left):
+    path = tmp_path / "usage.db.lock"
     path.write_bytes(left)
-    running = start(program, port)
-    assert json.loads(path.read_text(encoding="utf-8"))["pid"] == running.pid
+    app.DatabaseLock(tmp_path / "usage.db", patience_s=0).name_holder(8320)
+    assert app.lock_holder(tmp_path / "usage.db")["pid"] == os.getpid()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert running.terminate() == 0
 
 
 def test_lock_is_refused_in_words_also_by_a_link_and_where_its_file_says_nothing(tmp_path):
