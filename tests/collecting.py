@@ -19,10 +19,12 @@ class QuickStop(threading.Event):
         super().__init__()
         self.longest_s = longest_s
         self.waits: list[float] = []
+        self.heard = lambda: None
 
     def wait(self, timeout: float | None = None) -> bool:
         assert timeout is not None
         self.waits.append(timeout)
+        self.heard()
         return super().wait(min(timeout, self.longest_s))
 
 
@@ -38,7 +40,7 @@ class Run(Watched):
         self.woken = False  # whether it has looked at the time since it slept
         self.stream = io.StringIO()
         self.store = store
-        self.stop = stop
+        self.stop, stop.heard = stop, self.notify
         self.error: BaseException | None = None
         options.update(clock=self._clock, monotonic=self._monotonic)
         self.collector = app.Collector(config, store, app.Log(self.stream), stop, **options)
@@ -51,6 +53,10 @@ class Run(Watched):
             self.collector.run()
         except BaseException as error:
             self.error = error
+
+    def notify(self) -> None:
+        with self.change():
+            pass
 
     def _clock(self) -> float:
         return time.time() + self.ahead_s + self.slept_s

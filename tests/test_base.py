@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import dis
 import io
 import re
@@ -82,42 +81,26 @@ def test_console_that_nobody_reads_delays_nobody_and_hears_later_how_many_lines_
         assert stream.read().decode().lstrip("-").splitlines() == ["log dropped=50", "one more", "and another"]
 
 
-def _sections() -> list[tuple[str, int]]:
-    lines = Path(app.__file__).read_text(encoding="utf-8").splitlines()
-    banners = [(re.match(r"# -{20,} (\w+)\Z", line), number) for number, line in enumerate(lines, 1)]
-    return [(match.group(1), number) for match, number in banners if match]
+BANNER = re.compile(r"^# -{20,} (\w+)$", re.M)
 
 
 def test_table_of_contents_names_the_sections_in_their_order():
     told = re.findall(r"^(\w+) +\S", (app.__doc__ or "").partition("above it:\n")[2], re.M)
-    assert told == [name for name, _ in _sections()] and len(told) == 17
+    assert told == BANNER.findall(Path(app.__file__).read_text(encoding="utf-8")) and len(told) == 17
 
 
-def _global_names(code: types.CodeType, line: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield (name, line of its outermost function, class or statement) for all that is looked up in the module."""
-    for instruction in dis.get_instructions(code):
-        here = line or (instruction.starts_line if type(instruction.starts_line) is int else None) or 0
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval, here
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield all that a piece of the module looks up in it."""
+    yield from (one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
-            yield from _global_names(part, line or part.co_firstlineno)
+            yield from _names(part)
 
 
 def test_each_section_uses_only_those_above_it():
-    source = Path(app.__file__).read_text(encoding="utf-8")
-    sections = _sections()
-
-    def section_of(line: int) -> int:
-        return sum(number <= line for _, number in sections)
-
-    made: dict[str, int] = {}
-    for node in ast.parse(source).body:
-        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
-            part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-        ]  # fmt: skip
-        made.update({name: section_of(node.lineno) for name in names})
-    code = compile(source, app.__file__, "exec")
-    looked_up = [(name, line) for name, line in _global_names(code) if line]
-    assert len(looked_up) > 1000
-    assert [(name, line) for name, line in looked_up if made.get(name, 0) > section_of(line)] == []
+    later: set[str] = set()
+    for source in reversed(BANNER.split(Path(app.__file__).read_text(encoding="utf-8"))[2::2]):
+        code = compile(source, app.__file__, "exec", annotations.compiler_flag)
+        looked_up = set(_names(code))
+        assert len(looked_up) > 9 and looked_up & later == set()
+        later |= {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_NAME"}

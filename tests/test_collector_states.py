@@ -93,12 +93,12 @@ def test_login_without_a_sound_answer_goes_out_three_times_in_half_an_hour(colle
     with Answering(answer) as server:
         for _ in range(3):  # restarts change nothing
             run = collect(server, on=open_store(), collect_mode=mode)
-            wait_a_while(run, waits=40)
+            wait_a_while(run, waits=25)
             run.end()
         assert server.logins <= 3
         again = collect(server, on=open_store(), collect_mode=mode)
         again.slept_s = HALF_AN_HOUR_S + 60
-        wait_a_while(again, waits=40)
+        wait_a_while(again, waits=25)
         assert server.logins <= 6
 
 
@@ -222,10 +222,9 @@ def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(
     assert outage["lost"] and 57 <= outage["to"] - outage["from"] <= 120 and run.status["publishing"] is True
 
 
-@pytest.mark.parametrize(
-    ("version", "setting", "learnt"),
-    [("v7.2.140", 3600, 3600), ("v7.2.140", 90000, 3600), ("v7.2.140", 0, 60), ("v6.9.38", 900, 60)],
-)
+@pytest.mark.parametrize(("version", "setting", "learnt"), [
+    ("v7.2.140", 3600, 3600), ("v7.2.140", 90000, 3600), ("v7.2.140", 0, 60), ("v6.9.38", 900, 60),
+])  # fmt: skip
 def test_collector_learns_how_long_the_proxy_remembers(collect, store, version, setting, learnt):
     with FakeProxy(version=version) as proxy:
         proxy.retention_seconds = setting
@@ -291,18 +290,16 @@ def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing
     assert run.state == "publishing_off"
 
 
+SHUT_OUT = {"refused": (FakeProxy.stop_listening, FakeProxy.listen_again), "banned": (FakeProxy.ban, FakeProxy.lift_ban),
+            "closed": [lambda it, is_open=is_open: setattr(it, "management", is_open) for is_open in (False, True)]}
+
+
 @pytest.mark.parametrize("was_connected", [False, True])
-@pytest.mark.parametrize("reason", ["refused", "banned", "closed"])
+@pytest.mark.parametrize("reason", SHUT_OUT)
 def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, proxy, store, reason, was_connected):
-    run = None
-    if was_connected:
-        run = collect(proxy, until="waiting")
-    if reason == "refused":
-        proxy.stop_listening()
-    elif reason == "banned":
-        proxy.ban()
-    else:
-        proxy.management = False
+    run = collect(proxy, until="waiting") if was_connected else None
+    shut_out, let_in = SHUT_OUT[reason]
+    shut_out(proxy)
     proxy.disconnect_all()
     run = run or collect(proxy)
     run.wait_for_state(reason)
@@ -311,11 +308,8 @@ def test_collector_that_is_shut_out_notes_the_outage_with_its_reason(collect, pr
     (outage,) = store.outages(ALWAYS, time.time())
     assert outage["reason"] in told and outage["to"] is None
     with proxy.change():  # nobody logs in meanwhile
-        run.ahead_s = 2000.0  # its three logins may be used by now
-        proxy.lift_ban()
-        proxy.management = True
-        if reason == "refused":
-            proxy.listen_again()
+        run.slept_s = 2000.0  # its three logins may be used by now
+        let_in(proxy)
         proxy.push(payload(1))
     run.wait_for_state("recording")
     (outage,) = store.outages(ALWAYS, time.time())

@@ -118,13 +118,6 @@ def test_value_that_is_no_event_is_parked_with_its_reason_and_its_neighbours_kep
         assert parsed.rejects[0].length == (raw if isinstance(raw, app.Oversized) else len(raw))
 
 
-def test_pieces_that_only_fit_together_are_not_taken_for_events():
-    whole = SAMPLES[0]
-    parsed = app.parse_events([whole + b"," + whole, whole[:40], whole[40:], SAMPLES[2]])
-    assert [event.model for event in parsed.events] == ["gpt-5.4"]
-    assert len(parsed.rejects) == 3
-
-
 @pytest.mark.parametrize(("source", "kept"), [
     ("an.nguyen@gmail.com", "an.nguyen@gmail.com"), ("", ""), ("short", "… #f9b007"), ("not@mail", "… #"),
     ("sk-proj-0123456789abcdef", "sk-…cdef #"), ("a b@c.de", "… #"),
@@ -345,8 +338,6 @@ def test_index_of_another_plan_or_provider_or_at_the_same_time_is_another_accoun
 
 
 def test_counts_are_limited_before_and_after_they_are_added():
-    most = {"input_tokens": 10**12, "output_tokens": 10**12}
-    assert "larger than 10^12" in app.parse_events([payload(tokens=most)]).rejects[0].reason
     claude = {"input_tokens": 9 * 10**11, "output_tokens": 1, "cache_read_tokens": 9 * 10**11}
     assert "larger than 10^12" in app.parse_events([payload(tokens=claude, provider="claude")]).rejects[0].reason
     assert app.parse_events([payload(tokens={"input_tokens": 10**12})]).events[0].total_tokens == 10**12

@@ -104,9 +104,9 @@ def named(account_id: str, mail=MAIL, user="") -> str:
 ONE, TWO = named("id-1"), named("id-2")
 
 
-def two_workspaces(pool, plans=("business", "business")) -> None:
-    pool.file("one", "id-1", plan=plans[0])
-    pool.file("two", "id-2", plan=plans[1])
+def two_workspaces(pool) -> None:
+    pool.file("one", "id-1")
+    pool.file("two", "id-2")
 
 
 def test_two_workspaces_in_a_container_are_mixed_by_nothing_and_told_apart_by_a_token(pool):
@@ -134,13 +134,6 @@ def test_workspace_that_takes_over_two_hours_later_is_another_account_also_befor
     assert set(pool.quota().values()) <= {None}
     pool.take(pool.event("token-two", 2, auth_index="b2", tokens=7), pool.event("token-one", 100, tokens=3))
     assert pool.usage() == {ONE: 1003, TWO: 57} and pool.quota() == {ONE: 100, TWO: 2}
-
-
-def test_accounts_of_one_mail_are_named_by_their_plans_where_these_differ(pool):
-    two_workspaces(pool, ("plus", "team"))
-    pool.take(pool.event("token-one", 10, plan="plus"), pool.event("token-two", 30, plan="team", auth_index="b2"))
-    assert pool.quota() == {f"{MAIL} (plus)": 10, f"{MAIL} (team)": 30}
-    assert pool.usage() == {f"{MAIL} (plus)": 1000, f"{MAIL} (team)": 1000}
 
 
 @pytest.mark.parametrize("users", [("u1", "u2"), ("", "")])

@@ -31,12 +31,6 @@ def test_headers_of_a_sample_give_plan_windows_and_resets():
     assert app.fullest(reading.windows, "7d") == app.QuotaWindow("7d", 604800, 17, 1785700000, None)
 
 
-def test_headers_are_told_by_the_length_of_their_window_not_by_the_slot():
-    reading = read(x_codex_primary_window_minutes="10080", x_codex_secondary_window_minutes="43200")
-    assert (app.fullest(reading.windows, "5h"), app.fullest(reading.windows, "7d").used_percent) == (None, 42)
-    assert [window.label for window in reading.windows] == ["7d", "30d"]
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [("window_minutes", "0"), ("window_minutes", None), ("window_minutes", "1e17"), ("window_minutes", "-300"),
@@ -131,10 +125,9 @@ def test_reading_counts_from_the_first_token_and_never_from_the_future(world):
     assert (world.count(), world.shown()[0][2]) == (2, 43)
 
 
-@pytest.mark.parametrize(
-    ("disabled", "source", "shown"),
-    [(True, "an@example.com", []), (False, "b@example.com", [("b@example.com", "plus", 42)])],
-)
+@pytest.mark.parametrize(("disabled", "source", "shown"), [
+    (True, "an@example.com", []), (False, "b@example.com", [("b@example.com", "plus", 42)]),
+])  # fmt: skip
 def test_reading_of_an_account_without_a_file_has_a_row_and_of_a_disabled_one_none(world, disabled, source, shown):
     world.file("an@example.com", disabled=disabled)
     world.take(world.event(source=source, auth_index="bb"))

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+from collecting import QuickStop
 from fake_proxy import FakeProxy
 from sockets import http_reply
 from support import KEY, payload
@@ -36,7 +37,7 @@ class Hours:
         proxy.add_account(ACCOUNT, email="owner@example.org", path="/root/codex-owner.json")
         proxy.add_account(CLAUDE, type="claude")
         proxy.add_key(UPSTREAM, "my-router")
-        self.start = lambda: collect(proxy, until="waiting", **{"poll_interval_seconds": 60, **keys})
+        self.start = lambda: collect(proxy, QuickStop(0.001), until="waiting", **{"poll_interval_seconds": 60, **keys})
         self.run = self.start()
         self.read()
 
@@ -232,16 +233,6 @@ def test_rival_is_noticed_over_connections_that_end_because_they_are_idle(hours)
     assert (hours.rival["expected"], hours.rival["received"]) == (12, 0)
 
 
-def test_popper_that_finds_the_queue_empty_is_no_rival(hours):
-    with logged_in(hours.proxy) as client:
-        for number in range(1, 4):
-            hours.send(5, **FAILED)
-            hours.run.wait_for_events(5 * number)
-            assert client.call("RPOP", "usage") is None
-            hours.read()
-            assert hours.rival is None
-
-
 def test_rival_is_noticed_over_http_and_in_none_of_the_ways_of_a_subscription(collect, proxy):
     hours = Hours(collect, proxy, collect_mode="http")
     hours.lose(failed=3)
@@ -309,10 +300,9 @@ def test_web_server_that_keeps_the_counters_back_is_asked_once_and_is_no_fault(c
 def test_answers_of_any_shape_are_no_fault(hours):
     shapes = [None, 7, "x", [], [[]], {"files": {"a": 1}}, {"files": 7}, {"files": [7, None]}]
     shapes += [{"codex": 7}, {"codex": {"a|b": 7, "|": {}}}, {"": {"": []}}]
-    for value in (None, {}, -1, 9**400, math.inf):
-        for name in ("type", "auth_index", "failed"):
-            sane = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex"}
-            shapes += [{"files": [sane]}, {"files": [{**sane, name: value}]}]
+    sane = {"auth_index": ACCOUNT, "success": 0, "failed": 0, "type": "codex"}
+    for name in ("type", "auth_index", "failed"):
+        shapes += [{"files": [sane]}, {"files": [{**sane, name: value} for value in (None, {}, -1, 9**400, math.inf)]}]
     for body in (*map(json.dumps, shapes), "[" * 100_000, "{"):
         reply = http_reply(200, body.encode(), "application/json")
         is_of_keys = '"codex"' in body[:9]

@@ -6,7 +6,7 @@ import random
 from urllib.parse import urlencode
 
 import pytest
-from support import ALWAYS, DATA, NOON, at, event, put, rows, run_sql
+from support import ALWAYS, DATA, NOON, event, put, rows, run_sql
 
 import usage_dashboard as app
 
@@ -73,18 +73,6 @@ def test_percentiles_of_random_windows_filters_and_zones_are_within_6_percent_of
         for part in ("model", "account", "key"):
             for row in answer[f"{part}s"]:
                 prove(row["speed"], successes(one for one in inside if PARTS[part](one) == row[part]))
-
-
-def test_percentile_needs_five_values_of_successes(make_site):
-    site = make_site()
-    assert site.json("/api/summary?range=24h")["speed"] == NOTHING
-    told = [(2000, 1000, 50)] * 4 + [(2000, None, 50)]
-    put(site.store, *[at(1, latency_ms=latency, ttft_ms=ttft, output_tokens=output) for latency, ttft, output in told],
-        *[at(1, failed=1, status_code=429) for _ in range(9)])  # fmt: skip
-    for status, expected in (("", told), ("&status=ok", told), ("&status=failed", []), ("&status=429", [])):
-        prove(site.json(f"/api/summary?range=24h{status}")["speed"], expected)
-    put(site.store, at(2, latency_ms=2000, ttft_ms=1000, output_tokens=50))
-    prove(site.json("/api/summary?range=24h")["speed"], [*told, told[0]])
 
 
 def speed_of(store, window=ALWAYS):

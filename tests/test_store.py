@@ -277,27 +277,6 @@ def put_days(store, days, each):
 
 
 DAY = 1_779_926_400.0  # midnight UTC
-SEVERAL_FILTERS = [
-    app.Filters(), app.Filters(account="user1@x.com"), app.Filters(model="m1"), app.Filters(status="failed"),
-    app.Filters(account="user1@x.com", model="m1"), app.Filters(account="user1@x.com", status="ok"),
-    app.Filters(status="429"), app.Filters(status="500", model="m1"),
-]  # fmt: skip
-
-
-def test_filtered_requests_page_by_page_are_the_same_as_all_at_once(store):
-    put_days(store, days=1, each=4)  # some lie exactly at a mark
-    for filters in SEVERAL_FILTERS:
-        whole, pages, before = store.requests(500, filters=filters), [], None
-        while True:
-            page = store.requests(7, filters=filters, before=before)
-            pages += page
-            if len(page) < 7:
-                break
-            before = page[-1]["ts_epoch"], page[-1]["id"]
-        assert pages == whole and len({row["id"] for row in whole}) == len(whole)
-        assert [row["ts_epoch"] for row in whole] == sorted((row["ts_epoch"] for row in whole), reverse=True)
-
-
 def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
     sizes = []
     batches = list(in_batches(payloads(40_000, NOON, 40_000 * PACE_S), 500))

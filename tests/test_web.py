@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from urllib.parse import quote
@@ -257,11 +258,11 @@ def test_requests_are_sorted_over_the_whole_window_and_unknown_values_are_last(s
     dice = random.Random(sort + order)
     names = ("latency_ms", "ttft_ms", "total_tokens")
     put(site.store, *[
-        at(dice.randrange(50), model=dice.choice("ab"),
-           **{name: dice.choice([None, 0, 7, 900, 10**12]) for name in names})
-        for _ in range(60)
+        at(dice.randrange(50), model=dice.choice("ab"), **dice.choice([{}, {}, {"failed": 1, "status_code": 429}]),
+           source=source, auth_index=source, **{name: dice.choice([None, 0, 7, 900, 10**12]) for name in names})
+        for source in ["a@x.com", "b@x.com"] * 60
     ])  # fmt: skip
-    for filters in ("status=ok", "model=a", "range=24h", "range=24h&model=b&status=ok"):
+    for filters in ("status=ok", "model=a", "status=429", "range=24h", "range=24h&model=b&account=b@x.com"):
         rows = site.json(f"/api/requests?{filters}&limit=500")["requests"]
         rows.sort(key=lambda row: (row[column] or 0, row["id"]), reverse=order == "desc")
         rows.sort(key=lambda row: row[column] is None)
@@ -577,3 +578,46 @@ def test_host_that_cannot_be_bound_is_named(host):
 def test_page_that_is_missing_is_named(tmp_path):
     with pytest.raises(app.DashboardError, match="page.html is missing"):
         app.load_page(tmp_path / "page.html")
+
+
+# ---- many clients at once: who waits for whom
+
+
+def put_long(store, count):
+    """Store requests whose reasons are long to look through."""
+    sample = [at(number / 100, failed=1, status_code=500, error="a" * 2000) for number in range(1000)]
+    for _ in range(0, count, 1000):
+        put(store, *sample)
+
+
+@contextmanager
+def searching(site, needle, clients):
+    """Let so many clients search meanwhile, each for something of its own."""
+    with ThreadPoolExecutor(clients) as pool:
+        yield [pool.submit(site.ask, f"/api/requests?q={needle}{number}") for number in range(clients)]
+
+
+def seconds_of(site, path):
+    began = time.monotonic()
+    site.json(path)
+    return time.monotonic() - began
+
+
+def test_search_that_finds_nothing_holds_up_no_summary(site):
+    put_long(site.store, 4000)
+    began = time.monotonic()
+    with searching(site, "a" * 20, clients=6) as searches:
+        beside_s = [seconds_of(site, f"/api/summary?range=24h&tz_offset={-15 * number}") for number in range(1, 4)]
+    searches_s = time.monotonic() - began
+    assert max(beside_s) < searches_s / 3 and {one.result()[0].status for one in searches} == {200}
+
+
+def test_store_is_closed_at_once_also_under_searches(site):
+    put_long(site.store, 10_000)
+    needle = "a" * 30 + "b"
+    took_s = seconds_of(site, f"/api/requests?q={needle}")
+    with searching(site, needle, clients=24):
+        site.json("/api/health")
+        began = time.monotonic()
+        site.store.close()
+        assert time.monotonic() - began < took_s * 6
