@@ -57,7 +57,6 @@ class Dialect:
         self.resp = tag != (7, 1, 17)
         self.subscribe = tag >= (7, 0, 7)
         self.control_messages = tag >= (7, 1, 39)
-        self.echoes_channel = tag >= (7, 1, 44)
         self.http_queue = tag >= (6, 10, 8)
         self.retention_setting = tag >= (6, 10, 1)
         self.home_mode_text = tag >= (7, 1, 18)
@@ -136,9 +135,8 @@ class Wire(Stream):
 class Subscriber:
     """A connection that is subscribed; push() fills the outbox, its own thread empties it."""
 
-    def __init__(self, wire: Wire, spelling: str) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.spelling = spelling
         self.outbox: deque[bytes] = deque()
         self.dismissed = False
         self.woken, self._waker = socket.socketpair()
@@ -146,7 +144,7 @@ class Subscriber:
 
     def message(self, payload: bytes) -> bytes:
         """Return the frame that carries a payload."""
-        return array(bulk("message"), bulk(self.spelling), bulk(payload))
+        return array(bulk("message"), bulk(CHANNEL), bulk(payload))
 
     def wake(self) -> None:
         """Make the connection's thread look at the outbox."""
@@ -467,8 +465,8 @@ class FakeProxy(SocketServer):
         if asked.lower() != CHANNEL:
             wire.send(error(f"unsupported channel '{asked}'"))
             return False
-        subscriber = Subscriber(wire, asked if self.dialect.echoes_channel else CHANNEL)
-        subscriber.outbox.append(array(bulk("subscribe"), bulk(subscriber.spelling), b":1\r\n"))
+        subscriber = Subscriber(wire)
+        subscriber.outbox.append(array(bulk("subscribe"), bulk(CHANNEL), b":1\r\n"))
         if self.dialect.control_messages:
             subscriber.outbox.append(subscriber.message(b'{"support_refresh":true}'))
         with self.change():

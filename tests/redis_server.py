@@ -24,10 +24,9 @@ class RedisServer:
 
     PUSH_BATCH = 1000
 
-    def __init__(self, password: str | None = None) -> None:
+    def __init__(self, password: str | None = None, port: int = 0) -> None:
         self.password = password
-        self.host = "127.0.0.1"
-        self.port = 0
+        self.host, self.port = "127.0.0.1", port
         self._folder = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._client: app.RespClient | None = None

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dis
 import io
 import re
-import stat
 import threading
 import types
 from datetime import datetime, timezone
@@ -43,15 +42,6 @@ NO_TIMES = [
 def test_parse_time_of_anything_else_is_refused(text):
     with pytest.raises(ValueError):
         app.parse_time(text)
-
-
-def test_make_private_closes_a_file_that_others_could_read(tmp_path):
-    path = tmp_path / "usage.db"
-    path.write_text("kept")
-    path.chmod(0o644)
-    app.make_private(path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert path.read_text() == "kept"
 
 
 def test_log_event_is_one_line_with_spaces_in_quotes():

@@ -482,7 +482,7 @@ def test_stop_while_the_database_is_locked_keeps_what_was_popped(serve, program,
     assert stored_ids(program.folder / "usage.db") == [f"r{number}" for number in range(2000)]
 
 
-def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, program, proxy):
+def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(call, serve, program, proxy):
     proxy.push(*recent(100))
     running = serve()
     wait_for_events(running, 100)
@@ -495,7 +495,7 @@ def test_start_on_a_damaged_database_says_so_and_leaves_it_as_it_is(serve, progr
         done = program.run("start", "--no-browser")
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "damaged or no SQLite database; move it away (it is not overwritten)" in done.stderr
-        checked = program.run("check")
+        checked = call("check")
         assert checked.returncode == 1 and "damaged or no SQLite database" in checked.stdout
         assert path.read_bytes() == content and proxy.queued == 1
 

@@ -290,8 +290,10 @@ def test_collector_is_not_misled_by_what_was_left_in_the_queue_before_publishing
     assert run.state == "publishing_off"
 
 
-SHUT_OUT = {"refused": (FakeProxy.stop_listening, FakeProxy.listen_again), "banned": (FakeProxy.ban, FakeProxy.lift_ban),
-            "closed": [lambda it, is_open=is_open: setattr(it, "management", is_open) for is_open in (False, True)]}
+SHUT_OUT = {
+    "refused": (FakeProxy.stop_listening, FakeProxy.listen_again), "banned": (FakeProxy.ban, FakeProxy.lift_ban),
+    "closed": [lambda it, is_open=is_open: setattr(it, "management", is_open) for is_open in (False, True)],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("was_connected", [False, True])

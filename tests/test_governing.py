@@ -295,9 +295,7 @@ def test_windows_of_claude_come_with_its_replies(field):
     ({}, FAILED, None, None), ({"Status": "rejected"}, {"failed": True, "fail": {"status_code": 500}}, None, None),
     ({"Status": "rejected"}, {"failed": True, "fail": {"status_code": 499}}, None, None),
 ])  # fmt: skip
-def test_status_of_claude_decides_the_state_and_a_failure_is_believed_only_where_it_fits(
-    field, changes, failure, state, used
-):
+def test_status_of_claude_decides_and_a_failure_is_believed_where_it_fits(field, changes, failure, state, used):
     field.request(claude(**changes), 3, **BEN, **failure)
     row = row_of(field)
     assert (row and row["state"], row and row["primary_used_percent"]) == (state, used)

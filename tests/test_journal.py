@@ -134,9 +134,7 @@ def test_five_hundred_rows_are_committed_at_once(collect, proxy, store):
 
 
 @pytest.mark.parametrize(("waiting", "replaced"), [(0, False), (5, False), (5, True)])
-def test_database_that_is_deleted_or_replaced_is_opened_again_and_takes_what_waits(
-    collect, proxy, store, tmp_path, waiting, replaced
-):
+def test_database_that_went_is_opened_again_and_takes_what_waits(collect, proxy, store, tmp_path, waiting, replaced):
     run = collect(proxy, commit_s=30.0)
     proxy.push(*payloads(20))
     run.wait_for(lambda: run.collector.journal.rows == 20)

@@ -59,7 +59,8 @@ def test_start_goes_on_where_the_last_one_was_killed_just_now(program, proxy):
 def test_lock_file_that_was_left_keeps_nobody_out(tmp_path, left):
     path = tmp_path / "usage.db.lock"
     path.write_bytes(left)
-    app.DatabaseLock(tmp_path / "usage.db", patience_s=0).name_holder(8320)
+    app.lock_database(tmp_path / "usage.db", patience_s=0)
+    app.name_holder(tmp_path / "usage.db", 8320)
     assert app.lock_holder(tmp_path / "usage.db")["pid"] == os.getpid()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

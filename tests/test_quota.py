@@ -54,6 +54,7 @@ def test_window_is_named_by_its_length():
     (body(window(1, 604800), window(2)), 2, 1, "ok"),
     (body(window(1), window(9)), 9, None, "ok"),  # of two windows of one length the fuller counts
     (body(window(0), window(100, 604800), allowed=True, limit_reached=False), 0, 100, "limited"),
+    (body(window(7), window(100, 2592000)), 7, None, "limited"),
 ])  # fmt: skip
 def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, five_hour, weekly, state):
     reading = app.parse_quota(sent, NOW)
@@ -64,10 +65,9 @@ def test_windows_of_a_reply_are_told_by_their_length_and_all_are_listed(sent, fi
 NO_PERCENT = [True, None, "x", [], float("inf"), float("nan"), {"a": 1}, "1e400", 10**400]
 
 
-@pytest.mark.parametrize(
-    ("sent", "used"),
-    [(12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT)],
-)
+@pytest.mark.parametrize(("sent", "used"), [
+    (12.5, 12.5), ("42", 42), (" 7.5 ", 7.5), (-3, 0), (250, 100), *((sent, None) for sent in NO_PERCENT),
+])  # fmt: skip
 def test_used_percent_of_any_type_is_a_number_or_unknown(sent, used):
     five_hour = app.parse_quota(body(window(sent)), NOW).windows[0]
     assert five_hour.used_percent == used

@@ -47,14 +47,6 @@ def test_header_reset_may_be_given_as_seconds_from_now():
     assert app.fullest(reading.windows, "5h").reset_at == NOW + 60
 
 
-@pytest.mark.parametrize("changes", [
-    {"primary_used_percent": "100"}, {"secondary_used_percent": "100"},
-    {"primary_used_percent": "100", "primary_window_minutes": "43200", "secondary_window_minutes": "0"},
-])  # fmt: skip
-def test_headers_of_a_used_up_window_are_limited(changes):
-    assert read(**{f"x_codex_{name}": text for name, text in changes.items()}).state == "limited"
-
-
 @pytest.mark.parametrize(("sent", "shown"), [
     ({"unlimited": "True", "balance": "1"}, "unlimited"), ({"balance": "9.5"}, "9.5"), ({"balance": ""}, None),
     ({}, None),

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+from collecting import QuickStop
 from sockets import PATIENCE_S, Watched
 from support import QUOTA_BY_NAME, event, id_token, lock, put, rows, write_account
 
@@ -48,9 +49,8 @@ class Bench(Watched):
         self.stop = threading.Event()
         self.now = NOW
         self.config = app.Config(auth_dir=str(folder), quota_refresh_seconds=seconds)
-        self.refresher = app.QuotaRefresher(
-            self.config, store, app.Log(self.stream), self.stop, clock=lambda: self.now, gap_s=(0, 0)
-        )
+        log, clock = app.Log(self.stream), lambda: self.now
+        self.refresher = app.QuotaRefresher(self.config, store, log, self.stop, clock=clock, gap_s=(0, 0))
 
     @property
     def lines(self) -> list[str]:
@@ -417,19 +417,16 @@ def test_account_adopted_by_a_mail_of_two_files_is_given_to_neither(bench, folde
 # ---- housekeeping ----------------------------------------------------------------------------------------
 
 
-class OneTurn(threading.Event):
-    """A stop event that records the waits; the n-th long one ends the work, none takes time."""
+class OneTurn(QuickStop):
+    """A stop event of which the n-th long wait ends the work; none takes time."""
 
     def __init__(self, turns: int = 1) -> None:
         super().__init__()
         self.turns = turns
-        self.waits: list[float] = []
 
     def wait(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
         self.waits.append(timeout)
-        if timeout > 60:
-            self.turns -= 1
+        self.turns -= timeout > 60
         return self.turns <= 0
 
 

@@ -29,23 +29,6 @@ def site(make_site):
     return make_site()
 
 
-def test_summary_has_exactly_the_promised_shape(site):
-    put(site.store, at(0.5))
-    answer = site.json("/api/summary?range=24h")
-    sums = {"requests", "failed", "rate_limited", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens",
-            "cache_write_tokens", "total_tokens"}  # fmt: skip
-    names = {"range", "start", "end", "bucket_seconds", "summary", "hours", "models", "accounts", "outages"}
-    assert names <= set(answer)
-    prices = {"cost_usd", "unpriced_tokens"}
-    assert set(answer["summary"]) == sums | prices
-    assert set(answer["hours"][0]) == sums | {"hour", "start"}
-    assert set(answer["models"][0]) == sums | prices | {"model", "speed"}
-    assert sums | prices | {"account", "source", "auth_index"} <= set(answer["accounts"][0])
-    counts = {"input_tokens": 100, "output_tokens": 20, "reasoning_tokens": 5, "cached_tokens": 80, "total_tokens": 120}
-    counts.update(requests=1, failed=0, rate_limited=0, cache_write_tokens=0)
-    assert answer["summary"] == {**counts, "cost_usd": 0.00037, "unpriced_tokens": 0}  # 20 × 2.5 + 80 × 0.25 + 20 × 15
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("1h", 1), ("5h", 3), ("24h", 5), ("7d", 7), ("30d", 9), ("90d", 10), ("all", 11), ("today", 4), ("yesterday", 2)],
@@ -219,14 +202,10 @@ def test_rate_limited_requests_are_counted_and_listed_by_their_code(site):
         assert site.store.find_faults() == [] and site.store.delete_some(NOW) == 5 * (not is_swept)
 
 
-def test_requests_have_the_promised_fields_and_a_cursor(site):
+def test_requests_are_listed_in_pages_by_a_cursor(site):
     put(site.store, *[at(1 + number / 100, request_id=f"{number:08x}") for number in range(5)])
     first = site.json("/api/requests?limit=3")
     assert [row["request_id"] for row in first["requests"]] == ["00000000", "00000001", "00000002"]
-    fields = """id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens
-        cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id provider endpoint auth_type
-        alias reasoning_effort service_tier api_key cost_usd""".split()
-    assert set(fields) <= set(first["requests"][0])
     second = site.json(f"/api/requests?limit=3&before={first['next']}")
     assert [row["request_id"] for row in second["requests"]] == ["00000003", "00000004"] and second["next"] is None
 

@@ -224,7 +224,8 @@ class Fuzzer:
         body = dice.damaged(dice.json(dice.bent(dice.choice(QUOTA["samples"]).get("body"), 5)))
         app.classify_failure(dice.choice([401, 402, 403, 404, 429, 500, 502]), body)
         with contextlib.suppress(ValueError, RecursionError, app.QuotaFault):
-            self._save(app.parse_quota(_told(body), NOW), json.dumps(app._without_identity(_told(body))))
+            told = json.loads(body.decode("utf-8", "replace"))
+            self._save(app.parse_quota(told, NOW), json.dumps(app._without_identity(told)))
 
     def fuzz_headers(self, dice: Dice) -> None:
         """The same from the headers of a reply, as an event brings them."""
@@ -309,10 +310,6 @@ class _Wire(io.BytesIO):
 
     def makefile(self, mode: str) -> io.BytesIO:
         return self
-
-
-def _told(body: bytes) -> Any:
-    return json.loads(body.decode("utf-8", "replace"))
 
 
 def _quoted(dice: Dice, text: str) -> str:
