@@ -2186,14 +2186,10 @@ _CELL_COLUMNS = {
 }
 _EVENT_SUMS = "COUNT(*) AS requests, SUM(e.failed) AS failed, SUM(e.failed AND e.status_code IS 429) AS rate_limited, "
 _EVENT_SUMS += ", ".join(f"SUM(IFNULL(e.{name}, 0)) AS {name}" for name in _TOKEN_NAMES)
-_CELLS_OF_EVENTS = f"SELECT {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS} FROM {_EVENTS} WHERE e.ts_epoch"
 _OWN_EVENT_COLUMNS = tuple(name for name in Event._fields if name not in ("context", "plan", "quota_headers"))
 _own_event_values = operator.itemgetter(*map(Event._fields.index, _OWN_EVENT_COLUMNS))
-_EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source")
-_INSERT_EVENT = (
-    f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}, context_id, reason_id) "
-    f"VALUES ({', '.join('?' * len(_EVENT_COLUMNS))}, ?, ?)"
-)
+_EVENT_COLUMNS = (*_OWN_EVENT_COLUMNS, "auth_index", "source", "context_id", "reason_id")
+_INSERT_EVENT = f"INSERT INTO events({', '.join(_EVENT_COLUMNS)}) VALUES ({', '.join('?' * len(_EVENT_COLUMNS))})"
 _TOUCH_IDENTITY = (
     "UPDATE identities SET first_at = MIN(first_at, ?), last_at = MAX(last_at, ?), provider = ?, "
     "plan = IFNULL(?, plan) WHERE id = ?"
@@ -2205,10 +2201,9 @@ _CREATE_BATCH = (
     f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
 )
 _SUM_UP_BATCH = (
-    f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
-    f"{_REASON_OF} AS r, {_EVENT_SUMS}, group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') "
-    "FROM events e JOIN contexts c ON c.id = e.context_id "
-    "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
+    f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S}, {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS}, "
+    f"group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') FROM {_EVENTS} WHERE e.id > ? "
+    "GROUP BY 1, 2, 3, 4, 5"
 )
 
 
@@ -2952,7 +2947,8 @@ class Store:
             if found != ["ok"]:
                 return [f"the file is damaged: {found[0]}"]
             floor = _meta_in(db, "events_floor", 0)
-            events = set(db.execute(f"{_CELLS_OF_EVENTS} >= ? GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
+            query = f"SELECT {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS} FROM {_EVENTS} WHERE e.ts_epoch >= ? "
+            events = set(db.execute(f"{query} GROUP BY 1, 2, 3, 4", (floor * BUCKET_S,)))
             quarters, above = _cells_in(db, "usage_by_quarter"), _cells_in(db, "usage_by_quarter", floor)
             faults = [] if above == events else ["usage_by_quarter does not add up to the events"]
             odd = [table for table in list(_ROLL_UPS)[:-1] if _cells_in(db, table) != quarters]

@@ -257,7 +257,7 @@ def folder_bytes(folder: Path) -> int:
 
 # ---- ingest ----------------------------------------------------------------------------------------------
 
-STORED_COLUMNS = (*app._EVENT_COLUMNS, "context_id", "reason_id")
+STORED_COLUMNS = app._EVENT_COLUMNS
 
 
 def bare_cost(events: list[bytes], folder: Path) -> Cost:
