@@ -395,7 +395,7 @@ def test_lines_under_the_figures_tell_speed_list_price_and_the_change(page, site
     assert "1.420 token thuộc model chưa có giá" in page.one("#sub-total", "e.title")
     facts = {"cost_usd": None}, None
     page.click("#refresh")
-    page.wait_for("#sub-total", "e.textContent === '32,8k/yêu cầu—'")
+    page.wait_for("#sub-total", "e.textContent === '32,8k/yêu cầu'")
 
 
 @pytest.mark.parametrize("scale, dark", [(1, False), (2, True)])
