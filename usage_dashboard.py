@@ -2620,13 +2620,13 @@ class Store:
                 (now, _meta_in(db, "retention_s", SHORTEST_RETENTION_S)),
             )
 
-    def end_outage(self, at: float, shortest_s=SHORTEST_RETENTION_S, restart_lost: bool | None = None) -> None:
+    def end_outage(self, at: float, restart_lost: bool | None = None) -> None:
         """End the open outage, by a restart that lost records or not where told; a shorter one is dropped otherwise."""
         self.mend_outages(at)
         with self._write() as db:
             network = "to_at IS NULL AND reason <> 'publishing_off'"
             if restart_lost is None:
-                db.execute(f"DELETE FROM outages WHERE {network} AND from_at > ?", (at - shortest_s,))
+                db.execute(f"DELETE FROM outages WHERE {network} AND from_at > ?", (at - SHORTEST_RETENTION_S,))
             else:
                 db.execute(f"UPDATE outages SET reason = 'proxy_restarted' WHERE {network}")
             db.execute(
@@ -3046,15 +3046,12 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _copy_in_one_step(db, part: Path) -> tuple[int, int]:
-    totals = "SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events"
-    db.execute("BEGIN")
-    counted = db.execute(totals).fetchone()
     with closing(sqlite3.connect(str(part))) as copy:
         db.backup(copy)
         found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if found != "ok" or copy.execute(totals).fetchone() != counted:
-            raise sqlite3.DatabaseError(f"the copy is not equal ({found}), so the database itself may be damaged")
-    return counted
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"the copy is not sound ({found}), so the database itself may be damaged")
+        return copy.execute("SELECT COUNT(*), IFNULL(SUM(total_tokens), 0) FROM events").fetchone()
 
 
 def _store_reason(path: Path, error: BaseException) -> str:
@@ -3899,18 +3896,20 @@ def add_worths(store: Store, quotas: Iterable[Mapping[str, Any]], now: float) ->
         window["history"] = list(history)[:MOST_ENDED]
 
 
-def quotas_at(store: Store, now: float) -> list[dict[str, Any]]:
-    """Return the rows of ``/api/quota`` as they stand now."""
-    accounts, history = store.accounts(), store.readings_since(now - PACE_S)
-    return [_quota_json(row, accounts, history, now) for row in store.quotas()]
+def quotas_at(store: Store, now: float, names: Mapping[str, str] = {}) -> list[dict[str, Any]]:
+    """Return the rows of ``/api/quota`` as they stand now, with the owner's ``names``."""
+    accounts, history, rows = store.accounts(), store.readings_since(now - PACE_S), []
+    for row in store.quotas():
+        points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
+        answer = _quota_json(row, points, now)
+        account = _account_of_quota(answer, accounts)
+        rows.append({**answer, "account": account and account.name, "name": account and owner_name(names, account)})
+    return rows
 
 
-def _quota_json(
-    row: Mapping[str, Any], accounts: Sequence[Account], history: Mapping[tuple[str, str], Sequence[dict]], now: float
-) -> dict[str, Any]:
-    """Return a row of ``/api/quota`` as it stands now; ``history`` holds the readings of the last hour."""
+def _quota_json(row: Mapping[str, Any], points: Mapping[str, Sequence[Any]], now: float) -> dict[str, Any]:
+    """Return a row of ``/api/quota`` as it stands now; ``points`` hold the readings of the last hour."""
     windows, facts = windows_of(row), content_of(row)
-    points = usage_points([*history.get((row["email"], row["account_id_tag"]), ()), row])
     state = state_at(row["state"], windows, now, facts["reason"])
     current = [window._replace(used_percent=None) if window.is_due(now) else window for window in windows]
     left = [window.remaining_percent for window in current if window.governs and window.remaining_percent is not None]
@@ -3918,7 +3917,6 @@ def _quota_json(
     answer = {**row, **facts, "state": state}
     if state in ("ok", "reset_due") and not facts["reason"]:
         answer["message"] = None
-    answer["account"] = _account_of_quota(answer, accounts)
     answer["remaining_percent"] = min(left, default=None)
     answer["windows"] = [
         {**window.as_json(), "due": window.is_due(now), "forecast": forecast(points.get(window.label, ()), now)}
@@ -3940,11 +3938,11 @@ def state_at(state: str, windows: Sequence[QuotaWindow], now: float, reason: str
     return "reset_due" if state == "limited" and is_due and not spent and not _lasts(reason, main, now) else state
 
 
-def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> str | None:
-    """Return the name of the account that a quota row belongs to, if there is just one."""
+def _account_of_quota(row: Mapping[str, Any], accounts: Sequence[Account]) -> Account | None:
+    """Return the account that a quota row belongs to, if there is just one."""
     same = [account for account in accounts if account.tag == row["account_id_tag"]]
     same = same or [one for one in accounts if one.mail == row["email"] and one.provider in (row["provider"], "")]
-    return same[0].name if len(same) == 1 else None
+    return same[0] if len(same) == 1 else None
 
 
 def pool_of(quotas: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
@@ -6053,10 +6051,7 @@ def _lines(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
 def api_quota(app: App, query: Query) -> dict[str, Any]:
     """Answer ``/api/quota`` from the database: each account's last good reading, its state and its age."""
     now = app.clock()
-    quotas = quotas_at(app.store, now)
-    called = {account.name: owner_name(app.names.by_target, account) for account in app.store.accounts()}
-    for row in quotas:
-        row["name"] = called.get(row["account"])
+    quotas = quotas_at(app.store, now, app.names.by_target)
     add_worths(app.store, quotas, now)
     return {"quotas": quotas, "pool": pool_of(quotas, now), **app.refresher.state()}
 
