@@ -673,10 +673,11 @@ def test_time_of_the_answer_is_told_and_a_lost_server_asked_again_soon_by_one_re
 
 
 def test_two_tabs_agree_on_theme_language_mask_and_the_lock_of_refresh_quota(page, site, between):
-    between.changes["/api/quota"] = lambda body: body.update(cooldown_seconds=200 * bool(page.faults_expected))
-    between.faults["/api/quota?force=1"] = lambda handler: handler.refuse(429, "cooldown", Retry_After="200")
+    lock, page.faults_expected = {}, True
+    between.changes["/api/quota"] = lambda body: body.update(lock)
+    between.faults["/api/quota?force=1"] = lambda handler: [
+        lock.update(cooldown_seconds=200), handler.refuse(429, "cooldown", Retry_After="200")]  # fmt: skip
     page.open(server=between)
-    page.faults_expected = True
     with page.other_tab():
         page.open(server=between, fresh=False)
         for name in ("lang-vi", "theme", "privacy", "refresh-quota"):
