@@ -26,9 +26,12 @@ cli        commands, signals, exit codes
 from __future__ import annotations
 
 import base64
+import csv
 import errno
 import gc
+import gzip
 import hashlib
+import hmac
 import io
 import itertools
 import json
@@ -52,6 +55,7 @@ from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection, IncompleteRead, responses
 from http.server import BaseHTTPRequestHandler
@@ -2667,8 +2671,13 @@ class Store:
 
     def usage(self, window: Window, bucket_s: int, offset_s: int, filters: Filters = _NO_FILTERS) -> Usage:
         """Sum up a window, in buckets cut ``offset_s`` east of UTC."""
+
+        def cell_of(identity_id: int, model_id: int, key_id: int) -> Cell:
+            return Cell(owners[identity_id], models[model_id], keys.get(key_id))
+
         with self._read() as db:
-            plan, cell_of = self._plan(db, window, filters), self._cell_finder(db)
+            plan = _UsagePlan(db, window, filters, self._accounts_in(db))
+            owners, models, keys = self._owners_in(db), _models_in(db), _keys_in(db)
             buckets = {row[0] * bucket_s - offset_s: row[1:-1] for row in plan.by_bucket(db, bucket_s, offset_s)}
             rows = [(cell_of(*row[:3]), row[3], row[4:-1], row[-1]) for row in plan.sums(db, _CELL_COLUMNS)]
             parts = by_key((reason_id, (cell, sums[0], at)) for cell, reason_id, sums, at in rows if reason_id)
@@ -2678,14 +2687,6 @@ class Store:
         cells = by_key((cell, sums) for cell, _, sums, _ in rows)
         speeds = {cell: b"".join(parts) for cell, parts in told.items()}
         return Usage(buckets, {cell: add_sums(sums) for cell, sums in cells.items()}, failures, speeds)
-
-    def _plan(self, db, window: Window, filters: Filters) -> _UsagePlan:
-        return _UsagePlan(db, window, filters, self._accounts_in(db))
-
-    def _cell_finder(self, db) -> Callable[[int, int, int], Cell]:
-        """Return what makes a cell of the ids of an identity, a model and a client key."""
-        models, keys, owners = _models_in(db), _keys_in(db), self._owners_in(db)
-        return lambda identity_id, model_id, key_id: Cell(owners[identity_id], models[model_id], keys.get(key_id))
 
     @staticmethod
     def _failures_in(db, plan: _UsagePlan, parts: Mapping[int, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -2711,7 +2712,8 @@ class Store:
                 "key": (_KEY_OF, _keys_in(db)),
                 "status": (_REASON_OF, {0: "ok", **dict(db.execute("SELECT id, status_code FROM reasons").fetchall())}),
             }[part]
-            rows = self._plan(db, window, filters).sums(db, {column: _CELL_COLUMNS[column]})
+            plan = _UsagePlan(db, window, filters, self._accounts_in(db))
+            rows = plan.sums(db, {column: _CELL_COLUMNS[column]})
             return [(values.get(row[0]), row[1:-1]) for row in rows]
 
     def series(self, most: int) -> dict[tuple[str, str], Sums]:
@@ -3622,8 +3624,6 @@ def proxies_of(file: AccountFile) -> dict[str, str]:
 
 def _clock_ahead(date: str | None) -> float | None:
     """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
-    from email.utils import parsedate_to_datetime
-
     with suppress(TypeError, ValueError):
         return parsedate_to_datetime(date).timestamp() - time.time()
     return None
@@ -5945,21 +5945,21 @@ def _choices(app: App, window: Window, filters: Filters, usage: Usage) -> dict[s
             return {value: add_sums(parts)[0] for value, parts in by_key(found).items()}
         return {value: sum(usage.cells[cell][0] for cell in cells) for value, cells in usage.by(name).items()}
 
-    def options(name: str, columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-        found = [{**columns_of(value), "requests": n} for value, n in counts(name).items() if value is not None]
-        return sorted(found, key=operator.itemgetter("requests"), reverse=True)
+    def options(found: Mapping[Any, int], columns_of: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [{**columns_of(value), "requests": n} for value, n in found.items() if value is not None]
+        return sorted(rows, key=operator.itemgetter("requests"), reverse=True)
 
     def key_columns(key: str) -> dict[str, Any]:
         return {"value": key or "none", "name": filters.names.get(tag_of_mask(key))}
 
-    statuses = options("status", lambda code: {"value": str(code)})
-    statuses = [one for one in statuses if re.fullmatch("ok|[45]..", one["value"])]  # what status= takes
-    failed = sum(n for status, n in counts("status").items() if status != "ok")
+    statuses = counts("status")
+    failed = sum(n for status, n in statuses.items() if status != "ok")
+    taken = {status: n for status, n in statuses.items() if re.fullmatch("ok|[45]..", str(status))}
     return {
-        "account": options("account", lambda one: {"value": one.name, "name": owner_name(filters.names, one)}),
-        "model": options("model", lambda model: {"value": model}),
-        "key": options("key", key_columns),
-        "status": [*statuses, {"value": "failed", "requests": failed}],
+        "account": options(counts("account"), lambda one: {"value": one.name, "name": owner_name(filters.names, one)}),
+        "model": options(counts("model"), lambda model: {"value": model}),
+        "key": options(counts("key"), key_columns),
+        "status": [*options(taken, lambda code: {"value": str(code)}), {"value": "failed", "requests": failed}],
     }
 
 
@@ -6029,8 +6029,6 @@ def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> It
 
 def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
     """Yield CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    import csv
-
     table: list[Any] = [EXPORT_COLUMNS]
     for rows in parts:
         table += (row.values() for row in rows)
@@ -6161,8 +6159,6 @@ class Answer(NamedTuple):
 
 def load_page(path: Path) -> Answer:
     """Return the page, with a policy that lets only its own script and style run. Raises DashboardError."""
-    import gzip
-
     try:
         body = path.read_bytes()
     except OSError as error:
@@ -6350,8 +6346,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _knows(self, password: str) -> bool:
         """Compare in constant time the password of a Basic header; the user name is anything."""
-        import hmac
-
         kind, _, coded = self.headers.get("Authorization", "").partition(" ")
         sent = b""
         with suppress(ValueError):
@@ -6421,8 +6415,6 @@ class Handler(BaseHTTPRequestHandler):
         if len(body) > 1000:
             headers["Vary"] = "Accept-Encoding"
             if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", self.headers.get("Accept-Encoding", ""), re.I):
-                import gzip
-
                 headers["Content-Encoding"] = "gzip"
                 body = answer.gzipped or gzip.compress(body, 1)
         headers["Content-Length"] = str(len(body))
