@@ -81,11 +81,10 @@ class DashboardError(Exception):
 class ApiError(DashboardError):
     """Report what is not answered or done, with the status, the stable code and the headers of the answer."""
 
-    exit_code = 2  # the command line asked for it
-
     def __init__(self, http_status: int, code: str, message: str, headers: Mapping[str, str] = {}):
         super().__init__(message)
         self.http_status, self.code, self.headers = http_status, code, headers
+        self.exit_code = 2 if http_status == 400 else 1  # the command line asked for it
 
 
 class Log:
@@ -4725,8 +4724,11 @@ class Spool:
 
     def append(self, sequence: int, parsed: Parsed) -> None:
         """Write one batch with its sequence number. Raises OSError."""
+        content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
+        text = json.dumps(content, ensure_ascii=True).encode()
         with open(str(self.path), "ab", opener=_open_private) as stream:
-            stream.write(_line_of_batch(sequence, parsed))
+            # The line feed in front ends a line that a kill or a full disk may have cut off before.
+            stream.write(b"\n%s %s" % (_checksum(text), text))
 
     def sync(self) -> None:
         """Bring what was appended onto the disk. Raises OSError."""
@@ -4740,7 +4742,7 @@ class Spool:
         with open(str(self.path), "rb") as stream:
             for line in iter(lambda: stream.readline(8 << 20), b""):
                 checksum, _, text = line.rstrip(b"\n").partition(b" ")
-                if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
+                if not text or _checksum(text) != checksum:
                     continue  # cut off by a kill, or damaged: no batch of ours can be read from it any more
                 try:
                     yield _batch_of_json(json.loads(text))
@@ -4763,11 +4765,8 @@ class Spool:
             os.utime(str(self.path), (now, now))
 
 
-def _line_of_batch(sequence: int, parsed: Parsed) -> bytes:
-    content = [sequence, [Event._fields, Context._fields], parsed.events, parsed.rejects, parsed.ignored]
-    text = json.dumps(content, ensure_ascii=True)
-    # The line feed in front ends a line that a kill or a full disk may have cut off before.
-    return f"\n{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}".encode()
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _batch_of_json(content: Any) -> tuple[int, Parsed]:
@@ -5693,25 +5692,19 @@ class QuotaRefresher:
 def keep_house(
     store: Store, refresher: QuotaRefresher, retention_days: int, log: Log, stop: threading.Event, clock=time.time
 ) -> None:
-    """Do the chores each hour until ``stop``; a fault ends only this turn."""
+    """Register accounts, downsample old readings and delete old events each hour until ``stop``, in small steps."""
     while True:
         try:
             refresher.register_accounts()
-            _delete_old(store, retention_days, clock(), stop)
+            now, span = clock(), store.span()
+            if not span or now - span[1] <= _DAY_S:  # else by a clock that is ahead: what is old is unknown
+                store.downsample_snapshots(now - 14 * _DAY_S)
+                while retention_days and store.delete_some(now - retention_days * _DAY_S) and not stop.wait(0.02):
+                    pass
         except Exception as error:  # the thread's loop
             log.event("housekeeping", fault=error if isinstance(error, StoreError) else where_raised(error))
         if stop.wait(3600):
             return
-
-
-def _delete_old(store: Store, retention_days: int, now: float, stop: threading.Event) -> None:
-    """Downsample old readings and delete old events, in small steps."""
-    span = store.span()
-    if span and now - span[1] > _DAY_S:  # perhaps by a clock that is ahead: what is old is unknown
-        return
-    store.downsample_snapshots(now - 14 * _DAY_S)
-    while retention_days and store.delete_some(now - retention_days * _DAY_S) and not stop.wait(0.02):
-        pass
 
 
 # ------------------------------------------------------------------ web
@@ -6533,7 +6526,12 @@ class DemoWorld:
         self._spent: list[list[tuple[float, int]]] = [[] for _ in self._SENDERS]
         self.names = {tag_of_mask(mask_key(key)): name for key, name in zip(self._KEYS, ("An's laptop", "CI"))}
         self.store, self.auth_dir = Store(folder / "usage.db"), folder / "accounts"
-        self._write_account_files()
+        self.auth_dir.mkdir()
+        for number, sender in enumerate(self._SENDERS[:-1]):
+            login = {"email": sender.source, "account_id": f"demo-{number}", "access_token": str(number)}
+            (self.auth_dir / f"{number}.json").write_text(json.dumps({"type": sender.provider, **login}))
+        self._files = AccountFiles([self.auth_dir])
+        self._files.look()
         self.store.begin_outage(self._outage.start, "unreachable")
         self.store.end_outage(self._outage.end)
         payloads = list(map(self._payload, self._arrive(self._born_at - 7 * 86400)))
@@ -6541,14 +6539,6 @@ class DemoWorld:
             parsed = parse_events(payloads[first : first + 2000], self._files.contexts)
             self.store.store_batch(parsed, sequence, self._born_at)
         self._write_readings()
-
-    def _write_account_files(self) -> None:
-        self.auth_dir.mkdir()
-        for number, sender in enumerate(self._SENDERS[:-1]):
-            login = {"email": sender.source, "account_id": f"demo-{number}", "access_token": str(number)}
-            (self.auth_dir / f"{number}.json").write_text(json.dumps({"type": sender.provider, **login}))
-        self._files = AccountFiles([self.auth_dir])
-        self._files.look()
 
     def _write_readings(self) -> None:
         """Save the last readings of windows that have ended, and of the last hour, which forecasts need."""
