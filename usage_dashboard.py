@@ -3575,20 +3575,13 @@ def fetch_usage(file: AccountFile, deadline_s: float = 20.0) -> Any:
     proxies = proxies_of(file)
     if (proxies.get("https") or proxies.get("all", "")).lower().startswith("socks"):
         raise QuotaFault("proxy_unsupported")
-    try:
-        return within(deadline_s, _ask_usage, file, proxies, deadline_s)
-    except TimeoutError:
-        raise QuotaFault("timeout") from None
-
-
-def _ask_usage(file: AccountFile, proxies: dict[str, str], deadline_s: float) -> Any:
     headers = {"User-Agent": "codex-cli", "Accept": "application/json", "Authorization": f"Bearer {file.access_token}"}
     if file.account_id:
         headers["ChatGPT-Account-Id"] = file.account_id
-    url = "https://chatgpt.com/backend-api/wham/usage"
+    asked = ("https://chatgpt.com/backend-api/wham/usage", headers, None, deadline_s, _LARGEST_BODY + 1, proxies)
     try:
-        status, body = ask_url(url, headers, None, deadline_s, _LARGEST_BODY + 1, proxies)
-    except (OSError, HTTPException, ValueError) as error:
+        status, body = within(deadline_s, ask_url, *asked)
+    except (OSError, HTTPException, ValueError) as error:  # TimeoutError is one of them
         cause = getattr(error, "reason", error)
         raise QuotaFault("timeout" if isinstance(cause, (socket.timeout, TimeoutError)) else "network") from None
     if status != 200:
