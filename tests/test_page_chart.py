@@ -66,9 +66,10 @@ def test_canvas_is_sharp_and_drawn_in_the_colours_of_the_legend(page, empty, sca
     hour = int(empty.now) // HOUR * HOUR
     sums = tokens(5000, 2000, 4000, 2000, 9500)
     put(empty.store, event(at=hour - 1800, **sums), event(at=hour - 1800, failed=1, **sums))
-    page.resize(1440, 900, scale)
     page.emulate(dark=dark)
     page.open()
+    page.resize(1440, 900, scale)  # as on another screen
+    page.wait_for("#chart", f"e.width === e.clientWidth * {scale}")
     width, height, room, rows = page.one("#chart", "[e.width, e.height, e.clientWidth, e.clientHeight]")
     assert (width, height) == (room * scale, rows * scale)
     colours = page.all("#legend i", "getComputedStyle(e).backgroundColor")
@@ -306,6 +307,19 @@ def test_drag_reads_its_span_out_escape_gives_it_up_and_letting_go_narrows_to_it
     page.click("#refresh")
     page.wait_for_requests(4)
     assert page.text("#live") == ""  # only what its reader asked for is announced
+
+
+def test_side_panel_stands_as_high_as_the_chart_and_on_a_phone_shows_eight_rows_first(page, empty):
+    put(empty.store, *[event(at=empty.now - 60 - n, model=f"m{n:02}", total_tokens=900 - n) for n in range(24)])
+    page.open()
+    bottoms = page.all("#reading, #panel", "Math.round(e.getBoundingClientRect().bottom)")
+    assert bottoms[0] == bottoms[1] and len(page.all("#entries li")) == 24 and page.one("#panel-all", "e.hidden")
+    page.resize(390, 844)
+    page.wait_until("document.querySelectorAll('#entries li').length === 8")
+    assert page.text("#panel-all") == "Show all 24"
+    page.click("#panel-all")
+    assert len(page.all("#entries li")) == 24 and page.one("#panel", "e.scrollHeight <= e.clientHeight")
+    assert page.js("document.activeElement.parentNode.dataset.row") == "m08"
 
 
 def test_finger_reads_a_bar_first_and_narrows_with_the_second_tap(page, site):
