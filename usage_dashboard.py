@@ -5985,6 +5985,7 @@ EXPORT_COLUMNS = (
     *"provider endpoint auth_type alias reasoning_effort service_tier api_key".split(),
     *"local_time cost_usd account_name key_name".split(),
 )
+_FORMULA_SIGNS = tuple("=+-@\t\r\n＝＋－＠")
 EXPORT_FORMATS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson"}
 
 
@@ -5996,7 +5997,7 @@ def api_export(app: App, query: Query) -> Download:
     kind, window = query.choice("format", list(EXPORT_FORMATS)) or "csv", _window(app, query, app.clock())[1]
     rows = _rows_to_export(app, query.filters(app.names), window, query.zone())
     day = datetime.fromtimestamp(app.clock(), query.zone()).strftime("%Y-%m-%d")
-    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _csv(rows) if kind == "csv" else _lines(rows))
+    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _export_pieces(kind, rows))
 
 
 def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> Iterator[list[dict[str, Any]]]:
@@ -6013,23 +6014,20 @@ def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> It
         last = rows[-1]["ts_epoch"], rows[-1]["id"]
 
 
-def _csv(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
-    """Yield CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+def _export_pieces(kind: str, parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
+    """Yield JSON lines, or CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe."""
     table: list[Any] = [EXPORT_COLUMNS]
     for rows in parts:
-        table += (row.values() for row in rows)
         stream = io.StringIO()
-        csv.writer(stream).writerows(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r\n＝＋－＠") else cell for cell in line]
-            for line in table
-        )
+        if kind == "jsonl":
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            csv.writer(stream).writerows(
+                [f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA_SIGNS else cell for cell in line]
+                for line in [*table, *(row.values() for row in rows)]
+            )
         yield stream.getvalue().encode("utf-8", "replace")
         table = []
-
-
-def _lines(parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
-    for rows in parts:
-        yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
