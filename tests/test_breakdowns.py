@@ -32,12 +32,15 @@ def test_masks_with_one_tag_are_one_key_shown_with_the_fullest_and_requests_with
     assert not any("unknown" in row for row in answer["keys"])
 
 
-@pytest.mark.parametrize("key", [AN, "… #4bdca8", "#4bdca8", "4bdca8", "4BDCA8"])
-def test_key_filter_takes_mask_or_tag_for_sums_and_requests(site, key):
+@pytest.mark.parametrize(("key", "masks"), [
+    *((key, [AN, "… #4bdca8"]) for key in (AN, "… #4bdca8", "#4bdca8", "4bdca8", "4BDCA8")),
+    *((key, []) for key in ("#aaaaaa", "sk-…1111", "%", "#")),
+])  # fmt: skip
+def test_key_filter_takes_mask_or_tag_for_sums_and_requests(site, key, masks):
     put(site.store, *[at(1, api_key=mask) for mask in ("… #4bdca8", AN, BO, "")])
     query = f"range=24h&key={quote(key)}"
-    assert keys_of(site.json(f"/api/summary?{query}")) == {AN: 2}
-    assert {row["api_key"] for row in site.json(f"/api/requests?{query}")["requests"]} == {"… #4bdca8", AN}
+    assert keys_of(site.json(f"/api/summary?{query}")) == ({AN: 2} if masks else {})
+    assert [row["api_key"] for row in site.json(f"/api/requests?{query}")["requests"]] == masks
     assert keys_of(site.json(f"/api/summary?{query}&model=gpt-5.4&status=failed")) == {}
 
 
@@ -65,15 +68,6 @@ def test_choices_of_a_filter_are_what_the_other_three_leave(site, filters):
         for value in {**told, filters.get(name): None} if name in filters else told:
             answer = site.json(f"/api/summary?{urlencode({**filters, 'range': '24h', name: value})}")
             assert answer["summary"]["requests"] == told.get(value, 0)
-
-
-@pytest.mark.parametrize("key", ["#aaaaaa", "sk-…1111", "%", "#"])
-def test_unknown_key_has_no_sums_and_no_requests(site, key):
-    put(site.store, at(1, api_key=AN), at(1, api_key=""))
-    query = f"range=24h&key={quote(key)}"
-    answer = site.json(f"/api/summary?{query}")
-    assert (answer["summary"]["requests"], answer["keys"]) == (0, [])
-    assert site.json(f"/api/requests?{query}")["requests"] == []
 
 
 def test_sums_of_3_0_0_whose_key_and_reason_are_unknown_are_rows_of_their_own(make_site, tmp_path):

@@ -195,17 +195,6 @@ def test_collector_that_is_refused_shows_a_remedy_once_never_the_key_and_goes_on
         run.wait_for_state("waiting" if cure else state)
 
 
-@pytest.mark.parametrize("state", ["waiting", "recording"])
-def test_collector_on_a_proxy_that_stops_publishing_notices_within_a_minute(collect, proxy, state):
-    run = collect(proxy)
-    if state == "recording":
-        proxy.push(payload(1))
-    run.wait_for_state(state)
-    proxy.publishing = False
-    run.ahead_s = 58.0
-    run.wait_for_state("publishing_off")
-
-
 def test_collector_on_a_proxy_that_publishes_nothing_notes_a_loss_until_it_does(collect, proxy, store):
     proxy.publishing = False
     run = collect(proxy, until="publishing_off")

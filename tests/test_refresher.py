@@ -171,16 +171,6 @@ def test_round_never_changes_an_account_file(bench, folder, world):
     assert os.listdir(str(folder)) == ["codex-1.json"]
 
 
-def test_round_reads_the_token_again_each_time(bench, folder, store, world):
-    world.answer("tok-old", 401)
-    write_account(folder, access_token="tok-old")
-    bench.round()
-    assert states(store) == ["expired"]
-    write_account(folder, access_token="tok-new")
-    bench.round(301)
-    assert tokens(world) == ["tok-old", "tok-new"] and states(store) == ["ok"]
-
-
 ODD_ANSWERS = [
     ("expired", 401, '{"detail": "Unauthorized"}'), ("bad_response", 200, "not json"), ("bad_response", 200, "7"),
     ("no_windows", 200, "{}"),
@@ -223,15 +213,6 @@ def test_round_with_a_failure_keeps_the_last_good_reading_beside_it(bench, folde
     assert (row["state"], row["state_at"], row["ts_epoch"]) == ("server_error", NOW + 301, NOW)
     assert (row["primary_remaining_percent"], row["secondary_used_percent"], row["source"]) == (77, 41, "refresh")
     assert json.loads(row["raw_json"])["plan_type"] == row["plan"] == "plus"
-
-
-def test_round_does_not_ask_for_disabled_or_token_less_accounts(bench, folder, store, world):
-    write_account(folder, 1, disabled=True)
-    write_account(folder, 2, access_token="")
-    write_account(folder, 3)
-    bench.round()
-    assert states(store) == ["disabled", "no_token", "ok"]
-    assert tokens(world) == ["tok-secret-3"]
 
 
 # ---- one at a time, and the cool-down --------------------------------------------------------------------

@@ -289,16 +289,11 @@ def test_event_takes_few_bytes_with_its_index_and_sums(open_store):
     assert 100 < (sizes[1] - sizes[0]) / 20_000 <= 175
 
 
-@pytest.mark.parametrize("column", ["total_tokens", "rate_limited"])
-def test_find_faults_notices_a_roll_up_that_is_off_by_one(store, column):
-    put(store, event())
-    run_sql(store.path, f"UPDATE usage_by_hour SET {column} = {column} + 1")
-    assert store.find_faults() == ["usage_by_hour does not add up to usage_by_quarter"]
-
-
-@pytest.mark.parametrize(("column", "other"), [("key_id", 0), ("identity_id", 9), ("model_id", 9), ("reason_id", 1)])
-@pytest.mark.parametrize("table", ["usage_by_quarter", "usage_by_day"])
-def test_find_faults_notices_sums_that_stand_in_another_cell(store, table, column, other):
+@pytest.mark.parametrize(("column", "other"), [
+    ("key_id", 0), ("identity_id", 9), ("model_id", 9), ("reason_id", 1), ("total_tokens", 121), ("rate_limited", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("table", ["usage_by_quarter", "usage_by_hour", "usage_by_day"])
+def test_find_faults_notices_sums_that_are_off_or_stand_in_another_cell(store, table, column, other):
     put(store, event())
     run_sql(store.path, f"UPDATE {table} SET {column} = {other}")
     told = "usage_by_quarter does not add up to the events" if "quarter" in table else f"{table} does not add up to"
