@@ -38,7 +38,6 @@ from support import KEY, free_port, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
-OVER_THE_CAP = 8 * 1024 * 1024 + 1
 MOST_REJECTS = 900  # the program keeps the newest 1,000
 IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
 PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
@@ -67,11 +66,6 @@ class Feeder(threading.Thread):
         with self._lock:
             self._push([self._payload(number) for number in range(self.pushed, self.pushed + count)])
 
-    def oversized(self) -> None:
-        """Publish an event over the cap of a reply."""
-        with self._lock:
-            self._push([self._reject(b"x", OVER_THE_CAP)])
-
     def _push(self, payloads: list[bytes]) -> None:
         self._proxy.push(*payloads)
         self.pushed += len(payloads)
@@ -96,11 +90,11 @@ class Feeder(threading.Thread):
             "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
         }).encode()  # fmt: skip
 
-    def _reject(self, start: bytes, length: int = 100) -> bytes:
+    def _reject(self, start: bytes) -> bytes:
         """Lengthen to a length that is a multiple of three and nobody else's, by which it is found again."""
         self._rejects += 1
         end = b'"}' if b'"' in start else b""
-        return start.ljust((length // 3 + self._rejects) * 3 - len(end), b"y") + end
+        return start.ljust((33 + self._rejects) * 3 - len(end), b"y") + end
 
 
 def identity(payload: bytes) -> tuple[str, Any]:
@@ -258,7 +252,7 @@ class Soak:
         ends_at = time.monotonic() + self.seconds
         nothing = contextlib.nullcontext
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
-        sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill])
+        sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.kill])
         with self.proxy, self.clients:
             self.start()
             self.wait_until_up()
@@ -408,11 +402,6 @@ class Soak:
         self.proxy.forget()
         self.rest(0, 0.5)
         self.proxy.listen_again()
-
-    def oversized(self) -> None:
-        """Publish an event over the cap, now and then."""
-        if self.counts["oversized"] <= 20:
-            self.feeder.oversized()
 
 
 def main() -> int:
