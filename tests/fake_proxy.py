@@ -43,6 +43,7 @@ FORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "newest-first": ("v7.2.140", {"rpop_takes_newest": True, "most_at_once": 1000}),
     "keeps-published": ("v7.2.140", {"keeps_published": True}),
     "http-only": ("v7.2.140", {"resp": False}),
+    "behind-http": ("v7.2.140", {"sniffs_resp": False}),
     "resp-only": ("v7.2.140", {"http_queue": False}),
     "no-queue": ("v7.2.140", {"sniffs_resp": False, "http_queue": False}),
 }

@@ -21,12 +21,9 @@ def test_example_file_holds_every_key_with_its_default():
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
-    config, warnings = load(
-        tmp_path,
-        {"management_password": "from-file", "dashboard_port": 9000, "cliproxy_host": "10.0.0.5"},
-        env={"MANAGEMENT_PASSWORD": "second", "CLIPROXY_MANAGEMENT_PASSWORD": "first"},
-        flags={"dashboard_port": 9001, "dashboard_host": None},
-    )
+    content = {"management_password": "from-file", "dashboard_port": 9000, "cliproxy_host": "10.0.0.5"}
+    env = {"MANAGEMENT_PASSWORD": "second", "CLIPROXY_MANAGEMENT_PASSWORD": "first"}
+    config, warnings = load(tmp_path, content, env, flags={"dashboard_port": 9001, "dashboard_host": None})
     assert (config.management_password, config.dashboard_port) == ("first", 9001)
     assert (config.cliproxy_host, config.dashboard_host, warnings) == ("10.0.0.5", "0.0.0.0", [])
 
