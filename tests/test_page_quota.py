@@ -180,9 +180,9 @@ def test_forecasts_are_told_only_where_there_are_any(page, site, between):
     dry, lasts = (page.js(clock, site.now + hours * HOUR) for hours in (1, 3))
     told = [" ".join(words.split()) for words in page.all("#pool .pool", "e.innerText")]
     assert len(told) == 3  # one account is no pool
-    assert re.fullmatch(rf"5h 41% left runs dry (\w+ )?{dry}", told[0])
-    assert told[1] == "7d 54% left"  # without a forecast nothing is said
-    assert re.fullmatch(rf"9h 70% left lasts to (\w+ )?{lasts}", told[2])
+    assert re.fullmatch(rf"5h quota 41% left runs dry (\w+ )?{dry}", told[0])
+    assert told[1] == "7d quota 54% left"  # without a forecast nothing is said
+    assert re.fullmatch(rf"9h quota 70% left lasts to (\w+ )?{lasts}", told[2])
 
 
 def test_what_windows_are_worth_stands_beside_them_and_their_history_in_the_details(page, site, between):
