@@ -123,18 +123,14 @@ def test_half_written_or_strange_file_is_named_and_skipped(tmp_path, content):
     assert ("cannot be sent" in problem) == (content == BAD_TOKEN)
 
 
-@pytest.mark.parametrize(
-    ("files", "accounts"),
-    [
-        ([{"last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"},
-          {"last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"}, {"account_id": "acc-2"}],
-         [("acc-1", "new"), ("acc-2", "tok-1")]),
-        ([{"last_refresh": "2026-05-01T00:00:00Z", "access_token": "old", "account_id": ""},
-          {"last_refresh": "2026-05-02T00:00:00Z", "access_token": "new"}], [("acc-1", "new")]),
-        ([{}, {"account_id": "acc-2"}, {"account_id": ""}], [("", "tok-1"), ("acc-1", "tok-1"), ("acc-2", "tok-1")]),
-    ],
-    ids=["two-files-of-a-login", "old-without-the-id", "id-less-beside-two-logins"],
-)  # fmt: skip
+@pytest.mark.parametrize(("files", "accounts"), [
+    ([{"last_refresh": "2026-05-01T12:00:00+08:00", "access_token": "old"},
+      {"last_refresh": "2026-06-01T12:00:00+08:00", "access_token": "new"}, {"account_id": "acc-2"}],
+     [("acc-1", "new"), ("acc-2", "tok-1")]),
+    ([{"last_refresh": "2026-05-01T00:00:00Z", "access_token": "old", "account_id": ""},
+      {"last_refresh": "2026-05-02T00:00:00Z", "access_token": "new"}], [("acc-1", "new")]),
+    ([{}, {"account_id": "acc-2"}, {"account_id": ""}], [("", "tok-1"), ("acc-1", "tok-1"), ("acc-2", "tok-1")]),
+], ids=["two-files-of-a-login", "old-without-the-id", "id-less-beside-two-logins"])  # fmt: skip
 def test_files_of_one_login_are_one_account_with_the_newest_token(tmp_path, files, accounts):
     for number, changes in enumerate(files):
         write(tmp_path, f"codex-{number}.json", {**CODEX, **changes})

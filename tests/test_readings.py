@@ -31,12 +31,11 @@ def test_headers_of_a_sample_give_plan_windows_and_resets():
     assert app.fullest(reading.windows, "7d") == app.QuotaWindow("7d", 604800, 17, 1785700000, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("window_minutes", "0"), ("window_minutes", None), ("window_minutes", "1e17"), ("window_minutes", "-300"),
-     ("used_percent", None), ("used_percent", "nan"), ("used_percent", ""), ("reset_at", ""), ("reset_at", "-1"),
-     ("reset_at", "1234567890"), ("reset_at", "9e99")],  # the first of these two was in 2009
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "text"), [
+    ("window_minutes", "0"), ("window_minutes", None), ("window_minutes", "1e17"), ("window_minutes", "-300"),
+    ("used_percent", None), ("used_percent", "nan"), ("used_percent", ""), ("reset_at", ""), ("reset_at", "-1"),
+    ("reset_at", "1234567890"), ("reset_at", "9e99"),  # the first of these two was in 2009
+])  # fmt: skip
 def test_header_window_without_a_sound_length_percentage_or_reset_is_absent(name, text):
     reading = read(**{f"x_codex_primary_{name}": text})
     assert (app.fullest(reading.windows, "5h"), app.fullest(reading.windows, "7d").used_percent) == (None, 17)
@@ -242,13 +241,12 @@ def line(*used_percents: float, every_s: float = 300.0, until: float = NOW, rese
 WEEK = {"reset_at": NOW + 6 * 86400}
 
 
-@pytest.mark.parametrize(
-    ("points", "used_per_hour", "runs_out_in_s"),
+@pytest.mark.parametrize(("points", "used_per_hour", "runs_out_in_s"), [
     # 10 % in 20 minutes are 30 an hour; the 40 % that are left take 80 minutes, and the reset is in two hours.
-    [(line(50, 52, 55, 58, 60), 30, 4800), (line(20, 21, 22), 12, None), (line(20, 20, 20), 0, None),
-     (line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), 7.2, None),  # one hour back and no more
-     (line(10, 30, 60, **WEEK), 300, 480)],
-)  # fmt: skip
+    (line(50, 52, 55, 58, 60), 30, 4800), (line(20, 21, 22), 12, None), (line(20, 20, 20), 0, None),
+    (line(0, 50, every_s=3000, until=NOW - 1000) + line(50, 51, 52), 7.2, None),  # one hour back and no more
+    (line(10, 30, 60, **WEEK), 300, 480),
+])  # fmt: skip
 def test_forecast_says_at_the_pace_of_the_last_hour_when_it_runs_out(points, used_per_hour, runs_out_in_s):
     told = app.forecast(points, NOW)
     assert told["used_per_hour"] == pytest.approx(used_per_hour, abs=0.01)

@@ -370,8 +370,6 @@ def measure_queries(table: Table, small: Path, large: Path, count: int, end: flo
         for name, span_s in RANGES_S.items():
             table.row(name, summary_ms(store, span_s, end), "ms", summary_ms(tenth, span_s, end))
         table.row("newest 100 requests", median_ms(store.requests, 101), "ms")
-        filters = app.Filters(account="dev.1@example.com", model="gpt-5.4", status="failed")
-        table.row("newest 100 requests by three filters", median_ms(store.requests, 101, None, filters), "ms")
 
 
 def measure_zones(table: Table, count: int, end: float, scratch: Path) -> None:
