@@ -3216,9 +3216,9 @@ class _UsagePlan:
         """Return rows of columns (SQL on ``events e`` and on a roll-up ``r``), their sums, and when the last was."""
         in_rows, in_roll_up = ", ".join(columns), ", ".join(columns.values())
         # A chart's in the order of the table, so that SQLite sums up as it reads; over few rows below the rest.
-        order = "r.bucket" if "r.bucket" in in_roll_up else in_roll_up
+        order, last = ("r.bucket", "r.bucket") if "r.bucket" in in_roll_up else (in_roll_up, "MAX(r.bucket)")
         of_rows = f"SELECT {in_rows}, {_EVENT_SUMS}, MAX(e.ts_epoch) {{where}} GROUP BY {in_rows}"
-        of_roll_up = f"SELECT {in_roll_up}, {_ADDED}, MAX(r.bucket * {{seconds}}) {{where}} GROUP BY {order}"
+        of_roll_up = f"SELECT {in_roll_up}, {_ADDED}, {last} * {{seconds}} {{where}} GROUP BY {order}"
         query, values = self._union(self._levels if levels is None else levels, of_rows, of_roll_up)
         keys = ", ".join(f"k{number}" for number in range(len(columns)))
         parts = f"WITH parts({keys}, {', '.join(SUM_NAMES)}, last_at) AS ({query})"
