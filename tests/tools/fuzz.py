@@ -4,7 +4,7 @@
     python3 tests/tools/fuzz.py [--seconds 20] [--seed N] [--only NAME …] [--case NAME:NUMBER]
 
 Odd inputs are made from good ones, and handed to the parts that take them: events, stored events, replies of the
-queue, spools, quota answers, reply headers, account files, configurations and questions to the API.
+queue, its error texts, spools, quota answers, reply headers, account files, configurations and questions to the API.
 An exception that is not documented, an answer of 500 and more, or a value of which nobody knows what became of it is
 a failure: it is printed with what repeats it, and the exit code is 1.
 """
@@ -191,6 +191,15 @@ class Fuzzer:
                 reader.read_reply()
                 assert stream.tell() > at, "a reply of nothing"
 
+    def fuzz_errors(self, dice: Dice) -> None:
+        """Name a fault for whatever the queue says."""
+        said = ["ERR unknown command", "NOAUTH Authentication required.", "WRONGPASS invalid",
+                "IP banned due to too many failed attempts. Try again in 29m58s", "ERR invalid management key",
+                "again in 99999999h0m0s", "again in 1s"]  # fmt: skip
+        text = dice.damaged(dice.choice(said).encode()) + dice.choice(TEXTS).encode("utf-8", "replace")
+        fault = app._fault_of_reply(text.decode("utf-8", "replace"))
+        assert isinstance(fault, app.QueueFault) and fault.state and "sk-abcdefgh1" not in str(fault)
+
     def fuzz_spool(self, dice: Dice) -> None:
         """Start on a spool of good, bent and damaged lines: every good batch is stored once, and recording goes on."""
         folder = Path(tempfile.mkdtemp(dir=str(self.folder)))
@@ -224,8 +233,7 @@ class Fuzzer:
         body = dice.damaged(dice.json(dice.bent(dice.choice(QUOTA["samples"]).get("body"), 5)))
         app.classify_failure(dice.choice([401, 402, 403, 404, 429, 500, 502]), body)
         with contextlib.suppress(ValueError, RecursionError, app.QuotaFault):
-            told = json.loads(body.decode("utf-8", "replace"))
-            self._save(app.parse_quota(told, NOW), json.dumps(app._without_identity(told)))
+            self._save(app.parse_quota(_told(body), NOW), json.dumps(app._without_identity(_told(body))))
 
     def fuzz_headers(self, dice: Dice) -> None:
         """The same from the headers of a reply, as an event brings them."""
@@ -310,6 +318,10 @@ class _Wire(io.BytesIO):
 
     def makefile(self, mode: str) -> io.BytesIO:
         return self
+
+
+def _told(body: bytes) -> Any:
+    return json.loads(body.decode("utf-8", "replace"))
 
 
 def _quoted(dice: Dice, text: str) -> str:

@@ -4,22 +4,26 @@
     python3 tests/tools/soak.py [--seconds 600] [--seed N] [--rate 1500]
 
 A steady stream of events goes through the stand-in of the proxy to the real program. Meanwhile connections are cut
-and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked, the program killed and
-stopped, and HTTP clients read the API. In the end what was handed over must be what is stored, rejected, ignored, or
-lost in a reply that was cut or on its way at a kill; each event once. Exit code 1 if not.
+and reset, the proxy dribbles, stalls, restarts and forgets, the database is locked and taken away, the spool damaged,
+the clock set, the program killed, stopped and started twice, and HTTP clients, fast and slow, read the API. In the end what was handed over must be what is stored,
+rejected, ignored, or lost in a reply that was cut or on its way at a kill; each event once. Exit code 1 if not.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,8 +42,23 @@ from support import KEY, free_port, rows  # noqa: E402
 
 import usage_dashboard as app  # noqa: E402
 
+OVER_THE_CAP = 8 * 1024 * 1024 + 1
 MOST_REJECTS = 900  # the program keeps the newest 1,000
 IN_FLIGHT = {"pop": 64, "http": 500}  # what a kill may cost
+DAY_S = 86400.0
+JUMPS_S = (365 * DAY_S, -DAY_S, 7200.0, -600.0, 0.0)
+# Runs the program with its clock ahead by what stands in a file.
+WITH_A_CLOCK = """
+import mmap, struct, sys, time
+folder, clock, *arguments = sys.argv[1:]
+with open(clock, "rb") as stream:
+    ahead = mmap.mmap(stream.fileno(), 8, access=mmap.ACCESS_READ)
+right = time.time
+time.time = lambda: right() + struct.unpack("d", ahead[:8])[0]
+sys.path.insert(0, folder)
+import usage_dashboard
+sys.exit(usage_dashboard.main(arguments))
+"""
 PATHS = ("/api/health", "/api/summary?range=24h", "/api/requests?limit=50", "/api/quota", "/", "/api/summary?range=7d")
 
 
@@ -66,6 +85,11 @@ class Feeder(threading.Thread):
         with self._lock:
             self._push([self._payload(number) for number in range(self.pushed, self.pushed + count)])
 
+    def oversized(self) -> None:
+        """Publish an event over the cap of a reply."""
+        with self._lock:
+            self._push([self._reject(b"x", OVER_THE_CAP)])
+
     def _push(self, payloads: list[bytes]) -> None:
         self._proxy.push(*payloads)
         self.pushed += len(payloads)
@@ -90,11 +114,11 @@ class Feeder(threading.Thread):
             "tokens": {"input_tokens": dice.randrange(9000), "output_tokens": dice.randrange(900)}, **more,
         }).encode()  # fmt: skip
 
-    def _reject(self, start: bytes) -> bytes:
+    def _reject(self, start: bytes, length: int = 100) -> bytes:
         """Lengthen to a length that is a multiple of three and nobody else's, by which it is found again."""
         self._rejects += 1
         end = b'"}' if b'"' in start else b""
-        return start.ljust((33 + self._rejects) * 3 - len(end), b"y") + end
+        return start.ljust((length // 3 + self._rejects) * 3 - len(end), b"y") + end
 
 
 def identity(payload: bytes) -> tuple[str, Any]:
@@ -108,15 +132,15 @@ def identity(payload: bytes) -> tuple[str, Any]:
 
 
 class Clients:
-    """Read the API over and over."""
+    """Read the API over and over, and beside that send requests, and read answers, a byte at a time."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, slow: int = 40) -> None:
         self.statuses: Counter[int] = Counter()
         self.ending = False  # what is asked while the program ends may be refused
         self.faults: list[str] = []
-        self._port = port
+        self._port, self._slow = port, slow
         self._ended, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._read, daemon=True) for _ in range(2)]
+        self._threads = [threading.Thread(target=job, daemon=True) for job in (self._read, self._read, self._dribble)]
 
     def __enter__(self) -> Clients:
         for thread in self._threads:
@@ -145,11 +169,32 @@ class Clients:
             if status != 200 and not self.ending:
                 self.faults.append(f"{path} was answered with {status} {said[:300]!r}")
 
+    def _dribble(self) -> None:
+        request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        places: list[tuple[socket.socket, int] | None] = [None] * self._slow
+        while not self._ended.wait(0.1):
+            for index, place in enumerate(places):
+                try:
+                    sock, sent = place or (socket.create_connection(("127.0.0.1", self._port), timeout=1), 0)
+                    if sent < len(request):
+                        sock.sendall(request[sent : sent + 1])
+                    elif not sock.recv(1):
+                        raise ConnectionError
+                    places[index] = (sock, sent + 1)
+                except OSError:
+                    if place:
+                        place[0].close()
+                    places[index] = None
+        for sock, _ in filter(None, places):
+            sock.close()
+
+
 class Book:
     """Follow what was handed over, and compare at each end of the program what it had of that."""
 
     def __init__(self, proxy: FakeProxy, database: Path) -> None:
         self._proxy, self._database = proxy, database
+        self.moved: list[Path] = []  # databases that were taken away
         self._read_to = 0
         self._delivered: list[bytes] = []
         self.gone: set[bytes] = set()  # on their way, or just read, at a kill
@@ -175,16 +220,23 @@ class Book:
         self._delivered += [payload for payload in handed if payload not in lost]
 
     def _kept(self) -> int:
-        """Count what the database has, and what waits in the spool for the next start."""
-        meta = self._counts()
-        kept = sum(meta[name] for name in ("stored", "rejected", "ignored"))
+        """Count what the databases have, and what waits in the spool for the next start."""
+        meta = dict(rows(self._database, "SELECT key, value FROM meta"))
+        kept = sum(self._counts().values())
         for batch in app.Spool(Path(f"{self._database}.spool")).read():
             if isinstance(batch, tuple) and batch[0] > meta.get("sequence", 0):
                 kept += len(batch[1].events) + len(batch[1].rejects) + batch[1].ignored
         return kept
 
     def _counts(self) -> Counter[str]:
-        return Counter(dict(rows(self._database, "SELECT key, value FROM meta")))
+        """Add up what all databases say that they stored, rejected and ignored."""
+        counts: Counter[str] = Counter()
+        for database in (*self.moved, self._database):
+            counts.update(dict(rows(database, "SELECT key, value FROM meta WHERE key IN ('stored', 'rejected', 'ignored')")))
+        return counts
+
+    def _column(self, sql: str) -> list[Any]:
+        return [value for database in (*self.moved, self._database) for (value,) in rows(database, sql)]
 
     def balance(self, pushed: int) -> list[str]:
         """Compare every event with what became of it; returns what does not fit, and prints the account."""
@@ -195,10 +247,10 @@ class Book:
             if payload not in lost and payload not in self.gone:
                 kind, name = identity(payload)
                 wanted[kind].append(name)
-        stored = [name for (name,) in rows(self._database, "SELECT request_id FROM events")]
-        rejected = [length // 3 for (length,) in rows(self._database, "SELECT length FROM rejected_events")]
+        stored = self._column("SELECT request_id FROM events")
+        rejected = [length // 3 for length in self._column("SELECT length FROM rejected_events")]
         meta = self._counts()
-        accounted = len(stored) + len(rejected) + meta["ignored"] + len(lost) + len(self.gone)
+        accounted = len(stored) + len(rejected) + meta.get("ignored", 0) + len(lost) + len(self.gone)
         self._print(pushed, stored, rejected, meta, len(lost), len(handed) - accounted)
         found = list(self.faults)
         for name, got in (("stored", Counter(stored)), ("rejected", Counter(rejected))):
@@ -206,8 +258,11 @@ class Book:
             if more or less:
                 found.append(f"{name}: {sum(more.values())} too many {list(more)[:5]}, "
                              f"{sum(less.values())} missing {list(less)[:5]}")  # fmt: skip
-        if meta["ignored"] != len(wanted["ignored"]):
-            found.append(f"ignored: {meta['ignored']}, where {len(wanted['ignored'])} were handed over")
+        if meta.get("ignored", 0) != len(wanted["ignored"]):
+            found.append(f"ignored: {meta.get('ignored', 0)}, where {len(wanted['ignored'])} were handed over")
+        outages = rows(self._database, "SELECT from_at, to_at FROM outages")
+        if any(to is None or to - start > 600 for start, to in outages):
+            found.append(f"outages of the clock's making: {outages}")
         if pushed != len(handed) + len(proxy.forgotten) + proxy.queued:
             found.append("the proxy's own account does not balance")
         with contextlib.closing(app.Store(self._database)) as store:
@@ -217,7 +272,7 @@ class Book:
         lines = {
             "pushed": pushed, "forgotten by the proxy, too old or at a restart": len(self._proxy.forgotten),
             "handed over": len(self._proxy.handed_over), "  stored": len(stored), "  rejected": len(rejected),
-            "  ignored": meta["ignored"], "  lost in replies that were cut": lost,
+            "  ignored": meta.get("ignored", 0), "  lost in replies that were cut": lost,
             f"  lost on their way at {len(self.losses)} kills, at most {max(self.losses, default=0)}": len(self.gone),
             "  unexplained": unexplained, "stored twice": len(stored) - len(set(stored)),
         }  # fmt: skip
@@ -238,6 +293,8 @@ class Soak:
         self.feeder = Feeder(self.proxy, random.Random(seed + 1), rate)
         self.book = Book(self.proxy, self.database)
         self.log, self.log_from = folder / "log", 0
+        self.clock = folder / "clock"
+        self.clock.write_bytes(struct.pack("d", 0.0))
         self.port = free_port()
         self.clients = Clients(self.port)
         self.mode = "pop"
@@ -252,7 +309,10 @@ class Soak:
         ends_at = time.monotonic() + self.seconds
         nothing = contextlib.nullcontext
         lasting = self._deck([self.locked, self.stalling, self.dribbling, nothing, nothing])
-        sudden = self._deck([self.kill, self.stop, self.cut, self.disconnect, self.restart, self.kill])
+        sudden = self._deck(
+            [self.kill, self.stop, self.cut, self.disconnect, self.restart, self.oversized, self.kill,
+             self.damaged_spool, self.second_start, self.taken_away, self.clock_jump]
+        )  # fmt: skip
         with self.proxy, self.clients:
             self.start()
             self.wait_until_up()
@@ -310,7 +370,8 @@ class Soak:
         path = self.folder / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         path.chmod(0o600)
-        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--config", str(path)]
+        command = [sys.executable, "-c", WITH_A_CLOCK, str(ROOT), str(self.clock), "start", "--no-browser",
+                   "--config", str(path)]  # fmt: skip
         with self.log.open("ab") as log:
             self.log_from = log.tell()
             self.clients.ending = False
@@ -335,6 +396,44 @@ class Soak:
         self.process.wait()
         self._again("kill", IN_FLIGHT[self.mode])
 
+    def damaged_spool(self) -> None:
+        """Kill the program, and leave lines in its spool that are no batches."""
+        self.process.kill()
+        self.process.wait()
+        odd = self.dice.choice([b"[]", b'{"new": "layout"}', b"[1, [], [], [], 0]", b"[" * 5000, b"7"])
+        checked = hashlib.sha256(odd).hexdigest()[:16].encode() + b" " + odd
+        torn = b"0123456789abcdef [" + bytes(self.dice.randrange(256) for _ in range(300))
+        with open(f"{self.database}.spool", "ab") as spool:
+            spool.write(b"\n" + b"\n".join(self.dice.sample([odd, checked, torn, b"\x00" * 4096], 3)))
+        self._again("damaged_spool", IN_FLIGHT[self.mode])
+
+    def second_start(self) -> None:
+        """Start the program once more on the same database, which it must refuse."""
+        self.wait_until_up()
+        command = [sys.executable, str(ROOT / "usage_dashboard.py"), "start", "--no-browser", "--port", str(free_port()),
+                   "--config", str(self.folder / "config.json")]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
+        if done.returncode != 1 or str(self.process.pid).encode() not in done.stdout:
+            self.found.append(f"a second start ended with {done.returncode}: {done.stdout[-300:]!r}")
+
+    def taken_away(self) -> None:
+        """Take the database away under the running program, which makes a new one."""
+        self.wait_until_up()
+        moved = self.folder / f"taken-{len(self.book.moved)}.db"
+        for suffix in ("-shm", "-wal", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{self.database}{suffix}", f"{moved}{suffix}")
+        self.book.moved.append(moved)
+        self.proxy.wait_for(lambda: self.database.exists() and b"was deleted" in self.log.read_bytes()[self.log_from :], 30)
+
+    def clock_jump(self) -> None:
+        """Set the program's clock; events keep the right time."""
+        self._set_clock(self.dice.choice(JUMPS_S))
+
+    def _set_clock(self, ahead_s: float) -> None:
+        with self.clock.open("r+b") as stream:
+            stream.write(struct.pack("d", ahead_s))
+
     def stop(self) -> None:
         """Stop the program as systemd does, and start it again."""
         self.wait_until_up()
@@ -358,6 +457,8 @@ class Soak:
 
     def settle(self) -> None:
         """End the stream, let the program take the rest, and stop it."""
+        self._set_clock(0.0)
+        self.rest(2, 3)  # a few polls by the right clock
         self.feeder.ended.set()
         self.feeder.join()
         self.proxy.wait_for(lambda: self.proxy.queued == 0, 60)
@@ -402,6 +503,11 @@ class Soak:
         self.proxy.forget()
         self.rest(0, 0.5)
         self.proxy.listen_again()
+
+    def oversized(self) -> None:
+        """Publish an event over the cap, now and then."""
+        if self.counts["oversized"] <= 20:
+            self.feeder.oversized()
 
 
 def main() -> int:
