@@ -2204,9 +2204,10 @@ _CREATE_BATCH = (
     f"CREATE TEMP TABLE batch(bucket, identity_id, model_id, key_id, reason_id, {', '.join(SUM_NAMES)}, speeds)"
 )
 _SUM_UP_BATCH = (
-    f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S}, {', '.join(_CELL_COLUMNS)}, {_EVENT_SUMS}, "
-    f"group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') FROM {_EVENTS} WHERE e.id > ? "
-    "GROUP BY 1, 2, 3, 4, 5"
+    f"INSERT INTO batch SELECT CAST(e.ts_epoch AS INTEGER) / {BUCKET_S} AS b, c.identity_id, m.id, c.key_id, "
+    f"{_REASON_OF} AS r, {_EVENT_SUMS}, group_concat(CASE WHEN NOT e.failed THEN hex({_SPEEDS_OF}) END, '') "
+    "FROM events e JOIN contexts c ON c.id = e.context_id "  # all that is new has a context, so that joins are quicker
+    "JOIN models m ON m.name = e.model WHERE e.id > ? GROUP BY b, c.identity_id, m.id, c.key_id, r"
 )
 
 
