@@ -742,7 +742,8 @@ def test_first_load_that_fails_says_so_and_recovers(page, site, between):
     page.faults_expected = True
     between.faults["/api/summary"] = lambda handler: handler.reply(200, b"<html>a proxy's own page</html>")
     page.open(server=between, ready=False)
-    page.wait_for_text("#error", "the answer was not understood")
+    page.wait_for("#error", "e.checkVisibility({visibilityProperty: true})")
+    assert "the answer was not understood" in page.text("#error")
     assert page.text("#kpi-requests") == "—"
     between.faults.clear()
     page.click("#refresh")
