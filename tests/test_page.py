@@ -405,12 +405,12 @@ def test_figure_tells_exactly_at_a_press_and_draws_its_course_where_something_wa
     page.resize(390, 844, scale)
     page.emulate(dark=dark)
     page.open()
-    size = "parseFloat(getComputedStyle(e).fontSize)"
+    size, height = "parseFloat(getComputedStyle(e).fontSize)", page.one("#kpis", "e.clientHeight")
     page.script("document.querySelector('#kpi-total button').focus()")
     large = page.one("#kpi-total button", size)
     page.press("Enter")
     assert page.all(".figure") == ["3", "98,303", "94,332", "3,971", "2,502"]
-    assert page.one("#kpi-total button", size) < large
+    assert page.one("#kpi-total button", size) < large and page.one("#kpis", "e.clientHeight") == height
     page.click("#kpi-total button")
     assert page.text("#kpi-total") == "98.3k" and page.one("#kpi-total button", size) == large
     told = page.one("#course-total", "e.ariaLabel")
