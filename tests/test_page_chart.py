@@ -96,7 +96,7 @@ def test_more_contrast_and_forced_colours_reach_text_and_canvas(page, site, feat
 
 def test_outages_that_lost_requests_look_and_read_otherwise_than_kept_ones(page, site, between):
     hour = int(site.now) // HOUR * HOUR
-    put(site.store, event(at=hour - 60 * HOUR + 99))
+    put(site.store, event(at=hour - 60.5 * HOUR))
     between.changes["/api/summary"] = lambda body: body.update(outages=[
         {"from": hour - 20 * HOUR, "to": hour - 19 * HOUR, "reason": "stopped", "lost": True},
         {"from": hour - 10 * HOUR, "to": hour - 9 * HOUR, "reason": "unreachable", "lost": False},
