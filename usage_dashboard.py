@@ -2,25 +2,8 @@
 """CLIProxyAPI Usage Dashboard: collect, store and show the usage of a CLIProxyAPI account pool.
 
 One process takes usage records off the proxy's Redis-compatible queue, keeps them in SQLite and serves one
-page with its JSON API. Only Python's standard library is needed. Sections, each using only those above it:
-
-base       errors, log, times, back-off, private files, masks and scrubbing of texts
-config     settings from defaults, file, environment and flags, all faults in one error
-resp       the wire protocol of the queue: encoder, reader, client
-events     queue records parsed into events: masks, token rules of each provider
-prices     list prices of models, and what tokens come to at them
-accounts   account files, whose an event is by them, and which identities are one account
-store      the SQLite file, the only SQL: schema steps, writes, summaries
-quota      ChatGPT's usage answers and headers, and the one client of chatgpt.com
-readings   stored quota readings: from traffic, as they stand now, forecasts, the pool
-alerts     what its owner is told of, once a cause, and sending it
-sources    the ways to take records: pop, http, subscribe
-collector  the loop from source to store: spool, proxy facts, outages
-refresher  rounds of quota calls on request, and hourly chores
-web        routes, the HTTP server, the page
-demo       made-up traffic for a look at the page
-check      everything that can be wrong, each finding with its remedy
-cli        commands, signals, exit codes
+page with its JSON API. Only Python's standard library is needed. Banners name the sections and what each
+holds; a section uses only those above it.
 """
 
 from __future__ import annotations
@@ -67,7 +50,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 __version__ = "3.1.0"
 BASE_DIR = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------ base
+# -------------------- base: errors, log, times, back-off, private files, masks and scrubbing of texts
 
 
 class DashboardError(Exception):
@@ -323,7 +306,7 @@ def _finite(value: Any) -> float | None:
     return None
 
 
-# ------------------------------------------------------------------ config
+# -------------------- config: settings from defaults, file, environment and flags, all faults in one error
 
 
 class ConfigError(DashboardError):
@@ -556,7 +539,7 @@ class Names:
                 self.version += 1
 
 
-# ------------------------------------------------------------------ resp
+# -------------------- resp: the wire protocol of the queue: encoder, reader, client
 
 
 class QueueFault(DashboardError):
@@ -739,7 +722,7 @@ class RespClient:
                 thing.close()
 
 
-# ------------------------------------------------------------------ events
+# -------------------- events: queue records parsed into events: masks, token rules of each provider
 
 
 class Rejected(ValueError):
@@ -1366,7 +1349,7 @@ def speed_json(counts: int) -> dict[str, Any]:
     return shown
 
 
-# ------------------------------------------------------------------ prices
+# -------------------- prices: list prices of models, and what tokens come to at them
 
 
 PRICES_AS_OF = "2026-11"
@@ -1420,7 +1403,7 @@ def cost_at(price: Price, counts: Sequence[int | None]) -> float:
     return sum(map(operator.mul, price, (max(0, into - cached - written), cached, written, out))) / 1e6
 
 
-# ------------------------------------------------------------------ accounts
+# -------------------- accounts: account files, whose an event is by them, and which identities are one account
 
 
 _LARGEST_BODY = 1024 * 1024
@@ -1766,7 +1749,7 @@ def _epoch(value: Any) -> float | None:
     return seconds if _EARLIEST_AT <= seconds < _LATEST_AT else None
 
 
-# ------------------------------------------------------------------ store
+# -------------------- store: the SQLite file, the only SQL: schema steps, writes, summaries
 
 
 class StoreError(DashboardError):
@@ -3272,7 +3255,7 @@ def _tokens_of(db, account: Account, start: float, end: float) -> int:
     return tokens
 
 
-# ------------------------------------------------------------------ quota
+# -------------------- quota: ChatGPT's usage answers and headers, and the one client of chatgpt.com
 
 
 class QuotaWindow(NamedTuple):
@@ -3622,7 +3605,7 @@ def _clock_ahead(date: str | None) -> float | None:
     return None
 
 
-# ------------------------------------------------------------------ readings
+# -------------------- readings: stored quota readings: from traffic, as they stand now, forecasts, the pool
 
 
 def snapshot_of(file: AccountFile, payload: Any, now: float) -> dict[str, Any]:
@@ -3974,7 +3957,7 @@ def _pool_of_label(label: str, members: Sequence[tuple[dict, dict]], now: float)
     return pool
 
 
-# ------------------------------------------------------------------ alerts
+# -------------------- alerts: what its owner is told of, once a cause, and sending it
 
 
 class Alert(NamedTuple):
@@ -4185,7 +4168,7 @@ def _form_of(url: str, alert: Alert, at: float) -> tuple[str, dict[str, str], by
     return urlunsplit(parts), headers, body.encode("utf-8", "replace")
 
 
-# ------------------------------------------------------------------ sources
+# -------------------- sources: the ways to take records: pop, http, subscribe
 
 
 PROXY_PORT = 8317
@@ -4644,7 +4627,7 @@ def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:
         return fault
 
 
-# ------------------------------------------------------------------ collector
+# -------------------- collector: the loop from source to store: spool, proxy facts, outages
 
 
 STATE_REMEDIES = {
@@ -5556,7 +5539,7 @@ class Collector:
             fault.held.close()
 
 
-# ------------------------------------------------------------------ refresher
+# -------------------- refresher: rounds of quota calls on request, and hourly chores
 
 
 class QuotaRefresher:
@@ -5701,7 +5684,7 @@ def keep_house(
             return
 
 
-# ------------------------------------------------------------------ web
+# -------------------- web: routes, the HTTP server, the page
 
 
 RANGES = {"1h": 3600, "5h": 5 * 3600, "24h": 86400, "7d": 7 * 86400, "30d": 30 * 86400, "90d": 90 * 86400}
@@ -6476,7 +6459,7 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
         raise DashboardError(message) from error
 
 
-# ------------------------------------------------------------------ demo
+# -------------------- demo: made-up traffic for a look at the page
 
 
 # Share of all requests and of its own that fail, percent used of its longest window, and what is told beside windows.
@@ -6622,7 +6605,7 @@ class DemoWorld:
         return status.as_json(self.store.counts)
 
 
-# ------------------------------------------------------------------ check
+# -------------------- check: everything that can be wrong, each finding with its remedy
 
 
 class Finding(NamedTuple):
@@ -6849,7 +6832,7 @@ def _check_without_key(config: Config) -> list[Finding]:
     return [Finding("fault", str(fault), remedy)]
 
 
-# ------------------------------------------------------------------ cli
+# -------------------- cli: commands, signals, exit codes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
