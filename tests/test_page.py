@@ -286,7 +286,7 @@ def test_selects_offer_what_the_other_filters_leave_and_keep_what_is_chosen(page
     page.wait_for_text("#f-model", "All models (900)")
     assert len(page.all("#f-model option")) == 202 and page.picked("model") == "All models (900)"
     page.pick("model", "Find another…")
-    assert page.js("document.activeElement.id") == "tab-models" and page.picked("model") == "All models (900)"
+    assert page.js("document.activeElement.id") == "find-words" and page.picked("model") == "All models (900)"
 
 
 def test_line_of_filters_compares_with_the_time_before_where_that_is_known(page, site, between):
