@@ -323,27 +323,31 @@ COLLECT_MODES = ("auto", "pop", "http", "subscribe")
 PRICE_KINDS = ("input", "cached", "cache_write", "output")
 
 
+def _number_from(low: float, high: float, default: float) -> Any:
+    return field(default=default, metadata={"range": (low, high)})
+
+
 @dataclass(frozen=True)
 class Config:
     """The effective settings; the README's table says what each key means."""
 
     cliproxy_host: str = "127.0.0.1"
-    cliproxy_port: int = 6379
+    cliproxy_port: int = _number_from(1, 65535, 6379)
     cliproxy_tls: bool = False
     management_password: str = field(default="", repr=False)
     queue_key: str = "usage"
     collect_mode: str = "auto"
-    poll_interval_seconds: float = 2
-    quota_refresh_seconds: int = 300
+    poll_interval_seconds: float = _number_from(0.1, 3600, 2)
+    quota_refresh_seconds: int = _number_from(0, 86400, 300)
     auth_dir: str = "~/.cliproxyapi"
     database: str = "usage.db"
-    retention_days: int = 0
+    retention_days: int = _number_from(0, 36500, 0)
     names: Mapping[str, str] = field(default_factory=dict)  # by tag or mail in small letters
     prices: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     alert_urls: Sequence[str] = field(default_factory=list, repr=False)
-    alert_below_percent: int = 20
+    alert_below_percent: int = _number_from(1, 99, 20)
     dashboard_host: str = "0.0.0.0"
-    dashboard_port: int = 8320
+    dashboard_port: int = _number_from(0, 65535, 8320)
     dashboard_password: str = field(default="", repr=False)
 
     @property
@@ -360,16 +364,6 @@ class Config:
         """Return the folders to look for account files in; the first that has any is the one to use."""
         others = ["~/.cli-proxy-api"] if self.auth_dir == Config.auth_dir else []
         return [Path(os.path.expanduser(name)) for name in (self.auth_dir, *others)]
-
-
-_RANGES = {
-    "cliproxy_port": (1, 65535),
-    "poll_interval_seconds": (0.1, 3600),
-    "quota_refresh_seconds": (0, 86400),
-    "retention_days": (0, 36500),
-    "alert_below_percent": (1, 99),
-    "dashboard_port": (0, 65535),
-}
 
 
 _NAME = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]{1,60}")  # nothing that moves other text
@@ -410,8 +404,8 @@ def _fault_of(key: str, value: Any) -> str | None:
         return "; it ".join(_faults_of_names(value)) or None
     if key == "prices":
         return _price_fault(value)
-    if key in _RANGES:
-        low, high = _RANGES[key]
+    low, high = Config.__dataclass_fields__[key].metadata.get("range", (None, None))
+    if low is not None:
         kind, types = ("number", (int, float)) if isinstance(low, float) else ("whole number", int)
         is_number = isinstance(value, types) and not isinstance(value, bool)
         return None if is_number and low <= value <= high else f"must be a {kind} from {low} to {high}, without quotes"
@@ -1013,9 +1007,9 @@ def _read_context(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, 
     source, token_hash = _text(get("source"), "source", 512), get("access_token_sha256")
     is_clients_key = source == get("api_key") and not looks_like_mail(source)  # it names nobody
     model = _text(get("model"), "model") or "unknown"
-    served = get("response_service_tier")
+    served, index = get("response_service_tier"), get("auth_index")
     context = Context(
-        auth_index=_auth_index(get("auth_index")),
+        auth_index=None if index is None else _text(str(index) if type(index) is int else index, "auth_index", 128),
         source="" if is_clients_key else _mask_source(source),
         provider=_text(get("provider"), "provider").lower(),
         endpoint=_text(get("endpoint"), "endpoint"),
@@ -1055,14 +1049,6 @@ def _number(value: Any, name: str) -> int | None:
     if value > _LARGEST_NUMBER:
         raise Rejected(f"{name} is larger than 10^12")
     return None
-
-
-def _auth_index(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return None if value is None else _printable(value[:128])
-    if type(value) is int and abs(value) <= _LARGEST_NUMBER:
-        return str(value)
-    raise Rejected("auth_index is neither a text nor a whole number")
 
 
 # By provider: how the headers begin that tell of quota, and the one that decides what the others are about.
@@ -5873,13 +5859,9 @@ def _sums_before(app: App, before: Window, filters: Filters) -> dict[str, Any] |
 
 
 def _hours(buckets: Mapping[int, Sums], starts: range, zone: Any) -> list[dict[str, Any]]:
-    nothing = add_sums([])
+    nothing, local = add_sums([]), partial(datetime.fromtimestamp, tz=zone)
     return [
-        {
-            "hour": datetime.fromtimestamp(at, zone).strftime("%Y-%m-%d %H:%M"),
-            "start": at,
-            **dict(zip(SUM_NAMES, buckets.get(at, nothing))),
-        }
+        {"hour": f"{local(at):%Y-%m-%d %H:%M}", "start": at, **dict(zip(SUM_NAMES, buckets.get(at, nothing)))}
         for at in starts
     ]
 
@@ -5979,39 +5961,34 @@ def api_export(app: App, query: Query) -> Download:
     if told:
         raise ApiError(400, "bad_export", f"an export has every request of its window, oldest first; leave out {told}")
     kind, window = query.choice("format", list(EXPORT_FORMATS)) or "csv", _window(app, query, app.clock())[1]
-    rows = _rows_to_export(app, query.filters(app.names), window, query.zone())
-    day = datetime.fromtimestamp(app.clock(), query.zone()).strftime("%Y-%m-%d")
-    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _export_pieces(kind, rows))
+    zone, filters = query.zone(), query.filters(app.names)
+    day = datetime.fromtimestamp(app.clock(), zone).strftime("%Y-%m-%d")
+    return Download(f"requests-{day}.{kind}", EXPORT_FORMATS[kind], _export_pieces(app, kind, filters, window, zone))
 
 
-def _rows_to_export(app: App, filters: Filters, window: Window, zone: Any) -> Iterator[list[dict[str, Any]]]:
-    """Yield rows by hundreds, each of a transaction of its own, so that a slow reader holds up nothing."""
-    last: Any = None
+def _export_pieces(app: App, kind: str, filters: Filters, window: Window, zone: Any) -> Iterator[bytes]:
+    """Yield JSON lines, or CSV (RFC 4180) in which a text that a spreadsheet would run gets an apostrophe.
+
+    Each piece is of a transaction of its own, so that a slow reader holds up nothing.
+    """
+    last, table = None, [EXPORT_COLUMNS]
     while True:
-        rows = app.store.requests(500, window, filters, last, Order("time", "asc"))
+        rows, stream = app.store.requests(500, window, filters, last, Order("time", "asc")), io.StringIO()
         _price_rows(app, rows)
         for row in rows:
             row["local_time"] = datetime.fromtimestamp(row["ts_epoch"], zone).strftime("%Y-%m-%d %H:%M:%S")
-        yield [{name: row[name] for name in EXPORT_COLUMNS} for row in rows]
-        if len(rows) < 500:
-            return
-        last = rows[-1]["ts_epoch"], rows[-1]["id"]
-
-
-def _export_pieces(kind: str, parts: Iterable[list[dict[str, Any]]]) -> Iterator[bytes]:
-    """Yield JSON lines, or CSV (RFC 4180); a text that a spreadsheet would run as a formula gets an apostrophe."""
-    table: list[Any] = [EXPORT_COLUMNS]
-    for rows in parts:
-        stream = io.StringIO()
+        lines = [[row[name] for name in EXPORT_COLUMNS] for row in rows]
         if kind == "jsonl":
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            stream.writelines(json.dumps(dict(zip(EXPORT_COLUMNS, line)), ensure_ascii=False) + "\n" for line in lines)
         else:
             csv.writer(stream).writerows(
                 [f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA_SIGNS else cell for cell in line]
-                for line in [*table, *(row.values() for row in rows)]
+                for line in [*table, *lines]
             )
         yield stream.getvalue().encode("utf-8", "replace")
-        table = []
+        if len(rows) < 500:
+            return
+        last, table = (rows[-1]["ts_epoch"], rows[-1]["id"]), []
 
 
 def api_quota(app: App, query: Query) -> dict[str, Any]:
@@ -6893,7 +6870,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     export.add_argument("--format", choices=list(EXPORT_FORMATS), default="csv", help="csv, or one JSON object a line")
     for name in ("account", "model", "key", "status"):
         export.add_argument(f"--{name}", help=f"only the requests of this {name}")
-    report.add_argument("--by", choices=list(_BREAKDOWNS), help="print this breakdown alone")
+    report.add_argument("--by", choices=("key", "model", "account", "failure"), help="print this breakdown alone")
     report.set_defaults(refuse=lambda fault: report.error(f"{fault}; the range can be {allowed}"))
     export.set_defaults(refuse=lambda fault: export.error(f"{fault}; the range can be {allowed}"))
     backup.add_argument("file", type=Path, metavar="FILE", help="the copy; it must not exist")
@@ -7099,12 +7076,9 @@ def _report_query(options: Any, latest_at: float) -> Query:
     return Query(start=f"{start:.0f}", end=f"{end:.0f}", bucket="auto")
 
 
-_BREAKDOWNS = {"key": "keys", "model": "models", "account": "accounts", "failure": "failures"}
-
-
 def _breakdown(summary: Mapping[str, Any], by: str) -> str:
     """Lay out one breakdown of a summary as a table."""
-    rows = summary[_BREAKDOWNS[by]]
+    rows = summary[f"{by}s"]
     if by == "failure":
         lines = [
             [row["error"] or "unknown", str(row["status_code"] or "—"), f"{row['requests']:,}"]

@@ -96,7 +96,7 @@ MALFORMED = [  # what came, and what is said of it
     (payload(tokens={"total_tokens": 10**12 + 1}), "tokens.total_tokens is larger"),
     (payload(latency_ms="12"), "latency_ms is not"), (payload(latency_ms=10**30), "latency_ms is larger"),
     (payload(model=["x"]), "model is not a text"), (payload(source=7), "source is not a text"),
-    (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is neither"),
+    (payload(failed="no"), "failed is neither"), (payload(auth_index={"a": 1}), "auth_index is not a text"),
     (payload(fail=[1]), "fail is not an object"),
 ]  # fmt: skip
 ODD_BUT_GOOD = [
