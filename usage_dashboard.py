@@ -453,8 +453,22 @@ def load_config(
     names = [name for name in ("CLIPROXY_MANAGEMENT_PASSWORD", "MANAGEMENT_PASSWORD") if env.get(name)]
     entries += [(f"the environment variable {name}", "management_password", env[name]) for name in names[:1]]
     entries += [("the command line", *item) for item in (flags or {}).items() if item[1] is not None]
+    known = [*asdict(Config()), "management_key"]
     for where, key, value in entries:
-        _take_key(where, key, value, values, faults, warnings)
+        name = "management_password" if key == "management_key" else key
+        fault = _fault_of(name, value) if key in known else None
+        if key not in known:
+            import difflib
+
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else ""
+            warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
+        elif fault:
+            faults.append(f'{where}: "{key}" {fault}')
+        else:
+            is_host = name.endswith("_host")  # an address of version 6 may stand in brackets
+            values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if is_host else value
+    values["names"] = _by_target(values.get("names", {}))
     config = Config(**values)
     own = (config.dashboard_host, "localhost", "127.0.0.1", "::1")
     for number, url in enumerate(map(urlsplit, config.alert_urls), 1):
@@ -481,25 +495,6 @@ def _read_config_file(path: Path, required: bool, faults: list[str]) -> dict[str
     if fault:
         faults.append(f"{path} {fault}")
     return content
-
-
-def _take_key(where: str, key: str, value: Any, values: dict[str, Any], faults: list[str], warnings: list[str]) -> None:
-    name = "management_password" if key == "management_key" else key
-    known = [*asdict(Config()), "management_key"]
-    if key not in known:
-        import difflib
-
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f'; did you mean "{close[0]}"?' if close else ""
-        warnings.append(f'{where}: the key "{key}" is unknown and ignored{hint}')
-        return
-    fault = _fault_of(name, value)
-    if fault:
-        faults.append(f'{where}: "{key}" {fault}')
-    elif name == "names":
-        values[name] = _by_target(value)
-    else:
-        values[name] = re.sub(r"^\[(.*)\]$", r"\1", value.strip()) if name.endswith("_host") else value
 
 
 def _by_target(names: Mapping[str, str]) -> dict[str, str]:
@@ -802,12 +797,11 @@ class Recent:
             known = hash((content["timestamp"], event.context.auth_index, *model_tokens_and_latency, event.request_id))
         else:
             return False
-        if known in self._seen:
-            return True
+        came_before = known in self._seen
         self._seen[known] = None
         if len(self._seen) > self._most:
             self._seen.popitem(last=False)
-        return False
+        return came_before
 
 
 _LARGEST_NUMBER = 10**12  # no request of any model comes near, and no sum of such numbers overflows
@@ -993,10 +987,8 @@ def _context_of(content: Mapping[str, Any], contexts: Contexts) -> tuple[str, Co
     values = tuple(map(content.get, _CONTEXT_NAMES))
     try:
         return contexts[values]
-    except KeyError:
+    except (KeyError, TypeError):  # the latter with a list or an object, where a text belongs
         found = _read_context(content, contexts)
-    except TypeError:  # a list or an object, where a text belongs
-        return _read_context(content, contexts)
     # Texts alone are safe as keys: 1 and true are equal. Long ones are not worth their memory.
     is_safe = all(value is None or (isinstance(value, str) and len(value) <= 512) for value in values)
     return cache(contexts, values, found) if is_safe else found
@@ -1091,9 +1083,7 @@ def _usage(content: Mapping[str, Any], provider: str) -> tuple[int | None, ...]:
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
     counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
-    for count in counts:
-        _number(count, "tokens, added up,")
-    return counts
+    return tuple(_number(count, "tokens, added up,") for count in counts)
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -2928,12 +2918,10 @@ class Store:
         return [*faults, *(f"{table} does not add up to usage_by_quarter" for table in odd)]
 
 
-_COUNT_NAMES = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
-
-
 def _counts_in(db) -> dict[str, int]:
     values = dict(db.execute("SELECT key, value FROM meta"))
-    return {name: values.get(name, 0) for name in _COUNT_NAMES}
+    names = ("sequence", "stored", "rejected", "ignored", "adopted", "deleted")
+    return {name: values.get(name, 0) for name in names}
 
 
 def _count(db, **added: int) -> None:
@@ -3582,13 +3570,6 @@ def proxies_of(file: AccountFile) -> dict[str, str]:
     if file.proxy_url.lower() in ("direct", "none"):
         return {}
     return {"https": file.proxy_url} if file.proxy_url else getproxies()
-
-
-def _clock_ahead(date: str | None) -> float | None:
-    """Return by how many seconds an HTTP date is ahead of this machine's clock; None where it is no date."""
-    with suppress(TypeError, ValueError):
-        return parsedate_to_datetime(date).timestamp() - time.time()
-    return None
 
 
 # -------------------- readings: stored quota readings: from traffic, as they stand now, forecasts, the pool
@@ -4411,7 +4392,8 @@ class ProxyApi:
         self.socket = self._connection.sock  # which the connection may forget before the answer is read
         reply = self._connection.getresponse()
         self.version = reply.headers.get("X-CPA-VERSION") or self.version
-        self.clock_ahead_s = _clock_ahead(reply.headers.get("Date"))
+        with suppress(TypeError, ValueError):  # it tells no date
+            self.clock_ahead_s = parsedate_to_datetime(reply.headers.get("Date")).timestamp() - time.time()
         pieces, content = _pieces_of(reply), b""
         if reply.status == 200 and "queue" in path:
             return reply.status, list(itertools.islice(map(compact, elements_of(pieces)), 5000))
@@ -6036,7 +6018,6 @@ _COUNTED = {
     },
 }
 _MOST_PAIRS, _MOST_WINDOWS = 200, 290  # of 7 and of 2 series each: below 2,000 in all
-Labels = Tuple[Tuple[str, str], ...]
 
 
 def api_metrics(app: App, query: Query) -> Answer:
@@ -6051,7 +6032,7 @@ def api_metrics(app: App, query: Query) -> Answer:
             for part, (name, *without) in parts.items()
         }
         text += _metric(metric, "counter", about, samples)
-    windows: dict[Labels, Mapping[str, Any]] = {}  # where two of an account have one label, its own
+    windows: dict[Any, Mapping[str, Any]] = {}  # where two of an account have one label, its own
     for row in quotas_at(app.store, app.clock()):
         account = row["account"] or f"{row['email']} {row['account_id_tag']}"
         for window in row["windows"]:
@@ -6068,7 +6049,7 @@ def api_metrics(app: App, query: Query) -> Answer:
     return Answer(text.encode("utf-8", "replace"), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _metric(name: str, kind: str, about: str, samples: Mapping[Labels, Any]) -> str:
+def _metric(name: str, kind: str, about: str, samples: Mapping[Any, Any]) -> str:
     lines = [f"# HELP cliproxy_{name} {about}", f"# TYPE cliproxy_{name} {kind}"]
     for labels, value in samples.items():
         told = ",".join(f"{label}={json.dumps(_printable(text), ensure_ascii=False)}" for label, text in labels)
@@ -6650,9 +6631,7 @@ def _check_database(path: Path) -> tuple[list[Finding], list[dict[str, Any]]]:
             remedy = "move the file away; a new one is made"
             faults = [Finding("fault", f"{path}: {fault}", remedy) for fault in store.find_faults()]
             well = Finding("ok", f"database: {store.event_count} events, roll-ups agree with them")
-            names = {account.tag: account.name for account in store.accounts()}
-            quotas = [{**row, "account": names.get(row["account_id_tag"])} for row in store.quotas()]
-            return [*(faults or [well]), *_check_losses(store)], quotas
+            return [*(faults or [well]), *_check_losses(store)], quotas_at(store, time.time())
     except StoreError as error:
         return [Finding("fault", str(error), "see the sentence above")], []
 
@@ -6844,19 +6823,14 @@ def _parse_arguments(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[Any], int], text: str) -> Any:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(run: Callable[[Any], int]) -> Any:
+        name = run.__name__.replace("run_", "").replace("_", "-")
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         return command
 
-    start = add("start", run_start, "Collect, and serve the page.")
-    demo = add("demo", run_demo, "Show the page with made-up data; touches no network and no file of yours.")
-    report = add("report", run_report, "Print the usage of a range as a table.")
-    quota = add("quota", run_quota, "Print what is left of each account's quota.")
-    check = add("check", run_check, "Go through everything that can be wrong, with the line that mends it.")
-    export = add("export", run_export, "Print every request of a range, oldest first.")
-    backup = add("backup", run_backup, "Copy the database to a new file, also while the dashboard runs.")
-    alert_test = add("alert-test", run_alert_test, 'Send a test message to each address of "alert_urls".')
+    runs = (run_start, run_demo, run_report, run_quota, run_check, run_export, run_backup, run_alert_test)
+    start, demo, report, quota, check, export, backup, alert_test = map(add, runs)
     for command in (start, report, quota, check, export, backup, alert_test):
         command.add_argument("--config", type=Path, metavar="PATH", help="the configuration file (config.json)")
         command.add_argument("--db", metavar="PATH", help="the database file (usage.db)")
@@ -6887,7 +6861,7 @@ def _load(options: Any) -> tuple[Config, list[str]]:
 
 
 def run_start(options: Any) -> int:
-    """Serve and collect until SIGTERM or Ctrl+C. The port is bound before the first event is popped."""
+    """Collect, and serve the page."""
     stop = _stop_on_signal()
     # What is loaded by now stays. Events make no cycles, so that looking for garbage can be rare.
     gc.freeze()
@@ -6900,13 +6874,9 @@ def run_start(options: Any) -> int:
     fault = lock_database(config.database_path)
     if fault:
         log.line(f"warning: {fault}")
-    server = make_server(config.dashboard_host, config.dashboard_port)
-    try:
-        name_holder(config.database_path, server.server_port)
-        store = Store(config.database_path, announce=log.line)
-    except DashboardError:
-        server.server_close()
-        raise
+    server = make_server(config.dashboard_host, config.dashboard_port)  # before the first event is popped
+    name_holder(config.database_path, server.server_port)
+    store = Store(config.database_path, announce=log.line)
     config_path = options.config or BASE_DIR / "config.json"
     collector = Collector(config, store, log, stop, lambda: _load(options)[0], config_path)
     refresher = QuotaRefresher(config, store, log, stop)
@@ -6924,7 +6894,7 @@ def run_start(options: Any) -> int:
 
 
 def run_demo(options: Any) -> int:
-    """Serve the page on a throw-away database with made-up data."""
+    """Show the page with made-up data; touches no network and no file of yours."""
     import tempfile
 
     flags = {"dashboard_host": options.host, "dashboard_port": options.port}
@@ -7021,9 +6991,9 @@ def _have_committed(config: Config) -> None:
 
 
 def run_export(options: Any) -> int:
-    """Print every request of a range as CSV or JSON lines."""
+    """Print every request of a range, oldest first."""
     with _reading_app(_load(options)[0]) as app:
-        query = _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1]))
+        query = _report_query(options, app)
         asked = {name: getattr(options, name) for name in ("format", "account", "model", "key", "status")}
         query.update({name: value for name, value in asked.items() if value is not None})
         for piece in api_export(app, query).pieces:
@@ -7032,7 +7002,7 @@ def run_export(options: Any) -> int:
 
 
 def run_backup(options: Any) -> int:
-    """Copy the database to a new file, and prove the copy."""
+    """Copy the database to a new file, also while the dashboard runs."""
     config, target = _load(options)[0], options.file.absolute()
     _have_committed(config)
     requests, tokens = back_up(config.database_path, target)
@@ -7041,9 +7011,9 @@ def run_backup(options: Any) -> int:
 
 
 def run_report(options: Any) -> int:
-    """Print the summary of a range."""
+    """Print the usage of a range as a table."""
     with _reading_app(_load(options)[0]) as app:
-        summary = api_summary(app, _report_query(options, max(app.clock(), (app.store.span() or [0.0])[-1])))
+        summary = api_summary(app, _report_query(options, app))
     if options.json:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0
@@ -7057,12 +7027,12 @@ def run_report(options: Any) -> int:
     return 0
 
 
-def _report_query(options: Any, latest_at: float) -> Query:
+def _report_query(options: Any, app: App) -> Query:
     """Return what a report asks for: a range by its name, or the whole local days from one date to another."""
     words, days = options.range, []
     if len(words) < 2 and set(words) <= set(RANGE_NAMES):
         return Query(range="".join(words) or "today")
-    last_year = datetime.fromtimestamp(latest_at).year + 1
+    last_year = datetime.fromtimestamp(max(app.clock(), (app.store.span() or [0.0])[-1])).year + 1
     for word in words:
         try:
             days.append(datetime.strptime(word, "%Y-%m-%d"))
@@ -7107,7 +7077,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def run_quota(options: Any) -> int:
-    """Print the quota table; with --force ask the running dashboard, or ChatGPT where none runs."""
+    """Print what is left of each account's quota."""
     config, _ = _load(options)
     answer, refusal = None, None
     if options.force:
@@ -7162,7 +7132,7 @@ def _quota_line(row: Mapping[str, Any]) -> list[str]:
 
 
 def run_alert_test(options: Any) -> int:
-    """Send a test message to each address, and print what became of it; 1 where any failed."""
+    """Send a test message to each address of "alert_urls"."""
     urls = _load(options)[0].alert_urls
     if not urls:
         raise DashboardError('no addresses to send to; set in config.json "alert_urls": ["https://…"]')
@@ -7174,7 +7144,7 @@ def run_alert_test(options: Any) -> int:
 
 
 def run_check(options: Any) -> int:
-    """Go through everything that can be wrong. Nothing is popped, and no refused key is sent again."""
+    """Go through everything that can be wrong, with the line that mends it."""
     config_path = options.config or BASE_DIR / "config.json"
     try:
         config, warnings = _load(options)
