@@ -1855,7 +1855,8 @@ def _step_tables(db) -> list[str]:
         "INSERT INTO quota_accounts(email, account_id_tag, plan, state, state_at, snapshot_id) "
         "SELECT email, '', plan, CASE WHEN allowed = 0 OR limit_reached = 1 THEN 'limited' ELSE 'ok' END, ts_epoch, id "
         "FROM quota_snapshots WHERE id IN (SELECT MAX(id) FROM quota_snapshots "
-        "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email)"
+        "WHERE email IS NOT NULL AND ts_epoch IS NOT NULL GROUP BY email) "
+        "AND NOT EXISTS (SELECT 1 FROM quota_accounts)"  # as in a file of 3.0.0 that was dumped, which has no version
     )
     return done
 

@@ -119,6 +119,14 @@ def test_database_of_3_0_0_keeps_its_readings_outages_rejects_and_counts(store_o
     assert reasons == [(429, "429 usage_limit_reached: try again in …")]
 
 
+def test_database_of_3_0_0_without_its_number_as_a_dump_leaves_it_keeps_its_quota_accounts(tmp_path, open_store):
+    made = (DATA / "usage-3.0.0.sql").read_text(encoding="utf-8")
+    run_sql(tmp_path / "usage.db", f"{made} UPDATE quota_accounts SET account_id_tag = ''; PRAGMA user_version = 0")
+    store = open_store()
+    assert [(row["email"], row["state"]) for row in store.quotas()] == [("user1@example.com", "ok")]
+    assert store.find_faults() == []
+
+
 def test_reasons_leave_out_what_differs_and_are_limited(store):
     errors = [f"503 upstream {number}: down" for number in range(50)]
     put(store, *[event(at=NOON, failed=1, status_code=503, error=error) for error in errors])
