@@ -647,7 +647,7 @@ def connect_tcp(host: str, port: int, tls: bool = False, timeout_s: float = 10.0
         plain = socket.create_connection((host, port), timeout=timeout_s)
     except (OSError, UnicodeError) as error:
         state = "refused" if isinstance(error, ConnectionRefusedError) else "unreachable"
-        raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from error
+        raise QueueFault(f"{host}:{port} cannot be reached: {os_reason(error)}", state) from None
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if not tls:
@@ -4507,8 +4507,9 @@ def open_source(config: Config, on_endpoint: Callable[[str], None], logins: Refu
         if not config.has_default_queue or found.is_proxy or found.list_length:
             return found
     except QueueFault as fault:
-        if not config.has_default_queue or fault.state not in (*_NOT_THERE, "wrong_password", "wrong_queue_key"):
-            raise
+        is_refused = fault.state in ("wrong_password", "wrong_queue_key")
+        if not config.has_default_queue or not (fault.state in _NOT_THERE or is_refused and _is_redis(config)):
+            raise  # a proxy has refused the key: one attempt of five, and at its other port it would be the next
         first = fault
     try:
         better = _open_at(config, PROXY_PORT, on_endpoint, logins)
@@ -4583,6 +4584,11 @@ def _open_or_close(source: Source, login: Sequence[Any], logins: RefusedLogins, 
             logins.settle(None if fault.is_no_failed_login else fault.state)
         raise
     logins.forget()
+
+
+def _is_redis(config: Config) -> bool:
+    connect = partial(connect_tcp, config.cliproxy_host, config.cliproxy_port, config.cliproxy_tls, timeout_s=2.0)
+    return isinstance(getattr(_empty_command(connect), "__cause__", None), socket.timeout)  # it passes over it
 
 
 def _empty_command(connect: Callable[[], socket.socket]) -> QueueFault | None:

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -401,6 +401,17 @@ def test_check_without_a_key_tells_a_redis_from_a_proxy(call, program, proxy, re
     configure(program, cliproxy_port=proxy.port)
     assert re.search("^fault   no management key is set, and the proxy needs one$", call("check").stdout, re.M)
     assert proxy.failures == 0
+
+
+def test_check_without_a_key_takes_a_port_that_lets_nobody_in_for_no_redis(call, program):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as waiting:
+        for _ in range(3):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        configure(program, cliproxy_port=full.getsockname()[1])
+        shown = call("check").stdout
+    assert "cannot be reached: no answer in time" in shown and "Redis" not in shown
 
 
 @pytest.mark.parametrize("answer", [b"+OK\r\n", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"rubbish\r\n"])

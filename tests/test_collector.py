@@ -309,6 +309,16 @@ def test_default_ports_with_a_wrong_key_at_the_proxy_behind_a_redis_fail_once(co
         assert proxy.failures == 1 and run.state in ("wrong_password", "refused")
 
 
+@pytest.mark.parametrize("mode", ["auto", "http"])
+def test_default_ports_with_a_proxy_that_refuses_the_key_at_the_first_never_send_it_to_the_other(
+    collect, default_ports, mode
+):
+    with FakeProxy(port=6379) as proxy, FakeProxy(port=8317) as same:
+        run = collect(management_password=WRONG, collect_mode=mode, until="wrong_password")
+        wait_a_while(run, 3)
+        assert (proxy.failures, same.connections) == (1, 0)
+
+
 def test_default_ports_left_alone_only_by_name_are_not_guessed(collect, default_ports):
     with FakeProxy(port=8317) as proxy:
         run = collect(config_of(cliproxy_host="localhost"), until="refused")
