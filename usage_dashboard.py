@@ -2338,8 +2338,11 @@ class Store:
             for db in (self._reader, self._searcher, self._writer):
                 db.close()
 
-    def follow_file(self) -> str | None:
-        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError."""
+    def follow_file(self, mark: int) -> str | None:
+        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError.
+
+        The mark in it is of other batches, which would take ours for stored: ``mark`` is written in its place.
+        """
         if not self.is_elsewhere:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
@@ -2353,7 +2356,10 @@ class Store:
             event = "was replaced or moved" if self.path.exists() else "was deleted"
             self._open()
             self.changes += 1
-        self.put_meta("file_changed_at", time.time())
+            opened, self._opened_files = self._opened_files, [None] * 3  # until it is marked, or it is begun again
+            self.put_meta("sequence", mark)
+            self.put_meta("file_changed_at", time.time())
+            self._opened_files = opened
         return f"{self.path.name} {event}; what is at its path now is used"
 
     @property
@@ -4862,11 +4868,11 @@ class Journal:
 
     def _follow_file(self) -> None:
         """Go on with the file that is at the database's path now, if it is another one. Raises StoreError."""
-        event = self._store.follow_file()
+        with self._lock:
+            mark = self._batches[0][0] - 1 if self._batches else self._sequence
+        event = self._store.follow_file(mark)
         if event is not None:
             self._log.event("store", fault=event)
-            # The mark in it is of other batches: it would take ours for stored.
-            self._store.put_meta("sequence", self._batches[0][0] - 1 if self._batches else self._sequence)
 
     @contextmanager
     def logged_fault(self) -> Iterator[None]:
@@ -5407,11 +5413,12 @@ class Collector:
         """Parse and spool what was popped, and return how many records were in it."""
         if not values:
             return 0
-        self._follow_files(2.0)
+        self._files.look(2.0)
         parsed = parse_events(values, self._files.contexts, self._recent)
         self._readings.note(parsed.events)
         self._rival.note(parsed)
         self.journal.hold(parsed)
+        self._follow_files(2.0)  # which can wait for the database
         if parsed.events:
             newest = max(event.ts_epoch for event in parsed.events)
             self._status.last_event = max(newest, self._status.last_event or 0.0)

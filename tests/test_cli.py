@@ -588,7 +588,7 @@ def test_check_says_for_a_day_that_the_file_went_under_the_dashboard(call, progr
     configure(program)
     with opened(program) as store:
         store.path.unlink()
-        assert "was deleted" in store.follow_file()
+        assert "was deleted" in store.follow_file(0)
         store.put_meta("file_changed_at", store.get_meta("file_changed_at") - days * 86400)
     shown = call("check").stdout
     assert bool(re.search("^warning usage.db was deleted or replaced under .*\n +→ ", shown, re.M)) is told

@@ -9,7 +9,9 @@ from contextlib import closing
 
 import pytest
 from collecting import config_of, wait_a_while
-from support import NOON, event, lock, payload, payloads, put, rows, run_sql, spool_line, spool_path, stored_ids
+from support import (
+    NOON, event, lock, payload, payloads, put, rows, run_sql, spool_line, spool_path, stored_ids, write_account,
+)  # fmt: skip
 
 import usage_dashboard as app
 
@@ -155,6 +157,34 @@ def test_database_that_went_is_opened_again_and_takes_what_waits(collect, proxy,
     ours = [f"r{number}" for number in (*range(100, 100 + waiting), *range(200, 205))]
     assert stored_ids(store) == ["theirs"] * replaced + ours
     assert store.find_faults() == [] and list(app.Spool(spool_path(store)).read()) == []
+
+
+def test_database_that_takes_no_mark_when_it_is_opened_again_takes_it_and_what_waits_later(tmp_path, store):
+    journal = app.Journal(store, app.Log(io.StringIO()), lambda: NOON, app.monotonic_s)
+    journal.hold(app.Parsed([event(request_id="ours")], [], 0))
+    with closing(app.Store(tmp_path / "other.db")) as other:
+        put(other, event(request_id="theirs"), sequence=7_000)
+    run_sql(other.path, "CREATE TRIGGER full BEFORE INSERT ON meta BEGIN SELECT RAISE(ABORT, 'full'); END")
+    os.replace(str(other.path), str(store.path))
+    for _ in range(2):
+        with pytest.raises(app.StoreError):
+            journal.flush()
+    run_sql(store.path, "DROP TRIGGER full")
+    journal.flush()
+    assert stored_ids(store) == ["theirs", "ours"]
+
+
+def test_what_is_popped_is_on_the_spool_before_account_files_are_looked_into(tmp_path):
+    with closing(app.Store(tmp_path / "usage.db", busy_timeout_s=5)) as store:
+        config = config_of(auth_dir=str(write_account(tmp_path / "accounts").parent))
+        collector = app.Collector(config, store, app.Log(io.StringIO()), threading.Event())
+        with closing(lock(store)):
+            work = threading.Thread(target=collector._hold, args=(payloads(1),))
+            work.start()
+            while not list(app.Spool(spool_path(store)).read()):
+                work.join(0.05)
+            assert work.is_alive()  # it waits for the lock
+        work.join(60)
 
 
 def test_folder_that_is_renamed_stops_the_pops_and_what_is_back_goes_on(collect, proxy, tmp_path):
