@@ -3563,11 +3563,14 @@ def ask_url(
     """Return the status of a reply, which may be a redirect that is not followed, and ``most`` bytes of its body."""
     import urllib.request
 
-    opener = urllib.request.OpenerDirector()
+    opener, content, ends_at = urllib.request.OpenerDirector(), b"", time.monotonic() + timeout_s
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
     with opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s) as reply:
-        return reply.status, reply.read(most)
+        # Behind the deadline nobody waits any more, and a byte a second must not hold the thread for ever.
+        while len(content) < most and time.monotonic() < ends_at and (piece := reply.read1(most - len(content))):
+            content += piece
+        return reply.status, content
 
 
 def proxies_of(file: AccountFile) -> dict[str, str]:
@@ -6419,6 +6422,8 @@ def make_server(host: str, port: int, head_s: float = 10.0) -> Server:
     """Return a server that is bound to the port and listens. Raises DashboardError that names the port."""
     try:
         return Server(host, port, head_s)
+    except OverflowError as error:  # of the demo, which reads no config
+        raise DashboardError(f"port {port} is no port; set dashboard_port from 1 to 65535") from error
     except (OSError, TypeError, UnicodeError) as error:
         message = f'{host} cannot be bound: {os_reason(error)}; set "dashboard_host" to an address of this machine'
         if getattr(error, "errno", None) == errno.EADDRINUSE:

@@ -35,6 +35,8 @@ class Receiver(SocketServer):
             status = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if status == "hang":
             self.closing.wait(20)
+        elif status == "begun":
+            stream.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         elif status != "gone":
             extra = f"Location: {self.url}\r\n" if status == 302 else ""
             stream.send(f"HTTP/1.1 {status} X\r\n{extra}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
@@ -186,8 +188,9 @@ def test_a_wrong_certificate_is_told_by_its_reason_whose_text_may_name_the_host(
     assert fault == "CERTIFICATE_VERIFY_FAILED"
 
 
-def test_a_receiver_that_takes_it_at_the_second_try_has_it_once(store):
-    with Receiver(500, 200) as receiver:
+@pytest.mark.parametrize("taken", [200, "begun"])
+def test_a_receiver_that_takes_it_at_the_second_try_has_it_once(store, taken):
+    with Receiver(500, taken) as receiver:
         watch = Watch(store, receiver.url)
         watch.stop.wait = lambda seconds: False
         watch.look(600, state="refused", since=NOW)

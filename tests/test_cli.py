@@ -635,6 +635,7 @@ def test_check_names_a_dashboard_that_refuses_or_is_another_program(call, serve,
 def test_demo_lives_without_a_proxy_and_leaves_no_file(program):
     port = free_port()
     (program.folder / "config.json").write_text("{ broken")
+    assert "port 99999 is no port" in program.run("demo", "--port", "99999").stderr
     running = program.start("demo", "--no-browser", "--host", "127.0.0.1", "--port", str(port))
     running.wait_for_line("Demo with made-up data")
     assert not any("Everyone" in line for line in running.lines)
