@@ -1083,7 +1083,7 @@ def _usage(content: Mapping[str, Any], provider: str) -> tuple[int | None, ...]:
     if not isinstance(tokens, dict):
         raise Rejected("tokens is not an object")
     counts = _plain_usage(tokens, provider, content.get("executor_type") == "ClaudeExecutor")
-    return tuple(_number(count, "tokens, added up,") for count in counts)
+    return tuple(map(_number, counts, ["tokens, added up,"] * len(counts)))
 
 
 def _sum(*numbers: int | None) -> int | None:
@@ -3960,9 +3960,7 @@ _OVER = Alert("over", "")  # the end of a cause that is no news
 _ENDS = ("over", "back", "recording")
 
 
-def alerts_of(
-    before: Mapping[str, float], now: Mapping[str, Alert], at: float
-) -> tuple[list[Alert], dict[str, float]]:
+def alerts_of(before: Mapping[str, float], now: Mapping[str, Alert], at: float) -> tuple[list[Alert], dict[str, float]]:
     """Return what is to be told, each new cause and the ends that are news, and the causes that last.
 
     ``before`` has the causes that were told, with their times. In ``now`` is each cause that is there, or how it ended
@@ -5970,7 +5968,8 @@ def _export_pieces(app: App, kind: str, filters: Filters, window: Window, zone: 
 
     Each piece is of a transaction of its own, so that a slow reader holds up nothing.
     """
-    last, table = None, [EXPORT_COLUMNS]
+    last: Any = None
+    table: list[Any] = [EXPORT_COLUMNS]
     while True:
         rows, stream = app.store.requests(500, window, filters, last, Order("time", "asc")), io.StringIO()
         _price_rows(app, rows)
