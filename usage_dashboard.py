@@ -5141,7 +5141,7 @@ class OutageLog:
         if abs(self._ahead_s - ahead_s) > SHORTEST_RETENTION_S:  # the clock was set
             self._store.mend_outages(self._clock())
         gap_s = 0.0 if before is None else self._turn_s - before
-        if gap_s > self._longest_turn_s:
+        if gap_s > self._longest_turn_s and self._open is None:
             self._store.begin_outage(self._clock() - gap_s, "stopped", is_measured=True)
             self._store.end_outage(self._clock())
 

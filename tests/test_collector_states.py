@@ -9,7 +9,7 @@ import time
 import pytest
 from collecting import CUT, Answering, config_of, wait_a_while
 from fake_proxy import FakeProxy
-from support import ALWAYS, KEY, WRONG, free_port, lock, payload
+from support import ALWAYS, KEY, NOON, WRONG, free_port, lock, payload
 
 import usage_dashboard as app
 
@@ -243,6 +243,16 @@ def test_collector_whose_machine_slept_notes_the_night_as_stopped(collect, proxy
     (outage,) = store.outages(ALWAYS, time.time())
     assert (outage["reason"], outage["lost"]) == ("stopped", True)
     assert 8 * 3600 - 5 <= outage["to"] - outage["from"] <= 8 * 3600 + 60
+
+
+def test_night_in_which_the_proxy_publishes_nothing_either_is_one_outage(store):
+    now = NOON
+    outages = app.OutageLog(store, 2.0, lambda: now, lambda: now)
+    for publishing, seconds in ((False, 8 * 3600), (False, 10), (True, 0)):
+        outages.turn(publishing)
+        now += seconds
+    told = {"from": NOON, "to": NOON + 8 * 3600 + 10, "reason": "publishing_off", "lost": True}
+    assert store.outages(ALWAYS, now) == [told]
 
 
 @pytest.mark.parametrize("ahead_s", [8 * 3600.0, -86400.0 * 400])
