@@ -290,14 +290,14 @@ def test_selects_offer_what_the_other_filters_leave_and_keep_what_is_chosen(page
 
 
 def test_line_of_filters_compares_with_the_time_before_where_that_is_known(page, site, between):
-    before = {"total_tokens": 90_000, "failed": 4}
+    before = {"total_tokens": 90_000, "requests": 2, "failed": 4}
     between.changes["/api/summary"] = lambda body: body.update(previous=before, end=body["start"] + 24 * HOUR)
     page.open(server=between)
-    assert page.text("#compare") == "against the time before: tokens +9%, failed −3"
+    assert page.text("#compare") == "against the time before: requests +50%, failed −3"
     page.select("#range", "today")
-    page.wait_for_text("#compare", "against yesterday until 00:00: tokens ")
+    page.wait_for_text("#compare", "against yesterday until 00:00: requests ")
     page.speak("vi")
-    assert page.text("#compare").startswith("so với hôm qua đến 00:00: token ")
+    assert page.text("#compare").startswith("so với hôm qua đến 00:00: yêu cầu ")
     before = None
     page.select("#range", "7d")
     page.wait_for("#compare", "!e.textContent")
@@ -355,7 +355,7 @@ def test_side_panel_shows_one_breakdown_at_a_time_whose_rows_filter_and_remember
     assert page.js("document.activeElement.id") == "tab-keys"
     told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
     assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "DIV", "DIV"]  # who has no key cannot be asked for
-    assert re.fullmatch(r"An's laptop 720 60% 6 requests · half done in 0\.9s · \$0\.00\d+ at list price", told[0][0])
+    assert re.fullmatch(r"An's laptop 720 60% 6 requests · median 0\.9s · \$0\.00\d+ at list price", told[0][0])
     names = ["sk-…0042 #0042ab", "without a key", "key no longer known"]
     assert [words.startswith(name) for (words, _), name in zip(told[1:], names)] == [True] * 3
     page.click("#panel li:nth-child(2) button")
@@ -384,7 +384,7 @@ def test_lines_under_the_figures_tell_speed_list_price_and_the_change(page, site
 
     between.changes["/api/summary"] = change
     page.open(server=between)
-    assert page.text("#sub-requests") == "1 failed, 1 rate-limited\nhalf done in 8.2s"
+    assert page.text("#sub-requests") == "1 failed, 1 rate-limited\nmedian 8.2s"
     assert page.text("#sub-total") == "$41.20 at list price\n−2% on the time before"
     assert page.text("#sub-output").endswith("92 tokens/s, first after 1.6s")
     assert page.text("#sub-input") == "95.5% from cache\n4,284 uncached input"
