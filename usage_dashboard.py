@@ -737,7 +737,6 @@ class Contexts(dict):
     """The contexts read so far, by the values sent, and the function that names their accounts."""
 
     def __init__(self, account_of: Callable[[Context, str], str] = lambda context, token_hash: ""):
-        super().__init__()
         self.account_of = account_of
 
 
@@ -891,7 +890,8 @@ def compact(raw: Any) -> Any:
     for name in parts:
         if isinstance(kept.get(name), dict):
             kept[name] = {key: kept[name][key] for key in parts[name] if key in kept[name]}
-    body = _failure_text(content)
+    fail = content.get("fail")
+    body = (isinstance(fail, dict) and fail.get("body")) or content.get("error_message")
     kept["error_message"] = body if isinstance(body, str) and len(body) <= _LONGEST_ERROR else None
     if "response_headers" in kept:
         headers = _quota_headers(kept["response_headers"], str(kept.get("provider")).lower()) or {}
@@ -1131,7 +1131,7 @@ def _outcome(content: Mapping[str, Any]) -> tuple[int, int | None, str | None, b
     status = status or (499 if outcome in ("canceled", "cancelled") else None)
     if not (flag or outcome == "failed" or (status or 0) >= 400):
         return 0, status, None, True
-    body = _failure_text(content)
+    body = (fail and fail.get("body")) or content.get("error_message")
     has_reply = not _network_words(body) or body.startswith(_STREAM_TEXTS)
     return 1, status, failure_reason(status, body, fail and fail.get("error_code")), has_reply
 
@@ -1149,11 +1149,6 @@ _NETWORK_TEXTS = {
     "server misbehaving": "no such host",  # the answer of a name server that is broken
     "proxy authentication required": "egress proxy: login refused",
 }
-
-
-def _failure_text(content: Mapping[str, Any]) -> Any:
-    fail = content.get("fail")
-    return (isinstance(fail, dict) and fail.get("body")) or content.get("error_message")
 
 
 def _network_words(body: Any) -> str:
@@ -5493,9 +5488,8 @@ class Collector:
     def _login(self) -> list[Any]:
         """Return what a refusal depends on: where the key goes, the key, and the config file's time."""
         config, written_at = self._config, 0
-        if self._config_path is not None:
-            with suppress(OSError):
-                written_at = self._config_path.stat().st_mtime_ns
+        with suppress(OSError, AttributeError):  # there is no file
+            written_at = self._config_path.stat().st_mtime_ns
         return [config.cliproxy_host, config.cliproxy_port, config.management_password, written_at]
 
     def _wait_after(self, fault: QueueFault) -> None:
@@ -5555,10 +5549,8 @@ class QuotaRefresher:
 
     def cooldown_s(self) -> int:
         """Return the whole seconds until the next round; one in the future, by a wrong clock, does not count."""
-        if self._round_at is None:
-            return 0
         wait_s = self._config.quota_refresh_seconds
-        left_s = self._round_at + wait_s - self._clock()
+        left_s = wait_s - self._clock() + (-math.inf if self._round_at is None else self._round_at)
         return int(left_s + 0.999) if 0 < left_s <= wait_s else 0
 
     def start(self) -> threading.Thread:
@@ -5898,16 +5890,13 @@ def _choices(app: App, window: Window, filters: Filters, usage: Usage) -> dict[s
         rows = [{**columns_of(value), "requests": n} for value, n in found.items() if value is not None]
         return sorted(rows, key=operator.itemgetter("requests"), reverse=True)
 
-    def key_columns(key: str) -> dict[str, Any]:
-        return {"value": key or "none", "name": filters.names.get(tag_of_mask(key))}
-
-    statuses = counts("status")
+    statuses, named = counts("status"), filters.names.get
     failed = sum(n for status, n in statuses.items() if status != "ok")
     taken = {status: n for status, n in statuses.items() if re.fullmatch("ok|[45]..", str(status))}
     return {
         "account": options(counts("account"), lambda one: {"value": one.name, "name": owner_name(filters.names, one)}),
         "model": options(counts("model"), lambda model: {"value": model}),
-        "key": options(counts("key"), key_columns),
+        "key": options(counts("key"), lambda key: {"value": key or "none", "name": named(tag_of_mask(key))}),
         "status": [*options(taken, lambda code: {"value": str(code)}), {"value": "failed", "requests": failed}],
     }
 
@@ -6048,14 +6037,13 @@ def api_metrics(app: App, query: Query) -> Answer:
             for part, (name, *without) in parts.items()
         }
         text += _metric(metric, "counter", about, samples)
-    windows: dict[Any, Mapping[str, Any]] = {}  # where two of an account have one label, its own
+    left, resets = {}, {}
     for row in quotas_at(app.store, app.clock()):
         account = row["account"] or f"{row['email']} {row['account_id_tag']}"
         for window in row["windows"]:
-            if window["remaining_percent"] is not None and len(windows) < _MOST_WINDOWS:
-                windows.setdefault((("account", account), ("window", window["label"])), window)
-    left = {labels: window["remaining_percent"] for labels, window in windows.items()}
-    resets = {labels: _epoch(window["reset_at"]) for labels, window in windows.items()}
+            labels = (("account", account), ("window", window["label"]))  # of two that share them, its own comes first
+            if window["remaining_percent"] is not None and labels not in left and len(left) < _MOST_WINDOWS:
+                left[labels], resets[labels] = window["remaining_percent"], _epoch(window["reset_at"])
     is_up, last_at = int(collector.get("state") in ("recording", "waiting")), collector.get("last_event")
     text += _metric("quota_remaining_percent", "gauge", "What is left of a quota window.", left)
     text += _metric("quota_reset_timestamp_seconds", "gauge", "When a quota window resets.", resets)
