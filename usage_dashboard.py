@@ -5932,11 +5932,10 @@ class Download(NamedTuple):
 
 
 EXPORT_COLUMNS = (
-    *"id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens".split(),
-    *"cached_tokens total_tokens latency_ms ttft_ms failed status_code error request_id cache_write_tokens".split(),
-    *"provider endpoint auth_type alias reasoning_effort service_tier api_key".split(),
-    *"local_time cost_usd account_name key_name".split(),
-)
+    "id timestamp ts_epoch account source auth_index model input_tokens output_tokens reasoning_tokens cached_tokens "
+    "total_tokens latency_ms ttft_ms failed status_code error request_id cache_write_tokens provider endpoint "
+    "auth_type alias reasoning_effort service_tier api_key local_time cost_usd account_name key_name"
+).split()
 _FORMULA_SIGNS = tuple("=+-@\t\r\n＝＋－＠")
 EXPORT_FORMATS = {"csv": "text/csv; charset=utf-8", "jsonl": "application/x-ndjson"}
 
