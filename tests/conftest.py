@@ -25,6 +25,16 @@ from webdriver import Browser, find_browser
 
 import usage_dashboard as app
 
+
+
+def has_fonts():
+    """Say whether the two fonts are there that texts are measured in."""
+    names = ("DejaVu Sans", "Liberation Sans")
+    return shutil.which("fc-match") and all(
+        name in subprocess.run(["fc-match", name], stdout=subprocess.PIPE, check=False).stdout.decode() for name in names
+    )
+
+
 REQUIRE = "DASHBOARD_TESTS_REQUIRE"
 # What a developer's shell may hold and would change what the program does, in this process and as a subprocess.
 PRIVATE_ENVIRONMENT = (
@@ -34,6 +44,7 @@ PRIVATE_ENVIRONMENT = (
 )  # fmt: skip
 PARTS = {
     "redis": (lambda: shutil.which("redis-server"), "redis-server is not installed"),
+    "fonts": (has_fonts, "fc-match does not find DejaVu Sans and Liberation Sans"),
     "browser": (lambda: find_browser() and shutil.which("chromedriver"), "chromium or chromedriver is not installed"),
 }
 
