@@ -2334,10 +2334,7 @@ class Store:
                 db.close()
 
     def follow_file(self, mark: int) -> str | None:
-        """Open what is at the path now, if it is another file or none, and return what happened. Raises StoreError.
-
-        The mark in it is of other batches, which would take ours for stored: ``mark`` is written in its place.
-        """
+        """Open and mark what is at the path now, if it is another file, and return what happened. Raises StoreError."""
         if not self.is_elsewhere:
             return None
         with self._write_lock, self._read_lock, self._search_lock:
@@ -2352,7 +2349,7 @@ class Store:
             self._open()
             self.changes += 1
             opened, self._opened_files = self._opened_files, [None] * 3  # until it is marked, or it is begun again
-            self.put_meta("sequence", mark)
+            self.put_meta("sequence", mark)  # that in it is of other batches, and would take ours for stored
             self.put_meta("file_changed_at", time.time())
             self._opened_files = opened
         return f"{self.path.name} {event}; what is at its path now is used"
@@ -3562,9 +3559,8 @@ def ask_url(
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
     with opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s) as reply:
-        # Behind the deadline nobody waits any more, and a byte a second must not hold the thread for ever.
         while len(content) < most and time.monotonic() < ends_at and (piece := reply.read1(most - len(content))):
-            content += piece
+            content += piece  # not for ever: behind the deadline nobody waits any more
         return reply.status, content
 
 
