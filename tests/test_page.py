@@ -354,14 +354,16 @@ def test_side_panel_shows_one_breakdown_at_a_time_whose_rows_filter_and_remember
     page.press("ArrowRight")
     assert page.js("document.activeElement.id") == "tab-keys"
     told = page.all("#panel li", "[e.innerText.replace(/\\s+/g, ' '), e.firstChild.tagName]")
-    assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "DIV", "DIV"]  # who has no key cannot be asked for
+    assert [tag for _, tag in told] == ["BUTTON", "BUTTON", "BUTTON", "DIV"]
     assert re.fullmatch(r"An's laptop 720 60% 6 requests · median 0\.9s · \$0\.00\d+ at list price", told[0][0])
     names = ["sk-…0042 #0042ab", "without a key", "key no longer known"]
     assert [words.startswith(name) for (words, _), name in zip(told[1:], names)] == [True] * 3
-    page.click("#panel li:nth-child(2) button")
-    page.wait_for_requests(1)
-    page.wait_for_rows(1)
-    assert "key=0042ab" in page.js("location.search") and page.picked("key") == "sk-…0042 #0042ab (1)"
+    for row, key, word in ((2, "0042ab", names[0]), (3, "none", names[1])):
+        page.click(f"#panel li:nth-child({row}) button")
+        page.wait_for_rows(1)
+        assert page.js("location.search").endswith(f"key={key}") and page.picked("key") == f"{word} (1)"
+        page.click("#panel li [aria-pressed=true]")
+        page.wait_until("!location.search.includes('key=')")
     page.open("?range=24h", server=between, fresh=False)
     assert page.all("#tabs [aria-selected=true]", "e.id") == ["tab-keys"]
     page.click("#tab-failures")

@@ -155,6 +155,23 @@ def test_range_is_downloaded_under_its_filters_but_not_from_a_masked_page(page, 
     page.wait_for("#export-csv", "e.hidden && !e.hasAttribute('href')")
 
 
+def test_list_says_how_long_single_requests_are_kept_whichever_answer_comes_last(page, site, between):
+    put(site.store, *[event(at=site.now - days * 24 * HOUR, request_id=f"d{days}") for days in (4, 5)])
+    site.store.delete_some(site.now - 2 * 24 * HOUR)
+    listed, kept = threading.Event(), "Single requests are kept for 2 days; older ones are in the sums only."
+    between.changes["/api/health"] = lambda body: [listed.wait(5), body["database"].update(retention_days=2)]
+    page.open("?range=7d", server=between)
+    page.wait_for_text("#end", "That is all in this range.")
+    listed.set()
+    page.wait_for_text("#end", f"That is all in this range. {kept}")
+    assert sum(path.startswith("/api/requests") for path in between.asked) == 1  # not with the next refresh
+    assert page.figure("requests") == 5 and page.text("#requests-note").startswith("3 requests")
+    start = int(site.now - 6 * 24 * HOUR)
+    page.open(f"?range=7d&start={start}&end={start + 2 * 24 * int(HOUR)}", server=between)
+    page.wait_for_text("#requests-note", kept)
+    assert page.figure("requests") == 2
+
+
 def test_row_opens_to_all_that_is_known_of_the_request(page, empty):
     put(empty.store, event(at=empty.now - 60, latency_ms=5_000, ttft_ms=1_000, output_tokens=200, alias="an-alias",
                           failed=1, status_code=503, error="503 server_error: overloaded", service_tier="priority"))
@@ -171,8 +188,12 @@ def test_row_opens_to_all_that_is_known_of_the_request(page, empty):
         "Output speed": "50 tokens/s",  # 200 tokens in the four seconds after the first
     }  # fmt: skip
     assert {name: facts[name] for name in expected} == expected
-    page.press("Enter")
+    page.press("Escape")
     page.wait_until("!document.querySelector('#requests .detail')")
+    page.click(f"{ROWS} .r-total")
+    page.wait_for("#requests .detail", "true")
+    page.press("Escape")
+    page.wait_until("document.activeElement.closest('#requests tr') && !document.querySelector('#requests .detail')")
 
 
 def test_view_is_copied_as_csv_and_masked_with_the_page(page, site):
