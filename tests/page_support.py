@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import threading
+import zlib
 
 from support import event, put, reading
 
@@ -102,7 +103,8 @@ def save_quota(site, email, five, week, **changes):
         columns.update({f"{place}_{name}": value for name, value in facts.items()})
         if left is not None:
             windows.append({"label": label, "seconds": seconds, "meter": None, **facts})
-    row = {"email": email, "account_id_tag": "#" + email[:6], "ts_epoch": site.now - 60, "windows": json.dumps(windows)}
+    tag = f"#{zlib.crc32(email.encode()):08x}"
+    row = {"email": email, "account_id_tag": tag, "ts_epoch": site.now - 60, "windows": json.dumps(windows)}
     site.store.save_reading(reading(**row, **columns, **changes))
 
 
