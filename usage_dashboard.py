@@ -3559,8 +3559,10 @@ def ask_url(
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
     with opener.open(urllib.request.Request(url, body, headers), timeout=timeout_s) as reply:
-        while len(content) < most and time.monotonic() < ends_at and (piece := reply.read1(most - len(content))):
-            content += piece  # not for ever: behind the deadline nobody waits any more
+        while len(content) < most and (piece := reply.read1(most - len(content))):
+            content += piece
+            if time.monotonic() > ends_at:  # nobody waits for it any more
+                raise TimeoutError("the reply did not end in time")
         return reply.status, content
 
 
